@@ -1,0 +1,290 @@
+"""The schema of the YAML files, and how a file and command-line overrides become one checked configuration.
+
+Every key that a YAML may hold is a field of a dataclass below; anything else is an error. What pretraining and GLUE have
+in common (data, optimizer, schedule, trainer, checkpoints, callbacks, loggers) is one part, :class:`RunConfig`.
+Sizes that follow from others (generator widths, feed-forward width, number of masked slots) are derived, not listed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, get_type_hints
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from electra_composer.errors import UserError
+
+
+@dataclass
+class DataConfig:
+    """Where the data is and how it is loaded."""
+
+    path: str = MISSING  # pretraining: the folder convert_owt.py wrote; GLUE: the folder of TSV files, or "hub"
+    max_seq_length: int = MISSING  # tokens in a row; for pretraining the shards must have been made for it
+    num_workers: int = 2  # loader processes per device; 0 loads in the training process
+
+
+@dataclass
+class ShardsConfig(DataConfig):
+    """MDS shards read by Streaming."""
+
+    remote: str | None = None  # where Streaming downloads the shards from (s3://…); `path` is then its cache
+    tokenizer: str | None = None  # null: the one beside the shards; else it must be the one that made them
+    train_split: str = "train"
+    eval_split: str = "val"
+    shuffle: bool = True
+    predownload: int | None = None  # rows that Streaming fetches ahead of a remote's reader
+    cache_limit: str | None = None  # such as 50gb: oldest shards of a remote are dropped beyond it
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the discriminator; the generator's follow from `generator_size` (paper, table 6 of appendix A)."""
+
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    num_heads: int = MISSING
+    embedding_size: int = MISSING
+    generator_size: float = MISSING  # generator's width as a fraction of the discriminator's
+    generator_layers: int | None = None  # null: as many as the discriminator
+    max_positions: int = 512
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    tie_embeddings: bool = True  # token, position and type embeddings and their LayerNorm shared by both sides
+
+
+@dataclass
+class ObjectiveConfig:
+    """Replaced-token detection, with the switches of its ablations."""
+
+    mask_prob: float = 0.15  # share of the tokens that are masked (0.25 for large)
+    mask_style: Literal["electra", "bert"] = "electra"  # 85% [MASK], 15% kept; or 80% [MASK], 10% random, 10% kept
+    gen_weight: float = 1.0
+    disc_weight: float = 50.0
+    sampling: Literal["gumbel", "inverse_cdf"] = "gumbel"  # two ways to draw from the same distribution
+    temperature: float = 1.0  # the generator's logits are divided by it before sampling
+    disallow_correct: bool = False  # never sample the original token
+    mlm_label_smoothing: float = 0.0
+    rtd_label_smoothing: float = 0.0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW as ELECTRA uses it."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = MISSING
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-6
+    weight_decay: float = 0.01  # never applied to LayerNorm and biases
+    bias_correction: bool = False
+    layerwise_decay: float | None = None  # learning rate multiplier per layer downwards (finetuning)
+    layerwise_variant: Literal["google", "paper"] = "google"  # last layer at lr × d² (code) or lr × d (paper's text)
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over training, as a multiple of `optimizer.lr`."""
+
+    # electra: linear decay over all steps times min(1, step / warmup); linear: warmup, then linear decay over the rest;
+    # one_cycle: cosine up over `warmup`, cosine down over the rest; constant: warmup, flat, linear decay over `decay`
+    name: Literal["electra", "linear", "one_cycle", "constant"] = "electra"
+    warmup: str = MISSING  # a Composer time: 10000ba, 1ep, 0.1dur
+    decay: str = "0.1dur"  # `constant` only: length of the final decay
+
+
+@dataclass
+class FSDPConfig:
+    """Fully sharded data parallelism (FSDP2), as Composer's `FSDP2Config` takes it."""
+
+    reshard_after_forward: bool = True
+    activation_checkpointing: bool = False
+    activation_cpu_offload: bool = False
+    state_dict_type: Literal["full", "sharded"] = "full"  # full: one checkpoint file that export and GLUE read
+    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
+    verbose: bool = False
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how wide, on what."""
+
+    max_duration: str | None = None  # a Composer time; required for pretraining, null in GLUE: the task's own epochs
+    global_train_batch_size: int = MISSING  # rows over all devices and microbatches
+    device_train_microbatch_size: Union[int, str, None] = None  # noqa: UP007 (OmegaConf); null: no split; auto (GPU)
+    device_eval_batch_size: int = MISSING
+    eval_interval: str = "1dur"
+    eval_batches: int | None = None  # null: the whole validation set
+    device: Literal["cpu", "gpu"] | None = None  # null: a GPU where there is one
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
+    gradient_clip: float | None = 1.0  # largest global gradient norm; null: no clipping
+    compile: bool = False
+    fsdp: FSDPConfig | None = None  # {} for its defaults; null: DDP
+    deterministic: bool = False
+    progress_bar: bool = True
+    log_interval: str = "10ba"  # how often train metrics are computed, and the console logger prints
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept of a run, and where it starts from."""
+
+    folder: str = MISSING  # config.yaml, tokenizer, metrics and checkpoints of the run
+    interval: str | None = None  # a Composer time; null: none but the milestones
+    keep: int = 2  # interval checkpoints that stay; -1: all
+    milestones: list[float] = field(default_factory=list)  # fractions of training whose checkpoints stay for good
+    resume: bool = True  # continue from the newest checkpoint in `folder`, if there is one
+    overwrite: bool = False  # start anew in a folder that holds another run, replacing its files
+    load_path: str | None = None  # start from this checkpoint's weights and state
+    load_weights_only: bool = False
+
+
+@dataclass
+class RunConfig:
+    """What every run has, pretraining or finetuning."""
+
+    run_name: str = MISSING
+    seed: int = 42
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)  # name: {argument: value}; names in builders.py
+    loggers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PretrainConfig(RunConfig):
+    """`electra_composer/pretrain.py`."""
+
+    data: ShardsConfig = field(default_factory=ShardsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+
+@dataclass
+class GlueModelConfig:
+    """What is finetuned."""
+
+    source: str = MISSING  # a checkpoint of ours (.pt), a Hugging Face folder, or a name on the hub
+    random_init: bool = False  # keep the sizes and the tokenizer of `source`, but draw new weights: the baseline
+    dropout: float | None = None  # null: what `source` was trained with
+    classifier_dropout: float = 0.1
+
+
+@dataclass
+class GlueConfig(RunConfig):
+    """`electra_composer/glue.py`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: GlueModelConfig = field(default_factory=GlueModelConfig)
+    tasks: list[str] = MISSING
+    seeds: list[int] = MISSING  # one finetuning run per task and seed
+    max_train_examples: int | None = None  # null: all; else a seeded sample, for quick looks
+    results: str = "${checkpoints.folder}/results.json"
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config:
+    """Read a YAML file, apply `key=value` overrides, check everything, resolve interpolations.
+
+    Args:
+        path: the YAML file.
+        overrides: such as `["optimizer.lr=1e-3", "data.path=data/owt"]`; the last one of a key wins.
+        schema: :class:`PretrainConfig` or :class:`GlueConfig`.
+
+    Returns:
+        An instance of `schema` with nothing missing and nothing unresolved.
+
+    Raises:
+        UserError: file missing or not YAML, unknown key (with its full path and the nearest valid one), wrong type,
+            missing required value, or an interpolation that leads nowhere.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; expected a YAML such as yamls/small.yaml as the first argument")
+    try:
+        with open(path, encoding="utf-8") as file:
+            from_file = OmegaConf.create(yaml.safe_load(file) or {})
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not a readable YAML file: {error}") from error
+    if not OmegaConf.is_dict(from_file):
+        raise UserError(f"{path}: expected keys and values at the top level, found a list")
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise UserError(f"{override!r}: overrides are written key=value, such as optimizer.lr=1e-3")
+    config = OmegaConf.structured(schema)
+    try:
+        from_command_line = OmegaConf.from_dotlist(overrides)
+        for origin, part in ((path, from_file), ("the command line", from_command_line)):
+            _refuse_unknown_keys(OmegaConf.to_container(part, resolve=False), schema, origin)
+            for key in ([str(k) for k in part] if origin == path else overrides):
+                # One key at a time, so that a message can name the one that is wrong.
+                piece = OmegaConf.create({key: part[key]}) if origin == path else OmegaConf.from_dotlist([key])
+                try:
+                    config = OmegaConf.merge(config, piece)
+                except OmegaConfBaseException as error:
+                    full_key = getattr(error, "full_key", None) or key.split("=")[0]
+                    raise UserError(f"{origin}: {full_key}: {_first_line(error)}") from error
+        missing = sorted(key for key in OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(
+                f"{path}: no value for {', '.join(missing)}: set it there, or as {missing[0]}=… on the command line"
+            )
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        full_key = getattr(error, "full_key", None)
+        raise UserError(f"{path}: {f'{full_key}: ' if full_key else ''}{_first_line(error)}") from error
+
+
+def load_config_from_command_line(schema: type[Config], usage: str) -> Config:
+    """`load_config` of `sys.argv`: one YAML file, then any number of `key=value`."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(f"usage: {usage}\n\nThe keys and what they mean are in electra_composer/config.py.")
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    return load_config(sys.argv[1], sys.argv[2:], schema)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML text, keys in schema order."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain dictionaries and lists."""
+    container = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """A clause for an error message: the nearest valid name, or all of them if none is near."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"valid are {', '.join(sorted(valid))}"
+
+
+def _refuse_unknown_keys(node: Any, schema: type, origin: str, prefix: str = "") -> None:
+    """Walk the YAML beside the schema; callbacks and loggers are free dictionaries here and checked by their builder."""
+    if not isinstance(node, dict):
+        return
+    types = get_type_hints(schema)
+    valid = [f.name for f in fields(schema)]
+    for key, value in node.items():
+        full_key = f"{prefix}{key}"
+        if key not in valid:
+            raise UserError(f"{origin}: unknown key {full_key}; {nearest(full_key, [prefix + name for name in valid])}")
+        for candidate in (types[key], *getattr(types[key], "__args__", ())):
+            if is_dataclass(candidate):
+                _refuse_unknown_keys(value, candidate, origin, f"{full_key}.")  # type: ignore[arg-type]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]

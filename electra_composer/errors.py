@@ -1,0 +1,32 @@
+"""Errors that are the user's to mend: one clear line, a non-zero exit, no traceback."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something the person at the keyboard can mend.
+
+    The message is one line that says what was wrong, what was expected and what to do.
+    """
+
+
+def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a command line print `error: …` and exit with 2 on a :class:`UserError`, instead of a traceback.
+
+    Every other exception keeps its traceback: it is ours to mend.
+    """
+
+    @functools.wraps(entry_point)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return entry_point(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return wrapper
