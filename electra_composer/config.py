@@ -1,7 +1,7 @@
 """The schema of the YAML files, and how a file and command-line overrides become one checked configuration.
 
-Every key that a YAML may hold is a field of a dataclass below; anything else is an error. What pretraining and GLUE have
-in common (data, optimizer, schedule, trainer, checkpoints, callbacks, loggers) is one part, :class:`RunConfig`.
+Every key that a YAML may hold is a field of a dataclass below; anything else is an error. What pretraining and GLUE
+have in common (data, optimizer, schedule, trainer, checkpoints, callbacks, loggers) is one part, :class:`RunConfig`.
 Sizes that follow from others (generator widths, feed-forward width, number of masked slots) are derived, not listed.
 """
 
@@ -68,7 +68,7 @@ class ObjectiveConfig:
     mask_style: Literal["electra", "bert"] = "electra"  # 85% [MASK], 15% kept; or 80% [MASK], 10% random, 10% kept
     gen_weight: float = 1.0
     disc_weight: float = 50.0
-    sampling: Literal["gumbel", "inverse_cdf"] = "gumbel"  # two ways to draw from the same distribution
+    sampling: Literal["gumbel", "inverse_cdf"] = "inverse_cdf"  # the same distribution; inverse CDF needs less noise
     temperature: float = 1.0  # the generator's logits are divided by it before sampling
     disallow_correct: bool = False  # never sample the original token
     mlm_label_smoothing: float = 0.0
@@ -226,7 +226,7 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
         from_command_line = OmegaConf.from_dotlist(overrides)
         for origin, part in ((path, from_file), ("the command line", from_command_line)):
             _refuse_unknown_keys(OmegaConf.to_container(part, resolve=False), schema, origin)
-            for key in ([str(k) for k in part] if origin == path else overrides):
+            for key in [str(k) for k in part] if origin == path else overrides:
                 # One key at a time, so that a message can name the one that is wrong.
                 piece = OmegaConf.create({key: part[key]}) if origin == path else OmegaConf.from_dotlist([key])
                 try:
@@ -272,7 +272,7 @@ def nearest(name: str, valid: list[str]) -> str:
 
 
 def _refuse_unknown_keys(node: Any, schema: type, origin: str, prefix: str = "") -> None:
-    """Walk the YAML beside the schema; callbacks and loggers are free dictionaries here and checked by their builder."""
+    """Walk the YAML beside the schema; callbacks and loggers are free dictionaries here, their builder checks them."""
     if not isinstance(node, dict):
         return
     types = get_type_hints(schema)

@@ -1,0 +1,315 @@
+"""ELECTRA (Clark et al., ICLR 2020, arXiv 2003.10555): a generator, a discriminator, replaced-token detection.
+
+:class:`ElectraForPretraining` is section 2 of the paper: a small masked language model proposes tokens, the
+discriminator says of every token whether it was replaced, both are trained jointly, and no gradient passes through the
+sampling.
+:class:`ElectraForClassification` is what is finetuned. Neither knows of Composer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from electra_composer import masking
+from electra_composer.config import ModelConfig, ObjectiveConfig
+from electra_composer.encoder import Embeddings, Encoder, EncoderConfig, attention_mask_of, init_weights
+from electra_composer.errors import UserError
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the tokens that have a role of their own."""
+
+    pad: int
+    cls: int
+    sep: int
+    mask: int
+
+
+def discriminator_config(model: ModelConfig, vocab_size: int) -> EncoderConfig:
+    """Sizes of the discriminator: those of the YAML, feed-forward 4 × hidden."""
+    return _encoder_config(model, vocab_size, model.hidden_size, model.num_heads, model.num_layers, "model.")
+
+
+def generator_config(model: ModelConfig, vocab_size: int) -> EncoderConfig:
+    """Sizes of the generator, derived from the discriminator's.
+
+    Hidden size `generator_size × hidden_size`, heads `max(1, hidden // 64)`, feed-forward 4 × hidden, as many layers as
+    the discriminator unless `generator_layers` says otherwise (google-research/electra `util/training_utils.py`).
+    """
+    hidden_size = round(model.generator_size * model.hidden_size)
+    layers = model.num_layers if model.generator_layers is None else model.generator_layers
+    return _encoder_config(model, vocab_size, hidden_size, max(1, hidden_size // 64), layers, "generator of model.")
+
+
+def _encoder_config(
+    model: ModelConfig, vocab_size: int, hidden_size: int, num_heads: int, num_layers: int, whose: str
+) -> EncoderConfig:
+    for name, size in (("num_layers", num_layers), ("hidden_size", hidden_size), ("num_heads", num_heads)):
+        if size < 1:
+            raise UserError(f"{whose}{name} is {size}; expected at least 1")
+    if hidden_size % num_heads:
+        raise UserError(
+            f"{whose}hidden_size {hidden_size} is not a multiple of its {num_heads} heads; change one of them"
+        )
+    return EncoderConfig(
+        vocab_size=vocab_size,
+        embedding_size=model.embedding_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        intermediate_size=4 * hidden_size,
+        max_positions=model.max_positions,
+        dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        initializer_range=model.initializer_range,
+        layer_norm_eps=model.layer_norm_eps,
+    )
+
+
+class MaskedLMHead(nn.Module):
+    """Dense to embedding size, GELU, LayerNorm; then the token embeddings are the output weights."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+        self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
+
+    def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
+        """`hidden [rows, N, hidden_size]`, `word_embeddings [padded_vocab_size, embedding_size]` → logits
+        `[rows, N, vocab_size]`."""
+        features = self.norm(F.gelu(self.dense(hidden)))
+        return F.linear(features, word_embeddings[: self.vocab_size], self.bias[: self.vocab_size])
+
+
+class ReplacedTokenHead(nn.Module):
+    """Dense, GELU, one logit per token."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[rows, length, hidden_size]` → logits `[rows, length]`; positive means replaced."""
+        return self.out(F.gelu(self.dense(hidden))).squeeze(-1)
+
+
+class ElectraForPretraining(nn.Module):
+    """Generator and discriminator with the joint objective.
+
+    Args:
+        model: sizes.
+        objective: masking, sampling and loss.
+        vocab_size: entries of the tokenizer's vocabulary.
+        special_ids: of the tokenizer.
+        max_seq_length: tokens in a row.
+
+    Raises:
+        UserError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        vocab_size: int,
+        special_ids: SpecialIds,
+        max_seq_length: int,
+    ):
+        super().__init__()
+        self.objective = objective
+        self.vocab_size = vocab_size
+        self.special_ids = special_ids
+        self.slots = masking.num_slots(objective.mask_prob, max_seq_length)
+        if not 1 <= self.slots <= max_seq_length:
+            raise UserError(
+                f"objective.mask_prob {objective.mask_prob} masks {self.slots} of the {max_seq_length} tokens of a "
+                "row; expected at least one and no more than there are"
+            )
+        if max_seq_length > model.max_positions:
+            raise UserError(
+                f"data.max_seq_length {max_seq_length} is more than model.max_positions {model.max_positions}; "
+                "raise the latter"
+            )
+        discriminator = discriminator_config(model, vocab_size)
+        generator = generator_config(model, vocab_size)
+        self.embeddings = Embeddings(discriminator)
+        # Tied, there is one table of each kind and one LayerNorm, and nothing to keep in step (paper, section 3.2;
+        # google-research/electra ties the LayerNorm too).
+        self.generator_embeddings = None if model.tie_embeddings else Embeddings(generator)
+        self.generator = Encoder(generator)
+        self.discriminator = Encoder(discriminator)
+        self.mlm_head = MaskedLMHead(generator)
+        self.rtd_head = ReplacedTokenHead(discriminator)
+        init_weights(self, model.initializer_range)
+        self._zero_padding_rows()
+
+    def _zero_padding_rows(self) -> None:
+        with torch.no_grad():
+            for embeddings in (self.embeddings, self.generator_embeddings):
+                if embeddings is not None:
+                    embeddings.word.weight[self.vocab_size :] = 0.0
+
+    @property
+    def embeddings_of_generator(self) -> Embeddings:
+        """The generator's embeddings, also the weights of its output layer: the discriminator's own when tied."""
+        return self.embeddings if self.generator_embeddings is None else self.generator_embeddings
+
+    def candidates(self, input_ids: Tensor, sequence_ids: Tensor) -> Tensor:
+        """True where a token may be masked, `[rows, length]`: never `[CLS]`, `[SEP]`, a literal `[MASK]` or padding."""
+        special = self.special_ids
+        return masking.maskable(input_ids, sequence_ids, (special.cls, special.sep, special.mask))
+
+    def mask_counts(self, input_ids: Tensor, sequence_ids: Tensor) -> Tensor:
+        """How many tokens of each row will be masked, integers `[rows]`: known before the draw."""
+        candidates = self.candidates(input_ids, sequence_ids)
+        return masking.mask_counts(candidates, sequence_ids, self.objective.mask_prob, self.slots)
+
+    def draw_noise(self, input_ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The uniform numbers of one forward, fp32 `[rows, noise_width]`."""
+        rows, length = input_ids.shape
+        width = masking.noise_width(length, self.slots)
+        return torch.rand(rows, width, device=input_ids.device, generator=generator)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        position_ids: Tensor,
+        sequence_ids: Tensor,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Mask, generate, sample, discriminate; once, on the device.
+
+        Args:
+            input_ids, token_type_ids, position_ids, sequence_ids: integers `[rows, length]`; the batch of shards.py.
+            noise: uniform numbers of `draw_noise`, for a forward that can be repeated; sampling is by inverse CDF then.
+                Without it they come from torch's default generator.
+
+        Returns:
+            `mlm_loss`, `rtd_loss`: fp32 sums, over masked tokens and over non-padding tokens, to be divided by the
+            whole batch's counts; `rtd_logits [rows, length]` fp32, `replaced [rows, length]` booleans;
+            `stats`: sums for the metrics, without gradient, fp32 scalars (see `_statistics`);
+            and, for inspection, `mlm_logits`, `masked_positions`, `masked_weights`, `sampled_ids`, `corrupted_ids`.
+        """
+        objective, slots = self.objective, self.slots
+        gumbel = noise is None and objective.sampling == "gumbel"
+        if noise is None:
+            noise = self.draw_noise(input_ids)
+        position_noise, replace_noise, random_noise, sample_noise = masking.split_noise(noise, slots)
+
+        # Masking: fixed number of slots, dynamic, anew each time.
+        candidates = self.candidates(input_ids, sequence_ids)
+        counts = masking.mask_counts(candidates, sequence_ids, objective.mask_prob, slots)
+        positions, weights = masking.choose_positions(candidates, counts, slots, position_noise)
+        originals = input_ids.gather(1, positions)
+        masked_tokens = masking.mask_tokens(
+            originals,
+            weights,
+            objective.mask_style,
+            self.special_ids.mask,
+            self.vocab_size,
+            replace_noise,
+            random_noise,
+        )
+        masked_ids = input_ids.scatter(1, positions, masked_tokens)
+
+        # Generator: only the gathered masked positions meet the vocabulary.
+        attention_mask = attention_mask_of(sequence_ids)
+        embeddings = self.embeddings_of_generator
+        hidden = self.generator(embeddings(masked_ids, token_type_ids, position_ids), attention_mask)
+        gathered = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+        mlm_logits = self.mlm_head(gathered, embeddings.word.weight).float()
+        mlm_losses = F.cross_entropy(
+            mlm_logits.flatten(0, 1),
+            originals.flatten(),
+            reduction="none",
+            label_smoothing=objective.mlm_label_smoothing,
+        ).view_as(weights)
+        mlm_loss = (mlm_losses * weights).sum()
+
+        # Sampling: all masked positions get their sample, those that had kept their token too; no gradient.
+        with torch.no_grad():
+            logits = masking.sampling_logits(mlm_logits, originals, objective.temperature, objective.disallow_correct)
+            sampled = masking.sample_gumbel(logits) if gumbel else masking.sample_inverse_cdf(logits, sample_noise)
+            sampled = torch.where(weights > 0, sampled, originals)
+            corrupted_ids = input_ids.scatter(1, positions, sampled)
+            replaced = masking.replaced_labels(corrupted_ids, input_ids, sequence_ids)
+
+        # Discriminator: every non-padding token, [CLS] and [SEP] included (paper, section 2).
+        hidden = self.discriminator(self.embeddings(corrupted_ids, token_type_ids, position_ids), attention_mask)
+        rtd_logits = self.rtd_head(hidden).float()
+        tokens = sequence_ids > 0
+        smoothing = objective.rtd_label_smoothing
+        targets = replaced.float() * (1.0 - smoothing) + 0.5 * smoothing
+        rtd_losses = F.binary_cross_entropy_with_logits(rtd_logits, targets, reduction="none")
+        rtd_loss = (rtd_losses * tokens).sum()
+
+        outputs = {
+            "mlm_loss": mlm_loss,
+            "rtd_loss": rtd_loss,
+            "rtd_logits": rtd_logits.detach(),
+            "replaced": replaced,
+            "mlm_logits": mlm_logits.detach(),
+            "masked_positions": positions,
+            "masked_weights": weights,
+            "sampled_ids": sampled,
+            "corrupted_ids": corrupted_ids,
+        }
+        outputs["stats"] = self._statistics(outputs, originals, tokens)
+        return outputs
+
+    @staticmethod
+    @torch.no_grad()
+    def _statistics(outputs: dict[str, Tensor], originals: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Sums from which every training metric follows; they add up over microbatches and processes."""
+        weights, replaced = outputs["masked_weights"], outputs["replaced"]
+        predicted = (outputs["rtd_logits"] > 0) & tokens
+        return {
+            "masked": weights.sum(),
+            "mlm_correct": ((outputs["mlm_logits"].argmax(-1) == originals) * weights).sum(),
+            "sampled_correct": ((outputs["sampled_ids"] == originals) * weights).sum(),
+            "tokens": tokens.sum().float(),
+            "replaced": replaced.sum().float(),
+            "true_positive": (predicted & replaced).sum().float(),
+            "false_positive": (predicted & ~replaced).sum().float(),
+            "false_negative": (~predicted & replaced).sum().float(),
+            "true_negative": (~predicted & ~replaced & tokens).sum().float(),
+            "mlm_loss_sum": outputs["mlm_loss"].detach(),
+            "rtd_loss_sum": outputs["rtd_loss"].detach(),
+        }
+
+
+class ElectraForClassification(nn.Module):
+    """The discriminator's body with the GLUE head of google-research/electra and richarddwang/electra_pytorch.
+
+    Dropout and one linear layer on the last hidden state of `[CLS]`; no tanh, no further layer. Xavier-uniform weight,
+    zero bias.
+
+    Args:
+        config: sizes of the discriminator.
+        num_labels: outputs; 1 for regression.
+        classifier_dropout: probability.
+    """
+
+    def __init__(self, config: EncoderConfig, num_labels: int, classifier_dropout: float = 0.1):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.dropout = nn.Dropout(classifier_dropout)
+        self.head = nn.Linear(config.hidden_size, num_labels)
+        init_weights(self, config.initializer_range)
+        nn.init.xavier_uniform_(self.head.weight)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, sequence_ids: Tensor) -> Tensor:
+        """Integers `[rows, length]`, one example per row → fp32 `[rows, num_labels]`."""
+        embedded = self.embeddings(input_ids, token_type_ids, position_ids)
+        hidden = self.encoder(embedded, attention_mask_of(sequence_ids))
+        return self.head(self.dropout(hidden[:, 0])).float()

@@ -1,0 +1,133 @@
+"""Which positions are masked, what stands there, and what the generator puts there.
+
+Pure functions on tensors. Every random choice is made from uniform numbers that the caller passes in, so that the same
+numbers give the same batch however it is split. Source: google-research/electra `pretrain/pretrain_helpers.py`; it
+draws positions with replacement, we draw without, so that the share of masked tokens is what the configuration says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def num_slots(mask_prob: float, max_seq_length: int) -> int:
+    """Masked positions a row has room for: `int((mask_prob + 0.005) × max_seq_length)` (`configure_pretraining.py`)."""
+    return int((mask_prob + 0.005) * max_seq_length)
+
+
+def noise_width(max_seq_length: int, slots: int) -> int:
+    """Uniform numbers that one row of a batch needs: one per position, three per slot."""
+    return max_seq_length + 3 * slots
+
+
+def split_noise(noise: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`[rows, noise_width]` → position `[rows, length]`; replacement, random token, sample `[rows, slots]` each."""
+    length = noise.shape[1] - 3 * slots
+    position, replace, random_token, sample = noise.split([length, slots, slots, slots], dim=1)
+    return position, replace, random_token, sample
+
+
+def maskable(input_ids: Tensor, sequence_ids: Tensor, special_ids: tuple[int, ...]) -> Tensor:
+    """True where a token may be masked: not padding, none of `special_ids`. `[rows, length]`, three times."""
+    candidates = sequence_ids > 0
+    for special_id in special_ids:
+        candidates = candidates & (input_ids != special_id)
+    return candidates
+
+
+def mask_counts(candidates: Tensor, sequence_ids: Tensor, mask_prob: float, slots: int) -> Tensor:
+    """How many positions of each row are masked.
+
+    A share `mask_prob` of its tokens, `[CLS]` and `[SEP]` counted as the paper's code does, at least one, at most the
+    slots there are, and never more than there are candidates.
+
+    Returns:
+        Integers `[rows]`.
+    """
+    tokens = (sequence_ids > 0).sum(dim=1)
+    counts = torch.round(tokens * mask_prob).long().clamp(min=1, max=slots)
+    return torch.minimum(counts, candidates.sum(dim=1))
+
+
+def choose_positions(candidates: Tensor, counts: Tensor, slots: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw positions uniformly, without replacement, among the candidates of each row.
+
+    Args:
+        candidates: booleans `[rows, length]`.
+        counts: integers `[rows]`, at most `slots` and at most the candidates of the row.
+        slots: N.
+        noise: uniform in [0, 1), `[rows, length]`.
+
+    Returns:
+        `positions [rows, N]`, integers, all different within a row; `weights [rows, N]`, fp32: 1 for the first `counts`
+        slots, 0 for the unused ones, whose positions mean nothing.
+    """
+    scores = noise.masked_fill(~candidates, -1.0)
+    positions = scores.topk(slots, dim=1).indices
+    weights = torch.arange(slots, device=counts.device)[None, :] < counts[:, None]
+    return positions, weights.float()
+
+
+def mask_tokens(
+    tokens: Tensor, weights: Tensor, style: str, mask_id: int, vocab_size: int, replace: Tensor, random_token: Tensor
+) -> Tensor:
+    """What the generator sees at the masked positions.
+
+    Args:
+        tokens: original ids `[rows, N]`.
+        weights: `[rows, N]`; slots of weight 0 keep their token.
+        style: `electra`: 85% `[MASK]`, 15% unchanged (paper's code); `bert`: 80% `[MASK]`, 10% random, 10% unchanged.
+        mask_id: id of `[MASK]`.
+        vocab_size: random tokens are drawn from all ids below it.
+        replace: uniform in [0, 1), `[rows, N]`: which of the cases.
+        random_token: uniform in [0, 1), `[rows, N]`: which random token.
+
+    Returns:
+        Ids `[rows, N]`.
+    """
+    used = weights > 0
+    if style == "electra":
+        return torch.where(used & (replace < 0.85), mask_id, tokens)
+    if style == "bert":
+        random_ids = (random_token * vocab_size).long().clamp(max=vocab_size - 1)
+        masked = torch.where(used & (replace < 0.8), mask_id, tokens)
+        return torch.where(used & (replace >= 0.8) & (replace < 0.9), random_ids, masked)
+    raise ValueError(f"mask style {style!r}: expected 'electra' or 'bert'")
+
+
+def sampling_logits(logits: Tensor, originals: Tensor, temperature: float, disallow_correct: bool) -> Tensor:
+    """The generator's logits as sampling sees them: fp32, over the temperature, the original token ruled out if asked.
+
+    `logits [rows, N, vocabulary]`, `originals [rows, N]` → `[rows, N, vocabulary]`.
+    """
+    logits = logits.float() / temperature
+    if disallow_correct:
+        logits = logits.scatter(-1, originals[..., None], float("-inf"))
+    return logits
+
+
+def sample_inverse_cdf(logits: Tensor, noise: Tensor) -> Tensor:
+    """One draw from `softmax(logits)` per position, from one uniform number each.
+
+    The first token whose cumulative probability exceeds `noise` times the total: tokens of probability zero are never
+    drawn. `logits [rows, N, vocabulary]`, `noise [rows, N]` in [0, 1) → ids `[rows, N]`.
+    """
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+    # Rounding may carry noise × total up to the total itself, beyond which there is no token: stay a hair below it.
+    threshold = noise.clamp(max=1.0 - 2.0**-22)[..., None] * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+
+
+def sample_gumbel(logits: Tensor) -> Tensor:
+    """One draw from `softmax(logits)` per position: the largest of logits plus Gumbel noise (as the paper's code does).
+
+    Noise for the whole vocabulary comes from torch's default generator. `[rows, N, vocabulary]` → ids `[rows, N]`.
+    """
+    # The ratio form of the same draw: argmax of p / E with E exponential, which needs no logarithm of a uniform zero.
+    return (logits.softmax(dim=-1) / torch.empty_like(logits).exponential_()).argmax(dim=-1)
+
+
+def replaced_labels(corrupted: Tensor, originals: Tensor, sequence_ids: Tensor) -> Tensor:
+    """True where the discriminator should say "replaced"; a sample equal to the original is original (paper, 2)."""
+    return (corrupted != originals) & (sequence_ids > 0)
