@@ -1,0 +1,176 @@
+"""ELECTRA pretraining as a `ComposerModel`: what Composer's `Trainer` needs to know of it, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from composer.utils import dist
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import BinaryAUROC
+
+from electra_composer.electra import ElectraForPretraining
+from electra_composer.encoder import EncoderConfig, Layer
+
+MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids", "noise")
+
+EVAL_NOISE_SEED = 20200311
+"""Validation masks are drawn from this seed and the batch's own tokens, never from the training stream: checkpoints are
+compared on the same masks, and how often one evaluates changes nothing in training."""
+
+RATIOS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "mlm_loss": ("mlm_loss_sum", ("masked",)),
+    "mlm_accuracy": ("mlm_correct", ("masked",)),
+    "sampled_accuracy": ("sampled_correct", ("masked",)),
+    "rtd_loss": ("rtd_loss_sum", ("tokens",)),
+    "rtd_accuracy": ("rtd_correct", ("tokens",)),
+    "rtd_precision": ("true_positive", ("true_positive", "false_positive")),
+    "rtd_recall": ("true_positive", ("true_positive", "false_negative")),
+    "replaced_share": ("replaced", ("tokens",)),
+}
+"""Every metric but AUC is a ratio of sums that the forward returns: name → (numerator, terms of the denominator)."""
+
+
+class ElectraPretraining(ComposerModel):
+    """Joint loss over a whole batch, however it is split.
+
+    `1.0 × MLM + 50.0 × RTD` (paper, section 2.2): MLM is a mean over the masked tokens, RTD over the non-padding tokens
+    **of the whole batch**, all microbatches and processes together. Composer weighs a microbatch by its rows alone, so
+    :meth:`count_batch` counts both denominators before the batch is split and :meth:`loss` divides by them.
+
+    Args:
+        model: the only child, so that sharding sees one container and tied parameters stay in one group.
+        cpu_autocast: run the forward under bfloat16 autocast on the CPU (see devices.py).
+    """
+
+    def __init__(self, model: ElectraForPretraining, cpu_autocast: bool = False):
+        super().__init__()
+        self.model = model
+        self.cpu_autocast = cpu_autocast
+        self._device_for_counts: torch.device | None = None
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """`batch`: the integers of shards.py, `[rows, length]` each; optionally `noise` (see masking.py)."""
+        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        autocast = torch.autocast("cpu", torch.bfloat16) if self.cpu_autocast else contextlib.nullcontext()
+        with autocast:
+            return self.model(**inputs)
+
+    def count_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Add `loss_scale [rows, 2]`, fp32, the same in every row: what a sum of losses is multiplied by.
+
+        To be used as Composer's `batch_transforms`: it sees the whole batch of this process before it is split. The
+        factors hold the global denominators, undo that DDP and FSDP average over processes, and carry the rows of the
+        batch, by which Composer's weighting of microbatches is undone in :meth:`loss`.
+        """
+        input_ids, sequence_ids = batch["input_ids"], batch["sequence_ids"]
+        rows = input_ids.shape[0]
+        counts = torch.stack(
+            [
+                self.model.mask_counts(input_ids, sequence_ids).sum(),
+                (sequence_ids > 0).sum(),
+                torch.tensor(rows, device=input_ids.device),
+            ]
+        ).double()
+        world_size = dist.get_world_size()
+        if world_size > 1:
+            device = next(self.model.parameters()).device
+            counts = counts.to(device)
+            dist.all_reduce(counts, reduce_operation="SUM")
+            counts = counts.to(input_ids.device)
+        masked, tokens, all_rows = counts.unbind()
+        # Gradients are averaged over processes: × world_size; Composer multiplies by rows of the microbatch over the
+        # rows of a process's batch: × the latter, and `loss` divides by the former.
+        scale = torch.stack([all_rows / masked.clamp(min=1), all_rows / tokens.clamp(min=1)]).float()
+        return {**batch, "loss_scale": scale.expand(rows, 2).contiguous()}
+
+    def loss(self, outputs: dict[str, Any], batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """`total`, `mlm`, `rtd`: fp32 scalars, means over the whole batch once Composer has added up the microbatches."""
+        if "loss_scale" not in batch:
+            raise KeyError("the batch has no loss_scale: pass it through count_batch before it is split")
+        scale = batch["loss_scale"][0] / batch["input_ids"].shape[0]
+        mlm, rtd = outputs["mlm_loss"] * scale[0], outputs["rtd_loss"] * scale[1]
+        objective = self.model.objective
+        return {"total": objective.gen_weight * mlm + objective.disc_weight * rtd, "mlm": mlm, "rtd": rtd}
+
+    def eval_forward(self, batch: dict[str, Any], outputs: Any = None) -> dict[str, Any]:
+        """A forward whose masks and samples depend on the batch alone."""
+        if "noise" not in batch:
+            generator = torch.Generator(batch["input_ids"].device)
+            generator.manual_seed(EVAL_NOISE_SEED + int(batch["input_ids"].sum()))
+            batch = {**batch, "noise": self.model.draw_noise(batch["input_ids"], generator)}
+        return self.forward(batch)
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        """Validation metrics; training metrics are summed up by a callback, without waiting for the device."""
+        if is_train:
+            return {}
+        metrics: dict[str, Metric] = {name: NamedMean(name) for name in RATIOS}
+        metrics["total_loss"] = NamedMean("total_loss")
+        # Fixed thresholds keep memory constant; even steps in logit space resolve the low probabilities RTD lives on.
+        metrics["rtd_auc"] = BinaryAUROC(thresholds=torch.sigmoid(torch.linspace(-12, 12, 961)))
+        return metrics
+
+    def update_metric(self, batch: dict[str, Any], outputs: dict[str, Any], metric: Metric) -> None:
+        """Feed one batch to one metric of :meth:`get_metrics`."""
+        if isinstance(metric, BinaryAUROC):
+            tokens = batch["sequence_ids"] > 0
+            metric.update(outputs["rtd_logits"][tokens].sigmoid(), outputs["replaced"][tokens].long())
+            return
+        assert isinstance(metric, NamedMean)
+        stats = {**outputs["stats"]}
+        stats["rtd_correct"] = stats["true_positive"] + stats["true_negative"]
+        if metric.of == "total_loss":
+            objective = self.model.objective
+            mlm = stats["mlm_loss_sum"] / stats["masked"].clamp(min=1)
+            rtd = stats["rtd_loss_sum"] / stats["tokens"].clamp(min=1)
+            metric.update(objective.gen_weight * mlm + objective.disc_weight * rtd, stats["tokens"])
+            return
+        numerator, terms = RATIOS[metric.of]
+        denominator = sum((stats[term] for term in terms), torch.zeros_like(stats["tokens"]))
+        metric.update(stats[numerator] / denominator.clamp(min=1), denominator)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """FSDP shards each Transformer layer as a unit, and the rest (embeddings, heads) with the container."""
+        return isinstance(module, Layer)
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        return isinstance(module, Layer)
+
+    def flops_per_batch(self, batch: dict[str, Any]) -> int:
+        """Floating-point operations of one training step on `batch`, for Composer's `SpeedMonitor`.
+
+        Multiply-adds count as two, backward as twice the forward: 6 × weights of matrix products × tokens, plus
+        attention scores and values. Generator and discriminator are counted apart; the masked-LM head on the masked
+        slots alone; embeddings look up and cost nothing; padding is computed, so it is counted.
+        """
+        rows, length = batch["input_ids"].shape
+        model = self.model
+        generator, discriminator = model.generator.config, model.discriminator.config
+        encoders = encoder_flops(generator, rows, length) + encoder_flops(discriminator, rows, length)
+        mlm_weights = generator.embedding_size * (generator.hidden_size + generator.vocab_size)
+        rtd_weights = discriminator.hidden_size * (discriminator.hidden_size + 1)
+        heads = 6 * rows * (model.slots * mlm_weights + length * rtd_weights)
+        return encoders + heads
+
+
+class NamedMean(MeanMetric):
+    """A weighted mean that knows which ratio of :data:`RATIOS` it is the mean of."""
+
+    def __init__(self, of: str):
+        super().__init__()
+        self.of = of
+
+
+def encoder_flops(config: EncoderConfig, rows: int, length: int) -> int:
+    """Forward and backward of one encoder: see `ElectraPretraining.flops_per_batch`."""
+    hidden = config.hidden_size
+    layer_weights = 4 * hidden * hidden + 2 * hidden * config.intermediate_size
+    projection = config.embedding_size * hidden if config.embedding_size != hidden else 0
+    products = 6 * rows * length * (config.num_layers * layer_weights + projection)
+    # Scores and weighted values: two products of [length, hidden] by [hidden, length] a layer.
+    attention = 3 * config.num_layers * rows * (2 * 2 * length * length * hidden)
+    return products + attention
