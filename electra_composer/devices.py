@@ -23,7 +23,9 @@ def resolve_device(trainer: TrainerConfig) -> tuple[str, str, bool]:
     """
     device = trainer.device or ("gpu" if torch.cuda.is_available() else "cpu")
     if device == "gpu" and not torch.cuda.is_available():
-        raise UserError("trainer.device is gpu, but torch sees no CUDA device; set trainer.device=cpu or mend the driver")
+        raise UserError(
+            "trainer.device is gpu, but torch sees no CUDA device; set trainer.device=cpu or mend the driver"
+        )
     if device == "gpu":
         if trainer.precision == "amp_bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name()
