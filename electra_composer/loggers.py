@@ -1,0 +1,294 @@
+"""Where the metrics go: a file of rows, a progress bar, the console."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+import time
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from composer.core import State, TimeUnit
+from composer.loggers import ConsoleLogger, Logger, LoggerDestination
+from composer.utils import dist
+from tqdm import tqdm
+
+from electra_composer.errors import UserError
+from electra_composer.optim import parse_time
+
+
+class MetricsFile(LoggerDestination):
+    """Every logged metric by step, as JSON lines or CSV, written on rank 0.
+
+    A row is `step` (batches trained before it, Composer's count) and the newest value of each metric logged since the
+    row before. Rows are appended and flushed one by one, so a crash costs the row in the making. A checkpoint carries
+    the row in the making; a resumed run drops the rows from its step on and continues the file.
+
+    NaN and infinity are written as `null` in JSON, which has no signs for them, and as `nan` and `inf` in CSV. A CSV
+    whose columns grow (evaluation adds some) is written anew with the longer header, old rows left empty there: it
+    happens a few times in a run and replaces the file in one move.
+
+    Args:
+        path: the file; folders are made.
+        format: `jsonl` or `csv`; `None`: what the file's ending says.
+        interval: a row every so many batches, such as `10ba`. The last step has a row in any case.
+
+    Raises:
+        UserError: another format or interval.
+    """
+
+    def __init__(self, path: str, format: str | None = None, interval: str = "1ba"):
+        self.path = path
+        self.format = format or os.path.splitext(path)[1][1:]
+        if self.format not in ("jsonl", "csv"):
+            raise UserError(f"{self.format!r} is not a format of the metrics file; expected jsonl or csv")
+        self.interval = _batches(interval, "interval")
+        self.columns: list[str] = []  # CSV only
+        self.row: dict[str, Any] = {}  # in the making
+        self.step = 0
+        self.file: TextIO | None = None
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if dist.get_global_rank() != 0:
+            return
+        step = self.step if step is None else step
+        if step > self.step:
+            if self.step % self.interval == 0:
+                self._write_row()
+            self.step = step
+        self.row.update(metrics)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0 and self.file is None:
+            self._open(state.timestamp.batch.value)
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self.file is None and self.row:
+            self._open(self.step + 1)  # an evaluation without training
+        if self.file is not None:
+            self._write_row()
+            self.file.close()
+            self.file = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "row": _numbers(self.row)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.row = state["step"], dict(state["row"])
+
+    def _open(self, first_step: int) -> None:
+        """Keep what an earlier part of this run wrote before `first_step`, and append from there."""
+        rows = [row for row in self._read() if row["step"] < first_step]
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        self.columns = list(dict.fromkeys(["step", *(column for row in rows for column in row)]))
+        self._rewrite(rows)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The whole rows of the file; the last one may have been cut off by a crash and is left out then."""
+        if not os.path.exists(self.path):
+            return []
+        with open(self.path, encoding="utf-8", newline="") as file:
+            text = file.read()
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        if self.format == "csv":
+            return [
+                {**row, "step": int(row["step"])} for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()
+            ]
+        return [json.loads(line) for line in lines]
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        if self.file is not None:
+            self.file.close()
+        with open(f"{self.path}.tmp", "w", encoding="utf-8", newline="") as file:
+            if self.format == "csv":
+                file.write(_csv_line(self.columns))
+            file.writelines(self._line(row) for row in rows)
+        os.replace(f"{self.path}.tmp", self.path)
+        self.file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115 (closed in `close`)
+
+    def _write_row(self) -> None:
+        row = {"step": self.step, **_numbers(self.row)}
+        self.row = {}
+        if self.file is None or len(row) == 1:
+            return
+        if self.format == "csv" and (new := [column for column in row if column not in self.columns]):
+            rows = self._read()
+            self.columns += new
+            self._rewrite(rows)
+        self.file.write(self._line(row))
+        self.file.flush()
+
+    def _line(self, row: dict[str, Any]) -> str:
+        if self.format == "csv":
+            return _csv_line([row.get(column, "") for column in self.columns])
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        return json.dumps(finite) + "\n"
+
+
+class RunConsole(ConsoleLogger):
+    """Composer's console logger, beside a progress bar: the bar moves down for its lines.
+
+    The configuration is not printed: `callbacks.RunRecord` does that.
+    """
+
+    def _log_to_console(self, log_str: str) -> None:
+        tqdm.write(log_str, file=self.stream)
+
+    def _log_hparams_to_console(self) -> None:
+        pass
+
+
+class RunProgressBar(LoggerDestination):
+    """One bar for the whole training, on the first process of the machine.
+
+    It shows the share done, the time left, the training losses under their last names, tokens per second (those that
+    the loader counts: without padding) and the learning rate. On a terminal it is drawn at most twice a second; where
+    the stream is a file or a pipe, a line is written every ten seconds instead. Metrics of an evaluation are written
+    as one line when it ends. Tokens per second are measured between drawings, on Composer's clock: without evaluations.
+
+    Args:
+        stream: `None`: standard error.
+        seconds: shortest time between drawings; `None`: 0.5 on a terminal, else 10.
+    """
+
+    def __init__(self, stream: TextIO | None = None, seconds: float | None = None):
+        self.stream = stream or sys.stderr
+        self.is_terminal = self.stream.isatty()
+        self.seconds = seconds if seconds is not None else (0.5 if self.is_terminal else 10.0)
+        self.losses: dict[str, float] = {}
+        self.eval_metrics: dict[str, Any] = {}
+        self.bar: tqdm | None = None
+        self.eval_bar: tqdm | None = None
+        self.drawn_at = 0.0
+        self.drawn: tuple[float, float] = (0.0, 0.0)  # tokens and seconds of training at the last drawing
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            if name.startswith("loss/train/"):
+                self.losses[name.removeprefix("loss/train/")] = value
+            elif name.startswith("metrics/") and not name.startswith("metrics/train/"):
+                self.eval_metrics[name.removeprefix("metrics/")] = value
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if dist.get_local_rank() != 0 or self.bar is not None:
+            return
+        assert state.max_duration is not None
+        done, total, unit = _position(state)
+        # Without a terminal tqdm only keeps the time: the lines come from _draw.
+        self.bar = tqdm(
+            initial=done,
+            total=total,
+            unit=unit,
+            unit_scale=unit == "tok",
+            file=self.stream if self.is_terminal else _Nowhere(),
+            dynamic_ncols=True,
+            miniters=1 << 62,  # drawn by _draw alone, and by no monitoring thread
+            maxinterval=math.inf,
+            bar_format="{percentage:5.1f}%|{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}]{postfix}",
+        )
+        self.drawn = (state.timestamp.token.value, state.timestamp.total_wct.total_seconds())
+        self.drawn_at = time.monotonic()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.bar is not None and time.monotonic() - self.drawn_at >= self.seconds:
+            self._draw(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        if self.bar is not None:
+            self._draw(state)
+            self.bar.close()
+            self.bar = None
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        self.eval_metrics = {}
+        if dist.get_local_rank() == 0 and self.is_terminal:
+            total = None if state.dataloader_len is None else int(state.dataloader_len)
+            self.eval_bar = tqdm(
+                desc=state.dataloader_label, total=total, file=self.stream, leave=False, dynamic_ncols=True
+            )
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        if self.eval_bar is not None:
+            self.eval_bar.update()
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        if self.eval_bar is not None:
+            self.eval_bar.close()
+            self.eval_bar = None
+        if dist.get_local_rank() == 0:
+            metrics = "  ".join(f"{name} {value:.4f}" for name, value in _numbers(self.eval_metrics).items())
+            tqdm.write(f"step {state.timestamp.batch.value}: {metrics}", file=self.stream)
+
+    def close(self, state: State, logger: Logger) -> None:
+        for bar in (self.eval_bar, self.bar):
+            if bar is not None:
+                bar.close()
+        self.eval_bar = self.bar = None
+
+    def _draw(self, state: State) -> None:
+        assert self.bar is not None
+        tokens, seconds = state.timestamp.token.value, state.timestamp.total_wct.total_seconds()
+        rate = (tokens - self.drawn[0]) / max(seconds - self.drawn[1], 1e-9)
+        self.drawn, self.drawn_at = (tokens, seconds), time.monotonic()
+        lr = max((group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups), default=0.0)
+        parts = [f"{'loss' if name == 'total' else name} {value:7.4f}" for name, value in self.losses.items()]
+        if tokens:
+            parts.append(f"{tqdm.format_sizeof(rate):>5} tok/s")
+        parts.append(f"lr {lr:.2e}")
+        self.bar.set_postfix_str("  ".join(parts), refresh=False)
+        self.bar.update(_position(state)[0] - self.bar.n)
+        if self.is_terminal:
+            self.bar.refresh()
+        else:
+            numbers = {**self.bar.format_dict, "ncols": None, "bar_format": self.bar.bar_format.replace("|{bar}|", "")}
+            print(tqdm.format_meter(**numbers).strip(), file=self.stream, flush=True)
+
+
+class _Nowhere:
+    """A stream that takes everything and keeps nothing."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def _position(state: State) -> tuple[int, int | None, str]:
+    """How far training is, how far it goes, and the unit: batches where epochs can be counted in them."""
+    duration = state.max_duration
+    assert duration is not None
+    if duration.unit == TimeUnit.EPOCH and state.dataloader_len is not None:
+        return state.timestamp.batch.value, duration.value * int(state.dataloader_len), "ba"
+    return state.timestamp.get(duration.unit).value, duration.value, duration.unit.value
+
+
+def _batches(interval: str, key: str) -> int:
+    """The number of batches of an interval such as `10ba`."""
+    parsed = parse_time(interval, key)
+    if parsed.unit != TimeUnit.BATCH or parsed.value < 1:
+        raise UserError(f"{key}: {interval!r}: expected a number of batches of at least one, such as 10ba")
+    return int(parsed.value)
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, int | float]:
+    """Numbers and one-element tensors as plain numbers; anything else does not fit in a row."""
+    numbers: dict[str, int | float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, torch.Tensor | np.ndarray | np.number):
+            if math.prod(value.shape) == 1:
+                numbers[name] = value.item()
+        elif isinstance(value, int | float):
+            numbers[name] = value
+    return numbers
+
+
+def _csv_line(values: list[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue()
