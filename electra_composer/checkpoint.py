@@ -6,6 +6,7 @@ which runs no code of the file's; a checkpoint that needs more is refused.
 
 from __future__ import annotations
 
+import datetime
 import os
 import pickle
 import tempfile
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, ElectraConfig, PreTrainedTokenizerFast
 from transformers import ElectraForPreTraining as TransformersElectraForPreTraining
@@ -230,24 +232,36 @@ def read_checkpoint(path: str) -> Checkpoint:
         with torch.serialization.safe_globals(_checkpoint_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])
         raise UserError(
-            f"{path}: holds objects other than tensors and plain values, so it was not loaded, since that could run "
-            f"code of the file's: {str(error).splitlines()[0]}"
+            f"{path}: not a checkpoint, or one with objects other than tensors and plain values; it was not loaded, "
+            f"since that could run code of the file's: {reason.rpartition('WeightsUnpickler error: ')[2]}"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a readable checkpoint (cut short?): {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever the reader stumbles over in foreign bytes: there is no end of its kinds
+        raise UserError(
+            f"{path}: not a readable checkpoint (cut short, or another kind of file?): "
+            f"{type(error).__name__}: {_one_line(error)}"
+        ) from error
     try:
         model_state = content["state"]["model"]
         record = content["state"]["callbacks"]["RunRecord"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a checkpoint of pretrain.py: {error} is missing in it") from error
-    state = {name.removeprefix("model.").replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
+        config, tokenizer_files = record["config"], record["tokenizer_files"]
+        state = {name.removeprefix("model.").replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a checkpoint of pretrain.py: no model weights, configuration and tokenizer where they belong "
+            f"({type(error).__name__}: {_one_line(error)})"
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in record["tokenizer_files"].items():
-            with open(os.path.join(folder, os.path.basename(name)), "w", encoding="utf-8") as file:
-                file.write(text)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Checkpoint(path, state, record["config"], tokenizer)
+        try:
+            for name, text in tokenizer_files.items():
+                with open(os.path.join(folder, os.path.basename(name)), "w", encoding="utf-8") as file:
+                    file.write(text)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: the tokenizer in it cannot be read: {_one_line(error)}") from error
+    return Checkpoint(path, state, config, tokenizer)
 
 
 def load_source(source: str) -> Pretrained:
@@ -264,12 +278,11 @@ def load_source(source: str) -> Pretrained:
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
         raise UserError(f"{source}: a folder with neither latest-rank0.pt (ours) nor config.json (Hugging Face)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, loading = TransformersElectraForPreTraining.from_pretrained(source, output_loading_info=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{source}: neither a checkpoint, nor a Hugging Face folder, nor a model the hub gave: "
-            f"{str(error).splitlines()[0]}"
+            f"{source}: neither a checkpoint, nor a Hugging Face folder, nor a model the hub gave: {_one_line(error)}"
         ) from error
     missing = [name for name in loading["missing_keys"] if name.startswith("electra.")]
     if missing:
@@ -277,6 +290,11 @@ def load_source(source: str) -> Pretrained:
             f"{source}: not an ELECTRA discriminator: it has no {missing[0]} ({len(missing)} weights missing)"
         )
     config = encoder_config_of(model.config)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{source}: its tokenizer has {len(tokenizer)} tokens, its model embeddings for {config.vocab_size}; "
+            "they do not belong together"
+        )
     embeddings, encoder = encoder_from_transformers(_under(model.state_dict(), "electra."), config)
     weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
     weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
@@ -302,6 +320,10 @@ def check_state_fits(state: State, expected: State, origin: str) -> None:
             )
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def _under(state: State, prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
@@ -318,5 +340,12 @@ def _pad_rows(table: Tensor, config: EncoderConfig) -> Tensor:
 
 
 def _checkpoint_globals() -> list[Any]:
-    """Plain value types that Composer puts into its checkpoints beside tensors."""
-    return []
+    """Plain value types that Composer puts beside the tensors: times, and NumPy's random state. None of them runs code."""
+    return [
+        datetime.timedelta,
+        torch.torch_version.TorchVersion,
+        np.ndarray,
+        np.dtype,
+        np.dtypes.UInt32DType,
+        np.empty(0).__reduce__()[0],  # NumPy's own array constructor, whose home moved between versions 1 and 2
+    ]

@@ -213,14 +213,18 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
         raise UserError(f"{path}: no such file; expected a YAML such as yamls/small.yaml as the first argument")
     try:
         with open(path, encoding="utf-8") as file:
-            from_file = OmegaConf.create(yaml.safe_load(file) or {})
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a readable YAML file: {error}") from error
+            from_file = OmegaConf.load(file)  # refuses a key that is given twice, which yaml.safe_load does not
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(from_file):
         raise UserError(f"{path}: expected keys and values at the top level, found a list")
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"{override!r}: overrides are written key=value, such as optimizer.lr=1e-3")
+        try:
+            OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{override!r}: its value cannot be read: {' '.join(str(error).split())}") from error
     config = OmegaConf.structured(schema)
     try:
         from_command_line = OmegaConf.from_dotlist(overrides)
@@ -231,7 +235,7 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
                 piece = OmegaConf.create({key: part[key]}) if origin == path else OmegaConf.from_dotlist([key])
                 try:
                     config = OmegaConf.merge(config, piece)
-                except OmegaConfBaseException as error:
+                except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for a dictionary
                     full_key = getattr(error, "full_key", None) or key.split("=")[0]
                     raise UserError(f"{origin}: {full_key}: {_first_line(error)}") from error
         missing = sorted(key for key in OmegaConf.missing_keys(config))
