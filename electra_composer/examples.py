@@ -1,0 +1,222 @@
+"""Text to ELECTRA examples to packed rows: pure functions and iterators, every random draw from an explicit generator.
+
+The rules and the order of the random draws are those of google-research/electra, `build_pretraining_dataset.py`
+(`ExampleBuilder`), so that one stream of random numbers gives one stream of examples.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from random import Random
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Overflow = Literal["cut", "carry"]
+Ids = NDArray[np.int32]
+
+MIN_SEQ_LENGTH = 5  # the shortest target that is ever drawn
+_ONE_SEGMENT_TARGET = 100_000  # no line ever fills it, so that every line goes to the first segment
+
+# A sentence ends at .!? (and closing quotes or brackets) before white space, or where the space was lost: "fine.Then".
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[a-z][.!?])(?=[A-Z][a-z])")
+
+
+class Example(NamedTuple):
+    """One ELECTRA example: `[CLS] A [SEP]` or `[CLS] A [SEP] B [SEP]`."""
+
+    ids: NDArray[np.integer]  # [length_a + length_b]
+    length_a: int  # tokens of A with its [CLS] and [SEP]
+    length_b: int  # tokens of B with its [SEP], or 0
+
+
+class Row(NamedTuple):
+    """Whole examples one after another; one sample of the shards."""
+
+    input_ids: NDArray[np.integer]  # [at most max_seq_length]
+    segment_lengths: NDArray[np.uint16]  # [2 × examples]: length_a and length_b of each
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cut a line at the ends of its sentences, losing nothing but the white space between them.
+
+    The examples need lines that are short against `max_seq_length`; a rare cut after "Mr." does them no harm.
+    """
+    sentences, start = [], 0
+    for match in _SENTENCE_END.finditer(text):
+        end = match.end()
+        sentences.append(text[start:end].strip())
+        start = end
+    sentences.append(text[start:].strip())
+    return [sentence for sentence in sentences if sentence]
+
+
+class ExampleBuilder:
+    """Turns the tokenized lines of documents into examples.
+
+    Lines are added until their tokens reach the target length; then they become one example, and the next target is
+    drawn: `max_seq_length`, or with 5% chance a length from 5 to it. With 10% chance the example has one segment.
+
+    Args:
+        max_seq_length: most tokens an example may have, special tokens included.
+        cls_id, sep_id: ids of `[CLS]` and `[SEP]`.
+        rng: source of every draw; its order is: one segment? — then each line that may go either way — then short
+            target? — then its length.
+        overflow: what happens to the tokens that do not fit the segments. `cut` drops them, which is the recipe;
+            `carry` starts the next example of the same document with them, so that nothing is lost.
+
+    Attributes:
+        dropped_tokens: tokens lost to cutting so far.
+    """
+
+    def __init__(self, max_seq_length: int, cls_id: int, sep_id: int, rng: Random, overflow: Overflow = "cut") -> None:
+        if max_seq_length < MIN_SEQ_LENGTH:
+            raise ValueError(
+                f"max_seq_length is {max_seq_length}; the shortest that holds an example is {MIN_SEQ_LENGTH}"
+            )
+        if overflow not in ("cut", "carry"):
+            raise ValueError(f"overflow is {overflow!r}; expected 'cut' or 'carry'")
+        self.max_seq_length = max_seq_length
+        self.overflow = overflow
+        self.dropped_tokens = 0
+        self._cls = np.array([cls_id], np.int32)
+        self._sep = np.array([sep_id], np.int32)
+        self._rng = rng
+        self._lines: list[Ids] = []
+        self._length = 0
+        self._target = max_seq_length
+
+    def add_line(self, ids: Sequence[int] | Ids) -> Iterator[Example]:
+        """Add one line's token ids; yields the examples that it completes (with `cut`, at most one)."""
+        if len(ids) == 0:
+            return
+        self._add(np.asarray(ids, np.int32))
+        while self._length >= self._target:
+            yield self._create()
+
+    def end_document(self) -> Iterator[Example]:
+        """What is left of the document becomes an example, however short; call it after each document's last line."""
+        while self._length:
+            yield self._create()
+
+    def _add(self, line: Ids) -> None:
+        self._lines.append(line)
+        self._length += len(line)
+
+    def _create(self) -> Example:
+        one_segment = self._rng.random() < 0.1
+        first, second = self._assign(_ONE_SEGMENT_TARGET if one_segment else (self._target - 3) // 2)
+        first, first_rest = _cut(first, self.max_seq_length - 2)
+        length_first = sum(map(len, first))
+        second, second_rest = _cut(second, max(0, self.max_seq_length - length_first - 3))
+
+        self._lines, self._length = [], 0
+        for rest in (*first_rest, *second_rest):
+            if self.overflow == "carry":
+                self._add(rest)
+            else:
+                self.dropped_tokens += len(rest)
+        short = self._rng.random() < 0.05
+        self._target = self._rng.randint(MIN_SEQ_LENGTH, self.max_seq_length) if short else self.max_seq_length
+
+        parts = [self._cls, *first, self._sep, *second, *([self._sep] if second else [])]
+        ids = np.concatenate(parts)
+        return Example(ids, length_first + 2, len(ids) - length_first - 2)
+
+    def _assign(self, first_target: int) -> tuple[list[Ids], list[Ids]]:
+        """Share the lines out between the two segments."""
+        first: list[Ids] = []
+        second: list[Ids] = []
+        length_first = 0
+        for line in self._lines:
+            if (
+                length_first == 0
+                or length_first + len(line) < first_target
+                or (not second and length_first < first_target and self._rng.random() < 0.5)
+            ):
+                first.append(line)
+                length_first += len(line)
+            else:
+                second.append(line)
+        return first, second
+
+
+def _cut(lines: list[Ids], length: int) -> tuple[list[Ids], list[Ids]]:
+    """The first `length` tokens of `lines`, and the rest of them; slices are views, so a line of any size is cheap."""
+    kept: list[Ids] = []
+    rest: list[Ids] = []
+    for line in lines:
+        if length > 0:
+            kept.append(line[:length])
+            if len(line) > length:
+                rest.append(line[length:])
+            length -= len(kept[-1])
+        else:
+            rest.append(line)
+    return kept, rest
+
+
+def one_per_row(examples: Iterable[Example]) -> Iterator[Row]:
+    """Each example is a row of its own."""
+    return (_row([example]) for example in examples)
+
+
+def pack(examples: Iterable[Example], max_seq_length: int, open_rows: int = 2048) -> Iterator[Row]:
+    """Best fit: each example goes into the open row that it fills most tightly, whole and once.
+
+    Args:
+        examples: of at most `max_seq_length` tokens each.
+        max_seq_length: most tokens in a row.
+        open_rows: how many rows wait for examples at a time; when there are more, the fullest is closed.
+
+    Yields:
+        Rows in the order in which they close. The same examples give the same rows.
+    """
+    by_space: list[deque[list[Example]]] = [deque() for _ in range(max_seq_length + 1)]
+    spaces = 0  # bit s is set where an open row has s tokens of space: the tightest fit is then one bit operation
+    count = 0
+    shortest = 3  # [CLS], one token, [SEP]
+
+    def take(space: int) -> list[Example]:
+        nonlocal spaces, count
+        row = by_space[space].popleft()
+        count -= 1
+        if not by_space[space]:
+            spaces ^= 1 << space
+        return row
+
+    for example in examples:
+        length = len(example.ids)
+        if length > max_seq_length:
+            raise ValueError(f"an example of {length} tokens does not fit rows of {max_seq_length}")
+        fitting = spaces >> length
+        if fitting:
+            space = length + _lowest_bit(fitting)
+            row = take(space)
+        else:
+            space, row = max_seq_length, []
+        row.append(example)
+        space -= length
+        if space < shortest:
+            yield _row(row)
+            continue
+        by_space[space].append(row)
+        spaces |= 1 << space
+        count += 1
+        if count > open_rows:
+            yield _row(take(_lowest_bit(spaces)))
+    while spaces:
+        yield _row(take(_lowest_bit(spaces)))
+
+
+def _lowest_bit(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
+
+
+def _row(examples: list[Example]) -> Row:
+    ids = examples[0].ids if len(examples) == 1 else np.concatenate([example.ids for example in examples])
+    lengths = [length for example in examples for length in (example.length_a, example.length_b)]
+    return Row(ids, np.array(lengths, np.uint16))

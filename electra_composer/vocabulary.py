@@ -1,0 +1,165 @@
+"""Tokenizers: loaded from a vocabulary file, a folder or the hub, or trained on text; and what identifies one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, ElectraTokenizerFast, PreTrainedTokenizerFast
+
+from electra_composer.errors import UserError
+
+# In the order of BERT's own file, so that [PAD] is 0 and the rest follow; ids of a trained vocabulary.
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+MAX_ALPHABET = 1000  # characters that get an entry of their own in a trained vocabulary; BERT's trainer uses as many
+MIN_FREQUENCY = 2  # a pair of pieces seen once is not worth an entry
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer that has all that ELECTRA needs.
+
+    Args:
+        name_or_path: a BERT-style `vocab.txt` (one token a line, read as uncased WordPiece), a folder that
+            `save_pretrained` wrote, or a name on the Hugging Face hub such as `google/electra-small-discriminator`.
+
+    Raises:
+        UserError: nothing there, the hub out of reach, not a fast tokenizer, or a special token missing.
+    """
+    if os.path.isfile(name_or_path):
+        tokenizer = _from_vocabulary_file(name_or_path)
+    else:
+        is_folder = os.path.isdir(name_or_path)
+        if not is_folder and (name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))):
+            raise UserError(f"tokenizer {name_or_path}: no such file or folder")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name_or_path,
+                use_fast=True,
+                trust_remote_code=False,
+                local_files_only=is_folder or not _hub_answers(name_or_path),
+            )
+        except Exception as error:  # whatever the hub client or a broken file raises, the person has to choose another
+            reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+            what = (
+                "a folder, but not of a tokenizer" if is_folder else "no file or folder here, and not had from the hub"
+            )
+            raise UserError(
+                f"tokenizer {name_or_path}: {what} ({reason}); "
+                "give a vocab.txt, a tokenizer's folder or its name on the hub"
+            ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"tokenizer {name_or_path}: has no fast (tokenizers) version, which conversion needs")
+    special_ids(tokenizer, name_or_path)
+    return tokenizer
+
+
+def _hub_answers(name: str) -> bool:
+    """Ask the hub once: without a network, loading would try for most of a minute what the cache may well hold."""
+    try:
+        HfApi().model_info(name, timeout=10)
+    except (OSError, HfHubHTTPError) as error:
+        if isinstance(error, RepositoryNotFoundError):
+            raise
+        return False
+    return True
+
+
+def _from_vocabulary_file(path: str) -> PreTrainedTokenizerFast:
+    try:
+        with open(path, encoding="utf-8") as file:
+            tokens = [line.rstrip("\n") for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer {path}: not a readable UTF-8 vocabulary file: {error}") from error
+    twice = [token for token, count in Counter(tokens).items() if count > 1]
+    if twice:
+        raise UserError(f"tokenizer {path}: {twice[0]!r} stands there more than once; expected one token a line")
+    missing = [token for token in SPECIAL_TOKENS if token not in tokens]
+    if missing:
+        raise UserError(
+            f"tokenizer {path}: no line {missing[0]} among its {len(tokens)}; expected a BERT-style vocab.txt, "
+            f"one token a line, with {' '.join(SPECIAL_TOKENS)}"
+        )
+    return ElectraTokenizerFast(vocab_file=path, do_lower_case=True)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast, name: str = "") -> dict[str, int]:
+    """Ids of the special tokens, by role: `pad`, `unk`, `cls`, `sep`, `mask`.
+
+    Raises:
+        UserError: the tokenizer lacks one that ELECTRA needs (all but `unk`).
+    """
+    ids = {role: getattr(tokenizer, f"{role}_token_id") for role in ("pad", "unk", "cls", "sep", "mask")}
+    missing = [f"[{role.upper()}]" for role, index in ids.items() if index is None and role != "unk"]
+    if missing:
+        raise UserError(
+            f"tokenizer {name or tokenizer.name_or_path}: has no {' and no '.join(missing)} token; ELECTRA needs "
+            "[CLS], [SEP], [MASK] and [PAD], as the tokenizers of BERT and ELECTRA have"
+        )
+    return {role: int(index) for role, index in ids.items() if index is not None}
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of the tokens in the order of their ids, one a line: that of `vocab.txt` itself, if it came from one.
+
+    Ids without a token count as empty lines, so that two vocabularies are the same only if every id means the same.
+    """
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    lines = [by_id.get(index, "") for index in range(max(by_id) + 1)]
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode("utf-8")).hexdigest()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> PreTrainedTokenizerFast:
+    """Train an uncased WordPiece vocabulary; the same texts in any order give the same vocabulary.
+
+    The trainer of `tokenizers` counts words in a hash table whose order changes from process to process, and breaks
+    ties by ids given in that order. So what it would number as it goes is numbered beforehand: the most frequent
+    characters, each as it stands at the start of a word and (`##`) inside one.
+
+    Args:
+        texts: the training text, held in memory; pieces of any size, in which no word is cut.
+        vocab_size: entries wanted; small text may give fewer.
+
+    Raises:
+        UserError: no text, or `vocab_size` too small for the special tokens and the alphabet of the text.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    texts = [normalizer.normalize_str(text) for text in texts]
+    characters: Counter[str] = Counter()
+    for text in texts:
+        characters.update(text)
+    ranked = sorted((c for c in characters if not c.isspace()), key=lambda c: (-characters[c], c))
+    alphabet = sorted(ranked[:MAX_ALPHABET])
+    if not alphabet:
+        raise UserError("no text to train a vocabulary on")
+    numbered = [*SPECIAL_TOKENS, *alphabet, *(f"##{c}" for c in alphabet)]
+    if vocab_size < len(numbered):
+        raise UserError(
+            f"vocab_size is {vocab_size}; this text needs at least {len(numbered)} for the special tokens and its "
+            f"{len(alphabet)} characters"
+        )
+    model = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=numbered,  # "special" only to the trainer, whose way of fixing an id this is
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        continuing_subword_prefix="##",
+        show_progress=progress,
+    )
+    model.train_from_iterator(texts, trainer=trainer, length=len(texts))
+    vocabulary = sorted(model.get_vocab(), key=model.get_vocab().__getitem__)
+    with TemporaryDirectory() as folder:
+        path = os.path.join(folder, "vocab.txt")
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{token}\n" for token in vocabulary)
+        tokenizer = ElectraTokenizerFast(vocab_file=path, do_lower_case=True)
+    tokenizer.name_or_path = f"trained-{len(vocabulary)}"
+    return tokenizer
