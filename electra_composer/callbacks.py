@@ -166,7 +166,9 @@ class MilestoneSaver(CheckpointSaver):
     """Composer's `CheckpointSaver` under a name of its own: checkpoints keep the state of callbacks by class name."""
 
 
-def milestone_saver(folder: str, fractions: Sequence[float], overwrite: bool = False) -> MilestoneSaver:
+def milestone_saver(
+    folder: str, fractions: Sequence[float], latest_filename: str | None = None, overwrite: bool = False
+) -> MilestoneSaver:
     """A saver of checkpoints at fixed fractions of training, which stay for good.
 
     A fraction fires at the end of the first batch that reaches it. That is told from the clock before and after the
@@ -176,6 +178,7 @@ def milestone_saver(folder: str, fractions: Sequence[float], overwrite: bool = F
     Args:
         folder: where they go, as `milestone-ba{batch}-rank{rank}.pt`.
         fractions: above 0 and at most 1, such as 0.0625.
+        latest_filename: a symlink that is to point to the newest, such as `latest-rank{rank}.pt`.
         overwrite: replace milestones of the same name. A run that resumes from before one needs it.
 
     Raises:
@@ -195,7 +198,8 @@ def milestone_saver(folder: str, fractions: Sequence[float], overwrite: bool = F
         folder=folder,
         filename="milestone-ba{batch}-rank{rank}.pt",
         remote_file_name=None,
-        latest_filename=None,
+        latest_filename=latest_filename,
+        latest_remote_file_name=None,
         save_interval=is_due,
         num_checkpoints_to_keep=-1,
         overwrite=overwrite,

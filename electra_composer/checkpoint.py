@@ -11,8 +11,10 @@ import os
 import pickle
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -264,6 +266,13 @@ def read_checkpoint(path: str) -> Checkpoint:
     return Checkpoint(path, state, config, tokenizer)
 
 
+def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """The files that make up a tokenizer, name → text, as they go into a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+
+
 def load_source(source: str) -> Pretrained:
     """A discriminator from one of our checkpoints (.pt or run folder), a Hugging Face folder, or a name on the hub.
 
@@ -340,7 +349,7 @@ def _pad_rows(table: Tensor, config: EncoderConfig) -> Tensor:
 
 
 def _checkpoint_globals() -> list[Any]:
-    """Plain value types that Composer puts beside the tensors: times, and NumPy's random state. None of them runs code."""
+    """Plain value types that Composer puts beside the tensors: times, NumPy's random state. None of them runs code."""
     return [
         datetime.timedelta,
         torch.torch_version.TorchVersion,

@@ -50,7 +50,10 @@ class ElectraPretraining(ComposerModel):
         super().__init__()
         self.model = model
         self.cpu_autocast = cpu_autocast
-        self._device_for_counts: torch.device | None = None
+        # Composer asks the child, not the ComposerModel: FSDP shards (and checkpoints the activations of) each
+        # Transformer layer as a unit, and keeps the rest, tied parameters included, in the container's group.
+        model.fsdp_wrap_fn = _is_layer  # type: ignore[assignment]
+        model.activation_checkpointing_fn = _is_layer  # type: ignore[assignment]
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """`batch`: the integers of shards.py, `[rows, length]` each; optionally `noise` (see masking.py)."""
@@ -88,7 +91,7 @@ class ElectraPretraining(ComposerModel):
         return {**batch, "loss_scale": scale.expand(rows, 2).contiguous()}
 
     def loss(self, outputs: dict[str, Any], batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """`total`, `mlm`, `rtd`: fp32 scalars, means over the whole batch once Composer has added up the microbatches."""
+        """`total`, `mlm`, `rtd`: fp32 scalars, means over the whole batch once Composer has summed the microbatches."""
         if "loss_scale" not in batch:
             raise KeyError("the batch has no loss_scale: pass it through count_batch before it is split")
         scale = batch["loss_scale"][0] / batch["input_ids"].shape[0]
@@ -133,13 +136,6 @@ class ElectraPretraining(ComposerModel):
         denominator = sum((stats[term] for term in terms), torch.zeros_like(stats["tokens"]))
         metric.update(stats[numerator] / denominator.clamp(min=1), denominator)
 
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """FSDP shards each Transformer layer as a unit, and the rest (embeddings, heads) with the container."""
-        return isinstance(module, Layer)
-
-    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        return isinstance(module, Layer)
-
     def flops_per_batch(self, batch: dict[str, Any]) -> int:
         """Floating-point operations of one training step on `batch`, for Composer's `SpeedMonitor`.
 
@@ -155,6 +151,10 @@ class ElectraPretraining(ComposerModel):
         rtd_weights = discriminator.hidden_size * (discriminator.hidden_size + 1)
         heads = 6 * rows * (model.slots * mlm_weights + length * rtd_weights)
         return encoders + heads
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, Layer)
 
 
 class NamedMean(MeanMetric):

@@ -11,12 +11,12 @@ from electra_composer.errors import UserError
 def resolve_device(trainer: TrainerConfig) -> tuple[str, str, bool]:
     """Decide where and in which precision a run computes.
 
-    Composer refuses every precision but fp32 on a CPU. bfloat16 is nearly twice as fast there too, so `amp_bf16` on a CPU
-    gives Composer fp32 and lets the model's own forward run under CPU autocast.
+    Composer refuses every precision but fp32 on a CPU. bfloat16 is nearly twice as fast there too, so `amp_bf16` on a
+    CPU gives Composer fp32 and lets the model's own forward run under CPU autocast.
 
     Returns:
-        `(device, precision, cpu_autocast)`: Composer's device name (`cpu` or `gpu`), the precision to give Composer, and
-        whether the model applies bfloat16 autocast itself.
+        `(device, precision, cpu_autocast)`: Composer's device name (`cpu` or `gpu`), the precision to give Composer,
+        and whether the model applies bfloat16 autocast itself.
 
     Raises:
         UserError: a device that is not there, or a precision that it cannot do.

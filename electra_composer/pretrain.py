@@ -1,0 +1,76 @@
+"""Pretrain ELECTRA: `composer electra_composer/pretrain.py yamls/small.yaml [key=value …]`."""
+
+from __future__ import annotations
+
+from composer import Trainer
+
+from electra_composer.callbacks import RunRecord, TrainMetrics
+from electra_composer.checkpoint import tokenizer_files
+from electra_composer.composer_model import ElectraPretraining
+from electra_composer.config import PretrainConfig, load_config_from_command_line, to_dict, to_yaml
+from electra_composer.electra import ElectraForPretraining, SpecialIds
+from electra_composer.errors import UserError, report_user_errors
+from electra_composer.runs import build_trainer, check_run_folder, device_batch_size, start
+from electra_composer.shards import build_data_spec, check_shards, read_meta
+from electra_composer.versions import check_versions
+from electra_composer.vocabulary import load_tokenizer, special_ids
+
+
+def main(config: PretrainConfig) -> Trainer:
+    """Pretrain as `config` says, from the start or from where an earlier run of the same folder stopped.
+
+    Args:
+        config: see config.py.
+
+    Returns:
+        The trainer after `fit`; `trainer.state.model` is the model, `trainer.state.eval_metrics` the last evaluation.
+
+    Raises:
+        UserError: anything about the configuration, the shards or the machine that the caller can mend.
+    """
+    check_versions()
+    if config.trainer.max_duration is None:
+        raise UserError("trainer.max_duration is null; pretraining needs a length, such as 1000000ba")
+    check_run_folder(config)
+    cpu_autocast = start(config)
+
+    meta = read_meta(config.data.path, config.data.remote)
+    tokenizer = load_tokenizer(config.data.tokenizer or meta.tokenizer_folder)
+    check_shards(meta, tokenizer, config.data.max_seq_length)
+    ids = special_ids(tokenizer)
+    model = ElectraPretraining(
+        ElectraForPretraining(
+            config.model,
+            config.objective,
+            vocab_size=len(tokenizer),
+            special_ids=SpecialIds(ids["pad"], ids["cls"], ids["sep"], ids["mask"]),
+            max_seq_length=config.data.max_seq_length,
+        ),
+        cpu_autocast,
+    )
+    train_data = build_data_spec(
+        config.data, "train", device_batch_size(config.trainer), meta, config.seed, batch_transforms=model.count_batch
+    )
+    eval_data = build_data_spec(config.data, "eval", config.trainer.device_eval_batch_size, meta, config.seed)
+    trainer = build_trainer(
+        config,
+        model,
+        train_data,
+        eval_data,
+        config.trainer.max_duration,
+        callbacks=[
+            TrainMetrics(config.trainer.log_interval),
+            RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(tokenizer)),
+        ],
+    )
+    trainer.fit()
+    trainer.close()
+    return trainer
+
+
+if __name__ == "__main__":
+    report_user_errors(main)(
+        load_config_from_command_line(
+            PretrainConfig, "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]"
+        )
+    )

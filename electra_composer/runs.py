@@ -1,0 +1,166 @@
+"""What pretraining and finetuning build alike from a :class:`RunConfig`: Composer's `Trainer` and what goes with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from composer import Evaluator, Trainer
+from composer.algorithms import GradientClipping
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, DataSpec
+from composer.models import ComposerModel
+from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
+from composer.utils.parallelism import FSDP2Config
+
+from electra_composer.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
+from electra_composer.callbacks import milestone_saver
+from electra_composer.config import RunConfig, TrainerConfig
+from electra_composer.devices import resolve_device
+from electra_composer.errors import UserError
+
+LATEST = "latest-rank{rank}.pt"
+
+
+def start(config: RunConfig) -> bool:
+    """Join the processes of the run, seed them, and check what can be checked before anything is built.
+
+    Returns:
+        Whether the model is to run under bfloat16 autocast on the CPU (see devices.py).
+
+    Raises:
+        UserError: a device, precision or batch size that cannot be.
+    """
+    device, _, cpu_autocast = resolve_device(config.trainer)
+    dist.initialize_dist(get_device(device), timeout=300.0)
+    device_batch_size(config.trainer)
+    reproducibility.seed_all(config.seed)  # the same on every process: weights must start equal
+    return cpu_autocast
+
+
+def device_batch_size(trainer: TrainerConfig) -> int:
+    """Rows that one process gets of a global batch.
+
+    Raises:
+        UserError: a global batch that the processes cannot share evenly, or a microbatch that cannot be.
+    """
+    total, processes, microbatch = (
+        trainer.global_train_batch_size,
+        dist.get_world_size(),
+        trainer.device_train_microbatch_size,
+    )
+    if total < 1 or total % processes:
+        raise UserError(
+            f"trainer.global_train_batch_size is {total}, which {processes} processes cannot share evenly; "
+            f"expected a multiple of {processes}"
+        )
+    rows = total // processes
+    if isinstance(microbatch, str) and microbatch != "auto":
+        raise UserError(f"trainer.device_train_microbatch_size is {microbatch!r}; expected a number, auto or null")
+    if isinstance(microbatch, int) and not 1 <= microbatch <= rows:
+        raise UserError(
+            f"trainer.device_train_microbatch_size is {microbatch}; expected 1 to {rows}, the rows that each of "
+            f"{processes} processes gets of trainer.global_train_batch_size {total}"
+        )
+    if trainer.device_eval_batch_size < 1:
+        raise UserError(f"trainer.device_eval_batch_size is {trainer.device_eval_batch_size}; expected at least 1")
+    return rows
+
+
+def build_trainer(
+    config: RunConfig,
+    model: ComposerModel,
+    train_data: DataSpec,
+    eval_data: DataSpec,
+    max_duration: str,
+    callbacks: Sequence[Callback] = (),
+) -> Trainer:
+    """Composer's `Trainer` for one run.
+
+    Args:
+        config: the run's configuration.
+        model: the wrapped model.
+        train_data: batches of `device_batch_size` rows.
+        eval_data: batches of `device_eval_batch_size` rows.
+        max_duration: a Composer time.
+        callbacks: in addition to the configuration's.
+
+    Raises:
+        UserError: what the builders find wrong.
+    """
+    trainer, checkpoints = config.trainer, config.checkpoints
+    device, precision, _ = resolve_device(trainer)
+    savers = checkpoint_savers(config)
+    microbatch = trainer.device_train_microbatch_size
+    return Trainer(
+        model=model,
+        train_dataloader=train_data,
+        eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
+        max_duration=max_duration,
+        eval_interval=trainer.eval_interval,
+        eval_subset_num_batches=trainer.eval_batches or -1,
+        optimizers=build_optimizer(config.optimizer, model),
+        algorithms=[GradientClipping("norm", trainer.gradient_clip)] if trainer.gradient_clip else None,
+        callbacks=[
+            build_scheduler(config.schedule, max_duration),
+            *build_callbacks(config.callbacks),
+            *callbacks,
+            *savers,
+        ],
+        loggers=build_loggers(config.loggers, checkpoints.folder, trainer.log_interval, trainer.progress_bar),
+        progress_bar=False,  # ours is among the loggers
+        run_name=config.run_name,
+        seed=config.seed,
+        device=device,
+        precision=precision,
+        device_train_microbatch_size=device_batch_size(trainer) if microbatch is None else microbatch,
+        parallelism_config={"fsdp": FSDP2Config(**vars(trainer.fsdp))} if trainer.fsdp is not None else None,
+        compile_config={} if trainer.compile else None,
+        deterministic_mode=trainer.deterministic,
+        autoresume=bool(savers) and checkpoints.resume and not checkpoints.overwrite,
+        load_path=checkpoints.load_path,
+        load_weights_only=checkpoints.load_weights_only,
+        load_strict_model_weights=True,
+    )
+
+
+def checkpoint_savers(config: RunConfig) -> list[CheckpointSaver]:
+    """Savers for milestones (kept for good) and intervals (the newest `keep`).
+
+    `latest-rank0.pt` points to the newest of either, where a run resumes. Files are replaced: a run that is resumed
+    from before a checkpoint writes it again, and :func:`check_run_folder` keeps other runs out.
+    """
+    checkpoints = config.checkpoints
+    savers: list[CheckpointSaver] = []
+    if checkpoints.milestones:
+        savers.append(milestone_saver(checkpoints.folder, checkpoints.milestones, LATEST, overwrite=True))
+    if checkpoints.interval:
+        # The last milestone already stands at the end of training; without it the interval saver saves there.
+        final_events: dict[str, Any] = {"final_events": set()} if 1.0 in checkpoints.milestones else {}
+        savers.append(
+            CheckpointSaver(
+                folder=checkpoints.folder,
+                filename="batch-{batch}-rank{rank}.pt",
+                latest_filename=LATEST,
+                save_interval=create_interval_scheduler(checkpoints.interval, **final_events),
+                num_checkpoints_to_keep=checkpoints.keep,
+                overwrite=True,
+            )
+        )
+    return savers
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse to start anew in a folder that holds another run's checkpoints.
+
+    Raises:
+        UserError: there are checkpoints, and the configuration says neither to continue nor to replace them.
+    """
+    checkpoints = config.checkpoints
+    latest = os.path.join(checkpoints.folder, "latest-rank0.pt")
+    if os.path.lexists(latest) and not checkpoints.resume and not checkpoints.overwrite:
+        raise UserError(
+            f"{checkpoints.folder} holds the checkpoints of a run; set checkpoints.resume=true to continue it, "
+            "checkpoints.overwrite=true to replace it, or another checkpoints.folder"
+        )
