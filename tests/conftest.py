@@ -1,0 +1,127 @@
+"""What the tests share: one seed, one thread, tiny sizes, and batches of packed rows.
+
+Fixtures return factories, so that a test says in its own words what differs from the tiny defaults.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from electra_composer.config import ModelConfig, ObjectiveConfig
+from electra_composer.electra import ElectraForPretraining, SpecialIds
+
+VOCAB_SIZE = 99  # not a multiple of 64: the padded rows of the embedding table are there
+LENGTH = 32
+SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4)
+FIRST_WORD = 5
+
+Batch = dict[str, torch.Tensor]
+# An example is (tokens of A with [CLS] and [SEP], tokens of B with [SEP] or 0), as in the shards' segment_lengths.
+Row = list[tuple[int, int]]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def special() -> SpecialIds:
+    return SPECIAL
+
+
+@pytest.fixture
+def tiny_model_config() -> Callable[..., ModelConfig]:
+    """`tiny_model_config(hidden_size=…, …)`: two layers of 32, embeddings of 16, generator half as wide, no dropout."""
+
+    def make(**changes: object) -> ModelConfig:
+        sizes: dict[str, object] = {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "embedding_size": 16,
+            "generator_size": 0.5,
+            "max_positions": 40,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
+        return ModelConfig(**{**sizes, **changes})  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def tiny_objective_config() -> Callable[..., ObjectiveConfig]:
+    return ObjectiveConfig
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., Batch]:
+    return _make_batch
+
+
+def _make_batch(rows: list[Row], length: int = LENGTH, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Batch:
+    """Rows of random words in the form that shards.py gives, integers `[rows, length]`, padded at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    names = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")
+    batch = {name: torch.zeros(len(rows), length, dtype=torch.long) for name in names}
+    for index, row in enumerate(rows):
+        start = 0
+        for number, (first, second) in enumerate(row, start=1):
+            end = start + first + second
+            assert end <= length
+            words = torch.randint(FIRST_WORD, vocab_size, (first + second,), generator=generator)
+            words[0], words[first - 1] = SPECIAL.cls, SPECIAL.sep
+            if second:
+                words[-1] = SPECIAL.sep
+            batch["input_ids"][index, start:end] = words
+            batch["token_type_ids"][index, start + first : end] = 1
+            batch["position_ids"][index, start:end] = torch.arange(first + second)
+            batch["sequence_ids"][index, start:end] = number
+            start = end
+    return batch
+
+
+@pytest.fixture
+def make_model(tiny_model_config: Callable[..., ModelConfig]) -> Callable[..., ElectraForPretraining]:
+    """`make_model(model_config, objective, max_seq_length=…, perturbed=True)`.
+
+    Perturbed, no weight keeps a value that would hide a mistake: biases are not zero, LayerNorms not the identity, and
+    matrices large enough for the softmax to be uneven.
+    """
+
+    def make(
+        model: ModelConfig | None = None,
+        objective: ObjectiveConfig | None = None,
+        vocab_size: int = VOCAB_SIZE,
+        max_seq_length: int = LENGTH,
+        perturbed: bool = True,
+        seed: int = 0,
+    ) -> ElectraForPretraining:
+        torch.manual_seed(seed)
+        built = ElectraForPretraining(
+            model or tiny_model_config(), objective or ObjectiveConfig(), vocab_size, SPECIAL, max_seq_length
+        )
+        if perturbed:
+            _perturb(built)
+        return built
+
+    return make
+
+
+def _perturb(model: ElectraForPretraining) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm_weight = parameter.dim() == 1 and "norm" in name and name.endswith("weight")
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if is_norm_weight else 0.0))
+        for name, parameter in model.named_parameters():
+            if name.endswith("word.weight") or name == "mlm_head.bias":
+                parameter[model.vocab_size :] = 0.0
