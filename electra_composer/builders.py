@@ -9,6 +9,7 @@ import collections.abc
 import inspect
 import os
 import types
+import warnings
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -24,13 +25,13 @@ from composer.callbacks import (
     ThresholdStopper,
 )
 from composer.core import Callback
-from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
+from composer.loggers import LoggerDestination, TensorboardLogger
 from composer.utils import MissingConditionalImportError
 
 from electra_composer.callbacks import DataWait
 from electra_composer.config import OptimizerConfig, ScheduleConfig, nearest
 from electra_composer.errors import UserError
-from electra_composer.loggers import MetricsFile, RunConsole, RunProgressBar
+from electra_composer.loggers import MetricsFile, RunConsole, RunProgressBar, RunWandB
 from electra_composer.optim import AdamW, Schedule, parameter_groups
 
 CALLBACKS: dict[str, type[Callback]] = {
@@ -50,7 +51,7 @@ LOGGERS: dict[str, type[LoggerDestination]] = {
     "console": RunConsole,
     "metrics_file": MetricsFile,
     "tensorboard": TensorboardLogger,
-    "wandb": WandBLogger,
+    "wandb": RunWandB,
 }
 
 
@@ -129,6 +130,9 @@ def build_loggers(
     for name, arguments in config.items():
         if name == "wandb":
             arguments = _with_folder(arguments, run_folder)
+        if name == "console":
+            # Composer warns that trainer arguments which are never given here would be ignored.
+            warnings.filterwarnings("ignore", message="Specifying the ConsoleLogger via `loggers`")
         loggers.append(_build("loggers", name, LOGGERS, arguments, defaults.get(name, {})))
     if progress_bar:
         loggers.append(RunProgressBar())

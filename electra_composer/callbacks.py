@@ -18,6 +18,7 @@ from composer.core import Callback, Event, State, Timestamp, TimeUnit
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
+from electra_composer.composer_model import RATIOS
 from electra_composer.errors import UserError
 from electra_composer.optim import parse_time
 
@@ -48,16 +49,10 @@ def rtd_metrics(stats: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
         `replaced_share` (per token), `rtd_precision`, `rtd_recall` (of "replaced"). What has nothing to be counted over
         (0 / 0, such as precision where nothing was called replaced) is NaN.
     """
-    s = {name: float(stats[name]) for name in STATS}
+    sums = {name: float(stats[name]) for name in STATS}
+    sums["rtd_correct"] = sums["true_positive"] + sums["true_negative"]
     return {
-        "mlm_loss": _ratio(s["mlm_loss_sum"], s["masked"]),
-        "mlm_accuracy": _ratio(s["mlm_correct"], s["masked"]),
-        "sampled_accuracy": _ratio(s["sampled_correct"], s["masked"]),
-        "rtd_loss": _ratio(s["rtd_loss_sum"], s["tokens"]),
-        "rtd_accuracy": _ratio(s["true_positive"] + s["true_negative"], s["tokens"]),
-        "rtd_precision": _ratio(s["true_positive"], s["true_positive"] + s["false_positive"]),
-        "rtd_recall": _ratio(s["true_positive"], s["true_positive"] + s["false_negative"]),
-        "replaced_share": _ratio(s["replaced"], s["tokens"]),
+        name: _ratio(sums[numerator], sum(sums[term] for term in terms)) for name, (numerator, terms) in RATIOS.items()
     }
 
 

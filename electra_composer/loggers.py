@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from composer.core import State, TimeUnit
-from composer.loggers import ConsoleLogger, Logger, LoggerDestination
+from composer.loggers import ConsoleLogger, Logger, LoggerDestination, WandBLogger
 from composer.utils import dist
 from tqdm import tqdm
 
@@ -141,6 +141,20 @@ class RunConsole(ConsoleLogger):
 
     def _log_hparams_to_console(self) -> None:
         pass
+
+
+class RunWandB(WandBLogger):
+    """Composer's Weights & Biases logger, with a package that has dropped `Run.get_url` (0.31 has) too.
+
+    Composer 0.32.1 calls it and would stop there; the property `url` is the same and stays.
+    """
+
+    def init(self, state: State, logger: Logger) -> None:
+        import wandb
+
+        if not hasattr(wandb.Run, "get_url"):
+            wandb.Run.get_url = lambda run: run.url
+        super().init(state, logger)
 
 
 class RunProgressBar(LoggerDestination):
