@@ -19,6 +19,8 @@ Overflow = Literal["cut", "carry"]
 Ids = NDArray[np.int32]
 
 MIN_SEQ_LENGTH = 5  # the shortest target that is ever drawn
+OPEN_ROWS = 2048
+_MIN_EXAMPLE = 3  # [CLS], one token, [SEP]
 _ONE_SEGMENT_TARGET = 100_000  # no line ever fills it, so that every line goes to the first segment
 
 # A sentence ends at .!? (and closing quotes or brackets) before white space, or where the space was lost: "fine.Then".
@@ -164,52 +166,62 @@ def one_per_row(examples: Iterable[Example]) -> Iterator[Row]:
     return (_row([example]) for example in examples)
 
 
-def pack(examples: Iterable[Example], max_seq_length: int, open_rows: int = 2048) -> Iterator[Row]:
+def pack(examples: Iterable[Example], max_seq_length: int, open_rows: int = OPEN_ROWS) -> Iterator[Row]:
+    """Best fit of whole examples into rows, see :class:`Packer`; the same examples give the same rows."""
+    packer = Packer(max_seq_length, open_rows)
+    for example in examples:
+        yield from packer.add(example)
+    yield from packer.finish()
+
+
+class Packer:
     """Best fit: each example goes into the open row that it fills most tightly, whole and once.
 
     Args:
-        examples: of at most `max_seq_length` tokens each.
         max_seq_length: most tokens in a row.
         open_rows: how many rows wait for examples at a time; when there are more, the fullest is closed.
-
-    Yields:
-        Rows in the order in which they close. The same examples give the same rows.
     """
-    by_space: list[deque[list[Example]]] = [deque() for _ in range(max_seq_length + 1)]
-    spaces = 0  # bit s is set where an open row has s tokens of space: the tightest fit is then one bit operation
-    count = 0
-    shortest = 3  # [CLS], one token, [SEP]
 
-    def take(space: int) -> list[Example]:
-        nonlocal spaces, count
-        row = by_space[space].popleft()
-        count -= 1
-        if not by_space[space]:
-            spaces ^= 1 << space
-        return row
+    def __init__(self, max_seq_length: int, open_rows: int = OPEN_ROWS) -> None:
+        self._max_seq_length = max_seq_length
+        self._open_rows = open_rows
+        self._by_space: list[deque[list[Example]]] = [deque() for _ in range(max_seq_length + 1)]
+        self._spaces = 0  # bit s is set where an open row has s tokens of space: the tightest fit is one bit operation
+        self._count = 0
 
-    for example in examples:
+    def add(self, example: Example) -> Iterator[Row]:
+        """Place an example; yields the row that this closes, if any, in the order of closing."""
         length = len(example.ids)
-        if length > max_seq_length:
-            raise ValueError(f"an example of {length} tokens does not fit rows of {max_seq_length}")
-        fitting = spaces >> length
+        if length > self._max_seq_length:
+            raise ValueError(f"an example of {length} tokens does not fit rows of {self._max_seq_length}")
+        fitting = self._spaces >> length
         if fitting:
             space = length + _lowest_bit(fitting)
-            row = take(space)
+            row = self._take(space)
         else:
-            space, row = max_seq_length, []
+            space, row = self._max_seq_length, []
         row.append(example)
         space -= length
-        if space < shortest:
+        if space < _MIN_EXAMPLE:
             yield _row(row)
-            continue
-        by_space[space].append(row)
-        spaces |= 1 << space
-        count += 1
-        if count > open_rows:
-            yield _row(take(_lowest_bit(spaces)))
-    while spaces:
-        yield _row(take(_lowest_bit(spaces)))
+            return
+        self._by_space[space].append(row)
+        self._spaces |= 1 << space
+        self._count += 1
+        if self._count > self._open_rows:
+            yield _row(self._take(_lowest_bit(self._spaces)))
+
+    def finish(self) -> Iterator[Row]:
+        """The rows that are still open, fullest first."""
+        while self._spaces:
+            yield _row(self._take(_lowest_bit(self._spaces)))
+
+    def _take(self, space: int) -> list[Example]:
+        row = self._by_space[space].popleft()
+        self._count -= 1
+        if not self._by_space[space]:
+            self._spaces ^= 1 << space
+        return row
 
 
 def _lowest_bit(bits: int) -> int:

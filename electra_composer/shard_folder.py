@@ -11,6 +11,7 @@ each example, the tokens of A with its `[CLS]` and `[SEP]`, and those of B with 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -135,7 +136,7 @@ class ShardFolder:
         for writer in self._writers.values():
             writer.cancel_future_jobs()
         shutil.rmtree(self.path, ignore_errors=True)  # after finish() there is nothing of that name any more
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise UserError(f"cannot write the shards to {self.out}: {error.strerror}; nothing was kept") from error
 
     def write(self, split: str, row: Row, dtype: str) -> None:

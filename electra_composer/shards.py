@@ -165,9 +165,9 @@ def collate(rows: Sequence[dict[str, NDArray[Any]]], max_seq_length: int, pad_id
         pad_id: id of `[PAD]`.
 
     Returns:
-        int64 tensors `[rows, max_seq_length]`: `input_ids`; `token_type_ids`, 0 in A and 1 in B; `position_ids`, from 0 in
-        every example; `sequence_ids`, 0 = padding, 1… = which example of the row. And `num_tokens`, the int number
-        of non-padding tokens in the batch (a batch split in microbatches keeps that of the whole).
+        int64 tensors `[rows, max_seq_length]`: `input_ids`; `token_type_ids`, 0 in A and 1 in B; `position_ids`, from
+        0 in every example; `sequence_ids`, 0 = padding, 1… = which example of the row. And `num_tokens`, the int
+        number of non-padding tokens in the batch (a batch split in microbatches keeps that of the whole).
 
     Raises:
         UserError: segment lengths that do not add up to the ids, as in a corrupt shard.

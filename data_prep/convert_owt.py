@@ -1,0 +1,183 @@
+"""Convert text to shards for pretraining. Without options: the hub's OpenWebText, for length 128, into data/owt.
+
+python data_prep/convert_owt.py
+python data_prep/convert_owt.py --source docstrings --tokenizer train --vocab-size 8192 --out data/docstrings
+python data_prep/convert_owt.py --source 'corpus/*.jsonl.gz' --lines sentence --out data/corpus
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+
+from streaming.base.util import bytes_to_int
+
+from electra_composer.conversion import TRAIN, Conversion, Summary, convert
+from electra_composer.documents import DOCSTRINGS, HUB, Sources
+from electra_composer.errors import UserError, report_user_errors
+
+OPENWEBTEXT_DOCUMENTS = 8_013_769  # as its makers count them
+MUCH_DROPPED = 0.25
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None]:
+    defaults, sources = Conversion(), Sources()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--source",
+        action="append",
+        metavar="PATH",
+        help=f"a .parquet, .jsonl or .txt (the last two also .gz or .zst), a folder or a glob of these; {DOCSTRINGS}: "
+        f"of the Python packages installed here; {HUB} (default): --dataset. Several may be given",
+    )
+    add("--dataset", default=sources.dataset, help="on the hub, not one with a loading script (default: %(default)s)")
+    add("--dataset-config", help="configuration of the data set, if it has several")
+    add(
+        "--revision",
+        default=sources.revision,
+        help="of the data set; main for its own files (default: %(default)s, the hub's own conversion to parquet)",
+    )
+    add("--text-column", default=sources.text_column, help="in parquet, JSON lines and the hub (default: %(default)s)")
+    add(
+        "--txt-documents",
+        choices=("blank", "file"),
+        default="blank",
+        help="what ends a document in .txt: a blank line (default), or the file",
+    )
+    add("--max-documents", type=int, help="stop after so many")
+    add("--max-bytes", type=_size, help="stop after so much text, such as 50mb")
+    add("--out", default=defaults.out, help="folder to write; must not exist (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace a folder of shards, once the new one is whole")
+    add(
+        "--tokenizer",
+        default=defaults.tokenizer,
+        help=f"a vocab.txt (uncased WordPiece), a tokenizer's folder, its name on the hub, or {TRAIN}: a new uncased "
+        "WordPiece vocabulary from the source (default: %(default)s)",
+    )
+    add("--vocab-size", type=int, default=defaults.vocab_size, help=f"of --tokenizer {TRAIN} (default: %(default)s)")
+    add("--max-seq-length", type=int, default=defaults.max_seq_length, help="tokens in a row (default: %(default)s)")
+    add(
+        "--packing",
+        choices=("packed", "one"),
+        default=defaults.packing,
+        help="as many examples as fit in a row (default), or one",
+    )
+    add(
+        "--lines",
+        choices=("newline", "sentence"),
+        default=defaults.lines,
+        help="what a segment is made of: lines (default, the recipe), or sentences, for text without line breaks",
+    )
+    add(
+        "--overflow",
+        choices=("cut", "carry"),
+        default=defaults.overflow,
+        help="tokens beyond an example's length: dropped (default, the recipe), or the start of the next one",
+    )
+    add(
+        "--val-fraction",
+        type=float,
+        default=defaults.val_fraction,
+        help="share of the documents that is kept for validation (default: %(default)s)",
+    )
+    add("--seed", type=int, default=defaults.seed, help="of examples and split (default: %(default)s)")
+    add(
+        "--workers",
+        type=int,
+        default=_cpus(),
+        help="processes; the output does not depend on it (default here: %(default)s)",
+    )
+    add("--compression", help="of the shards, such as zstd (default: none)")
+    add("--json", metavar="FILE", help="also write the summary there")
+    add("--no-progress", action="store_true", help="no progress bar")
+    options = parser.parse_args(argv)
+    conversion = Conversion(
+        sources=Sources(
+            sources=options.source or [HUB],
+            dataset=options.dataset,
+            config=options.dataset_config,
+            revision=options.revision,
+            text_column=options.text_column,
+            txt_documents=options.txt_documents,
+            max_documents=options.max_documents,
+            max_bytes=options.max_bytes,
+        ),
+        progress=not options.no_progress,
+        **{
+            name: getattr(options, name)
+            for name in (
+                *("out", "overwrite", "compression", "tokenizer", "vocab_size", "max_seq_length", "packing"),
+                *("lines", "overflow", "val_fraction", "seed", "workers"),
+            )
+        },
+    )
+    return conversion, options.json
+
+
+def _cpus() -> int:
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _size(text: str) -> int:
+    try:
+        return bytes_to_int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 50mb") from error
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def report(conversion: Conversion, summary: Summary) -> None:
+    """Print what was done, and what in it may not be what the person wanted."""
+    print(summary)
+    if summary.dropped_share > MUCH_DROPPED:
+        _warn(
+            f"{summary.dropped_share:.0%} of the tokens were dropped, because the lines are long against "
+            f"--max-seq-length {conversion.max_seq_length}; --lines sentence and --overflow carry keep them"
+        )
+    if summary.invalid_documents:
+        _warn(f"{summary.invalid_documents:,} documents hold bytes that are not UTF-8, read as U+FFFD")
+    for name, counts in summary.splits.items():
+        if not counts.rows:
+            _warn(f"the {name} split is empty; choose another --val-fraction or --seed")
+    source = conversion.sources
+    whole = source.max_documents is None and source.max_bytes is None
+    documents = summary.total.documents
+    if source.sources == [HUB] and source.dataset == Sources().dataset and whole and documents < OPENWEBTEXT_DOCUMENTS:
+        _warn(
+            f"{documents:,} of OpenWebText's {OPENWEBTEXT_DOCUMENTS:,} documents: the hub converts only the first "
+            "gigabytes of a large data set to parquet; a full copy can be given by --dataset or --source"
+        )
+
+
+@report_user_errors
+def main(argv: list[str] | None = None) -> Summary:
+    """Convert as the command line says, print the summary and return it.
+
+    Raises:
+        SystemExit: with 2 and one line of text for what the person can mend; 130 and 143 when interrupted.
+    """
+    conversion, json_file = parse_arguments(argv)
+    if json_file is not None and not os.path.isdir(os.path.dirname(os.path.abspath(json_file))):
+        raise UserError(f"--json {json_file}: no such folder")
+    summary = convert(conversion)
+    report(conversion, summary)
+    if json_file is not None:
+        with open(json_file, "w", encoding="utf-8") as file:
+            json.dump(summary.to_dict(), file, indent=2)
+    return summary
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: nothing was kept", file=sys.stderr)
+        sys.exit(130)
