@@ -44,10 +44,12 @@ class ElectraPretraining(ComposerModel):
     Args:
         model: the only child, so that sharding sees one container and tied parameters stay in one group.
         cpu_autocast: run the forward under bfloat16 autocast on the CPU (see devices.py).
+        gradient_factor: what the gradients, and only they, are multiplied by (see `devices.fsdp_gradient_factor`).
     """
 
-    def __init__(self, model: ElectraForPretraining, cpu_autocast: bool = False):
+    def __init__(self, model: ElectraForPretraining, cpu_autocast: bool = False, gradient_factor: float = 1.0):
         super().__init__()
+        self.gradient_factor = gradient_factor
         self.model = model
         self.cpu_autocast = cpu_autocast
         # Composer asks the child, not the ComposerModel: FSDP shards (and checkpoints the activations of) each
@@ -96,8 +98,10 @@ class ElectraPretraining(ComposerModel):
             raise KeyError("the batch has no loss_scale: pass it through count_batch before it is split")
         scale = batch["loss_scale"][0] / batch["input_ids"].shape[0]
         mlm, rtd = outputs["mlm_loss"] * scale[0], outputs["rtd_loss"] * scale[1]
-        objective = self.model.objective
-        return {"total": objective.gen_weight * mlm + objective.disc_weight * rtd, "mlm": mlm, "rtd": rtd}
+        total = self.model.objective.gen_weight * mlm + self.model.objective.disc_weight * rtd
+        if self.gradient_factor != 1.0:
+            total = total.detach() + self.gradient_factor * (total - total.detach())  # the same value
+        return {"total": total, "mlm": mlm, "rtd": rtd}
 
     def eval_forward(self, batch: dict[str, Any], outputs: Any = None) -> dict[str, Any]:
         """A forward whose masks and samples depend on the batch alone."""
@@ -163,6 +167,10 @@ class NamedMean(MeanMetric):
     def __init__(self, of: str):
         super().__init__()
         self.of = of
+
+    def compute(self) -> Tensor:
+        """0, not NaN, where nothing was counted: the precision before anything is called replaced."""
+        return self.mean_value / self.weight.clamp(min=1.0)
 
 
 def encoder_flops(config: EncoderConfig, rows: int, length: int) -> int:

@@ -275,7 +275,7 @@ def nearest(name: str, valid: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"valid are {', '.join(sorted(valid))}"
 
 
-def _refuse_unknown_keys(node: Any, schema: type, origin: str, prefix: str = "") -> None:
+def _refuse_unknown_keys(node: Any, schema: type, origin: str, prefix: str = "", root: type | None = None) -> None:
     """Walk the YAML beside the schema; callbacks and loggers are free dictionaries here, their builder checks them."""
     if not isinstance(node, dict):
         return
@@ -284,10 +284,35 @@ def _refuse_unknown_keys(node: Any, schema: type, origin: str, prefix: str = "")
     for key, value in node.items():
         full_key = f"{prefix}{key}"
         if key not in valid:
-            raise UserError(f"{origin}: unknown key {full_key}; {nearest(full_key, [prefix + name for name in valid])}")
+            raise UserError(
+                f"{origin}: unknown key {full_key}; {_nearest_key(str(key), prefix, valid, root or schema)}"
+            )
         for candidate in (types[key], *getattr(types[key], "__args__", ())):
             if is_dataclass(candidate):
-                _refuse_unknown_keys(value, candidate, origin, f"{full_key}.")  # type: ignore[arg-type]
+                _refuse_unknown_keys(value, candidate, origin, f"{full_key}.", root or schema)  # type: ignore[arg-type]
+
+
+def _nearest_key(key: str, prefix: str, valid: list[str], root: type) -> str:
+    """Names are compared without the path that they share; a right name of another part is found there."""
+    elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return (
+        f"did you mean {prefix}{close[0]}?"
+        if close
+        else f"valid are {', '.join(prefix + name for name in sorted(valid))}"
+    )
+
+
+def _paths(schema: type, prefix: str = "") -> list[str]:
+    found = []
+    for name, hint in get_type_hints(schema).items():
+        found.append(prefix + name)
+        for candidate in (hint, *getattr(hint, "__args__", ())):
+            if is_dataclass(candidate):
+                found += _paths(candidate, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return found
 
 
 def _first_line(error: Exception) -> str:
