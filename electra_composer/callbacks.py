@@ -194,7 +194,8 @@ def milestone_saver(
         filename="milestone-ba{batch}-rank{rank}.pt",
         remote_file_name=None,
         latest_filename=latest_filename,
-        latest_remote_file_name=None,
+        # Composer insists on one to resume from; it is used with remote folders alone.
+        latest_remote_file_name=latest_filename,
         save_interval=is_due,
         num_checkpoints_to_keep=-1,
         overwrite=overwrite,

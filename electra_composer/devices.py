@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from composer.utils import dist
 
 from electra_composer.config import TrainerConfig
 from electra_composer.errors import UserError
@@ -39,3 +40,20 @@ def resolve_device(trainer: TrainerConfig) -> tuple[str, str, bool]:
             "on a CPU give a number, or null for no split"
         )
     return device, "fp32", trainer.precision == "amp_bf16"
+
+
+def fsdp_gradient_factor(trainer: TrainerConfig) -> float:
+    """What gradients must be multiplied by, because the backend may add up where FSDP asks it to average.
+
+    FSDP2 averages gradients in its reduce-scatter. gloo, of the CPU, adds them up instead, without a word (torch 2.7):
+    they are as many times too large as there are processes, which Adam hides and gradient clipping does not. So the
+    backend is asked rather than known: the average of ones is one.
+
+    Call it when the processes have joined.
+    """
+    if trainer.fsdp is None or dist.get_world_size() == 1:
+        return 1.0
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    ones, average = torch.ones(dist.get_world_size(), device=device), torch.zeros(1, device=device)
+    torch.distributed.reduce_scatter_tensor(average, ones, op=torch.distributed.ReduceOp.AVG)
+    return 1.0 / average.item()

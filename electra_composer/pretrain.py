@@ -8,6 +8,7 @@ from electra_composer.callbacks import RunRecord, TrainMetrics
 from electra_composer.checkpoint import tokenizer_files
 from electra_composer.composer_model import ElectraPretraining
 from electra_composer.config import PretrainConfig, load_config_from_command_line, to_dict, to_yaml
+from electra_composer.devices import fsdp_gradient_factor
 from electra_composer.electra import ElectraForPretraining, SpecialIds
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.runs import build_trainer, check_run_folder, device_batch_size, start
@@ -47,6 +48,7 @@ def main(config: PretrainConfig) -> Trainer:
             max_seq_length=config.data.max_seq_length,
         ),
         cpu_autocast,
+        fsdp_gradient_factor(config.trainer),
     )
     train_data = build_data_spec(
         config.data, "train", device_batch_size(config.trainer), meta, config.seed, batch_transforms=model.count_batch

@@ -143,6 +143,7 @@ def checkpoint_savers(config: RunConfig) -> list[CheckpointSaver]:
                 folder=checkpoints.folder,
                 filename="batch-{batch}-rank{rank}.pt",
                 latest_filename=LATEST,
+                latest_remote_file_name=LATEST,
                 save_interval=create_interval_scheduler(checkpoints.interval, **final_events),
                 num_checkpoints_to_keep=checkpoints.keep,
                 overwrite=True,

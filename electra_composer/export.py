@@ -1,0 +1,94 @@
+"""Turn a checkpoint into folders that transformers loads: `python electra_composer/export.py CHECKPOINT FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+
+import torch
+from transformers import ElectraForMaskedLM, PreTrainedModel
+from transformers import ElectraForPreTraining as ElectraDiscriminator
+
+from electra_composer.checkpoint import (
+    Checkpoint,
+    State,
+    discriminator_to_transformers,
+    generator_to_transformers,
+    read_checkpoint,
+    transformers_config,
+)
+from electra_composer.encoder import EncoderConfig
+from electra_composer.errors import UserError, report_user_errors
+
+
+def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None:
+    """Write `folder/discriminator` and `folder/generator`: safetensors, config and tokenizer each.
+
+    `ElectraForPreTraining.from_pretrained(folder/discriminator)` and `ElectraForMaskedLM.from_pretrained(folder/
+    generator)` load them with nothing missing and nothing left over. The folder appears whole or not at all.
+
+    Args:
+        checkpoint: of `pretrain.py`.
+        folder: to be made.
+        overwrite: replace it if it is there, once the new one is whole.
+
+    Raises:
+        UserError: the folder is there, or cannot be written.
+    """
+    folder = os.path.abspath(folder)
+    if os.path.lexists(folder) and not overwrite:
+        raise UserError(f"{folder} exists already; choose another folder, or pass --overwrite to replace it")
+    partial = f"{folder}.partial-{os.getpid()}"
+    try:
+        _save(
+            ElectraDiscriminator,
+            checkpoint.discriminator,
+            discriminator_to_transformers(checkpoint.state, checkpoint.discriminator),
+            checkpoint,
+            os.path.join(partial, "discriminator"),
+        )
+        _save(
+            ElectraForMaskedLM,
+            checkpoint.generator,
+            generator_to_transformers(checkpoint.state, checkpoint.generator),
+            checkpoint,
+            os.path.join(partial, "generator"),
+        )
+        if os.path.lexists(folder):
+            os.rename(folder, f"{partial}.old")
+        os.rename(partial, folder)
+    except OSError as error:
+        raise UserError(f"cannot write the export to {folder}: {error.strerror or error}; nothing was kept") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(f"{partial}.old", ignore_errors=True)
+
+
+def _save(
+    model_class: type[PreTrainedModel], config: EncoderConfig, state: State, checkpoint: Checkpoint, folder: str
+) -> None:
+    with torch.device("meta"):
+        model = model_class(transformers_config(config, checkpoint.tokenizer.pad_token_id))
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()  # a generator's output weights are its token embeddings, and are stored once
+    os.makedirs(folder)
+    model.save_pretrained(folder, safe_serialization=True)
+    checkpoint.tokenizer.save_pretrained(folder)
+
+
+@report_user_errors
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python electra_composer/export.py", description=__doc__)
+    parser.add_argument("checkpoint", help="a .pt file of pretrain.py, or its run folder (the newest checkpoint)")
+    parser.add_argument("folder", help="where discriminator/ and generator/ are to be written")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
+    arguments = parser.parse_args(argv)
+    export(read_checkpoint(arguments.checkpoint), arguments.folder, arguments.overwrite)
+    for name, model in (("discriminator", "ElectraForPreTraining"), ("generator", "ElectraForMaskedLM")):
+        print(f"transformers.{model}.from_pretrained({os.path.join(arguments.folder, name)!r})")
+
+
+if __name__ == "__main__":
+    main()
