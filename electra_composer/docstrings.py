@@ -12,6 +12,7 @@ import inspect
 import os
 import random
 import re
+import signal
 import sysconfig
 import warnings
 from collections import Counter
@@ -65,7 +66,8 @@ def read_docstrings(workers: int = 1) -> Iterator[str]:
     if workers <= 1:
         yield from _without_copies(map(_read_modules, chunks))
         return
-    pool = ProcessPoolExecutor(workers)
+    # Ctrl-C reaches every process; this one ends the others.
+    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
         yield from _without_copies(pool.map(_read_modules, chunks))
     finally:
