@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, ElectraConfig, PreTrainedTokenizerFast
 from transformers import ElectraForPreTraining as TransformersElectraForPreTraining
 
-from electra_composer.config import ModelConfig
-from electra_composer.electra import discriminator_config, generator_config
+from electra_composer.config import ModelConfig, ObjectiveConfig
+from electra_composer.electra import ElectraForPretraining, SpecialIds, discriminator_config, generator_config
 from electra_composer.encoder import EncoderConfig
 from electra_composer.errors import UserError
 
@@ -209,6 +209,19 @@ class Checkpoint:
     def generator(self) -> EncoderConfig:
         return generator_config(self.model_config, len(self.tokenizer))
 
+    def build_model(self) -> ElectraForPretraining:
+        """The pretraining model with these weights, ready for evaluation."""
+        model = ElectraForPretraining(
+            self.model_config,
+            ObjectiveConfig(**self.config["objective"]),
+            len(self.tokenizer),
+            special_ids(self.tokenizer),
+            self.config["data"]["max_seq_length"],
+        )
+        check_state_fits(self.state, model.state_dict(), self.path)
+        model.load_state_dict(self.state)
+        return model.eval()
+
 
 @dataclass
 class Pretrained:
@@ -264,6 +277,11 @@ def read_checkpoint(path: str) -> Checkpoint:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: the tokenizer in it cannot be read: {_one_line(error)}") from error
     return Checkpoint(path, state, config, tokenizer)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
+    """The ids that masking needs, of a tokenizer that has them all (vocabulary.py sees to it)."""
+    return SpecialIds(tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:

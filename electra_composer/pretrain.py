@@ -5,16 +5,16 @@ from __future__ import annotations
 from composer import Trainer
 
 from electra_composer.callbacks import RunRecord, TrainMetrics
-from electra_composer.checkpoint import tokenizer_files
+from electra_composer.checkpoint import special_ids, tokenizer_files
 from electra_composer.composer_model import ElectraPretraining
 from electra_composer.config import PretrainConfig, load_config_from_command_line, to_dict, to_yaml
 from electra_composer.devices import fsdp_gradient_factor
-from electra_composer.electra import ElectraForPretraining, SpecialIds
+from electra_composer.electra import ElectraForPretraining
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.runs import build_trainer, check_run_folder, device_batch_size, start
 from electra_composer.shards import build_data_spec, check_shards, read_meta
 from electra_composer.versions import check_versions
-from electra_composer.vocabulary import load_tokenizer, special_ids
+from electra_composer.vocabulary import load_tokenizer
 
 
 def main(config: PretrainConfig) -> Trainer:
@@ -38,13 +38,12 @@ def main(config: PretrainConfig) -> Trainer:
     meta = read_meta(config.data.path, config.data.remote)
     tokenizer = load_tokenizer(config.data.tokenizer or meta.tokenizer_folder)
     check_shards(meta, tokenizer, config.data.max_seq_length)
-    ids = special_ids(tokenizer)
     model = ElectraPretraining(
         ElectraForPretraining(
             config.model,
             config.objective,
             vocab_size=len(tokenizer),
-            special_ids=SpecialIds(ids["pad"], ids["cls"], ids["sep"], ids["mask"]),
+            special_ids=special_ids(tokenizer),
             max_seq_length=config.data.max_seq_length,
         ),
         cpu_autocast,

@@ -1,0 +1,165 @@
+"""`make quickstart`: the main job from end to end, on text that every installation has, in minutes on two CPU cores.
+
+Every step is a command that the user can type again; it is shown before it runs. At the end stands one table: what the
+same finetuning reaches from pretrained weights and from random ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining
+
+from electra_composer.checkpoint import read_checkpoint
+from electra_composer.encoder import attention_mask_of
+
+FOLDER = "runs/quickstart"
+SHARDS, GLUE_DATA = f"{FOLDER}/shards", f"{FOLDER}/synthetic_glue"
+PRETRAIN, EXPORT = f"{FOLDER}/pretrain", f"{FOLDER}/export"
+STARTS = ("pretrained", "random")
+
+REAL_RUN = """The real run, ELECTRA-Small of the paper on OpenWebText (times and disk: README.md):
+  python data_prep/convert_owt.py
+  composer electra_composer/pretrain.py yamls/small.yaml
+  composer electra_composer/glue.py yamls/glue.yaml"""
+
+
+def commands(extra: list[str]) -> list[tuple[str, list[str]]]:
+    """What is done, step by step: a title and the command line. `extra` overrides keys of the pretraining."""
+    binaries = os.path.dirname(sys.executable)
+    python, composer = sys.executable, [os.path.join(binaries, "composer"), "-n", "1"]
+    convert = ["--source", "docstrings", "--max-bytes", "24mb", "--tokenizer", "train", "--vocab-size", "8192"]
+    finetune = [*composer, "electra_composer/glue.py", "yamls/quickstart_glue.yaml"]
+    return [
+        (
+            "the docstrings of the installed Python packages → a WordPiece vocabulary and MDS shards",
+            [python, "data_prep/convert_owt.py", *convert, "--out", SHARDS],
+        ),
+        (
+            "a tiny ELECTRA, pretrained on them",
+            [*composer, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *extra],
+        ),
+        (
+            "a synthetic GLUE-shaped task from the same text: whole or scrambled sentence?",
+            [python, "-m", "electra_composer.synthetic", "--source", "docstrings", "--out", GLUE_DATA],
+        ),
+        ("finetuning from the pretrained weights", [*finetune, f"checkpoints.folder={FOLDER}/glue-pretrained"]),
+        (
+            "the same finetuning from random weights",
+            [*finetune, f"checkpoints.folder={FOLDER}/glue-random", "model.random_init=true"],
+        ),
+        (
+            "export to folders that transformers loads",
+            [python, "electra_composer/export.py", PRETRAIN, EXPORT],
+        ),
+    ]
+
+
+def run(title: str, command: list[str]) -> None:
+    """Show a command and run it; stop everything if it fails."""
+    shown = shlex.join(os.path.basename(part) if index == 0 else part for index, part in enumerate(command))
+    print(f"\n━━ {title}\n$ {shown}", flush=True)
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        print(f"\nquickstart: stopped, since the command above failed (exit code {code})", file=sys.stderr)
+        sys.exit(code)
+
+
+def check_export() -> str:
+    """Load the export through transformers and compare it with our own model on one sentence.
+
+    Returns:
+        One line that says what was found; it fails if the two differ.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(f"{EXPORT}/discriminator")
+    discriminator = ElectraForPreTraining.from_pretrained(f"{EXPORT}/discriminator").eval()
+    generator = ElectraForMaskedLM.from_pretrained(f"{EXPORT}/generator").eval()
+    ours = read_checkpoint(PRETRAIN).build_model()
+    encoded = tokenizer("Return the number of elements in the array.", return_tensors="pt")
+    ids = encoded["input_ids"]
+    with torch.no_grad():
+        mask = attention_mask_of(torch.ones_like(ids))
+        embedded = ours.embeddings(ids, encoded["token_type_ids"], torch.arange(ids.shape[1])[None])
+        rtd = ours.rtd_head(ours.discriminator(embedded, mask))
+        mlm = ours.mlm_head(ours.generator(embedded, mask), ours.embeddings.word.weight)
+        difference = max(
+            (rtd - discriminator(**encoded).logits).abs().max().item(),
+            (mlm - generator(**encoded).logits).abs().max().item(),
+        )
+    if not difference < 1e-4:
+        raise RuntimeError(f"the exported models' logits differ from ours by {difference}")
+    return f"reloaded through transformers: logits of both models within {difference:.0e} of ours"
+
+
+def metrics_of(folder: str) -> list[dict[str, Any]]:
+    """The rows of a run's metrics file."""
+    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def pretraining_summary(rows: list[dict[str, Any]]) -> str:
+    """First and last losses, AUC and speed of the pretraining run, a line each."""
+    mlm = [row["metrics/train/mlm_loss"] for row in rows if "metrics/train/mlm_loss" in row]
+    rtd = [row["metrics/train/rtd_loss"] for row in rows if "metrics/train/rtd_loss" in row]
+    auc = [row["metrics/eval/rtd_auc"] for row in rows if "metrics/eval/rtd_auc" in row]
+    speed = [row["throughput/tokens_per_sec"] for row in rows if "throughput/tokens_per_sec" in row]
+    lines = [
+        f"generator, MLM loss          {mlm[0]:.2f} → {mlm[-1]:.2f}",
+        f"discriminator, RTD loss      {rtd[0]:.3f} → {rtd[-1]:.3f}",
+        f"discriminator, RTD AUC       {auc[-1]:.3f} on held-out documents (chance 0.500)",
+        f"tokens seen                  {rows[-1]['time/token']:,}",
+        f"speed                        {statistics.median(speed):,.0f} tokens/s without padding",
+    ]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """What pretraining bought: accuracy by start, mean and spread over the seeds."""
+    lines = [f"  {'finetuned from':<22}{'accuracy':>9}{'± std':>8}   seeds"]
+    means = {}
+    for start, label in zip(STARTS, ("pretrained weights", "random weights"), strict=True):
+        (task,) = results[start]["tasks"].values()
+        scores = [run["metrics"]["accuracy"] for run in task["runs"]]
+        means[start] = statistics.mean(scores)
+        spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
+        each = " ".join(f"{score:.1f}" for score in scores)
+        lines.append(f"  {label:<22}{means[start]:>9.1f}{spread:>8.1f}   {each}")
+    lines.append(f"  {'pretraining bought':<22}{means['pretrained'] - means['random']:>+9.1f}   points")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the steps and print what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("override", nargs="*", help="keys of yamls/quickstart.yaml, such as trainer.max_duration=100ba")
+    options = parser.parse_args()
+    started = time.monotonic()
+    if os.path.isdir(FOLDER):
+        print(f"replacing {FOLDER} of an earlier quickstart")
+        shutil.rmtree(FOLDER)
+    for title, command in commands(options.override):
+        run(title, command)
+    exported = check_export()
+    results = {}
+    for start in STARTS:
+        with open(f"{FOLDER}/glue-{start}/results.json", encoding="utf-8") as file:
+            results[start] = json.load(file)
+    print(f"\n━━ pretraining\n{pretraining_summary(metrics_of(PRETRAIN))}")
+    print(f"\n━━ a synthetic task: whole or scrambled sentence (chance 50)\n{table(results)}")
+    print(f"\n━━ export\n  {EXPORT}: {exported}")
+    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in all; everything is in {FOLDER}\n\n{REAL_RUN}")
+
+
+if __name__ == "__main__":
+    main()
