@@ -8,6 +8,7 @@ sampling.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,13 @@ def generator_config(model: ModelConfig, vocab_size: int) -> EncoderConfig:
 def _encoder_config(
     model: ModelConfig, vocab_size: int, hidden_size: int, num_heads: int, num_layers: int, whose: str
 ) -> EncoderConfig:
-    for name, size in (("num_layers", num_layers), ("hidden_size", hidden_size), ("num_heads", num_heads)):
+    sizes = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "embedding_size": model.embedding_size,
+    }
+    for name, size in sizes.items():
         if size < 1:
             raise UserError(f"{whose}{name} is {size}; expected at least 1")
     if hidden_size % num_heads:
@@ -69,6 +76,21 @@ def _encoder_config(
         initializer_range=model.initializer_range,
         layer_norm_eps=model.layer_norm_eps,
     )
+
+
+def _check_ranges(model: ModelConfig, objective: ObjectiveConfig) -> None:
+    """Refuse numbers that would end in NaN, or in an error that names no key."""
+    for name, value, lowest, highest in (
+        ("model.dropout", model.dropout, 0.0, 1.0),
+        ("model.attention_dropout", model.attention_dropout, 0.0, 1.0),
+        ("objective.gen_weight", objective.gen_weight, 0.0, math.inf),
+        ("objective.disc_weight", objective.disc_weight, 0.0, math.inf),
+        ("objective.temperature", objective.temperature, 0.01, math.inf),
+        ("objective.mlm_label_smoothing", objective.mlm_label_smoothing, 0.0, 1.0),
+        ("objective.rtd_label_smoothing", objective.rtd_label_smoothing, 0.0, 1.0),
+    ):
+        if not lowest <= value <= highest:
+            raise UserError(f"{name} is {value}; expected a number from {lowest} to {highest}")
 
 
 class MaskedLMHead(nn.Module):
@@ -124,6 +146,7 @@ class ElectraForPretraining(nn.Module):
         max_seq_length: int,
     ):
         super().__init__()
+        _check_ranges(model, objective)
         self.objective = objective
         self.vocab_size = vocab_size
         self.special_ids = special_ids

@@ -404,7 +404,21 @@ def test_operations_grow_with_rows_alone(make_model: Make, make_batch: Make) -> 
     assert model.flops_per_batch(make_batch([[(2, 0)]] * 6)) == 6 * model.flops_per_batch(make_batch([[(12, 20)]]))
 
 
-# What sharding sees
+# What compilation and sharding see
+
+
+@pytest.mark.parametrize("cpu_autocast", [False, True])
+def test_the_composer_forward_compiles_without_a_graph_break(
+    make_model: Make, make_batch: Make, cpu_autocast: bool
+) -> None:
+    """Composer compiles the forward of the `ComposerModel`, its batch a dictionary."""
+    torch.compiler.reset()
+    model = ElectraPretraining(make_model(), cpu_autocast=cpu_autocast)
+    batch = model.count_batch(noisy(model.model, make_batch(VERY_UNEVEN)))
+    found = torch.compile(model.forward, fullgraph=True, backend="eager")(batch)
+    expected = model(batch)
+    assert torch.equal(found["corrupted_ids"], expected["corrupted_ids"])
+    torch.testing.assert_close(found["rtd_loss"], expected["rtd_loss"], rtol=1e-5, atol=1e-5)
 
 
 def test_the_only_child_wraps_layers_and_nothing_else(make_model: Make) -> None:
