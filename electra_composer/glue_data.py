@@ -124,16 +124,15 @@ def _position(column: str | int, names: list[str] | None, file: str) -> int:
 
 
 def _parse_label(task: Task, text: str, where: str) -> int | float:
-    if task.is_regression:
-        try:
-            return _check_score(task, float(text), where)
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{where}: label {text!r} is not a number; expected {task.score_range}") from error
-    if text not in task.labels:
-        raise UserError(f"{where}: label {text!r}; expected one of {', '.join(task.labels)}")
-    return task.labels.index(text)
+    if not task.is_regression:
+        if text not in task.labels:
+            raise UserError(f"{where}: label {text!r}; expected one of {', '.join(task.labels)}")
+        return task.labels.index(text)
+    try:
+        score = float(text)
+    except ValueError as error:
+        raise UserError(f"{where}: label {text!r} is not a number; expected one from {task.score_range}") from error
+    return _check_score(task, score, where)
 
 
 def _check_score(task: Task, score: float, where: str) -> float:

@@ -7,6 +7,7 @@ swapped pairs from google-research/electra (`finetune/classification/`, `configu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -99,11 +100,18 @@ class MatthewsCorrCoef(BinaryConfusionMatrix):
         return ((tp * tn - fp * fn) / margins.sqrt()).float()
 
 
+def _spearman() -> Metric:
+    """Ranks need all predictions at once; torchmetrics warns of the memory, which a dev set does not notice."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all targets")
+        return SpearmanCorrCoef()
+
+
 METRICS: dict[str, Callable[[Task], Metric]] = {
     "accuracy": lambda task: MulticlassAccuracy(len(task.labels), average="micro"),
     "f1": lambda task: BinaryF1Score(),
     "matthews": lambda task: MatthewsCorrCoef(),
-    "spearman": lambda task: SpearmanCorrCoef(),
+    "spearman": lambda task: _spearman(),
     "pearson": lambda task: PearsonCorrCoef(),
 }
 """Each takes `update(predictions, labels)`: classes as integers, or values of a regression; and gives -1…1 or 0…1."""
