@@ -19,6 +19,7 @@ Overflow = Literal["cut", "carry"]
 Ids = NDArray[np.int32]
 
 MIN_SEQ_LENGTH = 5  # the shortest target that is ever drawn
+WINDOW = 8192
 OPEN_ROWS = 2048
 _MIN_EXAMPLE = 3  # [CLS], one token, [SEP]
 _ONE_SEGMENT_TARGET = 100_000  # no line ever fills it, so that every line goes to the first segment
@@ -166,34 +167,55 @@ def one_per_row(examples: Iterable[Example]) -> Iterator[Row]:
     return (_row([example]) for example in examples)
 
 
-def pack(examples: Iterable[Example], max_seq_length: int, open_rows: int = OPEN_ROWS) -> Iterator[Row]:
-    """Best fit of whole examples into rows, see :class:`Packer`; the same examples give the same rows."""
-    packer = Packer(max_seq_length, open_rows)
+def pack(
+    examples: Iterable[Example], max_seq_length: int, window: int = WINDOW, open_rows: int = OPEN_ROWS
+) -> Iterator[Row]:
+    """Whole examples into rows, see :class:`Packer`; the same examples give the same rows."""
+    packer = Packer(max_seq_length, window, open_rows)
     for example in examples:
         yield from packer.add(example)
     yield from packer.finish()
 
 
 class Packer:
-    """Best fit: each example goes into the open row that it fills most tightly, whole and once.
+    """Best fit, longest first: each example goes into the open row that it fills most tightly, whole and once.
+
+    Longest first holds within a window of examples, because the whole corpus does not fit in memory; at length 512 it
+    saves 2% of the rows against the order in which they come.
 
     Args:
         max_seq_length: most tokens in a row.
-        open_rows: how many rows wait for examples at a time; when there are more, the fullest is closed.
+        window: how many examples are sorted by length at a time.
+        open_rows: how many rows wait for more examples at a time; when there are more, the fullest is closed.
     """
 
-    def __init__(self, max_seq_length: int, open_rows: int = OPEN_ROWS) -> None:
+    def __init__(self, max_seq_length: int, window: int = WINDOW, open_rows: int = OPEN_ROWS) -> None:
         self._max_seq_length = max_seq_length
+        self._window = window
         self._open_rows = open_rows
+        self._examples: list[Example] = []
         self._by_space: list[deque[list[Example]]] = [deque() for _ in range(max_seq_length + 1)]
         self._spaces = 0  # bit s is set where an open row has s tokens of space: the tightest fit is one bit operation
         self._count = 0
 
     def add(self, example: Example) -> Iterator[Row]:
-        """Place an example; yields the row that this closes, if any, in the order of closing."""
+        """Take an example; yields the rows that this closes, in the order of closing."""
+        if len(example.ids) > self._max_seq_length:
+            raise ValueError(
+                f"an example of {len(example.ids)} tokens does not fit rows of {self._max_seq_length} tokens"
+            )
+        self._examples.append(example)
+        if len(self._examples) >= self._window:
+            yield from self._place_window()
+
+    def _place_window(self) -> Iterator[Row]:
+        self._examples.sort(key=lambda example: len(example.ids), reverse=True)
+        for example in self._examples:
+            yield from self._place(example)
+        self._examples.clear()
+
+    def _place(self, example: Example) -> Iterator[Row]:
         length = len(example.ids)
-        if length > self._max_seq_length:
-            raise ValueError(f"an example of {length} tokens does not fit rows of {self._max_seq_length}")
         fitting = self._spaces >> length
         if fitting:
             space = length + _lowest_bit(fitting)
@@ -212,7 +234,8 @@ class Packer:
             yield _row(self._take(_lowest_bit(self._spaces)))
 
     def finish(self) -> Iterator[Row]:
-        """The rows that are still open, fullest first."""
+        """The rows of the last examples, then those that are still open, fullest first."""
+        yield from self._place_window()
         while self._spaces:
             yield _row(self._take(_lowest_bit(self._spaces)))
 

@@ -109,9 +109,7 @@ def check_split(config: ShardsConfig, meta: Meta, split: str) -> None:
         rows = sum(shard["samples"] for shard in shards)
         broken = [message for shard in shards if (message := _broken_shard(folder, shard))]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{index}: not a readable shard index ({error}); make the shards anew with {CONVERT}"
-        ) from error
+        raise UserError(f"{index}: not a readable index of shards ({error}); make them anew with {CONVERT}") from error
     if broken:
         raise UserError(f"{broken[0]}; copy the shards again, or make them anew with {CONVERT}")
     if rows != meta.splits[split].rows:

@@ -220,10 +220,10 @@ def some_examples(count, longest, seed=0):
     return examples
 
 
-@pytest.mark.parametrize("open_rows", [1, 8, 1000])
-def test_packing_keeps_every_example_whole_and_once(open_rows):
+@pytest.mark.parametrize(("window", "open_rows"), [(1, 1), (1, 1000), (100, 8), (10_000, 1000)])
+def test_packing_keeps_every_example_whole_and_once(window, open_rows):
     examples = some_examples(3000, 128)
-    rows = list(pack(examples, 128, open_rows))
+    rows = list(pack(examples, 128, window, open_rows))
     found = []
     for row in rows:
         assert row.segment_lengths.dtype == np.uint16
@@ -237,20 +237,26 @@ def test_packing_keeps_every_example_whole_and_once(open_rows):
     assert sorted(found) == [(i, e.length_a, e.length_b) for i, e in enumerate(examples)]
 
 
-def test_packing_is_best_fit():
-    lengths = [10, 7, 4, 6, 3]  # rows of 12
+def packed_lengths(lengths, **options):
     examples = [Example(np.full(n, i, np.int32), n, 0) for i, n in enumerate(lengths)]
-    rows = [row.segment_lengths[::2].tolist() for row in pack(examples, 12)]
-    # 10 leaves 2, which closes the row; 7 leaves 5; 4 fits there (1 left, closed); 6 opens one; 3 fits it.
-    assert rows == [[10], [7, 4], [6, 3]]
+    return [row.segment_lengths[::2].tolist() for row in pack(examples, 12, **options)]
+
+
+def test_packing_is_best_fit():
+    # Rows of 12. 10 leaves 2, which closes the row; 7 leaves 5; 4 fits there (1 left, closed); 6 opens one; 3 fits it.
+    assert packed_lengths([10, 7, 4, 6, 3], window=1) == [[10], [7, 4], [6, 3]]
+    # 8 and 7 leave 4 and 5: 4 goes where it fits exactly, 5 where nothing else would.
+    assert packed_lengths([8, 7, 4, 5], window=1) == [[8, 4], [7, 5]]
+
+
+def test_packing_takes_the_longest_of_a_window_first():
+    # As they come, 5 and 4 share a row, and then 7 and 8 find no partner; longest first, two rows are enough.
+    assert len(packed_lengths([5, 4, 7, 8], window=1)) == 3
+    assert packed_lengths([5, 4, 7, 8]) == [[7, 5], [8, 4]]
 
 
 def test_packing_closes_the_fullest_row_when_too_many_are_open():
-    lengths = [6, 8, 7]
-    examples = [Example(np.full(n, i, np.int32), n, 0) for i, n in enumerate(lengths)]
-    rows = [row.segment_lengths[::2].tolist() for row in pack(examples, 12, open_rows=2)]
-    assert rows[0] == [8]
-    assert sorted(rows[1:]) == [[6], [7]]
+    assert packed_lengths([7, 8, 7, 3], window=1, open_rows=2) == [[8], [7, 3], [7]]
 
 
 def test_packing_is_deterministic_and_close_to_full():
