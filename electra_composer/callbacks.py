@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State, Timestamp, TimeUnit
@@ -111,6 +112,25 @@ class TrainMetrics(Callback):
         metrics = rtd_metrics(dict(zip(STATS, sums, strict=True)))
         logger.log_metrics({f"metrics/train/{name}": value for name, value in metrics.items()})
         logger.log_metrics({"data/fill": _ratio(sums[STATS.index("tokens")], places)})
+
+
+class BatchSeed(Callback):
+    """Masks, samples and dropout of a batch follow from the seed, the process and the batch's number alone.
+
+    Without it they follow from all that ever drew from torch's generator: each evaluation draws (a loader's iterator
+    takes a number), and Composer 0.32 does not restore the generator when a Streaming data set resumes in the middle of
+    an epoch. With it a resumed run continues as if nothing had happened, and evaluation changes nothing in training.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        sequence = np.random.SeedSequence([self.seed, dist.get_global_rank(), state.timestamp.batch.value])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 class DataWait(Callback):

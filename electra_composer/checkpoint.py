@@ -245,7 +245,7 @@ def read_checkpoint(path: str) -> Checkpoint:
         raise UserError(f"{path}: no such checkpoint; expected a .pt file that pretrain.py wrote, or its run folder")
     try:
         with torch.serialization.safe_globals(_checkpoint_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         lines = str(error).splitlines()
         reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from composer import Trainer
 
 from electra_composer.callbacks import RunRecord, TrainMetrics
-from electra_composer.checkpoint import special_ids, tokenizer_files
+from electra_composer.checkpoint import check_state_fits, read_checkpoint, special_ids, tokenizer_files
 from electra_composer.composer_model import ElectraPretraining
 from electra_composer.config import PretrainConfig, load_config_from_command_line, to_dict, to_yaml
 from electra_composer.devices import fsdp_gradient_factor
 from electra_composer.electra import ElectraForPretraining
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.runs import build_trainer, check_run_folder, device_batch_size, start
+from electra_composer.runs import build_trainer, check_run_folder, checkpoint_to_load, device_batch_size, start
 from electra_composer.shards import build_data_spec, check_shards, read_meta
 from electra_composer.versions import check_versions
 from electra_composer.vocabulary import load_tokenizer
@@ -49,6 +49,9 @@ def main(config: PretrainConfig) -> Trainer:
         cpu_autocast,
         fsdp_gradient_factor(config.trainer),
     )
+    start_from = checkpoint_to_load(config)
+    if start_from is not None:
+        check_state_fits(read_checkpoint(start_from).state, model.model.state_dict(), start_from)
     train_data = build_data_spec(
         config.data, "train", device_batch_size(config.trainer), meta, config.seed, batch_transforms=model.count_batch
     )

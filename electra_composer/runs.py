@@ -15,10 +15,11 @@ from composer.utils import create_interval_scheduler, dist, get_device, reproduc
 from composer.utils.parallelism import FSDP2Config
 
 from electra_composer.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
-from electra_composer.callbacks import milestone_saver
+from electra_composer.callbacks import BatchSeed, milestone_saver
 from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.devices import resolve_device
 from electra_composer.errors import UserError
+from electra_composer.optim import parse_time
 
 LATEST = "latest-rank{rank}.pt"
 
@@ -30,11 +31,18 @@ def start(config: RunConfig) -> bool:
         Whether the model is to run under bfloat16 autocast on the CPU (see devices.py).
 
     Raises:
-        UserError: a device, precision or batch size that cannot be.
+        UserError: a device, precision, batch size or time that cannot be.
     """
     device, _, cpu_autocast = resolve_device(config.trainer)
     dist.initialize_dist(get_device(device), timeout=300.0)
     device_batch_size(config.trainer)
+    for key, time in (
+        ("trainer.max_duration", config.trainer.max_duration),
+        ("trainer.eval_interval", config.trainer.eval_interval),
+        ("checkpoints.interval", config.checkpoints.interval),
+    ):
+        if time is not None and parse_time(time, key).value <= 0:
+            raise UserError(f"{key}: {time!r}: expected more than nothing, such as 1000ba")
     reproducibility.seed_all(config.seed)  # the same on every process: weights must start equal
     return cpu_autocast
 
@@ -103,6 +111,7 @@ def build_trainer(
         optimizers=build_optimizer(config.optimizer, model),
         algorithms=[GradientClipping("norm", trainer.gradient_clip)] if trainer.gradient_clip else None,
         callbacks=[
+            BatchSeed(config.seed),
             build_scheduler(config.schedule, max_duration),
             *build_callbacks(config.callbacks),
             *callbacks,
@@ -152,6 +161,21 @@ def checkpoint_savers(config: RunConfig) -> list[CheckpointSaver]:
     return savers
 
 
+def checkpoint_to_load(config: RunConfig) -> str | None:
+    """The checkpoint file that the trainer will start from: the run's newest, else `checkpoints.load_path`, else none.
+
+    Composer loads it as a pickle, so it is to be read safely and checked first. Sharded checkpoints are folders, which
+    torch's own distributed checkpointing reads, and are left to it.
+    """
+    checkpoints = config.checkpoints
+    latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
+    if checkpoints.resume and not checkpoints.overwrite and os.path.lexists(latest):
+        return latest if os.path.isfile(latest) else None
+    if checkpoints.load_path is None or os.path.isdir(checkpoints.load_path):
+        return None
+    return checkpoints.load_path
+
+
 def check_run_folder(config: RunConfig) -> None:
     """Refuse to start anew in a folder that holds another run's checkpoints.
 
@@ -159,7 +183,7 @@ def check_run_folder(config: RunConfig) -> None:
         UserError: there are checkpoints, and the configuration says neither to continue nor to replace them.
     """
     checkpoints = config.checkpoints
-    latest = os.path.join(checkpoints.folder, "latest-rank0.pt")
+    latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
     if os.path.lexists(latest) and not checkpoints.resume and not checkpoints.overwrite:
         raise UserError(
             f"{checkpoints.folder} holds the checkpoints of a run; set checkpoints.resume=true to continue it, "

@@ -1,0 +1,253 @@
+"""Pretraining end to end on tiny shards: what a run leaves behind, how it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from composer.core import Callback
+
+from electra_composer import runs
+from electra_composer.checkpoint import load_source, read_checkpoint
+from electra_composer.config import PretrainConfig, load_config
+from electra_composer.conversion import Conversion, convert
+from electra_composer.documents import Sources
+from electra_composer.electra import ElectraForClassification
+from electra_composer.errors import UserError
+from electra_composer.export import export
+from electra_composer.pretrain import main
+
+LENGTH = 32
+CONFIG = """
+run_name: tiny
+seed: 1
+data: {path: SHARDS, max_seq_length: 32, num_workers: 0}
+model:
+  {num_layers: 1, hidden_size: 32, num_heads: 2, embedding_size: 16, generator_size: 0.5, max_positions: 40,
+   dropout: 0.1, attention_dropout: 0.1}
+optimizer: {lr: 5.0e-3}
+schedule: {warmup: 2ba}
+trainer: {max_duration: 16ba, global_train_batch_size: 8, device_eval_batch_size: 8, eval_interval: 16ba,
+          precision: fp32, log_interval: 1ba, progress_bar: false}
+checkpoints: {folder: FOLDER, interval: 4ba, keep: 1, milestones: [0.0625, 0.125, 0.25, 0.5, 1.0]}
+callbacks: {speed_monitor: {window_size: 2}, runtime_estimator: {}, lr_monitor: {}}
+loggers: {metrics_file: {}}
+"""
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """Shards of a small invented language in which a word's successor is certain."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    words = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u")]
+    lines = []
+    for _ in range(300):
+        start = rng.randrange(len(words))
+        lines.append(" ".join(words[(start + i) % len(words)] for i in range(rng.randint(5, 40))))
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    convert(
+        Conversion(
+            sources=Sources(sources=[str(folder / "text.txt")]),
+            out=str(folder / "shards"),
+            tokenizer="train",
+            vocab_size=120,
+            max_seq_length=LENGTH,
+            val_fraction=0.1,
+            progress=False,
+        )
+    )
+    return folder / "shards"
+
+
+@pytest.fixture
+def make_config(shards, tmp_path):
+    """`make_config("key=value", …)` for a run in `tmp_path / "run"`."""
+
+    def make(*overrides: str) -> PretrainConfig:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(CONFIG.replace("SHARDS", str(shards)).replace("FOLDER", str(tmp_path / "run")))
+        return load_config(str(path), list(overrides), PretrainConfig)
+
+    return make
+
+
+def metrics(folder: Path, having: str = "loss/train/mlm") -> list[dict]:
+    """Rows of the metrics file that have a value. Row n: after n batches; Composer logs losses before it counts up."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if having in row]
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.state.model.state_dict().items()}
+
+
+def test_a_run_leaves_what_the_configuration_says(make_config, tmp_path):
+    main(make_config())
+    run = tmp_path / "run"
+    milestones = {path.name for path in run.glob("milestone-*")}
+    assert milestones == {f"milestone-ba{batch}-rank0.pt" for batch in (1, 2, 4, 8, 16)}
+    assert len(list(run.glob("batch-*"))) == 1  # keep: 1
+    assert "max_seq_length: 32" in (run / "config.yaml").read_text()
+    assert (run / "tokenizer" / "vocab.txt").is_file()
+    last = metrics(run, having="metrics/eval/rtd_auc")[-1]
+    assert last["step"] == 16
+    for name in ("mlm_loss", "mlm_accuracy", "sampled_accuracy", "rtd_loss", "rtd_accuracy", "replaced_share"):
+        assert math.isfinite(last[f"metrics/train/{name}"]), name
+        assert math.isfinite(last[f"metrics/eval/{name}"]), name
+    for name in ("metrics/eval/rtd_auc", "throughput/tokens_per_sec", "time/remaining_estimate", "lr-AdamW/group0"):
+        assert metrics(run, having=name), name
+    first, *_, last = metrics(run)
+    assert (first["step"], last["step"]) == (0, 15)
+    assert last["loss/train/mlm"] < first["loss/train/mlm"]
+    assert last["loss/train/total"] == pytest.approx(last["loss/train/mlm"] + 50 * last["loss/train/rtd"], rel=1e-5)
+
+
+class Kill(Callback):
+    """A run that ends without warning after a batch."""
+
+    def __init__(self, after: int):
+        self.after = after
+
+    def batch_end(self, state, logger):
+        if state.timestamp.batch.value == self.after:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(make_config, tmp_path, monkeypatch):
+    whole = weights(main(make_config(f"checkpoints.folder={tmp_path / 'whole'}")))
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "build_callbacks", lambda config: [Kill(after=10)])
+        with pytest.raises(KeyboardInterrupt):
+            main(make_config())
+    continued = main(make_config())
+    assert continued.state.timestamp.batch.value == 16
+    for name, tensor in weights(continued).items():
+        assert torch.equal(tensor, whole[name]), name
+    steps = [row["step"] for row in metrics(tmp_path / "run")]
+    assert steps == list(range(16))
+
+
+def test_checkpoint_export_and_finetuning_hold_the_same_weights(make_config, tmp_path):
+    from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining
+
+    trainer = main(make_config())
+    checkpoint = read_checkpoint(str(tmp_path / "run"))
+    export(checkpoint, str(tmp_path / "export"))
+    discriminator, loading = ElectraForPreTraining.from_pretrained(
+        tmp_path / "export" / "discriminator", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    generator = ElectraForMaskedLM.from_pretrained(tmp_path / "export" / "generator")
+    word = trainer.state.model.model.embeddings.word.weight[: checkpoint.discriminator.vocab_size]
+    assert torch.equal(discriminator.electra.embeddings.word_embeddings.weight, word)
+    # Tied after export: one parameter is the generator's input and output table, and it equals the discriminator's.
+    assert generator.generator_lm_head.weight is generator.electra.embeddings.word_embeddings.weight
+    assert torch.equal(generator.generator_lm_head.weight, word)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export" / "discriminator")
+    assert tokenizer.get_vocab() == checkpoint.tokenizer.get_vocab()
+    for source in (tmp_path / "run", tmp_path / "export" / "discriminator"):
+        pretrained = load_source(str(source))
+        classifier = ElectraForClassification(pretrained.encoder, 2)
+        missing, unexpected = classifier.load_state_dict(pretrained.weights, strict=False)
+        assert set(missing) == {"head.weight", "head.bias"}
+        assert not unexpected
+        assert torch.equal(classifier.embeddings.word.weight[: len(word)], word)
+    with pytest.raises(UserError, match="exists already"):
+        export(checkpoint, str(tmp_path / "export"))
+
+
+def test_evaluation_interval_changes_nothing_in_training(make_config, tmp_path):
+    often = weights(main(make_config("trainer.eval_interval=3ba", f"checkpoints.folder={tmp_path / 'often'}")))
+    once = weights(main(make_config(f"checkpoints.folder={tmp_path / 'once'}")))
+    assert all(torch.equal(often[name], once[name]) for name in once)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "objective.sampling=gumbel",
+        "objective.mask_style=bert",
+        "objective.disallow_correct=true",
+        "objective.temperature=2.0",
+        "objective.mlm_label_smoothing=0.1",
+        "objective.rtd_label_smoothing=0.1",
+        "model.tie_embeddings=false",
+        "optimizer.bias_correction=true",
+        "schedule.name=linear",
+        "schedule.name=one_cycle",
+        "schedule.name=constant",
+        "trainer.precision=amp_bf16",
+        "trainer.device_train_microbatch_size=2",
+        "trainer.gradient_clip=null",
+    ],
+)
+def test_every_switch_trains(make_config, tmp_path, override):
+    trainer = main(make_config(override, "trainer.max_duration=6ba", "checkpoints.milestones=[1.0]"))
+    rows = metrics(tmp_path / "run")
+    assert trainer.state.timestamp.batch.value == 6
+    assert rows[-1]["loss/train/mlm"] < rows[0]["loss/train/mlm"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=/nowhere"], "convert_owt.py"),
+        (["data.max_seq_length=64", "model.max_positions=64"], "32.*64"),
+        (["trainer.max_duration=null"], "trainer.max_duration"),
+        (["trainer.max_duration=16xy"], "trainer.max_duration"),
+        (["trainer.global_train_batch_size=0"], "global_train_batch_size"),
+        (["trainer.global_train_batch_size=100000"], "rows"),
+        (["trainer.device_train_microbatch_size=9"], "1 to 8"),
+        (["trainer.device_train_microbatch_size=auto"], "auto"),
+        (["trainer.device_train_microbatch_size=many"], "many"),
+        (["trainer.device_eval_batch_size=0"], "device_eval_batch_size"),
+        (["trainer.eval_interval=often"], "trainer.eval_interval"),
+        (["trainer.precision=amp_fp16"], "amp_bf16"),
+        (["trainer.device=gpu"], "CUDA|gpu"),
+        (["model.num_heads=3"], "multiple"),
+        (["model.max_positions=16"], "max_positions"),
+        (["objective.mask_prob=0.0"], "mask_prob"),
+        (["optimizer.lr=-1"], "optimizer.lr"),
+        (["schedule.warmup=100ba"], "warmup"),
+        (["callbacks.speed_monitr={}"], "callbacks.speed_monitor"),
+        (["loggers.metrics_file.pth=x"], "loggers.metrics_file.path"),
+        (["checkpoints.interval=often"], "checkpoints.interval"),
+        (["checkpoints.milestones=[2.0]"], "checkpoints.milestones"),
+        (["checkpoints.load_path=/nowhere.pt"], "/nowhere.pt"),
+    ],
+)
+def test_bad_input_is_one_clear_line(make_config, overrides, message):
+    if "gpu" in overrides[0] and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UserError, match=message):
+        main(make_config(*overrides))
+
+
+def test_shards_of_another_tokenizer_are_refused(make_config, tmp_path):
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]) + "\n")
+    with pytest.raises(UserError, match=r"tokenizer.*7 entries"):
+        main(make_config(f"data.tokenizer={vocab}"))
+
+
+def test_a_checkpoint_of_other_sizes_is_refused(make_config, tmp_path):
+    main(make_config("trainer.max_duration=1ba", "schedule.warmup=1ba", "checkpoints.milestones=[1.0]"))
+    with pytest.raises(UserError, match="sizes under model"):
+        main(make_config("model.hidden_size=64"))
+    other = f"checkpoints.folder={tmp_path / 'other'}"
+    with pytest.raises(UserError, match="sizes under model"):
+        main(make_config("model.num_layers=2", other, f"checkpoints.load_path={tmp_path / 'run' / 'latest-rank0.pt'}"))
+    with pytest.raises(UserError, match="holds the checkpoints of a run"):
+        main(make_config("checkpoints.resume=false"))
+    (tmp_path / "run" / "latest-rank0.pt").unlink()
+    (tmp_path / "run" / "latest-rank0.pt").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="not a"):
+        main(make_config())
+    assert os.path.getsize(tmp_path / "run" / "latest-rank0.pt") == 9  # refused, not replaced
