@@ -25,6 +25,7 @@ from electra_composer.glue_results import (
     table,
 )
 from electra_composer.glue_tasks import Task, find_task
+from electra_composer.optim import parse_time
 from electra_composer.runs import build_trainer, device_batch_size, start
 from electra_composer.versions import check_versions
 
@@ -105,10 +106,7 @@ def finetune(
     )
     trainer.fit()
     timestamp, metrics = trainer.state.timestamp, trainer.state.eval_metrics["eval"]
-    if any(metric.update_count == 0 for metric in metrics.values()):
-        raise UserError(
-            f"trainer.eval_interval is {config.trainer.eval_interval}: nothing was evaluated; expected 1dur"
-        )
+    assert all(metric.update_count for metric in metrics.values())  # `check_config` saw to it
     run = {
         "seed": seed,
         "metrics": {name: 100.0 * float(metric.compute()) for name, metric in metrics.items()},
@@ -147,6 +145,12 @@ def check_config(config: GlueConfig) -> list[Task]:
         raise UserError(f"max_train_examples is {config.max_train_examples}; expected at least 1, or null for all")
     if config.checkpoints.load_path is not None:
         raise UserError("checkpoints.load_path is for pretraining; what is finetuned is model.source")
+    if parse_time(config.trainer.eval_interval, "trainer.eval_interval").value == 0:
+        raise UserError(
+            f"trainer.eval_interval is {config.trainer.eval_interval}: nothing would be scored; expected 1dur"
+        )
+    if config.trainer.eval_batches is not None:
+        raise UserError("trainer.eval_batches is for pretraining; scores are of the whole dev set: set it to null")
     if config.trainer.fsdp is not None:
         raise UserError("trainer.fsdp is for pretraining; finetuning runs on DDP: set it to null")
     return [find_task(name) for name in tasks]

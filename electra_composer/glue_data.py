@@ -230,7 +230,9 @@ def encode(
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerFast, name: str, progress: bool) -> list[list[int]]:
     tokens: list[list[int]] = []
-    with tqdm(total=len(texts), desc=f"tokenizing {name}", unit="ex", leave=False, disable=not progress) as bar:
+    # None: a bar on a terminal, nothing in a file
+    disable = None if progress else True
+    with tqdm(total=len(texts), desc=f"tokenizing {name}", unit="ex", leave=False, disable=disable) as bar:
         for start in range(0, len(texts), TOKENIZER_CHUNK):
             chunk = texts[start : start + TOKENIZER_CHUNK]
             # verbose=False: sentences longer than the model's positions are cut below, which needs no warning

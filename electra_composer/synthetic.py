@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     if os.path.exists(os.path.join(options.out, TASK.folder)):  # before the text is read, not after
         raise UserError(f"{os.path.join(options.out, TASK.folder)}: exists already; remove it, or give another --out")
     sources = Sources([options.source], max_documents=MAX_DOCUMENTS)
-    documents = tqdm(read_documents(sources, ReadStats()), desc="reading", unit="doc", leave=False)
+    documents = tqdm(read_documents(sources, ReadStats()), desc="reading", unit="doc", leave=False, disable=None)
     train, dev = build(documents, options.train, options.dev, options.seed)
     write(options.out, train, dev, {"source": options.source, "seed": options.seed})
     print(f"synthetic task {TASK.folder}: {len(train)} training and {len(dev)} dev examples in {options.out}")

@@ -187,7 +187,8 @@ def test_a_later_start_does_what_is_missing(
         (["checkpoints.load_path=x.pt"], "what is finetuned is model.source"),
         (["trainer.fsdp={}"], "finetuning runs on DDP"),
         (["trainer.precision=amp_fp16"], "trainer.precision"),
-        (["trainer.eval_interval=0ba"], "nothing was evaluated"),
+        (["trainer.eval_interval=0ba"], "nothing would be scored"),
+        (["trainer.eval_batches=2"], "scores are of the whole dev set"),
     ],
 )
 def test_bad_input_is_one_line(make_config: Callable[..., GlueConfig], overrides: list[str], message: str) -> None:
