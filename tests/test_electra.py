@@ -272,6 +272,13 @@ def test_a_changed_token_changes_no_logit_of_another_example(make_model: Make, m
 # Masking, sampling and labels in the forward
 
 
+def test_special_tokens_are_no_candidates(make_model: Make) -> None:
+    """`[CLS]`, `[SEP]`, a literal `[MASK]` and padding are not; `[UNK]` (1) and words are."""
+    input_ids = torch.tensor([[2, 1, 7, 4, 3, 8, 3, 0]])
+    sequence_ids = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]])
+    assert make_model().candidates(input_ids, sequence_ids).nonzero()[:, 1].tolist() == [1, 2, 5]
+
+
 def test_samples_stand_at_the_masked_positions_and_originals_everywhere_else(
     make_model: Make, make_batch: Make
 ) -> None:
