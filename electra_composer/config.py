@@ -227,17 +227,20 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
             raise UserError(f"{override!r}: its value cannot be read: {' '.join(str(error).split())}") from error
     config = OmegaConf.structured(schema)
     try:
-        from_command_line = OmegaConf.from_dotlist(overrides)
-        for origin, part in ((path, from_file), ("the command line", from_command_line)):
-            _refuse_unknown_keys(OmegaConf.to_container(part, resolve=False), schema, origin)
-            for key in [str(k) for k in part] if origin == path else overrides:
-                # One key at a time, so that a message can name the one that is wrong.
-                piece = OmegaConf.create({key: part[key]}) if origin == path else OmegaConf.from_dotlist([key])
-                try:
-                    config = OmegaConf.merge(config, piece)
-                except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for a dictionary
-                    full_key = getattr(error, "full_key", None) or key.split("=")[0]
-                    raise UserError(f"{origin}: {full_key}: {_first_line(error)}") from error
+        # One key at a time, so that a message can name the one that is wrong; interpolations stay as they are until
+        # everything is merged, so that an override of what they point to is heard.
+        file_content = OmegaConf.to_container(from_file, resolve=False)
+        assert isinstance(file_content, dict)
+        pieces = [(path, str(key), OmegaConf.create({key: value})) for key, value in file_content.items()]
+        for override in overrides:
+            pieces.append(("the command line", override.split("=")[0], OmegaConf.from_dotlist([override])))
+        for origin, key, piece in pieces:
+            _refuse_unknown_keys(OmegaConf.to_container(piece, resolve=False), schema, origin)
+            try:
+                config = OmegaConf.merge(config, piece)
+            except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for a dictionary
+                full_key = getattr(error, "full_key", None) or key
+                raise UserError(f"{origin}: {full_key}: {_first_line(error)}") from error
         missing = sorted(key for key in OmegaConf.missing_keys(config))
         if missing:
             raise UserError(

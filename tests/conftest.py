@@ -6,7 +6,9 @@ Fixtures return factories, so that a test says in its own words what differs fro
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +17,8 @@ import pytest
 import torch
 
 from electra_composer.config import ModelConfig, ObjectiveConfig
+from electra_composer.conversion import Conversion, convert
+from electra_composer.documents import Sources
 from electra_composer.electra import ElectraForPretraining, SpecialIds
 
 VOCAB_SIZE = 99  # not a multiple of 64: the padded rows of the embedding table are there
@@ -125,3 +129,53 @@ def _perturb(model: ElectraForPretraining) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("word.weight") or name == "mlm_head.bias":
                 parameter[model.vocab_size :] = 0.0
+
+
+TINY_YAML = """
+run_name: tiny
+seed: 1
+data: {path: SHARDS, max_seq_length: 32, num_workers: 0}
+model:
+  {num_layers: 1, hidden_size: 32, num_heads: 2, embedding_size: 16, generator_size: 0.5, max_positions: 40,
+   dropout: 0.1, attention_dropout: 0.1}
+optimizer: {lr: 5.0e-3}
+schedule: {warmup: 2ba}
+trainer: {max_duration: 16ba, global_train_batch_size: 8, device_eval_batch_size: 8, eval_interval: 16ba,
+          precision: fp32, log_interval: 1ba, progress_bar: false}
+checkpoints: {folder: FOLDER, interval: 4ba, keep: 1, milestones: [0.0625, 0.125, 0.25, 0.5, 1.0]}
+callbacks: {speed_monitor: {window_size: 2}, runtime_estimator: {}, lr_monitor: {}}
+loggers: {metrics_file: {}}
+"""
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a small invented language in which a word's successor is certain."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    words = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u")]
+    lines = []
+    for _ in range(300):
+        start = rng.randrange(len(words))
+        lines.append(" ".join(words[(start + i) % len(words)] for i in range(rng.randint(5, 40))))
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    convert(
+        Conversion(
+            sources=Sources(sources=[str(folder / "text.txt")]),
+            out=str(folder / "shards"),
+            tokenizer="train",
+            vocab_size=120,
+            max_seq_length=LENGTH,
+            val_fraction=0.1,
+            progress=False,
+        )
+    )
+    return folder / "shards"
+
+
+@pytest.fixture
+def tiny_yaml(shards: Path, tmp_path: Path) -> Path:
+    """A configuration of `pretrain.py` for a run of seconds in `tmp_path / "run"`."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_YAML.replace("SHARDS", str(shards)).replace("FOLDER", str(tmp_path / "run")))
+    return path

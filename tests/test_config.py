@@ -388,3 +388,8 @@ def test_shipped_sizes_are_the_papers(name: str) -> None:
     assert config.objective.mask_prob == PAPER[name][9]
     assert config.checkpoints.milestones == [0.0625, 0.125, 0.25, 0.5, 1.0]
     assert model.max_positions == 512
+
+
+def test_an_override_is_heard_by_what_points_to_it():
+    config = load_config(str(ROOT / "yamls" / "small.yaml"), ["run_name=other"], PretrainConfig)
+    assert config.checkpoints.folder == "runs/other"

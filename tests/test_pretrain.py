@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -15,64 +14,18 @@ from composer.core import Callback
 from electra_composer import runs
 from electra_composer.checkpoint import load_source, read_checkpoint
 from electra_composer.config import PretrainConfig, load_config
-from electra_composer.conversion import Conversion, convert
-from electra_composer.documents import Sources
 from electra_composer.electra import ElectraForClassification
 from electra_composer.errors import UserError
 from electra_composer.export import export
 from electra_composer.pretrain import main
 
-LENGTH = 32
-CONFIG = """
-run_name: tiny
-seed: 1
-data: {path: SHARDS, max_seq_length: 32, num_workers: 0}
-model:
-  {num_layers: 1, hidden_size: 32, num_heads: 2, embedding_size: 16, generator_size: 0.5, max_positions: 40,
-   dropout: 0.1, attention_dropout: 0.1}
-optimizer: {lr: 5.0e-3}
-schedule: {warmup: 2ba}
-trainer: {max_duration: 16ba, global_train_batch_size: 8, device_eval_batch_size: 8, eval_interval: 16ba,
-          precision: fp32, log_interval: 1ba, progress_bar: false}
-checkpoints: {folder: FOLDER, interval: 4ba, keep: 1, milestones: [0.0625, 0.125, 0.25, 0.5, 1.0]}
-callbacks: {speed_monitor: {window_size: 2}, runtime_estimator: {}, lr_monitor: {}}
-loggers: {metrics_file: {}}
-"""
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    """Shards of a small invented language in which a word's successor is certain."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    words = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u")]
-    lines = []
-    for _ in range(300):
-        start = rng.randrange(len(words))
-        lines.append(" ".join(words[(start + i) % len(words)] for i in range(rng.randint(5, 40))))
-    (folder / "text.txt").write_text("\n\n".join(lines))
-    convert(
-        Conversion(
-            sources=Sources(sources=[str(folder / "text.txt")]),
-            out=str(folder / "shards"),
-            tokenizer="train",
-            vocab_size=120,
-            max_seq_length=LENGTH,
-            val_fraction=0.1,
-            progress=False,
-        )
-    )
-    return folder / "shards"
-
 
 @pytest.fixture
-def make_config(shards, tmp_path):
+def make_config(tiny_yaml):
     """`make_config("key=value", …)` for a run in `tmp_path / "run"`."""
 
     def make(*overrides: str) -> PretrainConfig:
-        path = tmp_path / "tiny.yaml"
-        path.write_text(CONFIG.replace("SHARDS", str(shards)).replace("FOLDER", str(tmp_path / "run")))
-        return load_config(str(path), list(overrides), PretrainConfig)
+        return load_config(str(tiny_yaml), list(overrides), PretrainConfig)
 
     return make
 

@@ -1,0 +1,94 @@
+"""Three steps of plain gradient descent in Composer's `Trainer`; `test_distributed.py` starts it with 1 or 2 processes.
+
+Plain gradient descent, no clipping: unlike Adam it shows a gradient that is off by a factor. Every row carries its own
+noise, so that the masks and samples are the same however the batch is split.
+
+    composer -n 2 tests/distributed_step.py OUT ddp|fsdp MICROBATCH
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from composer import Trainer
+from composer.core import DataSpec
+from composer.utils import dist, get_device
+from composer.utils.parallelism import FSDP2Config
+from torch.utils.data import DataLoader, Dataset
+
+from electra_composer.composer_model import ElectraPretraining
+from electra_composer.config import FSDPConfig, ModelConfig, ObjectiveConfig, TrainerConfig
+from electra_composer.devices import fsdp_gradient_factor
+from electra_composer.electra import ElectraForPretraining, SpecialIds
+
+LENGTH, VOCAB, BATCH = 32, 100, 8
+
+
+class Rows(Dataset):
+    """Random rows of very different lengths, so that a mean of means would be wrong."""
+
+    def __init__(self, slots: int):
+        self.slots = slots
+
+    def __len__(self) -> int:
+        return 3 * BATCH
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        tokens = int(torch.randint(4, LENGTH + 1, (1,), generator=generator))
+        sequence_ids = (torch.arange(LENGTH) < tokens).long()
+        return {
+            "input_ids": torch.randint(5, VOCAB, (LENGTH,), generator=generator) * sequence_ids,
+            "token_type_ids": torch.zeros(LENGTH, dtype=torch.long),
+            "position_ids": torch.arange(LENGTH),
+            "sequence_ids": sequence_ids,
+            "noise": torch.rand(LENGTH + 3 * self.slots, generator=generator),
+        }
+
+
+def main(out: str, kind: str, microbatch: int) -> None:
+    torch.set_num_threads(1)
+    dist.initialize_dist(get_device("cpu"))
+    torch.manual_seed(0)
+    sizes = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_heads=2,
+        embedding_size=16,
+        generator_size=0.5,
+        max_positions=LENGTH,
+        dropout=0.0,
+        attention_dropout=0.0,
+    )
+    electra = ElectraForPretraining(sizes, ObjectiveConfig(), VOCAB, SpecialIds(0, 1, 2, 3), LENGTH)
+    fsdp = kind == "fsdp"
+    factor = fsdp_gradient_factor(TrainerConfig(fsdp=FSDPConfig() if fsdp else None))
+    model = ElectraPretraining(electra, gradient_factor=factor)
+    rows = Rows(electra.slots)
+    per_process = BATCH // dist.get_world_size()
+    loader = DataLoader(rows, per_process, sampler=dist.get_sampler(rows, shuffle=False))
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataSpec(loader, batch_transforms=model.count_batch),
+        max_duration="3ba",
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.02),
+        device="cpu",
+        precision="fp32",
+        device_train_microbatch_size=min(microbatch, per_process),
+        parallelism_config={"fsdp": FSDP2Config(state_dict_type="full")} if fsdp else None,
+        save_folder=f"{out}/checkpoint",
+        save_interval="3ba",
+        progress_bar=False,
+    )
+    trainer.fit()
+    loss = {name: float(value) for name, value in trainer.state.total_loss_dict.items()}
+    if dist.get_global_rank() == 0:
+        # Tied: the generator's table is the discriminator's, also as FSDP shards it.
+        assert electra.embeddings_of_generator is electra.embeddings
+        assert sum(name.endswith("word.weight") for name, _ in electra.named_parameters()) == 1
+        torch.save(loss, f"{out}/loss.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
