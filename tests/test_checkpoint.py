@@ -218,7 +218,7 @@ def test_a_pickle_that_would_run_code_does_not_run(checkpoint: tuple[Path, Any],
         torch.save({"state": Evil(ran)}, path, _use_new_zipfile_serialization=how == "torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a pickle protocol
-        with pytest.raises(UserError, match="not loaded, since that could run|not a readable checkpoint"):
+        with pytest.raises(UserError, match=r"not loaded, since that could run|not a readable checkpoint"):
             read_checkpoint(str(path))
         assert not ran.exists()
         if how == "torch":  # the test's own check: unsafe loading does run it

@@ -150,6 +150,13 @@ def test_every_candidate_equally_often() -> None:
     assert deviation < 5 * math.sqrt(expected * (1 - expected) / rows)
 
 
+def test_noise_of_zero_still_prefers_candidates() -> None:
+    """0 is in the range of uniform numbers, and must beat what is not a candidate."""
+    candidates = torch.tensor([[False, False, True, False, True, False]])
+    positions, weights = masking.choose_positions(candidates, torch.tensor([2]), 3, torch.zeros(1, 6))
+    assert sorted(positions[weights > 0].tolist()) == [2, 4]
+
+
 def test_masking_is_dynamic(corpus: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Two draws of a row share 15% of their positions, no more: overlap within five standard errors."""
     first, weights, candidates = draw(corpus, 5)
