@@ -101,7 +101,9 @@ def sampling_logits(logits: Tensor, originals: Tensor, temperature: float, disal
 
     `logits [rows, N, vocabulary]`, `originals [rows, N]` → `[rows, N, vocabulary]`.
     """
-    logits = logits.float() / temperature
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
     if disallow_correct:
         logits = logits.scatter(-1, originals[..., None], float("-inf"))
     return logits
