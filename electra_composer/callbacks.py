@@ -48,7 +48,7 @@ def rtd_metrics(stats: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
     Returns:
         `mlm_loss`, `mlm_accuracy`, `sampled_accuracy` (per masked position), `rtd_loss`, `rtd_accuracy`,
         `replaced_share` (per token), `rtd_precision`, `rtd_recall` (of "replaced"). What has nothing to be counted over
-        (0 / 0, such as precision where nothing was called replaced) is NaN.
+        (0 / 0, such as precision where nothing was called replaced) is 0.
     """
     sums = {name: float(stats[name]) for name in STATS}
     sums["rtd_correct"] = sums["true_positive"] + sums["true_negative"]
@@ -58,7 +58,7 @@ def rtd_metrics(stats: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")
+    return part / whole if whole else 0.0
 
 
 class TrainMetrics(Callback):

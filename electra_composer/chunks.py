@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from random import Random
 from typing import NamedTuple
@@ -56,9 +59,17 @@ def start_worker(task: Task) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     tokenizer = Tokenizer.from_str(task.tokenizer_json)
     tokenizer.encode_special_tokens = True
     _worker = task, tokenizer
+
+
+def _end_with_parent(parent: int) -> None:
+    """A parent that is killed outright cannot end its workers, which would wait for it for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def convert_chunk(first: int, documents: list[str]) -> list[Part]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import BinaryAUROC
 
+from electra_composer.config import ObjectiveConfig
 from electra_composer.electra import ElectraForPretraining
 from electra_composer.encoder import EncoderConfig, Layer
 
@@ -116,7 +117,7 @@ class ElectraPretraining(ComposerModel):
         if is_train:
             return {}
         metrics: dict[str, Metric] = {name: NamedMean(name) for name in RATIOS}
-        metrics["total_loss"] = NamedMean("total_loss")
+        metrics["total_loss"] = TotalLoss(self.model.objective)
         # Fixed thresholds keep memory constant; even steps in logit space resolve the low probabilities RTD lives on.
         metrics["rtd_auc"] = BinaryAUROC(thresholds=torch.sigmoid(torch.linspace(-12, 12, 961)))
         return metrics
@@ -127,15 +128,12 @@ class ElectraPretraining(ComposerModel):
             tokens = batch["sequence_ids"] > 0
             metric.update(outputs["rtd_logits"][tokens].sigmoid(), outputs["replaced"][tokens].long())
             return
-        assert isinstance(metric, NamedMean)
         stats = {**outputs["stats"]}
         stats["rtd_correct"] = stats["true_positive"] + stats["true_negative"]
-        if metric.of == "total_loss":
-            objective = self.model.objective
-            mlm = stats["mlm_loss_sum"] / stats["masked"].clamp(min=1)
-            rtd = stats["rtd_loss_sum"] / stats["tokens"].clamp(min=1)
-            metric.update(objective.gen_weight * mlm + objective.disc_weight * rtd, stats["tokens"])
+        if isinstance(metric, TotalLoss):
+            metric.update(stats)
             return
+        assert isinstance(metric, NamedMean)
         numerator, terms = RATIOS[metric.of]
         denominator = sum((stats[term] for term in terms), torch.zeros_like(stats["tokens"]))
         metric.update(stats[numerator] / denominator.clamp(min=1), denominator)
@@ -171,6 +169,26 @@ class NamedMean(MeanMetric):
     def compute(self) -> Tensor:
         """0, not NaN, where nothing was counted: the precision before anything is called replaced."""
         return self.mean_value / self.weight.clamp(min=1.0)
+
+
+class TotalLoss(Metric):
+    """The joint loss over a whole evaluation: each of its two means with its own denominator."""
+
+    SUMS = ("mlm_loss_sum", "masked", "rtd_loss_sum", "tokens")
+
+    def __init__(self, objective: ObjectiveConfig):
+        super().__init__()
+        self.weights = (objective.gen_weight, objective.disc_weight)
+        self.add_state("sums", torch.zeros(len(self.SUMS), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, stats: dict[str, Tensor]) -> None:
+        """Add the sums of one batch."""
+        self.sums += torch.stack([stats[name] for name in self.SUMS])
+
+    def compute(self) -> Tensor:
+        """fp64 scalar."""
+        mlm, masked, rtd, tokens = self.sums
+        return self.weights[0] * mlm / masked.clamp(min=1) + self.weights[1] * rtd / tokens.clamp(min=1)
 
 
 def encoder_flops(config: EncoderConfig, rows: int, length: int) -> int:

@@ -187,6 +187,7 @@ class GlueConfig(RunConfig):
     model: GlueModelConfig = field(default_factory=GlueModelConfig)
     tasks: list[str] = MISSING
     seeds: list[int] = MISSING  # one finetuning run per task and seed
+    regression_targets: Literal["unit", "raw"] = "unit"  # STS-B's 0…5 as 0…1 (google), or as they are (richarddwang)
     max_train_examples: int | None = None  # null: all; else a seeded sample, for quick looks
     results: str = "${checkpoints.folder}/results.json"
 

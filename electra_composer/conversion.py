@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import numpy as np
+from streaming.base.compression import is_compression
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -152,6 +153,10 @@ def _check(options: Conversion) -> None:
         raise UserError(f"--max-seq-length is {options.max_seq_length}; expected {MIN_SEQ_LENGTH} to 65535")
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"--val-fraction is {options.val_fraction}; expected a share from 0 to below 1")
+    if options.compression is not None and not is_compression(options.compression):
+        raise UserError(
+            f"--compression {options.compression} is unknown to Streaming; it knows zstd, gz, br, bz2, snappy"
+        )
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; expected at least 1")
 

@@ -47,6 +47,7 @@ _BULLET = re.compile(r"^([-*+•]|\d+[.)])\s+")
 _DIRECTIVE = re.compile(r"^\.\.\s+(\S+)::\s*(.*)$")
 _PROSE_DIRECTIVES = {"note", "warning", "tip", "important", "seealso", "versionadded", "versionchanged", "deprecated"}
 _PARAMETER = re.compile(r"^[*`]*[\w.,*\s/]{1,60}[`*]*\s*(\([^)]*\))?\s*:\s*")  # "name (type): what it is"
+_NUMPY_PARAMETER = re.compile(r"^[\w, *]+ : ")  # "name : type", nothing else on the line
 _ROLE = re.compile(r":[\w:]+:`~?([^`<]+?)(?:\s*<[^>]*>)?`")  # :class:`~torch.Tensor` → torch.Tensor
 _LINK = re.compile(r"\[([^\]]+)\]\([^)]*\)|`([^`<]+?)\s*<[^>]*>`_+")
 _WORD = re.compile(r"[A-Za-z]{2,}")
@@ -186,10 +187,10 @@ def prose(docstring: str) -> list[str]:
         if _UNDERLINE.match(text):
             current.clear()  # what stood above it was a heading
             continue
-        starts_item = _BULLET.match(text) or _starts_parameter(text)
-        if starts_item:
+        item = _BULLET.match(text) or _starts_parameter(text)
+        if item:
             end_paragraph()
-            text = text[starts_item.end() :] if isinstance(starts_item, re.Match) else text
+            text = text[item.end() :] if not _NUMPY_PARAMETER.match(text) else ""
         if text.endswith("::"):
             skip_deeper_than = indent
             text = text[:-1]

@@ -153,7 +153,10 @@ def check_config(config: GlueConfig) -> list[Task]:
         raise UserError("trainer.eval_batches is for pretraining; scores are of the whole dev set: set it to null")
     if config.trainer.fsdp is not None:
         raise UserError("trainer.fsdp is for pretraining; finetuning runs on DDP: set it to null")
-    return [find_task(name) for name in tasks]
+    found = [find_task(name) for name in tasks]
+    if config.regression_targets == "raw":
+        found = [dataclasses.replace(task, target_scale=1.0) for task in found]
+    return found
 
 
 def _from_first_process(make: Any) -> Any:

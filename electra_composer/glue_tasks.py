@@ -54,7 +54,7 @@ class Task:
         swap_augmentation: training pairs are also given with A and B exchanged (`double_unordered` there).
         score_range: lowest and highest label of a regression.
         target_scale: what a regression's labels are multiplied by for training: 0.2 brings STS-B's 0…5 to 0…1
-            (google-research/electra); 1.0 would keep 0…5 (richarddwang/electra_pytorch). Both correlations ignore it.
+            (google-research/electra); 1.0 keeps 0…5 (richarddwang/electra_pytorch). Both correlations ignore it.
         on_hub: whether `nyu-mll/glue` has it.
     """
 

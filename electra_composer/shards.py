@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -154,6 +155,20 @@ class RowDataset(StreamingDataset):
         )
 
 
+class RowLoader(StreamingDataLoader):
+    """A `StreamingDataLoader` whose workers end at once when nothing refers to it any more.
+
+    Composer's objects refer to each other in circles. When the garbage collector breaks one up, it closes the queues to
+    the workers before it tells the workers to end, and PyTorch then waits five seconds for each of them in vain.
+    """
+
+    def _get_iterator(self) -> Any:
+        iterator = super()._get_iterator()
+        if self.num_workers > 0:
+            weakref.finalize(self, iterator._shutdown_workers)  # which keeps the iterator, and so its queues, alive
+        return iterator
+
+
 def collate(rows: Sequence[dict[str, NDArray[Any]]], max_seq_length: int, pad_id: int = 0) -> Batch:
     """Rows of whole examples to a padded batch.
 
@@ -205,7 +220,7 @@ def collate(rows: Sequence[dict[str, NDArray[Any]]], max_seq_length: int, pad_id
 
 def build_dataloader(
     config: ShardsConfig, meta: Meta, split: str, batch_size: int, *, shuffle: bool, drop_last: bool, seed: int
-) -> StreamingDataLoader:
+) -> RowLoader:
     """A loader of batches whose state resumes in the middle of an epoch. Build it after `torch.distributed` is set up.
 
     Args:
@@ -233,7 +248,7 @@ def build_dataloader(
         dataset = RowDataset(config, split, batch_size, shuffle, seed)
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{config.path}: the shards of split {split!r} cannot be opened: {error}") from error
-    return StreamingDataLoader(
+    return RowLoader(
         dataset,
         batch_size=batch_size,
         num_workers=config.num_workers,

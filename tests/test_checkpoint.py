@@ -22,19 +22,17 @@ from transformers import (
     ElectraForPreTraining,
 )
 
-from electra_composer.checkpoint import (
-    check_state_fits,
-    discriminator_to_transformers,
-    encoder_config_of,
-    generator_to_transformers,
-    load_source,
-    pretraining_from_transformers,
-    read_checkpoint,
-    transformers_config,
-)
+from electra_composer.checkpoint import check_state_fits, load_source, read_checkpoint
 from electra_composer.config import ModelConfig
 from electra_composer.electra import ElectraForClassification
 from electra_composer.errors import UserError
+from electra_composer.weight_maps import (
+    discriminator_to_transformers,
+    encoder_config_of,
+    generator_to_transformers,
+    pretraining_from_transformers,
+    transformers_config,
+)
 
 Make = Callable[..., Any]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(94))]  # 99
@@ -340,7 +338,9 @@ def test_a_hugging_face_folder(hugging_face: Callable[..., Path], make_batch: Ma
 
 def test_no_source(tmp_path: Path) -> None:
     assert_refused(tmp_path / "none.pt", "no such checkpoint", load_source)
-    assert_refused(tmp_path / "nothing_here", "neither a checkpoint", load_source)
+    assert_refused(tmp_path / "nothing_here", "no such file or folder", load_source)
+    with pytest.raises(UserError, match="neither a checkpoint, nor a Hugging Face folder"):
+        load_source("nobody/nothing")
     assert_refused(tmp_path, "neither latest-rank0.pt .* nor config.json", load_source)
 
 

@@ -12,11 +12,6 @@ import torch.nn.functional as F
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_composer import masking
-from electra_composer.checkpoint import (
-    discriminator_to_transformers,
-    generator_to_transformers,
-    transformers_config,
-)
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.electra import (
     ElectraForPretraining,
@@ -24,6 +19,7 @@ from electra_composer.electra import (
     generator_config,
 )
 from electra_composer.errors import UserError
+from electra_composer.weight_maps import discriminator_to_transformers, generator_to_transformers, transformers_config
 
 Batch = dict[str, torch.Tensor]
 Make = Callable[..., Any]

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import ElectraModel
 
-from electra_composer.checkpoint import encoder_to_transformers, transformers_config
 from electra_composer.config import ModelConfig
 from electra_composer.electra import ElectraForClassification, SpecialIds, discriminator_config
 from electra_composer.encoder import Embeddings, Encoder, attention_mask_of, init_weights
+from electra_composer.weight_maps import encoder_to_transformers, transformers_config
 
 Batch = dict[str, torch.Tensor]
 

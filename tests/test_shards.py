@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +188,21 @@ def test_a_loader_resumes_in_the_middle_of_an_epoch(shards):
     resumed = build_data_spec(config(shards), "train", 8, meta, seed=5).dataloader
     resumed.load_state_dict(state)
     assert ids_of(resumed) == ids_of(batches[2:])
+
+
+def test_workers_end_at_once_even_if_the_loader_is_part_of_a_circle(shards):
+    spec = build_data_spec(config(shards, num_workers=1), "train", 8, read_meta(shards), seed=0)
+    circle = [spec]
+    circle.append(circle)
+    for _ in spec.dataloader:
+        pass
+    worker = spec.dataloader._iterator._workers[0]
+    assert worker.is_alive()
+    start = time.monotonic()
+    del spec, circle
+    gc.collect()
+    assert not worker.is_alive()
+    assert time.monotonic() - start < 4  # PyTorch gives a worker that was not told to end five seconds
 
 
 def test_remote_shards_are_fetched_with_meta_and_tokenizer(shards, tmp_path):

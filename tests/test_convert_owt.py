@@ -1,0 +1,270 @@
+"""The converter as people run it: same seed, same bytes; what is refused; what an interruption leaves behind."""
+
+from __future__ import annotations
+
+import filecmp
+import gzip
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streaming import StreamingDataset
+
+from electra_composer import chunks, conversion
+from electra_composer.chunks import cut_line, encode_lines, is_validation
+from electra_composer.config import ShardsConfig
+from electra_composer.shards import build_data_spec, check_shards, read_meta
+from electra_composer.vocabulary import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "data_prep/convert_owt.py"
+DATA = ROOT / "../shared/data"
+WORDS = [f"word{i}" for i in range(300)]
+
+
+def load_main():
+    spec = importlib.util.spec_from_file_location("convert_owt", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+main = load_main()
+
+
+def text(rng, sentences):
+    return " ".join(" ".join(rng.choices(WORDS, k=rng.randint(3, 12))).capitalize() + "." for _ in range(sentences))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """300 documents of a few lines, and a vocabulary in which every word is one token."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    documents = ["\n".join(text(rng, rng.randint(1, 3)) for _ in range(rng.randint(1, 12))) for _ in range(300)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "[", "]", "mask", "sep", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join([*vocabulary, ""]))
+    return folder
+
+
+def arguments(corpus, out, *more):
+    source = ["--source", str(corpus / "corpus.jsonl"), "--tokenizer", str(corpus / "vocab.txt")]
+    return [*source, "--out", str(out), "--max-seq-length", "64", "--workers", "1", "--no-progress", *more]
+
+
+def files_of(folder):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def rows_of(out, split="train"):
+    dataset = StreamingDataset(local=str(out), split=split, batch_size=1)
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def test_same_seed_same_bytes_whatever_the_workers(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "_CHUNK_CHARACTERS", 10_000)  # many chunks, so that workers could get in a muddle
+    options = ["--val-fraction", "0.1", "--seed", "3"]
+    for out, workers in (("a", "1"), ("b", "2")):
+        main([*arguments(corpus, tmp_path / out), *options, "--workers", workers])
+    names = files_of(tmp_path / "a")
+    assert {"meta.json", "train/index.json", "val/index.json", "tokenizer/tokenizer.json"} <= set(names)
+    assert files_of(tmp_path / "b") == names
+    assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)[1:] == ([], [])
+    main([*arguments(corpus, tmp_path / "c"), "--val-fraction", "0.1", "--seed", "4"])
+    assert (tmp_path / "c/train/shard.00000.mds").read_bytes() != (tmp_path / "a/train/shard.00000.mds").read_bytes()
+
+
+@pytest.mark.parametrize("packing", ["packed", "one"])
+@pytest.mark.parametrize("lines", ["newline", "sentence"])
+def test_carried_examples_hold_every_token_once(corpus, tmp_path, packing, lines, capsys):
+    options = ["--overflow", "carry", "--packing", packing, "--lines", lines, "--json", str(tmp_path / "summary.json")]
+    summary = main([*arguments(corpus, tmp_path / "out"), *options])
+    tokenizer = load_tokenizer(str(corpus / "vocab.txt"))
+    expected = sorted(
+        i
+        for line in (corpus / "corpus.jsonl").read_text().splitlines()
+        for i in tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
+    )
+    rows = [row for split in ("train", "val") if summary.splits[split].rows for row in rows_of(tmp_path / "out", split)]
+    assert sorted(i for row in rows for i in row["input_ids"].tolist() if i not in (2, 3)) == expected
+    assert max(len(row["input_ids"]) for row in rows) <= 64
+    assert summary.total.dropped_tokens == 0
+    assert summary.total.documents == 300
+    assert summary.total.rows == len(rows)
+    assert summary.total.examples == sum(len(row["segment_lengths"]) // 2 for row in rows)
+    assert summary.total.tokens == sum(len(row["input_ids"]) for row in rows)
+    assert (packing == "one") == (summary.total.rows == summary.total.examples)
+    assert (
+        json.loads((tmp_path / "summary.json").read_text())["splits"]["train"]["rows"] == summary.splits["train"].rows
+    )
+    printed = capsys.readouterr().out
+    for word in ("documents", "examples", "rows", "tokens", "fill", "dropped tokens", " s, ", "tokens/s", "bytes of"):
+        assert word in printed
+
+
+def test_shards_are_what_the_loader_wants(corpus, tmp_path):
+    out = str(tmp_path / "out")
+    main([*arguments(corpus, out), "--tokenizer", "train", "--vocab-size", "400", "--compression", "zstd"])
+    meta = read_meta(out)
+    tokenizer = load_tokenizer(meta.tokenizer_folder)
+    check_shards(meta, tokenizer, 64)
+    assert meta.tokenizer.name == f"trained-{len(tokenizer)}"
+    spec = build_data_spec(ShardsConfig(path=out, max_seq_length=64, num_workers=0), "train", 4, meta, seed=0)
+    batch = next(iter(spec.dataloader))
+    assert batch["input_ids"].shape == (4, 64)
+    first = batch["position_ids"] == 0
+    assert (batch["input_ids"][first & (batch["sequence_ids"] > 0)] == meta.tokenizer.special_ids["cls"]).all()
+
+
+def test_split_by_document():
+    chosen = [number for number in range(100_000) if is_validation(5, number, 0.02)]
+    assert abs(len(chosen) - 2000) < 4 * (100_000 * 0.02 * 0.98) ** 0.5
+    assert [number for number in range(1000) if is_validation(5, number, 0.02)] == [n for n in chosen if n < 1000]
+    assert [number for number in range(100_000) if is_validation(6, number, 0.02)] != chosen
+
+
+def test_special_tokens_in_the_text_are_text(corpus, tmp_path):
+    (tmp_path / "a.txt").write_text("word1 [MASK] word2 [SEP] word3 [PAD]")
+    main([*arguments(corpus, tmp_path / "out"), "--source", str(tmp_path / "a.txt"), "--val-fraction", "0"][2:])
+    tokenizer = load_tokenizer(str(corpus / "vocab.txt"))
+    tokens = tokenizer.convert_ids_to_tokens(rows_of(tmp_path / "out")[0]["input_ids"].tolist())
+    assert tokens == ["[CLS]", "word1", "[", "mask", "]", "word2", "[", "sep", "]", "word3", "[", "[UNK]", "]", "[SEP]"]
+
+
+def test_a_document_of_10_mb(corpus, tmp_path):
+    rng = random.Random(1)
+    words = [*rng.choices(WORDS, k=1_400_000)]
+    (tmp_path / "a.txt").write_text(" ".join(words))
+    assert (tmp_path / "a.txt").stat().st_size > 10_000_000
+    options = ["--source", str(tmp_path / "a.txt"), "--val-fraction", "0", "--overflow", "carry"]
+    summary = main([*arguments(corpus, tmp_path / "out"), *options][2:])
+    assert summary.total.documents == 1
+    rows = rows_of(tmp_path / "out")
+    assert sum(len(row["input_ids"]) - len(row["segment_lengths"]) for row in rows) == 1_400_000
+    assert len(rows) == pytest.approx(1_400_000 / 62, rel=0.001)
+
+
+def test_long_lines_are_cut_where_no_word_is_cut(corpus, monkeypatch):
+    monkeypatch.setattr(chunks, "_MAX_LINE", 100)
+    tokenizer = load_tokenizer(str(corpus / "vocab.txt")).backend_tokenizer
+    rng = random.Random(2)
+    lines = [" ".join(rng.choices(WORDS, k=rng.choice([1, 5, 100]))) for _ in range(50)]
+    for line in lines:
+        pieces = list(cut_line(line, 100))
+        assert "".join(pieces) == line
+        assert max(map(len, pieces)) <= 100
+    encoded = [np.array(ids).tolist() for ids in encode_lines(tokenizer, lines)]
+    assert encoded == [tokenizer.encode(line, add_special_tokens=False).ids for line in lines]
+    assert [len(piece) for piece in cut_line("x" * 250, 100)] == [100, 100, 50]
+
+
+def test_warnings(corpus, tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b" ".join([b"word1 \xff"] * 400))
+    options = ["--source", str(tmp_path / "a.txt"), "--val-fraction", "0.0001"]
+    main([*arguments(corpus, tmp_path / "out"), *options][2:])
+    printed = capsys.readouterr().err
+    assert "of the tokens were dropped" in printed
+    assert "--lines sentence and --overflow carry keep them" in printed
+    assert "1 documents hold bytes that are not UTF-8" in printed
+    assert "the val split is empty" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--source", "nothing.txt"], "nothing.txt: no such file or folder"),
+        (["--tokenizer", "./nothing"], "tokenizer ./nothing: no such file or folder"),
+        (["--out", "{corpus}"], "exists already; choose another --out, or pass --overwrite"),
+        (["--out", "{corpus}", "--overwrite"], "is no folder of shards"),
+        (["--max-seq-length", "4"], "--max-seq-length is 4; expected 5 to 65535"),
+        (["--val-fraction", "1"], "--val-fraction is 1.0; expected a share from 0 to below 1"),
+        (["--workers", "0"], "--workers is 0; expected at least 1"),
+        (["--text-column", "body"], "no column 'body'; there are 'text'"),
+        (["--tokenizer", "train", "--vocab-size", "20"], "vocab_size is 20; this text needs at least"),
+        (["--compression", "rar"], "--compression rar is unknown to Streaming"),
+        (["--json", "{corpus}/no/such.json"], "no such folder"),
+    ],
+)
+def test_one_line_and_exit_2(corpus, tmp_path, capsys, options, message):
+    options = [option.format(corpus=corpus) for option in options]
+    before = files_of(corpus)
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments(corpus, tmp_path / "out"), *options])
+    printed = capsys.readouterr().err.strip().split("\n")
+    assert exit_.value.code == 2
+    assert len(printed) == 1
+    assert printed[0].startswith("error: ")
+    assert message in printed[0]
+    assert os.listdir(tmp_path) == []
+    assert files_of(corpus) == before
+
+
+def test_a_source_cut_short_leaves_nothing(corpus, tmp_path, capsys):
+    data = gzip.compress((corpus / "corpus.jsonl").read_bytes())
+    (tmp_path / "a.jsonl.gz").write_bytes(data[:-100])
+    with pytest.raises(SystemExit):
+        main([*arguments(corpus, tmp_path / "out"), "--source", str(tmp_path / "a.jsonl.gz")][2:])
+    assert "a.jsonl.gz: cannot be read as .jsonl: Truncated compressed stream" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["a.jsonl.gz"]
+
+
+def _processes_that_name(text):
+    """Ids of the running processes with this text in their command line (Linux; elsewhere none is found)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text in path.read_text():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_interrupted_conversions_leave_nothing_that_looks_whole(corpus, tmp_path, number, code):
+    source = tmp_path / "long.txt"
+    source.write_text("word1 word2 word3.\n\n" * 2_000_000)
+    command = [sys.executable, str(SCRIPT), *arguments(corpus, tmp_path / "out")[2:], "--source", str(source)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("out.partial-*/train")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(number)
+        assert process.wait(timeout=30) == code
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 10
+    while _processes_that_name(str(tmp_path)):
+        assert time.monotonic() < deadline, "workers outlive the conversion"
+        time.sleep(0.2)
+    left = sorted(path.name.split("-")[0] for path in tmp_path.iterdir())
+    assert left == (["long.txt", "out.partial"] if number == signal.SIGKILL else ["long.txt"])
+    assert not list(tmp_path.glob("*/meta.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason="needs the reviews in ../shared/data")
+@pytest.mark.parametrize("length", [128, 512])
+def test_reviews_are_packed_tightly(tmp_path, length):
+    options = ["--source", str(DATA / "corpus"), "--tokenizer", str(DATA / "bert-base-uncased-vocab.txt")]
+    options += ["--lines", "sentence", "--max-documents", "4000", "--max-seq-length", str(length), "--no-progress"]
+    summary = main([*options, "--out", str(tmp_path / "out"), "--workers", "2"])
+    assert summary.splits["train"].fill(length) >= 0.985
+    assert summary.total.documents == 4000
