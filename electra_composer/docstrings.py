@@ -25,7 +25,7 @@ PACKAGES = (
     *("torchvision", "torchmetrics", "composer", "streaming", "datasets", "pyarrow", "huggingface_hub"),
     *("matplotlib", "tensorboard", "wandb"),
 )
-MAX_COPIES = 10  # how often one paragraph may come; transformers has hundreds of some
+MAX_COPIES = 20  # how often one paragraph may come; transformers has hundreds of some
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
 _CHUNK = 32  # modules that a worker reads at a time
 
