@@ -26,7 +26,9 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return entry_point(*args, **kwargs)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            # torch wraps what a loader's worker raises: the message is then its traceback, which ends in ours.
+            message = str(error).rpartition("UserError: ")[2]
+            print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
             sys.exit(2)
 
     return wrapper

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,24 +36,43 @@ REAL_RUN = """The real run, ELECTRA-Small of the paper on OpenWebText (times and
   composer electra_composer/glue.py yamls/glue.yaml"""
 
 
-def commands(extra: list[str]) -> list[tuple[str, list[str]]]:
-    """What is done, step by step: a title and the command line. `extra` overrides keys of the pretraining."""
-    binaries = os.path.dirname(sys.executable)
-    python, composer = sys.executable, [os.path.join(binaries, "composer"), "-n", "1"]
-    convert = ["--source", "docstrings", "--max-bytes", "24mb", "--tokenizer", "train", "--vocab-size", "8192"]
-    finetune = [*composer, "electra_composer/glue.py", "yamls/quickstart_glue.yaml"]
+@dataclass(frozen=True)
+class Size:
+    """How much of each step is done."""
+
+    convert: tuple[str, ...] = ("--vocab-size", "8192", "--val-fraction", "0.02", "--overflow", "carry")
+    pretrain: tuple[str, ...] = ()
+    synthetic: tuple[str, ...] = ()
+    finetune: tuple[str, ...] = ()
+
+
+SMOKE = Size(
+    convert=("--vocab-size", "1000", "--val-fraction", "0.2", "--max-documents", "200"),
+    pretrain=("trainer.max_duration=40ba", "trainer.eval_interval=40ba", "trainer.eval_batches=2"),
+    synthetic=("--train", "64", "--dev", "32"),
+    finetune=("trainer.max_duration=1ep", "seeds=[1]"),
+)
+"""A minute that shows that every step works; what pretraining buys takes longer."""
+
+
+def commands(size: Size) -> list[tuple[str, list[str]]]:
+    """What is done, step by step: a title and the command line."""
+    python, composer = sys.executable, [os.path.join(os.path.dirname(sys.executable), "composer"), "-n", "1"]
+    convert = [python, "data_prep/convert_owt.py", "--source", "docstrings", "--tokenizer", "train", "--out", SHARDS]
+    synthetic = [python, "-m", "electra_composer.synthetic", "--source", "docstrings", "--out", GLUE_DATA]
+    finetune = [*composer, "electra_composer/glue.py", "yamls/quickstart_glue.yaml", *size.finetune]
     return [
         (
             "the docstrings of the installed Python packages → a WordPiece vocabulary and MDS shards",
-            [python, "data_prep/convert_owt.py", *convert, "--out", SHARDS],
+            [*convert, *size.convert],
         ),
         (
             "a tiny ELECTRA, pretrained on them",
-            [*composer, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *extra],
+            [*composer, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *size.pretrain],
         ),
         (
             "a synthetic GLUE-shaped task from the same text: whole or scrambled sentence?",
-            [python, "-m", "electra_composer.synthetic", "--source", "docstrings", "--out", GLUE_DATA],
+            [*synthetic, *size.synthetic],
         ),
         ("finetuning from the pretrained weights", [*finetune, f"checkpoints.folder={FOLDER}/glue-pretrained"]),
         (
@@ -142,13 +162,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Run the steps and print what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("override", nargs="*", help="keys of yamls/quickstart.yaml, such as trainer.max_duration=100ba")
+    parser.add_argument("--smoke", action="store_true", help="a minute that only shows that every step works")
     options = parser.parse_args()
     started = time.monotonic()
     if os.path.isdir(FOLDER):
         print(f"replacing {FOLDER} of an earlier quickstart")
         shutil.rmtree(FOLDER)
-    for title, command in commands(options.override):
+    for title, command in commands(SMOKE if options.smoke else Size()):
         run(title, command)
     exported = check_export()
     results = {}
