@@ -40,7 +40,7 @@ REAL_RUN = """The real run, ELECTRA-Small of the paper on OpenWebText (times and
 class Size:
     """How much of each step is done."""
 
-    convert: tuple[str, ...] = ("--vocab-size", "8192", "--val-fraction", "0.02", "--overflow", "carry")
+    convert: tuple[str, ...] = ("--vocab-size", "4096", "--val-fraction", "0.02", "--overflow", "carry")
     pretrain: tuple[str, ...] = ()
     synthetic: tuple[str, ...] = ()
     finetune: tuple[str, ...] = ()
@@ -59,6 +59,7 @@ def commands(size: Size) -> list[tuple[str, list[str]]]:
     """What is done, step by step: a title and the command line."""
     python, composer = sys.executable, [os.path.join(os.path.dirname(sys.executable), "composer"), "-n", "1"]
     convert = [python, "data_prep/convert_owt.py", "--source", "docstrings", "--tokenizer", "train", "--out", SHARDS]
+    convert += ["--max-seq-length", "64"]
     synthetic = [python, "-m", "electra_composer.synthetic", "--source", "docstrings", "--out", GLUE_DATA]
     finetune = [*composer, "electra_composer/glue.py", "yamls/quickstart_glue.yaml", *size.finetune]
     return [
