@@ -169,9 +169,9 @@ TASKS: dict[str, Task] = {
             target_scale=0.2,
         ),
         Task(
-            name="synthetic-order",
-            folder="synthetic-order",
-            # whole (1) against scrambled (0) sentences, written by synthetic.py in the layout of SST-2
+            name="synthetic-words",
+            folder="synthetic-words",
+            # whole (1) against corrupted (0) sentences, written by synthetic.py in the layout of SST-2
             splits={
                 "train": Split("train.tsv", "train", ("sentence",), "label"),
                 "dev": Split("dev.tsv", "validation", ("sentence",), "label"),

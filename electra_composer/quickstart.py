@@ -72,7 +72,7 @@ def commands(size: Size) -> list[tuple[str, list[str]]]:
             [*composer, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *size.pretrain],
         ),
         (
-            "a synthetic GLUE-shaped task from the same text: whole or scrambled sentence?",
+            "a synthetic GLUE-shaped task from the same text: whole or corrupted sentence?",
             [*synthetic, *size.synthetic],
         ),
         ("finetuning from the pretrained weights", [*finetune, f"checkpoints.folder={FOLDER}/glue-pretrained"]),
@@ -177,7 +177,7 @@ def main() -> None:
         with open(f"{FOLDER}/glue-{start}/results.json", encoding="utf-8") as file:
             results[start] = json.load(file)
     print(f"\n━━ pretraining\n{pretraining_summary(metrics_of(PRETRAIN))}")
-    print(f"\n━━ a synthetic task: whole or scrambled sentence (chance 50)\n{table(results)}")
+    print(f"\n━━ a synthetic task: whole or corrupted sentence (chance 50)\n{table(results)}")
     print(f"\n━━ export\n  {EXPORT}: {exported}")
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in all; everything is in {FOLDER}\n\n{REAL_RUN}")
 

@@ -1,11 +1,10 @@
-"""A small GLUE-shaped data set from any plain text: whole sentences against scrambled ones.
+"""A small GLUE-shaped data set from any plain text: whole sentences against corrupted ones.
 
     python -m electra_composer.synthetic --source docstrings --out data/synthetic_glue
 
 It is **synthetic** and called so wherever it appears; its scores compare with nobody's. It exists to show in a minute
-what pretraining buys. In a scrambled sentence a few words have exchanged their places and nothing else has changed:
-which words occur says nothing about the label, only their order does, and a few thousand examples are too few to learn
-word order from. A model that was pretrained on text knows it.
+what pretraining buys. In a corrupted sentence some words have given their places to others, drawn evenly from the words
+of the text: to tell, one has to know which words are at home where, and a few hundred examples show few of them.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import os
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -25,11 +25,12 @@ from electra_composer.documents import ReadStats, Sources, read_documents
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.glue_tasks import TASKS
 
-TASK = TASKS["synthetic-order"]
+TASK = TASKS["synthetic-words"]
 WORDS = range(8, 31)  # of a sentence that is taken
-MOVABLE = re.compile(r"[A-Za-z]{2,}")  # words that may change places: without the marks that would show that they did
-MOVED_SHARE = 0.3  # of the movable words of a scrambled sentence, at least MOVED_LEAST
-MOVED_LEAST = 3
+REPLACEABLE = re.compile(r"[A-Za-z]{2,}")  # words that may be replaced: without marks that would show it
+REPLACED_SHARE = 0.25  # of the replaceable words of a corrupted sentence, at least REPLACED_LEAST
+REPLACED_LEAST = 2
+LEAST_COUNT = 2  # of a word that may replace another
 PER_DOCUMENT = 8  # sentences of one document at most, so that many documents are heard
 MAX_DOCUMENTS = 100_000  # read at most; the rest of a large source is left alone
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
@@ -37,7 +38,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 
 @dataclass(frozen=True)
 class Labelled:
-    """A sentence and whether it is whole (1) or scrambled (0)."""
+    """A sentence and whether it is whole (1) or corrupted (0)."""
 
     sentence: str
     label: int
@@ -53,34 +54,40 @@ def sentences(text: str) -> Iterator[str]:
             words = sentence.split(" ")
             if len(words) not in WORDS or not sentence[0].isalpha() or sentence[-1] not in ".!?":
                 continue
-            if sum(bool(MOVABLE.fullmatch(word)) for word in words) >= 0.75 * len(words):
+            if sum(bool(REPLACEABLE.fullmatch(word)) for word in words) >= 0.75 * len(words):
                 yield sentence
 
 
-def scramble(sentence: str, rng: random.Random) -> str | None:
-    """The sentence with about a third of its words at one another's places; None if it has too few different ones.
+def vocabulary(pool: Iterable[str]) -> list[str]:
+    """The words that a corrupted sentence may get: all that occur often enough, each once, in alphabetical order."""
+    counts = Counter(
+        word.casefold() for sentence in pool for word in sentence.split(" ") if REPLACEABLE.fullmatch(word)
+    )
+    return sorted(word for word, count in counts.items() if count >= LEAST_COUNT)
 
-    The first word and words with punctuation stay where they are: capitals and full stops would give the game away.
-    Every chosen word goes to another one's place, and no two of them are equal, so that something has always changed.
+
+def corrupt(sentence: str, words: list[str], rng: random.Random) -> str | None:
+    """The sentence with about a quarter of its words replaced by other ones; None if it has too few.
+
+    The first word and words with punctuation stay: capitals and full stops would give the game away.
     """
-    words = sentence.split(" ")
-    different: dict[str, int] = {}
-    movable = [i for i in range(1, len(words)) if MOVABLE.fullmatch(words[i])]
-    for i in rng.sample(movable, len(movable)):
-        different.setdefault(words[i].casefold(), i)
-    chosen = list(different.values())[: max(MOVED_LEAST, round(MOVED_SHARE * len(movable)))]
-    if len(chosen) < MOVED_LEAST:
+    parts = sentence.split(" ")
+    replaceable = [i for i in range(1, len(parts)) if REPLACEABLE.fullmatch(parts[i])]
+    count = max(REPLACED_LEAST, round(REPLACED_SHARE * len(replaceable)))
+    if len(replaceable) < count:
         return None
-    moved = list(words)
-    for source, target in zip(chosen, chosen[1:] + chosen[:1], strict=True):
-        moved[target] = words[source]
-    return " ".join(moved)
+    for i in rng.sample(replaceable, count):
+        word = rng.choice(words)
+        while word == parts[i].casefold():
+            word = rng.choice(words)
+        parts[i] = word
+    return " ".join(parts)
 
 
 def build(documents: Iterable[str], train_size: int, dev_size: int, seed: int) -> tuple[list[Labelled], list[Labelled]]:
     """Train and dev sets: balanced, without duplicates, from different documents; the same for the same input and seed.
 
-    A sentence is used once, whole or scrambled, so that no pair of the two gives an answer away.
+    A sentence is used once, whole or corrupted, so that no pair of the two gives an answer away.
 
     Args:
         documents: texts; read once.
@@ -102,9 +109,12 @@ def build(documents: Iterable[str], train_size: int, dev_size: int, seed: int) -
                 seen.add(key)
                 pools[part].append(sentence)
     parts = {}
+    words = vocabulary(pools["dev"] + pools["train"])
+    if len(words) < 2:
+        raise UserError(f"synthetic task: {len(words)} words occur {LEAST_COUNT} times; 2 are needed; give more text")
     for part, size in sizes.items():
         rng.shuffle(pools[part])
-        parts[part] = _label(pools[part], size, rng)
+        parts[part] = _label(pools[part], size, words, rng)
         if len(parts[part]) < size or not size:
             raise UserError(
                 f"synthetic task: {len(parts[part])} sentences of {WORDS[0]} to {WORDS[-1]} words for {part}, "
@@ -113,25 +123,25 @@ def build(documents: Iterable[str], train_size: int, dev_size: int, seed: int) -
     return parts["train"], parts["dev"]
 
 
-def _label(pool: list[str], size: int, rng: random.Random) -> list[Labelled]:
-    """The first `size` sentences that can be scrambled, every other one of them scrambled, in random order.
+def _label(pool: list[str], size: int, words: list[str], rng: random.Random) -> list[Labelled]:
+    """The first `size` sentences that can be corrupted, every other one of them corrupted, in random order.
 
-    Whole ones too must be such as could be scrambled: otherwise what cannot be would always be whole.
+    Whole ones too must be such as could be corrupted: otherwise what cannot be would always be whole.
     """
     examples: list[Labelled] = []
     for sentence in pool:
         if len(examples) == size:
             break
-        scrambled = scramble(sentence, rng)
-        if scrambled is not None:
+        corrupted = corrupt(sentence, words, rng)
+        if corrupted is not None:
             label = len(examples) % 2
-            examples.append(Labelled(sentence if label else scrambled, label))
+            examples.append(Labelled(sentence if label else corrupted, label))
     rng.shuffle(examples)
     return examples
 
 
 def write(out: str, train: list[Labelled], dev: list[Labelled], about: dict[str, object]) -> None:
-    """`out/synthetic-order/{train,dev}.tsv` in the layout of SST-2, and `about.json`; all of it or nothing.
+    """`out/synthetic-words/{train,dev}.tsv` in the layout of SST-2, and `about.json`; all of it or nothing.
 
     Raises:
         UserError: the folder is there already.
@@ -159,8 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--source", required=True, help="text, as data_prep/convert_owt.py takes it: docstrings, a file, …"
     )
     parser.add_argument("--out", required=True, help=f"the data.path for glue.py; {TASK.folder}/ is made in it")
-    parser.add_argument("--train", type=int, default=3000, help="training examples (3000)")
-    parser.add_argument("--dev", type=int, default=1000, help="dev examples (1000)")
+    parser.add_argument("--train", type=int, default=600, help="training examples (%(default)s)")
+    parser.add_argument("--dev", type=int, default=1000, help="dev examples (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if os.path.exists(os.path.join(options.out, TASK.folder)):  # before the text is read, not after

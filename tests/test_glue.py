@@ -288,7 +288,7 @@ def test_table_and_summaries(make_config: Callable[..., GlueConfig]) -> None:
     results = fake_results(make_config())
     for seed, score in ((3, 90.0), (1, 80.0), (2, 82.0)):
         add_run(results, TASKS["sst2"], {"seed": seed, "metrics": {"accuracy": score}})
-    add_run(results, TASKS["synthetic-order"], {"seed": 1, "metrics": {"accuracy": 99.0, "matthews": 98.0}})
+    add_run(results, TASKS["synthetic-words"], {"seed": 1, "metrics": {"accuracy": 99.0, "matthews": 98.0}})
     assert results["average"] == pytest.approx(84.0)  # what is synthetic stays out
     assert "Average" not in table(results)
     add_run(results, TASKS["cola"], {"seed": 1, "metrics": {"matthews": 40.0, "accuracy": 70.0}})
@@ -296,7 +296,7 @@ def test_table_and_summaries(make_config: Callable[..., GlueConfig]) -> None:
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(results).split("\n")]
     std = f"{statistics.stdev([90, 80, 82]):.1f}"
     assert lines[3] == ["SST-2", "accuracy", f"84.0 ± {std}", "82.0", "90.0", "80.0 (1), 82.0 (2), 90.0 (3)"]
-    assert [line[0] for line in lines[2:]] == ["CoLA", "SST-2", "synthetic-order", "Average"]
+    assert [line[0] for line in lines[2:]] == ["CoLA", "SST-2", "synthetic-words", "Average"]
     assert lines[2][2] == lines[2][3] == "40.0"
 
 

@@ -117,8 +117,8 @@ def test_hub_rows_and_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match="no route to host; check the connection"):
         read_examples(TASKS["sst2"], "dev", "hub")
-    with pytest.raises(UserError, match="synthetic-order is not on it"):
-        read_examples(TASKS["synthetic-order"], "dev", "hub")
+    with pytest.raises(UserError, match="synthetic-words is not on it"):
+        read_examples(TASKS["synthetic-words"], "dev", "hub")
 
 
 @pytest.mark.parametrize(

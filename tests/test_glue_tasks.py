@@ -45,8 +45,8 @@ def test_recipe_of_each_task(
 
 
 def test_synthetic_tasks_say_so() -> None:
-    assert [task.name for task in TASKS.values() if task.is_synthetic] == ["synthetic-order"]
-    assert "synthetic" in TASKS["synthetic-order"].folder
+    assert [task.name for task in TASKS.values() if task.is_synthetic] == ["synthetic-words"]
+    assert "synthetic" in TASKS["synthetic-words"].folder
 
 
 def test_classification_metrics_are_their_definitions() -> None:

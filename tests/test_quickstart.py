@@ -45,7 +45,7 @@ def test_smoke(tmp_path):
 
 def test_the_table_shows_the_difference_of_the_means():
     def results(*scores):
-        return {"tasks": {"synthetic-order": {"runs": [{"metrics": {"accuracy": score}} for score in scores]}}}
+        return {"tasks": {"synthetic-words": {"runs": [{"metrics": {"accuracy": score}} for score in scores]}}}
 
     text = table({"pretrained": results(80.0, 84.0), "random": results(60.0, 62.0)})
     assert re.search(r"pretrained weights +82\.0 +2\.8 +80\.0 84\.0", text)

@@ -47,21 +47,29 @@ def test_sentences_are_prose_of_eight_to_thirty_words() -> None:
     assert list(synthetic.sentences(text)) == ["This sentence has more than eight plain words in it and is kept."]
 
 
-def test_scrambling_keeps_the_words_the_first_one_and_the_marks_in_place() -> None:
+WORDS = ["apple", "brown", "cherry"]
+
+
+def test_corruption_replaces_plain_words_alone() -> None:
     whole = SENTENCE.split()
     for seed in range(50):
-        scrambled = synthetic.scramble(SENTENCE, random.Random(seed))
-        assert scrambled is not None
-        words = scrambled.split()
-        assert Counter(words) == Counter(whole)
+        corrupted = synthetic.corrupt(SENTENCE, WORDS, random.Random(seed))
+        assert corrupted is not None
+        words = corrupted.split()
+        assert len(words) == len(whole)
         assert words[0] == "The"
         assert all(words[i] == whole[i] for i in range(len(whole)) if not whole[i].isalpha())
-        moved = sum(a != b for a, b in zip(words, whole, strict=True))
-        assert moved == 4  # 12 movable words × 0.3, rounded
+        replaced = [a for a, b in zip(words, whole, strict=True) if a != b]
+        assert len(replaced) == 3  # 12 replaceable words × 0.25
+        assert set(replaced) <= set(WORDS)
 
 
-def test_a_sentence_without_three_different_words_to_move_is_not_scrambled() -> None:
-    assert synthetic.scramble("One two two Two two, two three.", random.Random(0)) is None
+def test_a_sentence_with_one_word_to_replace_is_not_corrupted() -> None:
+    assert synthetic.corrupt("One two, (3) four.", WORDS, random.Random(0)) is None
+
+
+def test_replacing_words_occur_twice_and_once_in_the_list() -> None:
+    assert synthetic.vocabulary(["Bb aa, aa bb cc", "Cc dd bb"]) == ["bb", "cc"]  # "aa," has a mark
 
 
 def test_sets_are_balanced_and_share_neither_sentences_nor_documents() -> None:
@@ -69,9 +77,9 @@ def test_sets_are_balanced_and_share_neither_sentences_nor_documents() -> None:
     assert (len(train), len(dev)) == (300, 100)
     for part in (train, dev):
         assert Counter(example.label for example in part) == {0: len(part) // 2, 1: len(part) // 2}
-    assert not {document_of(e.sentence) for e in train} & {document_of(e.sentence) for e in dev}
-    bags = [tuple(sorted(example.sentence.split())) for example in train + dev]
-    assert len(set(bags)) == len(bags)  # no sentence twice, whole and scrambled neither
+    documents_of = [{document_of(e.sentence) for e in part if e.label} for part in (train, dev)]  # whole sentences
+    assert not documents_of[0] & documents_of[1]
+    assert len({example.sentence for example in train + dev}) == len(train) + len(dev)
     originals = {sentence for text in documents(200) for sentence in synthetic.sentences(text)}
     assert all((example.sentence in originals) == bool(example.label) for example in train + dev)
 
@@ -94,10 +102,10 @@ def test_command_line_writes_what_glue_reads(tmp_path: Path, capsys: pytest.Capt
     arguments = ["--source", str(source), "--out", str(out), "--train", "100", "--dev", "40"]
     synthetic.main(arguments)
     assert "synthetic task" in capsys.readouterr().out
-    task = TASKS["synthetic-order"]
+    task = TASKS["synthetic-words"]
     assert len(read_examples(task, "train", str(out))) == 100
     assert Counter(example.label for example in read_examples(task, "dev", str(out))) == {0: 20, 1: 20}
-    assert json.loads((out / "synthetic-order" / "about.json").read_text())["synthetic"] is True
+    assert json.loads((out / "synthetic-words" / "about.json").read_text())["synthetic"] is True
     with pytest.raises(UserError, match="exists already"):
         synthetic.main(arguments)
 
@@ -107,4 +115,4 @@ def test_nothing_is_left_looking_whole_where_there_is_too_little_text(tmp_path: 
     source.write_text(json.dumps({"text": SENTENCE}) + "\n")
     with pytest.raises(UserError, match="are needed"):
         synthetic.main(["--source", str(source), "--out", str(out)])
-    assert not (out / "synthetic-order").exists()
+    assert not (out / "synthetic-words").exists()
