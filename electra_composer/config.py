@@ -17,7 +17,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, report_user_errors
 
 
 @dataclass
@@ -253,6 +253,7 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
         raise UserError(f"{path}: {f'{full_key}: ' if full_key else ''}{_first_line(error)}") from error
 
 
+@report_user_errors
 def load_config_from_command_line(schema: type[Config], usage: str) -> Config:
     """`load_config` of `sys.argv`: one YAML file, then any number of `key=value`."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):

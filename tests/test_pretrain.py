@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,3 +206,19 @@ def test_a_checkpoint_of_other_sizes_is_refused(make_config, tmp_path):
     with pytest.raises(UserError, match="not a"):
         main(make_config())
     assert os.path.getsize(tmp_path / "run" / "latest-rank0.pt") == 9  # refused, not replaced
+
+
+@pytest.mark.parametrize("script", ["pretrain", "glue"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nothing.yaml"], "no such file"), (["YAML", "optimizer.lrr=1"], "did you mean optimizer.lr?")],
+)
+def test_the_command_line_says_in_one_line_what_is_wrong_with_it(tiny_yaml, script, arguments, message):
+    path = Path(__file__).parent.parent / "electra_composer" / f"{script}.py"
+    yaml = tiny_yaml if script == "pretrain" else path.parent.parent / "yamls" / "glue.yaml"
+    arguments = [str(yaml) if argument == "YAML" else argument for argument in arguments]
+    done = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
