@@ -77,8 +77,9 @@ def check_shards(meta: Meta, tokenizer: PreTrainedTokenizerFast, max_seq_length:
     if sha256 != meta.tokenizer.vocabulary_sha256 or special_ids(tokenizer) != meta.tokenizer.special_ids:
         raise UserError(
             f"the shards were made with the tokenizer {meta.tokenizer.name} ({meta.tokenizer.vocab_size} entries, "
-            f"SHA-256 {meta.tokenizer.vocabulary_sha256[:8]}…), but "
-            f"{tokenizer.name_or_path or 'data.tokenizer'} has {len(tokenizer)} entries, SHA-256 {sha256[:8]}…; set data.tokenizer to null for the one beside the shards, or convert anew"
+            f"SHA-256 {meta.tokenizer.vocabulary_sha256[:8]}…), but {tokenizer.name_or_path or 'data.tokenizer'} has "
+            f"{len(tokenizer)} entries, SHA-256 {sha256[:8]}…; set data.tokenizer to null for the one beside the "
+            "shards, or convert anew"
         )
     if max_seq_length != meta.max_seq_length:
         raise UserError(
