@@ -1,4 +1,4 @@
-"""The synthetic task: what a sentence is, what scrambling keeps, and what the two sets must not share."""
+"""The synthetic task: what a sentence is, what corruption keeps, and what the two sets must not share."""
 
 from __future__ import annotations
 
