@@ -16,11 +16,9 @@ import torch
 from composer.callbacks import (
     EarlyStopper,
     LRMonitor,
-    MemoryMonitor,
     NaNMonitor,
     OptimizerMonitor,
     RuntimeEstimator,
-    SpeedMonitor,
     SystemMetricsMonitor,
     ThresholdStopper,
 )
@@ -28,21 +26,21 @@ from composer.core import Callback
 from composer.loggers import LoggerDestination, TensorboardLogger
 from composer.utils import MissingConditionalImportError
 
-from electra_composer.callbacks import DataWait
 from electra_composer.config import OptimizerConfig, ScheduleConfig, nearest
 from electra_composer.errors import UserError
 from electra_composer.loggers import MetricsFile, RunConsole, RunProgressBar, RunWandB
+from electra_composer.monitors import DataWait, RunMemoryMonitor, ThroughputMonitor
 from electra_composer.optim import AdamW, Schedule, parameter_groups
 
 CALLBACKS: dict[str, type[Callback]] = {
     "data_wait": DataWait,
     "early_stopper": EarlyStopper,
     "lr_monitor": LRMonitor,
-    "memory_monitor": MemoryMonitor,
+    "memory_monitor": RunMemoryMonitor,
     "nan_monitor": NaNMonitor,
     "optimizer_monitor": OptimizerMonitor,
     "runtime_estimator": RuntimeEstimator,
-    "speed_monitor": SpeedMonitor,
+    "speed_monitor": ThroughputMonitor,
     "system_metrics_monitor": SystemMetricsMonitor,
     "threshold_stopper": ThresholdStopper,
 }

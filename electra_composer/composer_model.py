@@ -81,12 +81,8 @@ class ElectraPretraining(ComposerModel):
                 torch.tensor(rows, device=input_ids.device),
             ]
         ).double()
-        world_size = dist.get_world_size()
-        if world_size > 1:
-            device = next(self.model.parameters()).device
-            counts = counts.to(device)
-            dist.all_reduce(counts, reduce_operation="SUM")
-            counts = counts.to(input_ids.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(counts, reduce_operation="SUM")  # between the hosts: the batch is not on the device yet
         masked, tokens, all_rows = counts.unbind()
         # Gradients are averaged over processes: × world_size; Composer multiplies by rows of the microbatch over the
         # rows of a process's batch: × the latter, and `loss` divides by the former.
@@ -139,20 +135,39 @@ class ElectraPretraining(ComposerModel):
         metric.update(stats[numerator] / denominator.clamp(min=1), denominator)
 
     def flops_per_batch(self, batch: dict[str, Any]) -> int:
-        """Floating-point operations of one training step on `batch`, for Composer's `SpeedMonitor`.
+        """Floating-point operations that one training step on `batch` needs: what MFU is counted from.
 
-        Multiply-adds count as two, backward as twice the forward: 6 × weights of matrix products × tokens, plus
-        attention scores and values. Generator and discriminator are counted apart; the masked-LM head on the masked
-        slots alone; embeddings look up and cost nothing; padding is computed, so it is counted.
+        They are model FLOPs in the sense of PaLM (arXiv 2204.02311, appendix B): those of the model, however it is
+        computed. Generator and discriminator are counted apart, each with its own hidden size h, feed-forward size f
+        and layers n. With e the embedding size, v the vocabulary, T the non-padding tokens of the batch, M the masked
+        ones, S the sum over its examples of their length squared::
+
+            encoder   6 · T · (n · (4h² + 2hf) + eh)  +  12 · n · h · S      (eh: only where e and h differ)
+            MLM head  6 · M · (h · e + e · v)                                (h of the generator)
+            RTD head  6 · T · (h · h + h)                                    (h of the discriminator)
+
+        A multiply-add is two operations, and backward twice the forward: hence 6 for every weight of a matrix product,
+        and 12 for the two products of attention. What computes more gets no credit for it: padding, attention to the
+        other examples of a row, unused slots, recomputation. Embeddings are looked up and cost nothing; LayerNorm,
+        softmax, sampling and the optimizer are left out, as usual.
+
+        Args:
+            batch: as for :meth:`forward`. Its tokens are counted: if it is on a GPU, that waits for the device.
         """
-        rows, length = batch["input_ids"].shape
-        model = self.model
-        generator, discriminator = model.generator.config, model.discriminator.config
-        encoders = encoder_flops(generator, rows, length) + encoder_flops(discriminator, rows, length)
+        sequence_ids = batch["sequence_ids"]
+        tokens = int((sequence_ids > 0).sum())
+        masked = int(self.model.mask_counts(batch["input_ids"], sequence_ids).sum())
+        # Positions count from 0 in every example and are 0 in padding: an example's sum to length · (length - 1) / 2.
+        squared_lengths = 2 * int(batch["position_ids"].sum()) + tokens
+        generator, discriminator = self.model.generator.config, self.model.discriminator.config
         mlm_weights = generator.embedding_size * (generator.hidden_size + generator.vocab_size)
         rtd_weights = discriminator.hidden_size * (discriminator.hidden_size + 1)
-        heads = 6 * rows * (model.slots * mlm_weights + length * rtd_weights)
-        return encoders + heads
+        return (
+            encoder_flops(generator, tokens, squared_lengths)
+            + encoder_flops(discriminator, tokens, squared_lengths)
+            + 6 * masked * mlm_weights
+            + 6 * tokens * rtd_weights
+        )
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -191,12 +206,18 @@ class TotalLoss(Metric):
         return self.weights[0] * mlm / masked.clamp(min=1) + self.weights[1] * rtd / tokens.clamp(min=1)
 
 
-def encoder_flops(config: EncoderConfig, rows: int, length: int) -> int:
-    """Forward and backward of one encoder: see `ElectraPretraining.flops_per_batch`."""
+def encoder_flops(config: EncoderConfig, tokens: int, squared_lengths: int) -> int:
+    """Forward and backward of one encoder: see `ElectraPretraining.flops_per_batch`.
+
+    Args:
+        config: its sizes.
+        tokens: without padding.
+        squared_lengths: sum over the examples of their length squared, which is what attention grows with.
+    """
     hidden = config.hidden_size
     layer_weights = 4 * hidden * hidden + 2 * hidden * config.intermediate_size
     projection = config.embedding_size * hidden if config.embedding_size != hidden else 0
-    products = 6 * rows * length * (config.num_layers * layer_weights + projection)
-    # Scores and weighted values: two products of [length, hidden] by [hidden, length] a layer.
-    attention = 3 * config.num_layers * rows * (2 * 2 * length * length * hidden)
+    products = 6 * tokens * (config.num_layers * layer_weights + projection)
+    # Scores and weighted values of a layer: two products of 2 · length² · hidden operations, three times over.
+    attention = 12 * config.num_layers * hidden * squared_lengths
     return products + attention

@@ -11,7 +11,7 @@ import difflib
 import os
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -71,6 +71,7 @@ class ObjectiveConfig:
     sampling: Literal["gumbel", "inverse_cdf"] = "inverse_cdf"  # the same distribution; inverse CDF needs less noise
     temperature: float = 1.0  # the generator's logits are divided by it before sampling
     disallow_correct: bool = False  # never sample the original token
+    masked_lm: Literal["auto", "chunked", "triton"] = "auto"  # how loss and sample are computed; auto: triton on CUDA
     mlm_label_smoothing: float = 0.0
     rtd_label_smoothing: float = 0.0
 
@@ -125,7 +126,8 @@ class TrainerConfig:
     device: Literal["cpu", "gpu"] | None = None  # null: a GPU where there is one
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
     gradient_clip: float | None = 1.0  # largest global gradient norm; null: no clipping
-    compile: bool = False
+    compile: Union[bool, str] = False  # noqa: UP007 (OmegaConf); torch.compile; or its mode, such as reduce-overhead
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"  # auto: on CUDA the faster of both, measured at start
     fsdp: FSDPConfig | None = None  # {} for its defaults; null: DDP
     deterministic: bool = False
     progress_bar: bool = True
@@ -170,25 +172,58 @@ class PretrainConfig(RunConfig):
 
 
 @dataclass
+class GlueDataConfig(DataConfig):
+    """Where GLUE is, and where its tokens are kept."""
+
+    cache: str | None = None  # folder of tokenized files, found by content; null: tokenized anew at every start
+
+
+@dataclass
 class GlueModelConfig:
     """What is finetuned."""
 
-    source: str = MISSING  # a checkpoint of ours (.pt), a Hugging Face folder, or a name on the hub
+    # a checkpoint of ours (.pt, sharded, or its run folder), an export, a folder of ElectraForPreTraining or
+    # ElectraModel, or a name on the hub
+    source: str = MISSING
     random_init: bool = False  # keep the sizes and the tokenizer of `source`, but draw new weights: the baseline
     dropout: float | None = None  # null: what `source` was trained with
     classifier_dropout: float = 0.1
 
 
 @dataclass
+class TaskSettings:
+    """What one task does otherwise than the rest; null: as the rest."""
+
+    epochs: int | None = None  # before trainer.max_duration, and before the task's own
+    lr: float | None = None
+    batch_size: int | None = None  # before trainer.global_train_batch_size
+    layerwise_decay: float | None = None  # 1.0: none
+    warmup: str | None = None
+
+
+@dataclass
+class PredictConfig:
+    """Predictions for the test sets, as the GLUE server takes them."""
+
+    enabled: bool = False  # every run then keeps its logits on the test sets
+    select: str = "best"  # of a task's runs: best on dev; the seed of one; or ensemble, the mean of their logits
+    file: str = "${checkpoints.folder}/submission.zip"
+
+
+@dataclass
 class GlueConfig(RunConfig):
     """`electra_composer/glue.py`."""
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: GlueDataConfig = field(default_factory=GlueDataConfig)
     model: GlueModelConfig = field(default_factory=GlueModelConfig)
     tasks: list[str] = MISSING
     seeds: list[int] = MISSING  # one finetuning run per task and seed
+    task_settings: dict[str, TaskSettings] = field(default_factory=dict)  # such as {rte: {epochs: 10, lr: 1e-4}}
     regression_targets: Literal["unit", "raw"] = "unit"  # STS-B's 0…5 as 0…1 (google), or as they are (richarddwang)
+    double_unordered: bool = True  # MRPC's and STS-B's training pairs are also given swapped (google)
+    intermediate: bool = False  # RTE, MRPC and STS-B start from the weights of the MNLI run of the same seed
     max_train_examples: int | None = None  # null: all; else a seeded sample, for quick looks
+    predict: PredictConfig = field(default_factory=PredictConfig)
     results: str = "${checkpoints.folder}/results.json"
 
 
@@ -293,8 +328,13 @@ def _refuse_unknown_keys(node: Any, schema: type, origin: str, prefix: str = "",
                 f"{origin}: unknown key {full_key}; {_nearest_key(str(key), prefix, valid, root or schema)}"
             )
         for candidate in (types[key], *getattr(types[key], "__args__", ())):
-            if is_dataclass(candidate):
-                _refuse_unknown_keys(value, candidate, origin, f"{full_key}.", root or schema)  # type: ignore[arg-type]
+            if not is_dataclass(candidate):
+                continue
+            parts = {f"{full_key}.": value}
+            if get_origin(types[key]) is dict:  # of parts of one kind, under names that are free here
+                parts = {f"{full_key}.{name}.": part for name, part in value.items()} if isinstance(value, dict) else {}
+            for path, part in parts.items():
+                _refuse_unknown_keys(part, candidate, origin, path, root or schema)  # type: ignore[arg-type]
 
 
 def _nearest_key(key: str, prefix: str, valid: list[str], root: type) -> str:
@@ -314,9 +354,10 @@ def _paths(schema: type, prefix: str = "") -> list[str]:
     found = []
     for name, hint in get_type_hints(schema).items():
         found.append(prefix + name)
+        below = f"{prefix}{name}.<name>." if get_origin(hint) is dict else f"{prefix}{name}."
         for candidate in (hint, *getattr(hint, "__args__", ())):
             if is_dataclass(candidate):
-                found += _paths(candidate, f"{prefix}{name}.")  # type: ignore[arg-type]
+                found += _paths(candidate, below)  # type: ignore[arg-type]
     return found
 
 

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from electra_composer import masking
 from electra_composer.config import ModelConfig, ObjectiveConfig
-from electra_composer.encoder import Embeddings, Encoder, EncoderConfig, attention_mask_of, init_weights
+from electra_composer.encoder import Embeddings, Encoder, EncoderConfig, init_weights
 from electra_composer.errors import UserError
+from electra_composer.kernels.attention import pattern_of
+from electra_composer.kernels.dropout import Dropout
+from electra_composer.kernels.masked_lm import masked_lm
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,18 @@ class MaskedLMHead(nn.Module):
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
 
-    def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
-        """`hidden [rows, N, hidden_size]`, `word_embeddings [padded_vocab_size, embedding_size]` → logits
-        `[rows, N, vocab_size]`."""
-        features = self.norm(F.gelu(self.dense(hidden)))
+    def features(self, hidden: Tensor) -> Tensor:
+        """`[rows, N, hidden_size]` → `[rows, N, embedding_size]`: what meets the vocabulary (in training: kernels/)."""
+        return self.norm(F.gelu(self.dense(hidden)))
+
+    def logits(self, features: Tensor, word_embeddings: Tensor) -> Tensor:
+        """`features [rows, N, embedding_size]`, `word_embeddings [padded_vocab_size, embedding_size]` → logits
+        `[rows, N, vocab_size]`, all of them at once: to look at, not to train with."""
         return F.linear(features, word_embeddings[: self.vocab_size], self.bias[: self.vocab_size])
+
+    def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
+        """`hidden [rows, N, hidden_size]` → `logits` of its `features`."""
+        return self.logits(self.features(hidden), word_embeddings)
 
 
 class ReplacedTokenHead(nn.Module):
@@ -150,6 +160,7 @@ class ElectraForPretraining(nn.Module):
         self.objective = objective
         self.vocab_size = vocab_size
         self.special_ids = special_ids
+        self.attention_path = "sdpa"  # of kernels/attention.py; chosen for the device before training (devices.py)
         self.slots = masking.num_slots(objective.mask_prob, max_seq_length)
         if not 1 <= self.slots <= max_seq_length:
             raise UserError(
@@ -220,7 +231,8 @@ class ElectraForPretraining(nn.Module):
             `mlm_loss`, `rtd_loss`: fp32 sums, over masked tokens and over non-padding tokens, to be divided by the
             whole batch's counts; `rtd_logits [rows, length]` fp32, `replaced [rows, length]` booleans;
             `stats`: sums for the metrics, without gradient, fp32 scalars (see `_statistics`);
-            and, for inspection, `mlm_logits`, `masked_positions`, `masked_weights`, `sampled_ids`, `corrupted_ids`.
+            and, for inspection, `mlm_features` (see `mlm_logits`), `masked_positions`, `masked_weights`,
+            `sampled_ids`, `corrupted_ids`.
         """
         objective, slots = self.objective, self.slots
         gumbel = noise is None and objective.sampling == "gumbel"
@@ -244,30 +256,35 @@ class ElectraForPretraining(nn.Module):
         )
         masked_ids = input_ids.scatter(1, positions, masked_tokens)
 
-        # Generator: only the gathered masked positions meet the vocabulary.
-        attention_mask = attention_mask_of(sequence_ids)
+        # Generator: only the gathered masked positions meet the vocabulary, and no more of them at a time than are used
+        # up at once for loss, sample and gradient. The sample has no gradient.
+        pattern = pattern_of(sequence_ids, self.attention_path)
         embeddings = self.embeddings_of_generator
-        hidden = self.generator(embeddings(masked_ids, token_type_ids, position_ids), attention_mask)
+        hidden = self.generator(embeddings(masked_ids, token_type_ids, position_ids), pattern)
         gathered = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        mlm_logits = self.mlm_head(gathered, embeddings.word.weight).float()
-        mlm_losses = F.cross_entropy(
-            mlm_logits.flatten(0, 1),
+        mlm_features = self.mlm_head.features(gathered)
+        mlm = masked_lm(
+            mlm_features.flatten(0, 1),
+            embeddings.word.weight,
+            self.mlm_head.bias,
             originals.flatten(),
-            reduction="none",
+            weights.flatten(),
+            sample_noise.flatten(),
+            self.vocab_size,
+            temperature=objective.temperature,
+            disallow_correct=objective.disallow_correct,
             label_smoothing=objective.mlm_label_smoothing,
-        ).view_as(weights)
-        mlm_loss = (mlm_losses * weights).sum()
+            gumbel=gumbel,
+            implementation=objective.masked_lm,
+        )
 
-        # Sampling: all masked positions get their sample, those that had kept their token too; no gradient.
-        with torch.no_grad():
-            logits = masking.sampling_logits(mlm_logits, originals, objective.temperature, objective.disallow_correct)
-            sampled = masking.sample_gumbel(logits) if gumbel else masking.sample_inverse_cdf(logits, sample_noise)
-            sampled = torch.where(weights > 0, sampled, originals)
-            corrupted_ids = input_ids.scatter(1, positions, sampled)
-            replaced = masking.replaced_labels(corrupted_ids, input_ids, sequence_ids)
+        # All masked positions get their sample, those that had kept their token too.
+        sampled = torch.where(weights > 0, mlm.sampled.view_as(originals), originals)
+        corrupted_ids = input_ids.scatter(1, positions, sampled)
+        replaced = masking.replaced_labels(corrupted_ids, input_ids, sequence_ids)
 
         # Discriminator: every non-padding token, [CLS] and [SEP] included (paper, section 2).
-        hidden = self.discriminator(self.embeddings(corrupted_ids, token_type_ids, position_ids), attention_mask)
+        hidden = self.discriminator(self.embeddings(corrupted_ids, token_type_ids, position_ids), pattern)
         rtd_logits = self.rtd_head(hidden).float()
         tokens = sequence_ids > 0
         smoothing = objective.rtd_label_smoothing
@@ -276,28 +293,36 @@ class ElectraForPretraining(nn.Module):
         rtd_loss = (rtd_losses * tokens).sum()
 
         outputs = {
-            "mlm_loss": mlm_loss,
+            "mlm_loss": mlm.loss,
             "rtd_loss": rtd_loss,
             "rtd_logits": rtd_logits.detach(),
             "replaced": replaced,
-            "mlm_logits": mlm_logits.detach(),
+            "mlm_features": mlm_features.detach(),
             "masked_positions": positions,
             "masked_weights": weights,
             "sampled_ids": sampled,
             "corrupted_ids": corrupted_ids,
         }
-        outputs["stats"] = self._statistics(outputs, originals, tokens)
+        outputs["stats"] = self._statistics(outputs, originals, mlm.correct.view_as(originals), tokens)
         return outputs
+
+    @torch.no_grad()
+    def mlm_logits(self, mlm_features: Tensor) -> Tensor:
+        """The generator's logits at the masked positions, which the forward itself never holds.
+
+        `mlm_features [rows, N, embedding_size]` of a forward's output, and the weights as they are now → fp32
+        `[rows, N, vocab_size]`.
+        """
+        return self.mlm_head.logits(mlm_features, self.embeddings_of_generator.word.weight).float()
 
     @staticmethod
     @torch.no_grad()
-    def _statistics(outputs: dict[str, Tensor], originals: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    def _statistics(
+        outputs: dict[str, Tensor], originals: Tensor, mlm_correct: Tensor, tokens: Tensor
+    ) -> dict[str, Tensor]:
         """Sums from which every training metric follows; they add up over microbatches and processes."""
         weights, replaced = outputs["masked_weights"], outputs["replaced"]
         predicted = (outputs["rtd_logits"] > 0) & tokens
-        # The original is the most likely token where its logit is the largest: on a CPU amax is 8 × as fast as argmax.
-        mlm_logits = outputs["mlm_logits"]
-        mlm_correct = mlm_logits.gather(-1, originals[..., None]).squeeze(-1) == mlm_logits.amax(-1)
         return {
             "masked": weights.sum(),
             "mlm_correct": (mlm_correct * weights).sum(),
@@ -327,9 +352,10 @@ class ElectraForClassification(nn.Module):
 
     def __init__(self, config: EncoderConfig, num_labels: int, classifier_dropout: float = 0.1):
         super().__init__()
+        self.attention_path = "sdpa"
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.dropout = nn.Dropout(classifier_dropout)
+        self.dropout = Dropout(classifier_dropout)
         self.head = nn.Linear(config.hidden_size, num_labels)
         init_weights(self, config.initializer_range)
         nn.init.xavier_uniform_(self.head.weight)
@@ -337,5 +363,5 @@ class ElectraForClassification(nn.Module):
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, sequence_ids: Tensor) -> Tensor:
         """Integers `[rows, length]`, one example per row → fp32 `[rows, num_labels]`."""
         embedded = self.embeddings(input_ids, token_type_ids, position_ids)
-        hidden = self.encoder(embedded, attention_mask_of(sequence_ids))
+        hidden = self.encoder(embedded, pattern_of(sequence_ids, self.attention_path))
         return self.head(self.dropout(hidden[:, 0])).float()

@@ -1,8 +1,8 @@
 """The Transformer encoder that generator and discriminator share the shape of.
 
-Post-LayerNorm BERT layers (Devlin et al. 2018) as in google-research/electra `model/modeling.py`, with one attention
-path: `scaled_dot_product_attention` over a fused query-key-value projection. A row may hold several examples; attention
-never crosses from one to another.
+Post-LayerNorm BERT layers (Devlin et al. 2018) as in google-research/electra `model/modeling.py`, with a fused
+query-key-value projection. A row may hold several examples; attention never crosses from one to another
+(kernels/attention.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from electra_composer.kernels.attention import Pattern, attention
+from electra_composer.kernels.dropout import Dropout
 
 EMBEDDING_ROWS_MULTIPLE = 64
 """Embedding tables are padded to a multiple of this many rows: tensor cores want it, and FSDP2 shards that are even on
@@ -49,7 +52,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_positions, config.embedding_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Integers `[rows, length]`, three times → floats `[rows, length, embedding_size]`."""
@@ -67,15 +70,9 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """`hidden [rows, length, hidden_size]`, `attention_mask [rows, 1, length, length]` (True: may attend)."""
-        rows, length, width = hidden.shape
-        qkv = self.qkv(hidden).view(rows, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.out(attended.transpose(1, 2).reshape(rows, length, width))
+    def forward(self, hidden: Tensor, pattern: Pattern) -> Tensor:
+        """`hidden [rows, length, hidden_size]` → the same; `pattern` says which tokens attend to which."""
+        return self.out(attention(self.qkv(hidden), pattern, self.num_heads, self.dropout if self.training else 0.0))
 
 
 class Layer(nn.Module):
@@ -88,11 +85,11 @@ class Layer(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, attention_mask)))
-        return self.mlp_norm(hidden + self.dropout(self.down(F.gelu(self.up(hidden)))))
+    def forward(self, hidden: Tensor, pattern: Pattern) -> Tensor:
+        hidden = self.attention_norm(self.dropout(self.attention(hidden, pattern), residual=hidden))
+        return self.mlp_norm(self.dropout(self.down(F.gelu(self.up(hidden))), residual=hidden))
 
 
 class Encoder(nn.Module):
@@ -108,25 +105,12 @@ class Encoder(nn.Module):
         )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
 
-    def forward(self, embedded: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, embedded: Tensor, pattern: Pattern) -> Tensor:
         """`embedded [rows, length, embedding_size]` → last hidden state `[rows, length, hidden_size]`."""
         hidden = embedded if self.project is None else self.project(embedded)
         for layer in self.layers:
-            hidden = layer(hidden, attention_mask)
+            hidden = layer(hidden, pattern)
         return hidden
-
-
-def attention_mask_of(sequence_ids: Tensor) -> Tensor:
-    """Who may attend to whom: tokens of the same example.
-
-    Args:
-        sequence_ids: integers `[rows, length]`; 0 is padding, 1… the example of the row that a token belongs to.
-
-    Returns:
-        Booleans `[rows, 1, length, length]`. Padding attends to padding: a row of the softmax must not be empty (NaN),
-        and nothing reads what comes out there.
-    """
-    return sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]
 
 
 def init_weights(module: nn.Module, initializer_range: float) -> None:

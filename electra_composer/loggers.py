@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import numpy as np
@@ -157,13 +158,29 @@ class RunWandB(WandBLogger):
         super().init(state, logger)
 
 
+BAR_METRICS: dict[str, Callable[[float], str]] = {
+    "throughput/device/mfu": lambda value: f"mfu {value:4.1%}",
+    "throughput/samples_per_sec": lambda value: f"{tqdm.format_sizeof(value):>5} sp/s",
+    "data/wait_share": lambda value: f"wait {value:4.1%}",
+    "data/fill": lambda value: f"fill {value:4.1%}",
+    "memory/peak_allocated_mem": lambda value: f"gpu {value:.1f} GB",
+    "memory/peak_resident_mem": lambda value: f"ram {value:.1f} GB",
+}
+"""Metrics of monitors.py and callbacks.py that the bar repeats as last logged, and how: the most wanted first."""
+
+BAR_WIDTH = 10
+"""Columns that are left to the bar itself when the rest of its line is chosen."""
+
+
 class RunProgressBar(LoggerDestination):
     """One bar for the whole training, on the first process of the machine.
 
     It shows the share done, the time left, the training losses under their last names, tokens per second (those that
-    the loader counts: without padding) and the learning rate. On a terminal it is drawn at most twice a second; where
-    the stream is a file or a pipe, a line is written every ten seconds instead. Metrics of an evaluation are written
-    as one line when it ends. Tokens per second are measured between drawings, on Composer's clock: without evaluations.
+    the loader counts: without padding), the learning rate, and of :data:`BAR_METRICS` those that are logged. It stays
+    within the width of the terminal: what is least wanted is left out first. On a terminal it is drawn at most twice a
+    second; where the stream is a file or a pipe, a whole line is written every ten seconds instead. Metrics of an
+    evaluation are written as one line when it ends. Tokens per second are measured between drawings, on Composer's
+    clock: without evaluations.
 
     Args:
         stream: `None`: standard error.
@@ -175,6 +192,7 @@ class RunProgressBar(LoggerDestination):
         self.is_terminal = self.stream.isatty()
         self.seconds = seconds if seconds is not None else (0.5 if self.is_terminal else 10.0)
         self.losses: dict[str, float] = {}
+        self.shown: dict[str, float] = {}  # of BAR_METRICS
         self.eval_metrics: dict[str, Any] = {}
         self.bar: tqdm | None = None
         self.eval_bar: tqdm | None = None
@@ -185,6 +203,8 @@ class RunProgressBar(LoggerDestination):
         for name, value in metrics.items():
             if name.startswith("loss/train/"):
                 self.losses[name.removeprefix("loss/train/")] = value
+            elif name in BAR_METRICS:
+                self.shown[name] = value
             elif name.startswith("metrics/") and not name.startswith("metrics/train/"):
                 self.eval_metrics[name.removeprefix("metrics/")] = value
 
@@ -249,18 +269,44 @@ class RunProgressBar(LoggerDestination):
         tokens, seconds = state.timestamp.token.value, state.timestamp.total_wct.total_seconds()
         rate = (tokens - self.drawn[0]) / max(seconds - self.drawn[1], 1e-9)
         self.drawn, self.drawn_at = (tokens, seconds), time.monotonic()
-        lr = max((group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups), default=0.0)
-        parts = [f"{'loss' if name == 'total' else name} {value:7.4f}" for name, value in self.losses.items()]
-        if tokens:
-            parts.append(f"{tqdm.format_sizeof(rate):>5} tok/s")
-        parts.append(f"lr {lr:.2e}")
-        self.bar.set_postfix_str("  ".join(parts), refresh=False)
         self.bar.update(_position(state)[0] - self.bar.n)
         if self.is_terminal:
+            self.bar.set_postfix_str(self._fitting(self._parts(state, rate)), refresh=False)
             self.bar.refresh()
         else:
-            numbers = {**self.bar.format_dict, "ncols": None, "bar_format": self.bar.bar_format.replace("|{bar}|", "")}
-            print(tqdm.format_meter(**numbers).strip(), file=self.stream, flush=True)
+            self.bar.set_postfix_str("  ".join(self._parts(state, rate)), refresh=False)
+            print(self._line().strip(), file=self.stream, flush=True)
+
+    def _parts(self, state: State, tokens_per_second: float) -> list[str]:
+        """What stands behind the bar, the most wanted first."""
+        parts = [f"{'loss' if name == 'total' else name} {value:7.4f}" for name, value in self.losses.items()]
+        if state.timestamp.token.value:
+            parts.append(f"{tqdm.format_sizeof(tokens_per_second):>5} tok/s")
+        lr = max((group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups), default=0.0)
+        parts.append(f"lr {lr:.2e}")
+        return parts + [show(self.shown[name]) for name, show in BAR_METRICS.items() if name in self.shown]
+
+    def _fitting(self, parts: list[str]) -> str:
+        """As many of the first parts as the terminal's width has room for beside a short bar."""
+        assert self.bar is not None
+        self.bar.set_postfix_str("", refresh=False)
+        columns = self.bar.format_dict["ncols"]
+        if columns is None:
+            return "  ".join(parts)
+        room = columns - len(self._line()) - BAR_WIDTH - len("||, ")
+        fitting = ""
+        for part in parts:
+            longer = f"{fitting}  {part}" if fitting else part
+            if len(longer) > room:
+                break
+            fitting = longer
+        return fitting
+
+    def _line(self) -> str:
+        """The bar as text, without the bar itself."""
+        assert self.bar is not None
+        numbers = {**self.bar.format_dict, "ncols": None, "bar_format": self.bar.bar_format.replace("|{bar}|", "")}
+        return tqdm.format_meter(**numbers)
 
 
 class _Nowhere:

@@ -1,4 +1,4 @@
-"""Which positions are masked, what stands there, and what the generator puts there.
+"""Which positions are masked, what stands there, and which tokens count as replaced.
 
 Pure functions on tensors. Every random choice is made from uniform numbers that the caller passes in, so that the same
 numbers give the same batch however it is split. Source: google-research/electra `pretrain/pretrain_helpers.py`; it
@@ -94,40 +94,6 @@ def mask_tokens(
         masked = torch.where(used & (replace < 0.8), mask_id, tokens)
         return torch.where(used & (replace >= 0.8) & (replace < 0.9), random_ids, masked)
     raise ValueError(f"mask style {style!r}: expected 'electra' or 'bert'")
-
-
-def sampling_logits(logits: Tensor, originals: Tensor, temperature: float, disallow_correct: bool) -> Tensor:
-    """The generator's logits as sampling sees them: fp32, over the temperature, the original token ruled out if asked.
-
-    `logits [rows, N, vocabulary]`, `originals [rows, N]` → `[rows, N, vocabulary]`.
-    """
-    logits = logits.float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    if disallow_correct:
-        logits = logits.scatter(-1, originals[..., None], float("-inf"))
-    return logits
-
-
-def sample_inverse_cdf(logits: Tensor, noise: Tensor) -> Tensor:
-    """One draw from `softmax(logits)` per position, from one uniform number each.
-
-    The first token whose cumulative probability exceeds `noise` times the total: tokens of probability zero are never
-    drawn. `logits [rows, N, vocabulary]`, `noise [rows, N]` in [0, 1) → ids `[rows, N]`.
-    """
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    # Rounding may carry noise × total up to the total itself, beyond which there is no token: stay a hair below it.
-    threshold = noise.clamp(max=1.0 - 2.0**-22)[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-
-
-def sample_gumbel(logits: Tensor) -> Tensor:
-    """One draw from `softmax(logits)` per position: the largest of logits plus Gumbel noise (as the paper's code does).
-
-    Noise for the whole vocabulary comes from torch's default generator. `[rows, N, vocabulary]` → ids `[rows, N]`.
-    """
-    # The ratio form of the same draw: argmax of p / E with E exponential, which needs no logarithm of a uniform zero.
-    return (logits.softmax(dim=-1) / torch.empty_like(logits).exponential_()).argmax(dim=-1)
 
 
 def replaced_labels(corrupted: Tensor, originals: Tensor, sequence_ids: Tensor) -> Tensor:

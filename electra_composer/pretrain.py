@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from composer import Trainer
+from composer.utils import dist
 
 from electra_composer.callbacks import RunRecord, TrainMetrics
 from electra_composer.checkpoint import check_state_fits, read_checkpoint, special_ids, tokenizer_files
 from electra_composer.composer_model import ElectraPretraining
 from electra_composer.config import PretrainConfig, load_config_from_command_line, to_dict, to_yaml
-from electra_composer.devices import fsdp_gradient_factor
+from electra_composer.devices import choose_attention, fsdp_gradient_factor, resolve_device
 from electra_composer.electra import ElectraForPretraining
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.runs import build_trainer, check_run_folder, checkpoint_to_load, device_batch_size, start
+from electra_composer.kernels.masked_lm import resolve_implementation
+from electra_composer.runs import (
+    build_trainer,
+    check_run_folder,
+    checkpoint_to_load,
+    compile_errors_named,
+    device_batch_size,
+    microbatch_size,
+    start,
+)
 from electra_composer.shards import build_data_spec, check_shards, read_meta
 from electra_composer.versions import check_versions
 from electra_composer.vocabulary import load_tokenizer
@@ -49,6 +59,13 @@ def main(config: PretrainConfig) -> Trainer:
         cpu_autocast,
         fsdp_gradient_factor(config.trainer),
     )
+    sizes = model.model.discriminator.config
+    device_type = "cuda" if resolve_device(config.trainer)[0] == "gpu" else "cpu"
+    resolve_implementation(config.objective.masked_lm, device_type, sizes.padded_vocab_size, sizes.embedding_size)
+    path, reason = choose_attention(config.trainer, sizes, microbatch_size(config.trainer), config.data.max_seq_length)
+    model.model.attention_path = path
+    if dist.get_global_rank() == 0:
+        print(f"attention: {path} ({reason})", flush=True)
     start_from = checkpoint_to_load(config)
     if start_from is not None:
         check_state_fits(read_checkpoint(start_from).state, model.model.state_dict(), start_from)
@@ -67,7 +84,8 @@ def main(config: PretrainConfig) -> Trainer:
             RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(tokenizer)),
         ],
     )
-    trainer.fit()
+    with compile_errors_named():
+        trainer.fit()
     trainer.close()
     return trainer
 

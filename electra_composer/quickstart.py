@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_composer.checkpoint import read_checkpoint
-from electra_composer.encoder import attention_mask_of
+from electra_composer.kernels.attention import pattern_of
 
 FOLDER = "runs/quickstart"
 SHARDS, GLUE_DATA = f"{FOLDER}/shards", f"{FOLDER}/synthetic_glue"
@@ -110,7 +110,7 @@ def check_export() -> str:
     encoded = tokenizer("Return the number of elements in the array.", return_tensors="pt")
     ids = encoded["input_ids"]
     with torch.no_grad():
-        mask = attention_mask_of(torch.ones_like(ids))
+        mask = pattern_of(torch.ones_like(ids))
         embedded = ours.embeddings(ids, encoded["token_type_ids"], torch.arange(ids.shape[1])[None])
         rtd = ours.rtd_head(ours.discriminator(embedded, mask))
         mlm = ours.mlm_head(ours.generator(embedded, mask), ours.embeddings.word.weight)

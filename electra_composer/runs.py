@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from composer import Evaluator, Trainer
@@ -11,15 +12,17 @@ from composer.algorithms import GradientClipping
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, DataSpec
 from composer.models import ComposerModel
-from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
+from composer.utils import create_interval_scheduler, dist, reproducibility
 from composer.utils.parallelism import FSDP2Config
+from torch._dynamo.exc import TorchDynamoException
 
 from electra_composer.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
 from electra_composer.callbacks import BatchSeed, milestone_saver
 from electra_composer.config import RunConfig, TrainerConfig
-from electra_composer.devices import resolve_device
+from electra_composer.devices import keep_freed_memory, resolve_device
 from electra_composer.errors import UserError
 from electra_composer.optim import parse_time
+from electra_composer.trainer import RunTrainer, run_device
 
 LATEST = "latest-rank{rank}.pt"
 
@@ -34,7 +37,10 @@ def start(config: RunConfig) -> bool:
         UserError: a device, precision, batch size or time that cannot be.
     """
     device, _, cpu_autocast = resolve_device(config.trainer)
-    dist.initialize_dist(get_device(device), timeout=300.0)
+    check_compile(config.trainer)
+    if device == "cpu":
+        keep_freed_memory()
+    dist.initialize_dist(run_device(device), timeout=300.0)
     device_batch_size(config.trainer)
     for key, time in (
         ("trainer.max_duration", config.trainer.max_duration),
@@ -76,6 +82,57 @@ def device_batch_size(trainer: TrainerConfig) -> int:
     return rows
 
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def check_compile(trainer: TrainerConfig) -> None:
+    """Refuse what `torch.compile` does not know, and a CPU without a C++ compiler, before anything is built.
+
+    Raises:
+        UserError: naming trainer.compile.
+    """
+    if isinstance(trainer.compile, str) and trainer.compile not in COMPILE_MODES:
+        raise UserError(
+            f"trainer.compile is {trainer.compile!r}; expected true, false or one of {', '.join(COMPILE_MODES)}"
+        )
+    if trainer.compile and resolve_device(trainer)[0] == "cpu":
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler as error:
+            raise UserError(
+                "trainer.compile needs a C++ compiler on a CPU, and there is none; "
+                "install g++ or set trainer.compile=false"
+            ) from error
+
+
+@contextlib.contextmanager
+def compile_errors_named() -> Iterator[None]:
+    """What `torch.compile` raises where it fails, at the first batch or later, as one line with the switch."""
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"trainer.compile: torch.compile failed: {reason.strip()}; set trainer.compile=false, or another mode"
+        ) from error
+
+
+def compile_config(trainer: TrainerConfig, static_shapes: bool) -> dict[str, Any] | None:
+    """Arguments of `torch.compile` for Composer's `compile_config`; one graph or an error, never a slow remainder."""
+    if not trainer.compile:
+        return None
+    mode = {"mode": trainer.compile} if isinstance(trainer.compile, str) else {}
+    return {"fullgraph": True, "dynamic": not static_shapes, **mode}
+
+
+def microbatch_size(trainer: TrainerConfig) -> int:
+    """Rows that the model sees at a time; the largest there may be where Composer is to find the number."""
+    microbatch = trainer.device_train_microbatch_size
+    return microbatch if isinstance(microbatch, int) else device_batch_size(trainer)
+
+
 def build_trainer(
     config: RunConfig,
     model: ComposerModel,
@@ -83,6 +140,7 @@ def build_trainer(
     eval_data: DataSpec,
     max_duration: str,
     callbacks: Sequence[Callback] = (),
+    static_shapes: bool = True,
 ) -> Trainer:
     """Composer's `Trainer` for one run.
 
@@ -93,6 +151,7 @@ def build_trainer(
         eval_data: batches of `device_eval_batch_size` rows.
         max_duration: a Composer time.
         callbacks: in addition to the configuration's.
+        static_shapes: whether all batches of a loader have one length.
 
     Raises:
         UserError: what the builders find wrong.
@@ -101,7 +160,8 @@ def build_trainer(
     device, precision, _ = resolve_device(trainer)
     savers = checkpoint_savers(config)
     microbatch = trainer.device_train_microbatch_size
-    return Trainer(
+    return RunTrainer(
+        log_interval=trainer.log_interval,
         model=model,
         train_dataloader=train_data,
         eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
@@ -121,11 +181,11 @@ def build_trainer(
         progress_bar=False,  # ours is among the loggers
         run_name=config.run_name,
         seed=config.seed,
-        device=device,
+        device=run_device(device),
         precision=precision,
-        device_train_microbatch_size=device_batch_size(trainer) if microbatch is None else microbatch,
+        device_train_microbatch_size=microbatch_size(trainer) if microbatch is None else microbatch,
         parallelism_config={"fsdp": FSDP2Config(**vars(trainer.fsdp))} if trainer.fsdp is not None else None,
-        compile_config={} if trainer.compile else None,
+        compile_config=compile_config(trainer, static_shapes),
         deterministic_mode=trainer.deterministic,
         autoresume=bool(savers) and checkpoints.resume and not checkpoints.overwrite,
         load_path=checkpoints.load_path,

@@ -94,7 +94,7 @@ def main(out: str, kind: str, microbatch: int) -> None:
     with torch.no_grad():
         electra.embeddings.word.weight.mul_(1.5)
     after = evaluate(electra, rows)
-    for side in ("mlm_logits", "rtd_logits"):
+    for side in ("mlm_features", "rtd_logits"):
         assert not torch.allclose(before[side], after[side]), side
     if dist.get_global_rank() == 0:
         torch.save(loss, f"{out}/loss.pt")

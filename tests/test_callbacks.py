@@ -1,9 +1,10 @@
-"""Metrics by hand count, milestones once each over a resume, the record in checkpoint and folder, the loader's wait."""
+"""Metrics by hand count, milestones once each over a resume, the record in checkpoint and folder."""
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,7 +13,7 @@ from composer.callbacks import CheckpointSaver
 from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
 
-from electra_composer.callbacks import STATS, DataWait, RunRecord, TrainMetrics, milestone_saver, rtd_metrics
+from electra_composer.callbacks import STATS, BatchSeed, RunRecord, TrainMetrics, milestone_saver, rtd_metrics
 from electra_composer.errors import UserError
 
 HAND_COUNT = {
@@ -104,34 +105,71 @@ def test_intervals_that_are_none(interval):
         TrainMetrics(interval)
 
 
-def test_data_wait_is_the_share_of_time_that_the_loader_takes():
-    class Slow(torch.utils.data.Dataset):
-        def __len__(self):
-            return 12
+def test_sums_stay_exact_where_fp32_counts_no_further():
+    """2²⁴ + 1 is the first whole number that fp32 cannot hold."""
+    metrics = TrainMetrics("1000ba")
+    tokens = torch.tensor(float(2**24))
+    stats = {name: torch.zeros(()) for name in STATS} | {"tokens": tokens, "rtd_loss_sum": tokens}
+    state = SimpleNamespace(outputs={"stats": stats}, batch={"input_ids": torch.zeros(1, 4)})
+    metrics.before_train_batch(state, None)
+    metrics.after_loss(state, None)
+    stats["tokens"] = torch.tensor(1.0)
+    metrics.after_loss(state, None)
+    metrics.is_due = lambda state, event: False
+    metrics.batch_end(state, None)
+    assert metrics.sums[STATS.index("tokens")].item() == 2**24 + 1
 
-        def __getitem__(self, index):
-            time.sleep(0.02)
-            return {"input_ids": torch.ones(4)}
 
-    memory = InMemoryLogger()
-    model = Counting()
-    trainer = Trainer(
-        model=model,
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
-        train_dataloader=DataSpec(
-            torch.utils.data.DataLoader(Slow(), batch_size=2), get_num_samples_in_batch=lambda batch: 2
-        ),
-        max_duration="6ba",
-        callbacks=[DataWait("3ba")],
-        loggers=[memory],
-        progress_bar=False,
-        device="cpu",
+def test_a_batch_that_starts_over_is_counted_once():
+    """As Composer does when a microbatch ran out of memory: the first microbatches of the batch come again."""
+    metrics = TrainMetrics("1000ba")
+    metrics.is_due = lambda state, event: False
+    state = SimpleNamespace(
+        outputs={"stats": {name: torch.ones(()) for name in STATS}}, batch={"input_ids": torch.zeros(1, 4)}
     )
+    metrics.before_train_batch(state, None)
+    metrics.after_loss(state, None)
+    metrics.before_train_batch(state, None)
+    metrics.after_loss(state, None)
+    metrics.after_loss(state, None)
+    metrics.batch_end(state, None)
+    assert metrics.sums.tolist() == [2.0] * len(STATS)
+    assert metrics.places == 8
+
+
+@pytest.mark.parametrize(
+    ("interval", "batches"), [("2ba", [2, 4, 6, 7]), ("16sp", [4, 7]), ("1ep", [6, 7]), ("30tok", [3, 6, 7])]
+)
+def test_intervals_in_every_unit(interval, batches):
+    """An epoch has 6 batches, of 4 rows and 10 tokens each."""
+    memory = InMemoryLogger()
+    trainer = make_trainer([TrainMetrics(interval)], "7ba", loggers=[memory])
     trainer.fit()
     trainer.close()
-    shares = [value for _, value in memory.data["data/wait_share"]]
-    assert len(shares) == 2
-    assert all(0.3 < share <= 1.0 for share in shares)  # 40 ms of a batch whose step is a matter of a few
+    assert [int(when.batch) for when, _ in memory.data["data/fill"]] == batches
+
+
+def test_the_seed_of_a_batch_is_that_of_run_process_and_batch():
+    """As `torch.manual_seed` would set it, whatever was drawn before."""
+
+    class Draws(Callback):
+        def __init__(self):
+            self.drawn = []
+
+        def before_train_batch(self, state, logger):
+            self.drawn.append(torch.rand(3).tolist())
+            torch.rand(int(torch.randint(9, ())))
+
+    draws = [Draws(), Draws(), Draws()]
+    for callback, seed in zip(draws, (1, 1, 2), strict=True):
+        trainer = make_trainer([BatchSeed(seed), callback], "3ba")
+        torch.rand(seed)
+        trainer.fit()
+        trainer.close()
+    assert draws[0].drawn == draws[1].drawn
+    assert len({tuple(numbers) for numbers in draws[0].drawn + draws[2].drawn}) == 6
+    torch.manual_seed(int(np.random.SeedSequence([1, 0, 2]).generate_state(1, np.uint64)[0]))
+    assert draws[0].drawn[2] == torch.rand(3).tolist()
 
 
 # --- milestones

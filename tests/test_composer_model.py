@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,9 @@ from electra_composer.encoder import Layer
 Batch = dict[str, torch.Tensor]
 Make = Callable[..., Any]
 LENGTH = 32
+VOCAB_SIZE = 99
 
+FULL = [[(12, 20)], [(32, 0)], [(16, 16)]]  # one example of 32 tokens in every row
 # 32, 2, 6, 32, 3, 12, 30 and 20 tokens, masked 5 to none: a mean of the microbatches' means would be far off.
 VERY_UNEVEN = [[(12, 20)], [(2, 0)], [(6, 0)], [(8, 4), (20, 0)], [(3, 0)], [(7, 5)], [(10, 10), (10, 0)], [(20, 0)]]
 
@@ -125,7 +128,7 @@ def test_cpu_autocast_computes_in_bfloat16_and_keeps_losses_in_fp32(make_model: 
     cast.model.discriminator.layers[0].up.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
     expected, outputs = plain(batch), cast(batch)
     assert seen == [torch.bfloat16]
-    for name in ("mlm_loss", "rtd_loss", "mlm_logits", "rtd_logits"):
+    for name in ("mlm_loss", "rtd_loss", "rtd_logits"):
         assert outputs[name].dtype == torch.float32, name
     assert outputs["mlm_loss"].item() == pytest.approx(expected["mlm_loss"].item(), rel=0.05)
 
@@ -203,6 +206,8 @@ def test_composers_evaluation_is_repeatable(make_model: Make, make_batch: Make) 
 
 def _process(rank: int, port: int, config: ModelConfig, state: Batch, batch: Batch, out: str) -> None:
     """One of two processes: its rows, in two microbatches, under DDP, with Composer's weighting."""
+    # Composer reads these, and leaves those of a run in one process behind in the process that started this one.
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = ElectraPretraining(
@@ -387,21 +392,44 @@ def test_operations_against_torchs_counter(
     make_model: Make, make_batch: Make, tiny_model_config: Make, sizes: dict[str, Any]
 ) -> None:
     """Torch's counter adds up every matrix product of forward and backward; attention on its plain path, so that its
-    products are counted like any other and none is computed twice."""
+    products are counted like any other and none is computed twice. Rows are full of one example, so that all that is
+    computed is needed. The masked-LM head is one operator to the counter, of three products: logits, gradient of the
+    features, gradient of the embeddings; none with the padded rows of the table."""
+
+    def head_operations(features: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return 3 * 2 * features[0] * features[1] * VOCAB_SIZE
+
     model = ElectraPretraining(make_model(tiny_model_config(**sizes)))
-    batch = model.count_batch(make_batch(VERY_UNEVEN))
+    batch = model.count_batch(make_batch(FULL))
     with (
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
+        FlopCounterMode(
+            display=False, custom_mapping={torch.ops.electra_composer.masked_lm_chunked: head_operations}
+        ) as counter,
     ):
         model.loss(model(batch), batch)["total"].backward()
     assert model.flops_per_batch(batch) == counter.get_total_flops()
 
 
-def test_operations_grow_with_rows_alone(make_model: Make, make_batch: Make) -> None:
-    """Padding is computed, so it is counted."""
+def test_operations_by_hand(make_model: Make, make_batch: Make) -> None:
+    """Two layers of 32 (generator: 16), feed-forward 128 (64), embeddings of 16, vocabulary of 99; rows of 20 tokens in
+    two examples of 12 and 8, and of 6 tokens: 26 tokens, squared lengths 144 + 64 + 36 = 244, 3 + 1 masked."""
+    discriminator = 6 * 26 * (2 * (4 * 1_024 + 2 * 4_096) + 512) + 12 * 2 * 32 * 244  # projection from 16 to 32
+    generator = 6 * 26 * (2 * (4 * 256 + 2 * 1_024)) + 12 * 2 * 16 * 244  # no projection
+    mlm_head = 6 * 4 * (16 * 16 + 16 * 99)
+    rtd_head = 6 * 26 * (32 * 32 + 32)
+    assert (discriminator, generator, mlm_head, rtd_head) == (4_101_120, 1_052_160, 44_160, 164_736)
     model = ElectraPretraining(make_model())
-    assert model.flops_per_batch(make_batch([[(2, 0)]] * 6)) == 6 * model.flops_per_batch(make_batch([[(12, 20)]]))
+    assert model.flops_per_batch(make_batch([[(5, 7), (8, 0)], [(6, 0)]])) == 5_362_176
+
+
+def test_padding_and_other_examples_of_a_row_are_no_operations(make_model: Make, make_batch: Make) -> None:
+    model = ElectraPretraining(make_model())
+    short, long = make_batch([[(6, 0)]], length=8), make_batch([[(6, 0)]], length=32)
+    assert model.flops_per_batch(short) == model.flops_per_batch(long)
+    packed, apart = make_batch([[(20, 0), (10, 0)]]), make_batch([[(20, 0)], [(10, 0)]])
+    head = 6 * 16 * (16 + 99)  # 4 of the 30 tokens of a row are masked (its slots), 3 + 2 of those of two rows
+    assert model.flops_per_batch(apart) - model.flops_per_batch(packed) == head
 
 
 # What compilation and sharding see

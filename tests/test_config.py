@@ -188,7 +188,6 @@ def test_nearest() -> None:
         ("optimizer.betas=0.9", "optimizer.betas", "not a ListConfig"),
         ("optimizer.betas[0]=0.9", "optimizer.betas[0]", "incompatible"),
         ("checkpoints.milestones=[0.1,x]", "checkpoints.milestones[1]", "could not be converted to Float"),
-        ("trainer.compile=perhaps", "trainer.compile", "not a valid bool"),
         ("trainer.precision=bf16", "trainer.precision", "['fp32', 'amp_bf16', 'amp_fp16']"),
         ("objective.mask_style=roberta", "objective.mask_style", "['electra', 'bert']"),
         ("trainer.device_train_microbatch_size=2.5", "trainer.device_train_microbatch_size", "float"),

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
-from electra_composer import masking
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.electra import (
     ElectraForPretraining,
@@ -98,7 +97,7 @@ def test_logits_losses_and_gradients_agree_with_transformers(
     theirs_discriminator = discriminator(outputs["corrupted_ids"], labels=replaced, **shared)
     (theirs_generator.loss + 50.0 * theirs_discriminator.loss).backward()
 
-    torch.testing.assert_close(outputs["mlm_logits"][used], theirs_generator.logits[rows], **CLOSE)
+    torch.testing.assert_close(model.mlm_logits(outputs["mlm_features"])[used], theirs_generator.logits[rows], **CLOSE)
     torch.testing.assert_close(outputs["rtd_logits"][present], theirs_discriminator.logits[present], **CLOSE)
     torch.testing.assert_close(ours_mlm, theirs_generator.loss, **CLOSE)
     torch.testing.assert_close(ours_rtd, theirs_discriminator.loss, **CLOSE)
@@ -260,7 +259,8 @@ def test_a_changed_token_changes_no_logit_of_another_example(make_model: Make, m
     assert torch.equal(before["rtd_logits"][others], after["rtd_logits"][others])
     in_others = others.gather(1, before["masked_positions"]) & (before["masked_weights"] > 0)
     assert in_others.any()
-    assert torch.equal(before["mlm_logits"][in_others], after["mlm_logits"][in_others])
+    before_logits, after_logits = (model.mlm_logits(side["mlm_features"]) for side in (before, after))
+    assert torch.equal(before_logits[in_others], after_logits[in_others])
     first = batch["sequence_ids"] == 1
     assert not torch.equal(before["rtd_logits"][first], after["rtd_logits"][first])
 
@@ -296,7 +296,9 @@ def test_samples_stand_at_the_masked_positions_and_originals_everywhere_else(
     assert torch.equal(outputs["corrupted_ids"][elsewhere], batch["input_ids"][elsewhere])
     assert not outputs["replaced"][elsewhere].any()
 
-    expected = masking.sample_inverse_cdf(outputs["mlm_logits"], noise[:, -model.slots :])
+    # The first token whose cumulative probability passes the slot's own number.
+    cumulative = model.mlm_logits(outputs["mlm_features"]).double().softmax(-1).cumsum(-1)
+    expected = (cumulative <= noise[:, -model.slots :, None]).sum(-1)
     assert torch.equal(outputs["sampled_ids"][used], expected[used])
 
 
@@ -368,7 +370,7 @@ def test_samples_of_the_forward_follow_the_generators_softmax(
         outputs = model(**batch)
     assert (outputs["masked_positions"][:, 0] == 1).all()
     # Two kinds of rows: [MASK] or the kept token stood there. Each has its own softmax.
-    logits = outputs["mlm_logits"][:, 0]
+    logits = model.mlm_logits(outputs["mlm_features"])[:, 0]
     kind = (logits[:, 0] - logits[0, 0]).abs() < 1e-4
     assert 0 < kind.sum() < rows
     for these in (kind, ~kind):
@@ -427,7 +429,7 @@ def test_mlm_loss_and_its_label_smoothing(make_model: Make, make_batch: Make, sm
     batch = make_batch(UNEVEN)
     outputs = model(**batch, noise=noise_of(model, batch))
     used = outputs["masked_weights"] > 0
-    logs = outputs["mlm_logits"][used].double().log_softmax(-1)
+    logs = model.mlm_logits(outputs["mlm_features"])[used].double().log_softmax(-1)
     originals = batch["input_ids"].gather(1, outputs["masked_positions"])[used]
     targets = torch.full_like(logs, smoothing / VOCAB_SIZE)
     targets[torch.arange(len(targets)), originals] += 1 - smoothing
@@ -464,7 +466,7 @@ def test_statistics_are_counts(make_model: Make, make_batch: Make) -> None:
     assert stats["sampled_correct"] == stats["masked"] - stats["replaced"]
     used = outputs["masked_weights"] > 0
     originals = batch["input_ids"].gather(1, outputs["masked_positions"])
-    assert stats["mlm_correct"] == (outputs["mlm_logits"].argmax(-1)[used] == originals[used]).sum()
+    assert stats["mlm_correct"] == (model.mlm_logits(outputs["mlm_features"]).argmax(-1)[used] == originals[used]).sum()
 
 
 def test_rows_without_a_word_are_harmless(make_model: Make, make_batch: Make) -> None:
@@ -500,10 +502,11 @@ def test_changing_the_embeddings_changes_both_sides(make_model: Make, make_batch
             model.load_state_dict({name: tensor.clone() for name, tensor in make_model(seed=9).state_dict().items()})
         noise = noise_of(model, batch)
         before = model(**batch, noise=noise)
+        before_logits = model.mlm_logits(before["mlm_features"])
         with torch.no_grad():
             getattr(model.embeddings, part).weight.add_(torch.randn_like(getattr(model.embeddings, part).weight) * 0.3)
         after = model(**batch, noise=noise)
-        assert not torch.allclose(before["mlm_logits"], after["mlm_logits"])
+        assert not torch.allclose(before_logits, model.mlm_logits(after["mlm_features"]))
         assert not torch.allclose(before["rtd_logits"], after["rtd_logits"])
 
 
@@ -513,11 +516,11 @@ def test_the_output_layer_of_the_generator_is_the_word_embeddings(make_model: Ma
     batch = make_batch(UNEVEN)
     batch["input_ids"][batch["input_ids"] == 50] = 51
     noise = noise_of(model, batch)
-    before = model(**batch, noise=noise)["mlm_logits"]
+    before = model.mlm_logits(model(**batch, noise=noise)["mlm_features"])
     bias = model.mlm_head.bias[50].item()
     with torch.no_grad():
         model.embeddings.word.weight[50] *= 2
-    after = model(**batch, noise=noise)["mlm_logits"]
+    after = model.mlm_logits(model(**batch, noise=noise)["mlm_features"])
     torch.testing.assert_close(after[..., 50] - bias, 2 * (before[..., 50] - bias), **CLOSE)
     others = torch.arange(VOCAB_SIZE) != 50
     assert torch.equal(after[..., others], before[..., others])
@@ -529,14 +532,16 @@ def test_untied_each_side_has_its_own(make_model: Make, make_batch: Make, tiny_m
     batch = make_batch(UNEVEN)
     noise = noise_of(model, batch)
     before = model(**batch, noise=noise)
+    before_logits = model.mlm_logits(before["mlm_features"])
     with torch.no_grad():
         model.embeddings.word.weight.add_(torch.randn_like(model.embeddings.word.weight))
     after = model(**batch, noise=noise)
-    assert torch.equal(before["mlm_logits"], after["mlm_logits"])
+    after_logits = model.mlm_logits(after["mlm_features"])
+    assert torch.equal(before_logits, after_logits)
     assert not torch.allclose(before["rtd_logits"], after["rtd_logits"])
     with torch.no_grad():
         model.generator_embeddings.word.weight.add_(torch.randn_like(model.generator_embeddings.word.weight))
-    assert not torch.allclose(after["mlm_logits"], model(**batch, noise=noise)["mlm_logits"])
+    assert not torch.allclose(after_logits, model.mlm_logits(model(**batch, noise=noise)["mlm_features"]))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -547,7 +552,7 @@ def test_padded_rows_are_never_predicted_and_get_no_gradient(
     model = make_model(tiny_model_config(tie_embeddings=tied), perturbed=False)
     batch = make_batch(UNEVEN * 4)
     outputs = model(**batch, noise=noise_of(model, batch))
-    assert outputs["mlm_logits"].shape == (16, model.slots, VOCAB_SIZE)
+    assert model.mlm_logits(outputs["mlm_features"]).shape == (16, model.slots, VOCAB_SIZE)
     assert outputs["corrupted_ids"].max() < VOCAB_SIZE
     (outputs["mlm_loss"] + outputs["rtd_loss"]).backward()
     tables = [p for name, p in model.named_parameters() if name.endswith("word.weight")] + [model.mlm_head.bias]

@@ -13,7 +13,8 @@ from transformers import ElectraModel
 
 from electra_composer.config import ModelConfig
 from electra_composer.electra import ElectraForClassification, SpecialIds, discriminator_config
-from electra_composer.encoder import Embeddings, Encoder, attention_mask_of, init_weights
+from electra_composer.encoder import Embeddings, Encoder, init_weights
+from electra_composer.kernels.attention import pattern_of
 from electra_composer.weight_maps import encoder_to_transformers, transformers_config
 
 Batch = dict[str, torch.Tensor]
@@ -30,7 +31,7 @@ def body(config: ModelConfig, perturbed: bool = True) -> tuple[Embeddings, Encod
 
 def run(embeddings: Embeddings, encoder: Encoder, batch: Batch) -> torch.Tensor:
     embedded = embeddings(batch["input_ids"], batch["token_type_ids"], batch["position_ids"])
-    return encoder(embedded, attention_mask_of(batch["sequence_ids"]))
+    return encoder(embedded, pattern_of(batch["sequence_ids"]))
 
 
 @pytest.mark.parametrize("embedding_size", [16, 32])
@@ -78,7 +79,7 @@ def test_a_token_changes_nothing_in_another_example(
     assert (before[example == 1] != after[example == 1]).any(dim=-1).all()
 
     embedded = torch.randn(1, 32, 16, requires_grad=True)
-    hidden = encoder(embedded, attention_mask_of(example))
+    hidden = encoder(embedded, pattern_of(example))
     hidden[example == 2].sum().backward()
     assert embedded.grad is not None
     assert (embedded.grad[example != 2] == 0).all()
@@ -87,7 +88,7 @@ def test_a_token_changes_nothing_in_another_example(
 
 def test_attention_mask() -> None:
     """Examples 1 1 2 and one padding: blocks on the diagonal, and no row without anyone to attend to."""
-    mask = attention_mask_of(torch.tensor([[1, 1, 2, 0]]))
+    mask = pattern_of(torch.tensor([[1, 1, 2, 0]])).mask
     assert mask.shape == (1, 1, 4, 4)
     assert mask[0, 0].int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 

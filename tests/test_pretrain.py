@@ -13,7 +13,7 @@ import pytest
 import torch
 from composer.core import Callback
 
-from electra_composer import runs
+from electra_composer import devices, runs
 from electra_composer.checkpoint import load_source, read_checkpoint
 from electra_composer.config import PretrainConfig, load_config
 from electra_composer.electra import ElectraForClassification
@@ -139,11 +139,14 @@ def test_evaluation_interval_changes_nothing_in_training(make_config, tmp_path):
         "schedule.name=one_cycle",
         "schedule.name=constant",
         "trainer.precision=amp_bf16",
+        "objective.masked_lm=chunked",
+        "trainer.attention=sdpa",
         "trainer.device_train_microbatch_size=2",
         "trainer.gradient_clip=null",
     ],
 )
-def test_every_switch_trains(make_config, tmp_path, override):
+def test_every_switch_trains(make_config, tmp_path, monkeypatch, override):
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: True)  # slowly, where it does not
     trainer = main(make_config(override, "trainer.max_duration=6ba", "checkpoints.milestones=[1.0]"))
     rows = metrics(tmp_path / "run")
     assert trainer.state.timestamp.batch.value == 6
@@ -165,6 +168,9 @@ def test_every_switch_trains(make_config, tmp_path, override):
         (["trainer.device_eval_batch_size=0"], "device_eval_batch_size"),
         (["trainer.eval_interval=often"], "trainer.eval_interval"),
         (["trainer.precision=amp_fp16"], "amp_bf16"),
+        (["trainer.attention=varlen"], "trainer.attention=auto"),
+        (["trainer.compile=fast"], "reduce-overhead"),
+        (["objective.masked_lm=triton"], "objective.masked_lm=chunked"),
         (["trainer.device=gpu"], "CUDA|gpu"),
         (["model.num_heads=3"], "multiple"),
         (["model.max_positions=16"], "max_positions"),

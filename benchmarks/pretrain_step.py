@@ -1,0 +1,308 @@
+"""A pretraining step of ours against the reference's, and inside Composer's `Trainer`: one JSON line.
+
+    python benchmarks/pretrain_step.py [--size small] [--precision fp32] [--what a,b,c,d] [key=value …]
+
+One process, one run, the same weights, examples and precision, in turns: a block of steps of each variant, then all of
+them again, so that a machine that slows down slows all. First the losses of reference and ours must agree.
+`key=value` are overrides of the YAML of the size, as for `pretrain.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import reference
+import torch
+from composer.callbacks.speed_monitor import get_gpu_flops_available
+from composer.core import Precision
+from machine import PeakMemory, describe, median_ms
+from tqdm import tqdm
+from variants import NAMES, BareSteps, Setup, TrainerSteps, agreement, magnify, use_allocator_of
+from workload import SIZES, make_workload, read_config
+
+from electra_composer.devices import choose_attention, resolve_device
+from electra_composer.electra import discriminator_config
+from electra_composer.errors import UserError, report_user_errors
+from electra_composer.runs import start
+
+MEMORY_OF = "abc"  # d is c but for callbacks, which hold nothing
+MEMORY_STEPS = 3  # the first makes the optimizer's state, the others meet it
+HOW_FLOPS = (
+    "ours: model FLOPs, what the step needs without padding and with the vocabulary at masked positions only "
+    "(ElectraPretraining.flops_per_batch), from which every MFU here is taken; reference: what it computes, padding "
+    "and the vocabulary at all positions included (benchmarks/reference.py)"
+)
+HOW_MEMORY = (
+    "each variant in a process of its own: weights, gradients, optimizer state and activations of three steps; growth "
+    "of resident memory on the CPU (the reference with glibc's default settings, as for its times), of torch's "
+    "allocations on CUDA, after a warm-up of libraries"
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.memory_only is not None:
+            print(json.dumps({"bytes": memory_of(options, Path(folder))}))
+            return
+        memory = {} if options.skip_memory else memory_in_processes(options, arguments)
+        print(json.dumps(measure(options, Path(folder), memory)), flush=True)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Options with their defaults for this machine filled in.
+
+    Raises:
+        UserError: one that cannot be.
+    """
+    parser = argparse.ArgumentParser(prog="benchmarks/pretrain_step.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where there is one")
+    parser.add_argument("--precision", choices=("fp32", "amp_bf16", "amp_fp16"), help="default: amp_bf16 on gpu, fp32")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--batch", type=int, help="rows; default: 128 on gpu, 32 on cpu")
+    parser.add_argument("--length", type=int, help="tokens in a row; default: the YAML's")
+    parser.add_argument("--vocab", type=int, default=30522, help="of synthetic rows (%(default)s)")
+    parser.add_argument("--data", help="a folder of shards instead of synthetic rows; the reference gets them unpacked")
+    parser.add_argument(
+        "--compile", default="false", help="ours: false, true, or a mode of torch.compile (trainer.compile)"
+    )
+    parser.add_argument("--what", default="a,b,c,d", help="; ".join(f"{key}: {name}" for key, name in NAMES.items()))
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, in each a block of every variant (%(default)s)")
+    parser.add_argument("--segment", type=int, help="timed steps of a block; default: 40 on gpu, 4 on cpu")
+    parser.add_argument("--warmup", type=int, help="steps before them, not timed; default: 12 on gpu, 2 on cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", metavar="FILE", help="then profile b; its ten largest kernels go here as JSON")
+    parser.add_argument("--skip-memory", action="store_true", help="measure no memory")
+    parser.add_argument("--memory-only", choices=tuple(MEMORY_OF), help="measure the memory of one variant, no times")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    options.what = options.what.split(",")
+    if not set(options.what) <= set(NAMES) or not options.what:
+        raise UserError(f"--what {','.join(options.what)}: expected some of {','.join(NAMES)}")
+    options.device = options.device or ("gpu" if torch.cuda.is_available() else "cpu")
+    on_gpu = options.device == "gpu"
+    options.precision = options.precision or ("amp_bf16" if on_gpu else "fp32")
+    for name, default in (("batch", (32, 128)), ("segment", (4, 40)), ("warmup", (2, 12))):
+        if getattr(options, name) is None:
+            setattr(options, name, default[on_gpu])
+    for name in ("batch", "repeats", "segment", "warmup"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")
+    if options.profile and "b" not in options.what:
+        raise UserError("--profile is of variant b; add it to --what")
+    return options
+
+
+def set_up(options: argparse.Namespace, folder: Path) -> Setup:
+    """Shards, device, precision and attention path, as `pretrain.py` has them.
+
+    A run on the CPU begins with allocator settings of its own (devices.py), which the reference does not get: see
+    `use_allocator_of` for times; for memory it has a process of its own.
+    """
+    config = read_config(options, folder)
+    resolve_device(config.trainer)  # what cannot be is said before the shards are written
+    length, trainer = config.data.max_seq_length, config.trainer
+    workload = make_workload(options, folder / "shards", length, (options.warmup + options.segment) * options.batch)
+    cpu_autocast = resolve_device(trainer)[2] if options.memory_only == "a" else start(config)
+    sizes = discriminator_config(config.model, len(workload.tokenizer))
+    path, reason = choose_attention(trainer, sizes, options.batch, length)
+    print(f"attention: {path} ({reason})", file=sys.stderr)
+    device = torch.device("cuda" if options.device == "gpu" else "cpu")
+    return Setup(config, workload, device, cpu_autocast, path)
+
+
+def measure(options: argparse.Namespace, folder: Path, memory: dict[str, int | None]) -> dict[str, Any]:
+    """Agreement, times and what follows from them."""
+    setup = set_up(options, folder)
+    batches = setup.workload.batches(setup.config, options.warmup + options.segment)
+    agreed, flops = agree(setup, batches)
+    variants = {what: setup.build(what, batches) for what in options.what}
+    seconds: dict[str, list[float]] = {what: [] for what in variants}
+    rounds = [(turn, what) for turn in range(options.repeats + 1) for what in variants]
+    for turn, what in tqdm(rounds, desc="blocks", file=sys.stderr):
+        if options.device == "cpu":
+            use_allocator_of(what)
+        taken = variants[what].block(options.warmup + options.segment)[options.warmup - 1 :]
+        if turn:  # the first block of each pays for compilation, libraries and the loader's workers
+            seconds[what] += taken
+    result = {
+        "benchmark": "pretrain_step",
+        "options": {**vars(options), "data": "synthetic" if options.data is None else os.path.basename(options.data)},
+        "length": setup.config.data.max_seq_length,
+        "attention": setup.attention,
+        "loader_workers": setup.config.data.num_workers,
+        "agreement": agreed,
+        **summary(seconds, batches, flops, memory),
+        **mfu(seconds, flops, options),
+        "flops_counted": HOW_FLOPS,
+        "memory_counted": HOW_MEMORY,
+        "reference_optimizer": reference.OPTIMIZER,
+        "machine": describe(),
+    }
+    del result["options"]["memory_only"], result["options"]["profile"]
+    if options.profile:
+        assert isinstance(variants["b"], BareSteps)
+        profile(variants["b"], options.profile, result)
+    for variant in variants.values():
+        if isinstance(variant, TrainerSteps):
+            variant.trainer.close()
+    return result
+
+
+def agree(setup: Setup, batches: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Losses of both on the first batch, which must agree, and FLOPs of a step of each, the mean over the batches.
+
+    The forward is the eager one, in full fp32 where the precision is fp32: TF32, which Composer turns on, is off here.
+    """
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ours = setup.ours()
+    magnify(ours.model)
+    theirs = reference.ReferenceElectra(ours.model)
+    agreed = agreement(setup, ours, theirs, batches[0])
+    agreed.check()
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    length = setup.config.data.max_seq_length
+    flops = {
+        "a": statistics.mean(reference.flops(theirs, reference.Unpacking(batch).rows, length) for batch in batches),
+        "b": statistics.mean(ours.flops_per_batch(batch) for batch in batches),
+    }
+    facts = {"ours": agreed.ours, "reference": agreed.reference, "tolerance": agreed.tolerance}
+    return {**facts, "relative_difference": agreed.relative_difference}, flops
+
+
+def summary(
+    seconds: dict[str, list[float]],
+    batches: list[dict[str, Any]],
+    flops: dict[str, float],
+    memory: dict[str, int | None],
+) -> dict[str, Any]:
+    """Step times, tokens per second, and the ratios that the times are taken for.
+
+    Args:
+        seconds: of every timed step, by variant.
+        batches: of an epoch, packed.
+        flops: of a step, of a and b.
+        memory: bytes, by variant; empty where not measured.
+    """
+    tokens = statistics.mean(int((batch["sequence_ids"] > 0).sum()) for batch in batches)
+    median = {what: statistics.median(taken) for what, taken in seconds.items()}
+
+    def percent(what: str, base: str) -> float | None:
+        return round(100 * (median[what] / median[base] - 1), 2) if {what, base} <= set(median) else None
+
+    known = memory.get("a") and memory.get("b")
+    return {
+        "tokens_per_step": tokens,
+        "step_ms": {
+            NAMES[what]: {"median": median_ms(taken), "min": round(1000 * min(taken), 3), "steps": len(taken)}
+            for what, taken in seconds.items()
+        },
+        "tokens_per_second": {NAMES[what]: round(tokens / value) for what, value in median.items()},
+        "speedup": round(median["a"] / median["b"], 3) if {"a", "b"} <= set(median) else None,
+        "trainer_overhead_percent": percent("c", "b"),
+        "callbacks_cost_percent": percent("c", "d"),
+        "peak_memory_bytes": {NAMES[what]: value for what, value in memory.items()},
+        "memory_ratio": round(memory["b"] / memory["a"], 3) if known else None,  # type: ignore[operator]
+        "flops_per_step": {NAMES[what]: round(value) for what, value in flops.items()},
+    }
+
+
+def mfu(seconds: dict[str, list[float]], flops: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
+    """Model FLOPs utilisation: what the step needs, over time × the dense peak that Composer knows of this GPU."""
+    if options.device != "gpu":
+        return {"mfu": None, "mfu_note": "the peak of a CPU is not known"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peak = get_gpu_flops_available(SimpleNamespace(precision=Precision(options.precision)))
+    if not peak:
+        note = f"Composer's SpeedMonitor knows no peak of {torch.cuda.get_device_name()} in {options.precision}"
+        return {"mfu": None, "mfu_note": note}
+    shares = {NAMES[what]: round(flops["b"] / (statistics.median(taken) * peak), 4) for what, taken in seconds.items()}
+    return {"mfu": shares, "mfu_note": f"of {peak / 1e12:g} TFLOP/s, dense, in {options.precision}"}
+
+
+def memory_in_processes(options: argparse.Namespace, arguments: list[str]) -> dict[str, int | None]:
+    """Peak memory of each variant, one after another in a process of its own: nobody's buffers but its own count.
+
+    Raises:
+        SystemExit: such a process failed.
+    """
+    found = {}
+    for what in (what for what in options.what if what in MEMORY_OF):
+        command = [sys.executable, __file__, "--memory-only", what, *arguments]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"error: the memory of {NAMES[what]} could not be measured; see above, or --skip-memory")
+        found[what] = json.loads(done.stdout.splitlines()[-1])["bytes"]
+    return found
+
+
+def memory_of(options: argparse.Namespace, folder: Path) -> int | None:
+    """Bytes that :data:`MEMORY_STEPS` steps of `options.memory_only` need at most, the model included."""
+    options.what = [options.memory_only]
+    options.warmup, options.segment = 1, MEMORY_STEPS - 1
+    sizes = {"size": "tiny", "batch": 2, "vocab": 99, "data": None, "length": None, "overrides": []}
+    tiny = argparse.Namespace(**{**vars(options), **sizes})
+    run_memory_steps(set_up(tiny, folder / "warmup"), options.memory_only)
+    setup = set_up(options, folder)
+    with PeakMemory(setup.device) as peak:
+        run_memory_steps(setup, options.memory_only)
+    return peak.bytes
+
+
+def run_memory_steps(setup: Setup, what: str) -> None:
+    variant = setup.build(what, setup.workload.batches(setup.config, MEMORY_STEPS))
+    variant.block(MEMORY_STEPS)
+    if isinstance(variant, TrainerSteps):
+        variant.trainer.close()
+    del variant
+    gc.collect()
+
+
+def profile(variant: BareSteps, path: str, result: dict[str, Any], steps: int = 5, largest: int = 10) -> None:
+    """Write the largest kernels of some steps to `path` as a JSON line, and as a table to stderr.
+
+    On CUDA by the device's own time; on the CPU by the operators' own.
+    """
+    on_gpu = variant.clock.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        variant.block(steps)
+    averages = profiler.key_averages()
+    by_time = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    # On CUDA the operators that launched a kernel carry its time a second time.
+    events = [event for event in averages if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda event: getattr(event, by_time), reverse=True)
+    total = sum(getattr(event, by_time) for event in events)
+    kernels = [
+        {
+            "name": event.key,
+            "calls_per_step": event.count / steps,
+            "ms_per_step": round(getattr(event, by_time) / 1000 / steps, 4),
+            "share": round(getattr(event, by_time) / total, 4),
+        }
+        for event in events[:largest]
+    ]
+    print(averages.table(sort_by=by_time, row_limit=largest), file=sys.stderr)
+    about = {"benchmark": "profile", "clock": by_time, "options": result["options"], "length": result["length"]}
+    Path(path).write_text(json.dumps({**about, "kernels": kernels, "machine": result["machine"]}) + "\n")
+
+
+if __name__ == "__main__":
+    report_user_errors(main)()

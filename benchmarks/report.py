@@ -1,0 +1,171 @@
+"""JSON lines of the benchmarks as the Markdown tables of RESULTS.md.
+
+python benchmarks/report.py results.jsonl …        or the lines on stdin
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from electra_composer.errors import UserError, report_user_errors
+
+Line = dict[str, Any]
+OPEN = "–"
+"""Stands where nothing was measured."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks/report.py", description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", help="of JSON lines; none: stdin")
+    options = parser.parse_args(arguments)
+    lines: list[Line] = []
+    for name in options.files or ["-"]:
+        lines += read(name)
+    print(report(lines))
+
+
+def read(name: str) -> list[Line]:
+    """The lines of a file, or of stdin for `-`.
+
+    Raises:
+        UserError: not there, or a line that is none of a benchmark's.
+    """
+    try:
+        with open(sys.stdin.fileno() if name == "-" else name, encoding="utf-8", closefd=name != "-") as file:
+            lines = [json.loads(text) for text in file if text.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: not readable as JSON lines: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line, dict) or line.get("benchmark") not in SECTIONS:
+            raise UserError(
+                f"{name}, line {number}: expected an object whose benchmark is one of {', '.join(SECTIONS)}"
+            )
+    return lines
+
+
+def report(lines: list[Line]) -> str:
+    """All tables, each under its heading, and one line for each machine that they were measured on."""
+    parts = []
+    for machine in unique(describe(line["machine"]) for line in lines if "machine" in line):
+        parts.append(machine)
+    for kind, (heading, render) in SECTIONS.items():
+        chosen = [line for line in lines if line["benchmark"] == kind]
+        if chosen:
+            parts.append(f"### {heading}\n\n{render(chosen)}")
+    return "\n\n".join(parts)
+
+
+def describe(machine: Line) -> str:
+    """Hardware, versions and date in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    hardware = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, no GPU"
+    return f"{hardware}; {machine['system']}; {versions}; {machine['date']}."
+
+
+def unique(texts: Iterable[str]) -> list[str]:
+    """Each once, in the order they came."""
+    return list(dict.fromkeys(texts))
+
+
+def table(header: list[str], rows: Iterable[list[Any]]) -> str:
+    """A Markdown table; None is :data:`OPEN`."""
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(OPEN if cell is None else str(cell) for cell in row) + " |" for row in cells)
+
+
+def steps(lines: list[Line]) -> str:
+    """One row for each run of pretrain_step.py: medians in milliseconds, and what they say."""
+    header = ["size", "rows × tokens", "data", "precision", "compile", "reference ms", "ours ms", "in Trainer ms"]
+    header += ["no callbacks ms", "ours tokens/s", "ours / reference", "Trainer", "callbacks", "memory", "MFU"]
+    rows = []
+    for line in lines:
+        options, times = line["options"], line["step_ms"]
+        names = ("reference", "ours", "trainer", "trainer_without_callbacks")
+        speed = line["tokens_per_second"].get("ours")
+        rows.append(
+            [
+                options["size"],
+                f"{options['batch']} × {line['length']}",
+                options["data"],
+                options["precision"],
+                options["compile"],
+                *(f"{times[name]['median']:.2f}" if name in times else None for name in names),
+                None if speed is None else f"{speed:,}",
+                _with(line["speedup"], "{:.2f} ×"),
+                _with(line["trainer_overhead_percent"], "{:+.1f}%"),
+                _with(line["callbacks_cost_percent"], "{:+.1f}%"),
+                _with(line["memory_ratio"], "{:.2f} ×"),
+                _with((line["mfu"] or {}).get("ours"), "{:.1%}"),
+            ]
+        )
+    return table(header, rows)
+
+
+def _with(value: float | None, form: str) -> str | None:
+    return None if value is None else form.format(value)
+
+
+def profiles(lines: list[Line]) -> str:
+    """The largest kernels of each profile, by their own time."""
+    parts = []
+    for line in lines:
+        options = line["options"]
+        title = f"{options['size']}, {options['batch']} × {line['length']}, {options['precision']}"
+        rows = [
+            [
+                f"`{kernel['name'][:80]}`",
+                f"{kernel['calls_per_step']:g}",
+                kernel["ms_per_step"],
+                f"{kernel['share']:.1%}",
+            ]
+            for kernel in line["kernels"]
+        ]
+        parts.append(
+            f"{title}, compile {options['compile']}:\n\n{table(['kernel', 'calls a step', 'ms a step', 'share'], rows)}"
+        )
+    return "\n\n".join(parts)
+
+
+def failures(lines: list[Line]) -> str:
+    """What did not run, or not in time: a row of its own each, so that nobody takes it for measured."""
+    return table(
+        ["part", "exit status", "seconds"], [[line["part"], line["status"], line["seconds"]] for line in lines]
+    )
+
+
+KERNELS = ("ours", "plain", "liger", "cut_cross_entropy")
+
+
+def kernels(lines: list[Line]) -> str:
+    """One row for each implementation in each run of masked_lm.py; `/ ours`: its median time over ours."""
+    header = ["rows × vocabulary × width", "precision", "implementation", "median ms", "min ms", "/ ours", "peak MiB"]
+    rows: list[list[Any]] = []
+    for line in lines:
+        sizes = f"{line['rows']:,} × {line['vocab']:,} × {line['hidden']:,}"
+        for name in KERNELS:
+            taken = line[name]
+            if taken is None:
+                rows.append([sizes, line["precision"], f"{name} ({line['absent'][name]})", *[None] * 4])
+                continue
+            label = f"ours, {line['implementation']}" if name == "ours" else name
+            ratio = f"{taken['median_ms'] / line['ours']['median_ms']:.2f} ×"
+            peak = None if taken["peak_bytes"] is None else f"{taken['peak_bytes'] / 2**20:.1f}"
+            rows.append([sizes, line["precision"], label, taken["median_ms"], taken["min_ms"], ratio, peak])
+    return table(header, rows)
+
+
+SECTIONS: dict[str, tuple[str, Callable[[list[Line]], str]]] = {
+    "pretrain_step": ("A pretraining step (medians)", steps),
+    "masked_lm": ("The masked-LM head: loss, sample and gradients", kernels),
+    "profile": ("The largest kernels of a step", profiles),
+    "failure": ("What did not run to its end", failures),
+}
+
+
+if __name__ == "__main__":
+    report_user_errors(main)()

@@ -1,0 +1,156 @@
+"""What the step benchmark trains on, and with which configuration: the same rows for every variant.
+
+By default rows of one example that fills them, as most of OpenWebText's are, with tokens drawn evenly over the
+vocabulary; or the first rows of a folder of shards. They are written as shards by the package's own writer, so that the
+trainer reads what the bare steps are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from electra_composer.config import PretrainConfig, ShardsConfig, load_config
+from electra_composer.errors import UserError
+from electra_composer.examples import Row
+from electra_composer.shard_folder import Meta, ShardFolder, SplitCounts, describe_tokenizer, id_dtype
+from electra_composer.shards import RowDataset, build_data_spec, check_split, read_meta
+from electra_composer.vocabulary import SPECIAL_TOKENS, load_tokenizer
+
+YAMLS = Path(__file__).resolve().parent.parent / "yamls"
+SIZES = ("tiny", "small", "base", "large")
+TINY = (
+    "data.max_seq_length=32",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.embedding_size=16",
+    "model.generator_size=0.5",
+    "model.max_positions=64",
+)
+SPLITS = ("train", "val")
+
+
+@dataclass
+class Workload:
+    """A folder of shards whose `train` split is one epoch of `batches` batches, and what its ids mean."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerFast
+    meta: Meta
+
+    def batches(self, config: PretrainConfig, count: int) -> list[dict[str, torch.Tensor]]:
+        """The first batches of the training split, in its order, on the CPU, by the package's loader."""
+        shards = ShardsConfig(str(self.folder), config.data.max_seq_length, num_workers=0, shuffle=False)
+        loader = build_data_spec(shards, "train", config.trainer.global_train_batch_size, self.meta, config.seed)
+        return [batch for batch, _ in zip(loader.dataloader, range(count), strict=False)]
+
+
+def read_config(options: argparse.Namespace, folder: Path) -> PretrainConfig:
+    """The YAML of the size, with what the benchmark sets and what the user sets, the latter last.
+
+    The learning rate is tiny and constant: weights that hardly move cost the same as others, and stay finite.
+    """
+    name = "small" if options.size == "tiny" else options.size
+    overrides = [
+        *(TINY if options.size == "tiny" else ()),
+        *([f"data.max_seq_length={options.length}"] if options.length else ()),
+        f"data.path={folder / 'shards'}",
+        "data.shuffle=false",
+        *(["data.num_workers=1"] if options.device == "cpu" else ()),  # the cores belong to the step
+        f"seed={options.seed}",
+        "optimizer.lr=1.0e-5",
+        "schedule.warmup=0ba",
+        f"trainer.global_train_batch_size={options.batch}",
+        "trainer.device_train_microbatch_size=null",
+        f"trainer.device_eval_batch_size={options.batch}",
+        "trainer.max_duration=1000000ba",
+        "trainer.eval_batches=1",
+        f"trainer.device={options.device}",
+        f"trainer.precision={options.precision}",
+        f"trainer.compile={options.compile}",
+        "trainer.log_interval=10ba",
+        "trainer.progress_bar=false",
+        f"checkpoints.folder={folder / 'run'}",
+        "checkpoints.interval=null",
+        "checkpoints.milestones=[]",
+        "checkpoints.resume=false",
+        *options.overrides,
+    ]
+    return load_config(str(YAMLS / f"{name}.yaml"), overrides, PretrainConfig)
+
+
+def make_workload(options: argparse.Namespace, folder: Path, length: int, rows: int) -> Workload:
+    """Write `rows` training rows, and as many for evaluation as a batch has, to `folder`.
+
+    Args:
+        options: `data`, `vocab`, `batch`, `seed` of the command line.
+        folder: a new folder.
+        length: tokens in a row.
+        rows: of training.
+
+    Raises:
+        UserError: shards of another length, or too few of them.
+    """
+    if options.data is None:
+        tokenizer = make_tokenizer(options.vocab)
+        source = synthetic_rows(np.random.default_rng(options.seed), len(tokenizer), length)
+    else:
+        tokenizer, source = _rows_of(options.data, length, rows + options.batch)
+    counts = {split: SplitCounts() for split in SPLITS}
+    with ShardFolder(str(folder)) as shards:
+        for split, count in zip(SPLITS, (rows, options.batch), strict=True):
+            for _ in range(count):
+                row = next(source)
+                shards.write(split, row, id_dtype(len(tokenizer)))
+                counts[split].rows += 1
+                counts[split].examples += len(row.segment_lengths) // 2
+                counts[split].tokens += len(row.input_ids)
+        meta = Meta(describe_tokenizer(tokenizer, "benchmark"), length, "packed", options.seed, {}, counts)
+        shards.finish(meta, tokenizer)
+    return Workload(folder, tokenizer, read_meta(str(folder)))
+
+
+def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer with BERT's special tokens and `vocab_size` entries, which nobody reads text with."""
+    if vocab_size <= len(SPECIAL_TOKENS):
+        raise UserError(f"--vocab {vocab_size}: expected more than the {len(SPECIAL_TOKENS)} special tokens")
+    words = [f"w{index}" for index in range(vocab_size - len(SPECIAL_TOKENS))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocab.txt"
+        path.write_text("\n".join([*SPECIAL_TOKENS, *words]) + "\n", encoding="utf-8")
+        return load_tokenizer(str(path))
+
+
+def synthetic_rows(rng: np.random.Generator, vocab_size: int, length: int) -> Iterator[Row]:
+    """Endless rows of one example `[CLS] A [SEP] B [SEP]` each, without padding."""
+    first = length // 2
+    cls_id, sep_id = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
+    while True:
+        ids = rng.integers(len(SPECIAL_TOKENS), vocab_size, length)
+        ids[[0, first - 1, -1]] = cls_id, sep_id, sep_id
+        yield Row(ids, np.array([first, length - first], np.uint16))
+
+
+def _rows_of(path: str, length: int, needed: int) -> tuple[PreTrainedTokenizerFast, Iterator[Row]]:
+    """The tokenizer and the first training rows of a folder of shards."""
+    meta = read_meta(path)
+    shards = ShardsConfig(path, length, num_workers=0)
+    check_split(shards, meta, "train")
+    if meta.max_seq_length != length:
+        raise UserError(f"--data {path}: rows of {meta.max_seq_length} tokens; expected {length}: set --length")
+    if meta.splits["train"].rows < needed:
+        raise UserError(
+            f"--data {path}: {meta.splits['train'].rows:,} training rows, of which {needed:,} are needed; "
+            "give more text, or a smaller --batch or --segment"
+        )
+    dataset = RowDataset(shards, "train", batch_size=1, shuffle=False, seed=0)
+    rows = (Row(**dataset[index]) for index in range(needed))
+    return load_tokenizer(meta.tokenizer_folder), rows

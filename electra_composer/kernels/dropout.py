@@ -1,0 +1,97 @@
+"""Dropout for the CPU, where torch's spends a quarter of a step on random numbers.
+
+`F.dropout` draws one double per element there. Sixteen random bits decide as well: they come four at a time out of one
+64-bit number of NumPy's SFC64, seeded by one number of torch's generator, so that a seed still says everything. CUDA
+and `torch.compile` have generators that cost nothing and fuse them; they keep `F.dropout`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LEVELS = 2**16
+"""Probabilities are multiples of 1 / LEVELS: 0.1 is 0.100006."""
+
+
+class Dropout(nn.Module):
+    """`nn.Dropout`, and the sum with a residual that follows it in a Transformer.
+
+    Args:
+        p: probability of an element to become 0; the others are divided by 1 - p.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Floats of any shape → the same shape: `dropout(x)`, or `residual + dropout(x)`."""
+        if not self.training or self.p == 0.0:
+            return x if residual is None else residual + x
+        if not serves(x, self.p):
+            dropped = F.dropout(x, self.p)
+            return dropped if residual is None else residual + dropped
+        return _Dropout.apply(x, residual, self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def serves(x: Tensor, p: float) -> bool:
+    """Whether this module's own way is the one for `x`: on a CPU, outside `torch.compile`, 0 < p < 1."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and threshold(p) < LEVELS
+
+
+def threshold(p: float) -> int:
+    """Of the `LEVELS` values of 16 bits, how many mean "drop"."""
+    return round(p * LEVELS)
+
+
+def scale(p: float) -> float:
+    """What the kept elements are multiplied by: 1 / (1 - p), with `p` as 16 bits have it, so that means stay means."""
+    return LEVELS / (LEVELS - threshold(p))
+
+
+def draw_bits(shape: torch.Size) -> Tensor:
+    """Uniform int16 of this shape, from torch's default CPU generator."""
+    count = shape.numel()
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    words = np.random.SFC64(seed).random_raw(-(-count // 4))
+    return torch.from_numpy(words.view(np.int16)[:count]).view(shape)
+
+
+def kept(bits: Tensor, p: float, like: Tensor) -> Tensor:
+    """1 where an element is kept, 0 where it is dropped, shape and dtype of `like`.
+
+    Floats, because products of floats with booleans are not vectorised.
+    """
+    return torch.ge(bits, threshold(p) - LEVELS // 2, out=torch.empty_like(like, memory_format=torch.contiguous_format))
+
+
+class _Dropout(torch.autograd.Function):
+    """Keeps two bytes per element for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
+        bits = draw_bits(x.shape)
+        ctx.save_for_backward(bits)
+        ctx.p, ctx.dtype = p, x.dtype
+        factors = kept(bits, p, x)
+        if residual is None:
+            return factors.mul_(x).mul_(scale(p))
+        if residual.dtype != x.dtype:
+            return residual + factors.mul_(x).mul_(scale(p))
+        return torch.addcmul(residual, x, factors, value=scale(p), out=factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        of_x = kept(bits, ctx.p, gradient).mul_(gradient).mul_(scale(ctx.p)).to(ctx.dtype)
+        return of_x, gradient if ctx.needs_input_grad[1] else None, None

@@ -1,0 +1,87 @@
+"""Composer's `Trainer`, without the waits for the device that it has in every step.
+
+A small model's step on a GPU is milliseconds; the host must be a step ahead to keep the device busy. Composer 0.32
+reads back from it in every batch: the loss three times, the size of the batch, the time, the counts of samples and
+tokens, and whether the loader has ended. Here losses are read when they are logged, and what the host knows anyway
+never goes to the device.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import TimeUnit
+from composer.devices import Device, DeviceGPU
+from composer.utils import dist, get_device
+
+from electra_composer.optim import parse_time
+
+
+class RunTrainer(Trainer):
+    """`composer.Trainer` in everything but the moments at which it waits.
+
+    Args:
+        log_interval: a Composer time. On a GPU, if it counts batches, `loss/train/…` is read and logged at these alone,
+            and at the end of training: the loss of that batch, as ever. On a CPU, where reading costs nothing, and with
+            any other unit, at every batch.
+        arguments: Composer's.
+    """
+
+    def __init__(self, *, log_interval: str = "1ba", **arguments: Any):
+        time = parse_time(log_interval, "trainer.log_interval")
+        self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
+        super().__init__(**arguments)
+
+    def _use_closures(self) -> bool:
+        # A closure has to return the loss as a number. No optimizer of ours needs one.
+        return False
+
+    def _train_batch(self, use_grad_scaling: bool) -> Any:
+        losses = super()._train_batch(use_grad_scaling)
+        return losses if self._reads_losses() else None  # Composer goes on without losses when it is given none
+
+    def _reads_losses(self) -> bool:
+        if self.state.device.name != "gpu":
+            return True
+        done = self.state.timestamp.batch.value + 1
+        duration = self.state.max_duration
+        is_last = duration is not None and duration.unit == TimeUnit.BATCH and done >= duration.value
+        return done % self.loss_interval == 0 or is_last
+
+    def _accumulate_time_across_ranks(
+        self, num_samples: int | float, num_tokens: int, batch_time: datetime.timedelta
+    ) -> tuple[int, int, datetime.timedelta]:
+        """Samples and tokens of all processes, and the first one's time: between the hosts."""
+        counts = torch.tensor([num_samples, num_tokens, batch_time.total_seconds()], dtype=torch.float64)
+        if dist.get_world_size() > 1:
+            seconds = counts[2:].clone()
+            dist.all_reduce(counts, reduce_operation="SUM")
+            dist.broadcast(seconds, src=0)
+            counts[2] = seconds
+        samples, tokens, time = counts.tolist()
+        return round(samples), round(tokens), datetime.timedelta(seconds=time)
+
+
+class RunDeviceGPU(DeviceGPU):
+    """Composer's GPU, on which what the host has made for itself stays with the host.
+
+    Composer sends the size of each batch and flags such as "this was the last" to the device, only to read them back.
+    The process group has gloo beside NCCL, so that processes can add up such numbers without their devices.
+    """
+
+    dist_backend = "cuda:nccl,cpu:gloo"
+
+    def tensor_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As Composer's; but a number (no dimensions) and a flag (one byte) stay where they are."""
+        is_flag = tensor.dtype == torch.uint8 and tensor.numel() == 1
+        if tensor.dim() == 0 or is_flag:
+            return tensor
+        return super().tensor_to_device(tensor)
+
+
+def run_device(name: str) -> Device:
+    """The device of a run: `gpu` or `cpu`. The process group must be made for the same device as the trainer."""
+    return RunDeviceGPU() if name == "gpu" else get_device(name)
