@@ -6,10 +6,12 @@ which runs no code of the file's; a checkpoint that needs more is refused.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import pickle
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,16 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import ElectraForPreTraining as TransformersElectraForPreTraining
+from transformers.utils import logging as transformers_logging
 
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.electra import ElectraForPretraining, SpecialIds, discriminator_config, generator_config
 from electra_composer.encoder import EncoderConfig
 from electra_composer.errors import UserError
+from electra_composer.sharded_checkpoint import is_sharded, read_sharded
 from electra_composer.weight_maps import State, encoder_config_of, encoder_from_transformers, under
+
+LATEST = "latest-rank0.pt"  # in a run's folder; points to the newest checkpoint
 
 
 @dataclass
@@ -75,16 +81,45 @@ class Pretrained:
 def read_checkpoint(path: str) -> Checkpoint:
     """Read a Composer checkpoint that `pretrain.py` wrote, without running code of the file's.
 
+    Args:
+        path: a .pt file, the folder of a sharded checkpoint, or the run folder of either.
+
     Raises:
         UserError: no such file, cut short, not a checkpoint of ours, or one that only unsafe loading could read.
     """
-    if os.path.isdir(path) and os.path.exists(os.path.join(path, "latest-rank0.pt")):
-        path = os.path.join(path, "latest-rank0.pt")
+    if os.path.isdir(path) and os.path.exists(os.path.join(path, LATEST)):
+        path = os.path.join(path, LATEST)
+    if is_sharded(path):
+        model_state, record = read_sharded(path)
+    else:
+        content = _read_file(path)
+        try:
+            model_state, record = content["state"]["model"], content["state"]["callbacks"]["RunRecord"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise _not_ours(path, error) from error
+    try:
+        config, tokenizer_files = record["config"], record["tokenizer_files"]
+        state = {name.removeprefix("model.").replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise _not_ours(path, error) from error
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name, text in tokenizer_files.items():
+                with open(os.path.join(folder, os.path.basename(name)), "w", encoding="utf-8") as file:
+                    file.write(text)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: the tokenizer in it cannot be read: {_one_line(error)}") from error
+    return Checkpoint(path, state, config, tokenizer)
+
+
+def _read_file(path: str) -> Any:
+    """The content of a checkpoint file, without running code of the file's."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; expected a .pt file that pretrain.py wrote, or its run folder")
     try:
         with torch.serialization.safe_globals(_checkpoint_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         lines = str(error).splitlines()
         reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])
@@ -97,25 +132,13 @@ def read_checkpoint(path: str) -> Checkpoint:
             f"{path}: not a readable checkpoint (cut short, or another kind of file?): "
             f"{type(error).__name__}: {_one_line(error)}"
         ) from error
-    try:
-        model_state = content["state"]["model"]
-        record = content["state"]["callbacks"]["RunRecord"]
-        config, tokenizer_files = record["config"], record["tokenizer_files"]
-        state = {name.removeprefix("model.").replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a checkpoint of pretrain.py: no model weights, configuration and tokenizer where they belong "
-            f"({type(error).__name__}: {_one_line(error)})"
-        ) from error
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for name, text in tokenizer_files.items():
-                with open(os.path.join(folder, os.path.basename(name)), "w", encoding="utf-8") as file:
-                    file.write(text)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: the tokenizer in it cannot be read: {_one_line(error)}") from error
-    return Checkpoint(path, state, config, tokenizer)
+
+
+def _not_ours(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: not a checkpoint of pretrain.py: no model weights, configuration and tokenizer where they belong "
+        f"({type(error).__name__}: {_one_line(error)})"
+    )
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
@@ -131,12 +154,22 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
 
 
 def load_source(source: str) -> Pretrained:
-    """A discriminator from one of our checkpoints (.pt or run folder), a Hugging Face folder, or a name on the hub.
+    """A discriminator to finetune.
+
+    Args:
+        source: one of our checkpoints (a .pt, a sharded one's folder, or the run folder of either), a folder of
+            `export.py`, a folder of transformers' `ElectraForPreTraining` or `ElectraModel`, or the name of one on the
+            hub. Weights are safetensors, or a pickle that `torch.load(weights_only=True)` reads.
 
     Raises:
-        UserError: nothing there, or nothing that is an ELECTRA discriminator.
+        UserError: nothing there, or not an ELECTRA discriminator: weights missing or too many, the head's aside.
     """
-    if source.endswith(".pt") or os.path.exists(os.path.join(source, "latest-rank0.pt")):
+    exported = os.path.join(source, "discriminator")
+    if not os.path.isfile(os.path.join(source, "config.json")) and os.path.isfile(
+        os.path.join(exported, "config.json")
+    ):
+        return load_source(exported)
+    if source.endswith(".pt") or is_sharded(source) or os.path.exists(os.path.join(source, LATEST)):
         checkpoint = read_checkpoint(source)
         weights = {name: t for name, t in checkpoint.state.items() if name.startswith("embeddings.")}
         weights |= {f"encoder.{name}": t for name, t in under(checkpoint.state, "discriminator.").items()}
@@ -145,17 +178,39 @@ def load_source(source: str) -> Pretrained:
         raise UserError(f"{source}: no such file or folder; expected a checkpoint, a Hugging Face folder or a hub name")
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
         raise UserError(f"{source}: a folder with neither latest-rank0.pt (ours) nor config.json (Hugging Face)")
+    return _load_transformers(source)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _load_transformers(source: str) -> Pretrained:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, loading = TransformersElectraForPreTraining.from_pretrained(source, output_loading_info=True)
+        # An `ElectraModel` is one without a head: its weights are found by the prefix that they lack.
+        with _quiet_transformers():  # what is missing or too many is judged below
+            model, loading = TransformersElectraForPreTraining.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{source}: neither a checkpoint, nor a Hugging Face folder, nor a model the hub gave: {_one_line(error)}"
         ) from error
-    missing = [name for name in loading["missing_keys"] if name.startswith("electra.")]
-    if missing:
+    # position_ids: a table of 0, 1, 2, … that transformers kept among the weights before 4.31, as in google/electra-*
+    unexpected = sorted(name for name in loading["unexpected_keys"] if not name.endswith("embeddings.position_ids"))
+    missing = sorted(name for name in loading["missing_keys"] if name.startswith("electra."))
+    if missing or unexpected:
         raise UserError(
-            f"{source}: not an ELECTRA discriminator: it has no {missing[0]} ({len(missing)} weights missing)"
+            f"{source}: not an ELECTRA discriminator: "
+            + (f"it has no {missing[0]} ({len(missing)} weights missing)" if missing else "")
+            + ("; " if missing and unexpected else "")
+            + (f"it has {unexpected[0]} ({len(unexpected)} weights too many)" if unexpected else "")
+            + "; expected an ElectraForPreTraining or ElectraModel"
         )
     config = encoder_config_of(model.config)
     if len(tokenizer) > config.vocab_size:
@@ -163,7 +218,8 @@ def load_source(source: str) -> Pretrained:
             f"{source}: its tokenizer has {len(tokenizer)} tokens, its model embeddings for {config.vocab_size}; "
             "they do not belong together"
         )
-    embeddings, encoder = encoder_from_transformers(under(model.state_dict(), "electra."), config)
+    state = {name: tensor.float() for name, tensor in model.state_dict().items()}  # some are kept in half precision
+    embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
     weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
     weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
     return Pretrained(source, config, weights, tokenizer)

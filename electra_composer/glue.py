@@ -3,141 +3,208 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
-import time
+import sys
+from dataclasses import dataclass
 from typing import Any
 
-from composer.utils import dist, reproducibility
-
 from electra_composer.checkpoint import Pretrained, load_source
-from electra_composer.config import GlueConfig, load_config_from_command_line
+from electra_composer.config import GlueConfig, TaskSettings, load_config_from_command_line, nearest
+from electra_composer.devices import choose_attention, resolve_device
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.glue_data import EncodedExamples, build_loader, encode, read_examples, training_examples
-from electra_composer.glue_model import build_classifier
-from electra_composer.glue_results import (
-    add_run,
-    describe_source,
-    headline,
-    is_done,
-    load_results,
-    save_results,
-    table,
+from electra_composer.glue_data import EncodedExamples, encode_split
+from electra_composer.glue_finetune import RunFiles, TaskData, examples_seen, finetune, rehearse, test_sets
+from electra_composer.glue_predictions import (
+    check_indices,
+    check_select,
+    load_logits,
+    missing_of,
+    submission_files,
+    write_submission,
 )
-from electra_composer.glue_tasks import Task, find_task
+from electra_composer.glue_report import markdown
+from electra_composer.glue_results import describe_source, group_of, open_store, summary, write_reports
+from electra_composer.glue_runs import PlannedRun, Processes, do_all, duration, key_of, make_plan, seconds_left
+from electra_composer.glue_store import RunStore, store_path
+from electra_composer.glue_tasks import TASKS, Task, find_task
 from electra_composer.optim import parse_time
-from electra_composer.runs import build_trainer, device_batch_size, start
+from electra_composer.runs import microbatch_size, start
 from electra_composer.versions import check_versions
 
 
 def main(config: GlueConfig) -> dict[str, Any]:
-    """Finetune one model per task and seed, score each on the task's dev set.
+    """Finetune one model per task and seed, score each on the task's dev set, report, and predict the test sets.
+
+    Under `composer -n N` every process does whole runs by itself (see glue_runs.py).
 
     Args:
         config: see config.py.
 
     Returns:
-        What the results file holds: `tasks` by name, each with `mean`, `std`, `median`, `best` and `runs`; `average`
-        over the real tasks; `config`, `source`, `versions`. Scores are multiplied by 100.
+        What the results file holds; see `glue_results.summary`. Scores are multiplied by 100.
 
     Raises:
         UserError: anything about the configuration, the source or the data that the caller can mend. The results of
             the runs before it are on disk.
+        SystemExit: with 1, on the first process, if a run has failed; all others are done and reported.
     """
     check_versions()
-    tasks = check_config(config)
+    tasks, config = check_config(config)
+    device = resolve_device(config.trainer)[0]
+    processes = Processes.of_launcher()
+    processes.join_alone(device)
     cpu_autocast = start(config)
+    with processes.first_alone():
+        job = prepare(config, tasks, processes)
+    processes.say(f"attention: {job.attention}")
+    processes.say(f"{len(job.plan)} runs; results in {config.results}; {job.progress(processes.count)}")
+
+    def do(run: PlannedRun) -> None:
+        data = job.data[run.task.name]
+        start_from = f" from {run.needs.name}" if run.needs else ""
+        processes.say(
+            f"\n{run.task.folder}, seed {run.seed}{start_from}: {len(data.train)} training, {len(data.dev['dev'])} dev "
+            "examples"
+        )
+        record = finetune(config, job.source, run, data, job.files, cpu_autocast, job.attention_path)
+        job.store.add({"group": job.group, "settings": job.settings, "source": job.source.name, **record})
+        write_reports(job.store, job.group, config.results)
+        processes.say(f"{run.name}: {describe(record)}; {job.progress(processes.count)}")
+
+    failed = do_all(job.plan, job.store, job.group, job.files.claims, do, processes.since, processes.say)
+    if processes.rank > 0:
+        return summary(job.store.runs(job.group), job.settings, job.group)
+    results = write_reports(job.store, job.group, config.results, job.settings)
+    processes.say(f"\n{markdown(results)}\nwritten to {config.results}")
+    if config.predict.enabled:
+        predict(config, tasks, job)
+    if failed:
+        runs = "\n".join(f"  {failure['task']}-seed{failure['seed']}: {failure['error']}" for failure in failed)
+        print(f"{len(failed)} runs failed; the same command tries them again:\n{runs}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    return results
+
+
+@dataclass
+class Job:
+    """All that the runs share."""
+
+    source: Pretrained
+    attention_path: str
+    attention: str
+    group: str
+    settings: dict[str, Any]
+    store: RunStore
+    files: RunFiles
+    data: dict[str, TaskData]  # by task; those that are done are left out
+    plan: list[PlannedRun]
+
+    def progress(self, processes: int) -> str:
+        """How many runs of the plan are done, and how long the others will take."""
+        keys = {run.key for run in self.plan}
+        done = [run for run in self.store.runs(self.group) if key_of(run) in keys]
+        left = seconds_left(self.plan, done, processes)
+        time = f", about {duration(left)} left" if left else ""
+        return f"{len(done)} of {len(keys)} runs done{time}"
+
+
+def prepare(config: GlueConfig, tasks: list[Task], processes: Processes) -> Job:
+    """Load, check and tokenize everything before the first run: what is wrong with the last task shows now."""
     source = load_source(config.model.source)
     if config.data.max_seq_length > source.encoder.max_positions:
         raise UserError(
             f"data.max_seq_length is {config.data.max_seq_length}, but {source.name} has "
             f"{source.encoder.max_positions} positions; expected no more than these"
         )
-    results = _from_first_process(lambda: load_results(config, describe_source(source, config.model.random_init)))
-    todo = {task: [seed for seed in config.seeds if not is_done(results, task, seed)] for task in tasks}
-    total, count = sum(map(len, todo.values())), 0
-    say(f"{len(tasks)} tasks × {len(config.seeds)} seeds: {total} runs to do; results in {config.results}")
-    # All files are read before the first run: what is wrong with the last task shows now, not in some hours.
-    examples = {task: read_task(config, task) for task, seeds in todo.items() if seeds}
-    for task, (train, dev) in examples.items():
-        progress = config.trainer.progress_bar and dist.get_local_rank() == 0
-        data = [encode(task, part, source.tokenizer, config.data.max_seq_length, progress) for part in (train, dev)]
-        for seed in todo[task]:
-            count += 1
-            say(f"\nrun {count} of {total}: {task.folder}, seed {seed}: {len(train)} training, {len(dev)} dev examples")
-            add_run(results, task, finetune(config, source, task, seed, data[0], data[1], cpu_autocast))
-            if dist.get_global_rank() == 0:
-                save_results(results, config.results)
-    say(f"\n{headline(results)}\n\n{table(results)}\n\nwritten to {config.results}")
-    return results
+    attention_path, reason = choose_attention(
+        config.trainer, source.encoder, microbatch_size(config.trainer), config.data.max_seq_length
+    )
+    group, settings = group_of(config, describe_source(source, config.model.random_init))
+    trained = [task for task in tasks if task.trained_by is None]
+    for task in trained:
+        rehearse(config, source, task)
+    # The first process alone may put an earlier start's runs aside; when the others look, new ones may be there.
+    store = open_store(config, group) if processes.rank == 0 else RunStore(store_path(config.results))
+    files = RunFiles(os.path.join(os.path.dirname(config.results), group))
+    done = {key_of(run): run for run in store.runs(group)}
+    data, sizes = {}, {}
+    for task in trained:
+        if all((task.name, seed) in done for seed in config.seeds):
+            sizes[task.name] = done[task.name, config.seeds[0]]["train_examples"]
+        else:
+            data[task.name] = read_task(config, source, task, tasks, processes.rank == 0)
+            sizes[task.name] = len(data[task.name].train)
+    examples = {task.name: examples_seen(config, task, sizes[task.name]) for task in trained}
+    plan = make_plan(trained, config.seeds, examples, config.intermediate)
+    check_files(config, [run for run in plan if run.key in done], files)
+    return Job(source, attention_path, f"{attention_path} ({reason})", group, settings, store, files, data, plan)
 
 
-def finetune(
-    config: GlueConfig,
-    source: Pretrained,
-    task: Task,
-    seed: int,
-    train: EncodedExamples,
-    dev: EncodedExamples,
-    cpu_autocast: bool,
-) -> dict[str, Any]:
-    """One run: a fresh model from `source`, trained on `train`, scored on `dev`.
+def read_task(config: GlueConfig, source: Pretrained, task: Task, tasks: list[Task], progress: bool) -> TaskData:
+    """A task's training (sampled and swapped as wanted) and dev examples, and the test examples its runs answer."""
+    settings = config.data
 
-    Returns:
-        `seed`, `metrics` (name → score × 100), steps, sizes, seconds of training and of the whole run.
+    def read(of: Task, split: str) -> EncodedExamples:
+        return encode_split(
+            of,
+            split,
+            settings.path,
+            source.tokenizer,
+            settings.max_seq_length,
+            settings.cache,
+            limit=config.max_train_examples,
+            seed=config.seed,
+            progress=progress and config.trainer.progress_bar,
+        )
+
+    test = {}
+    if config.predict.enabled:
+        for name, (of, split) in test_sets(task, tasks).items():
+            test[name] = read(of, split)
+            check_indices(test[name].indices, f"{of.folder} {split}")
+    return TaskData(read(task, "train"), {split: read(task, split) for split in task.dev_splits}, test)
+
+
+def check_files(config: GlueConfig, done: list[PlannedRun], files: RunFiles) -> None:
+    """What finished runs have left for others: logits for the predictions, weights to start from.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
     """
-    started = time.monotonic()
-    name = f"{task.name}-seed{seed}"
-    run_config = dataclasses.replace(
-        config,
-        run_name=f"{config.run_name}-{name}",
-        seed=seed,
-        checkpoints=dataclasses.replace(config.checkpoints, folder=os.path.join(config.checkpoints.folder, name)),
-    )
-    reproducibility.seed_all(seed)  # the same on every process: the head and random weights must start equal
-    model = build_classifier(source, task, config.model, cpu_autocast)
-    pad_id, workers = source.tokenizer.pad_token_id, config.data.num_workers
-    trainer = build_trainer(
-        run_config,
-        model,
-        build_loader(train, pad_id, device_batch_size(config.trainer), workers, shuffle_seed=seed),
-        build_loader(dev, pad_id, config.trainer.device_eval_batch_size, workers, shuffle_seed=None),
-        config.trainer.max_duration or f"{task.epochs}ep",
-    )
-    trainer.fit()
-    timestamp, metrics = trainer.state.timestamp, trainer.state.eval_metrics["eval"]
-    assert all(metric.update_count for metric in metrics.values())  # `check_config` saw to it
-    run = {
-        "seed": seed,
-        "metrics": {name: 100.0 * float(metric.compute()) for name, metric in metrics.items()},
-        "steps": timestamp.batch.value,
-        "train_examples": len(train),
-        "dev_examples": len(dev),
-        "train_seconds": timestamp.total_wct.total_seconds(),
-        "examples_per_second": timestamp.sample.value / max(timestamp.total_wct.total_seconds(), 1e-9),
-        "seconds": time.monotonic() - started,
-    }
-    trainer.close()
-    del trainer, model, metrics
-    gc.collect()  # trainers refer to themselves; without this their models pile up on the device
-    return run
+    for run in done:
+        if config.predict.enabled and run.task.submission:
+            load_logits(files.logits(run.name))
+        if config.intermediate and run.task.name == "mnli" and not os.path.isfile(files.weights(run.name)):
+            raise UserError(
+                f"{files.weights(run.name)}: no such file, from which runs of RTE, MRPC and STS-B are to start; "
+                "set another results=… to do the MNLI runs again"
+            )
 
 
-def read_task(config: GlueConfig, task: Task) -> tuple[list[Any], list[Any]]:
-    """Training examples (sampled and swapped as wanted) and dev examples of a task."""
-    train = read_examples(task, "train", config.data.path)
-    dev = read_examples(task, "dev", config.data.path)
-    return training_examples(task, train, config.max_train_examples, config.seed), dev
+def predict(config: GlueConfig, tasks: list[Task], job: Job) -> None:
+    """Write the submission of the chosen runs, and say what the server would miss."""
+    runs = [run for run in job.store.runs(job.group) if run["seed"] in config.seeds]
+    files = submission_files(tasks, runs, config.predict.select, job.files.logits)
+    write_submission(config.predict.file, files)
+    print(f"predictions of {len(files)} test sets ({config.predict.select}): {config.predict.file}", flush=True)
+    if (missing := missing_of(files)) is not None:
+        print(f"the GLUE server wants a whole submission: {missing}", flush=True)
 
 
-def check_config(config: GlueConfig) -> list[Task]:
-    """The tasks of the configuration, once each.
+def describe(record: dict[str, Any]) -> str:
+    """A finished run in a few words."""
+    score = "undefined" if record["score"] is None else f"{record['score']:.1f}"
+    return f"{score}{', collapsed' if record['collapsed'] else ''} in {duration(record['seconds'])}"
+
+
+def check_config(config: GlueConfig) -> tuple[list[Task], GlueConfig]:
+    """The tasks of the configuration, once each, and the configuration with tasks named as their rows are.
 
     Raises:
         UserError: an unknown task, none at all, or settings that finetuning does not take.
     """
-    tasks = list(dict.fromkeys(find_task(name).name for name in config.tasks))
-    if not tasks:
+    names = list(dict.fromkeys(find_task(name).name for name in config.tasks))
+    if not names:
         raise UserError("tasks is empty; expected names such as [cola, sst2]")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds) or not all(0 <= s < 2**32 for s in config.seeds):
         raise UserError(f"seeds is {config.seeds}; expected different whole numbers from 0, one per run")
@@ -147,29 +214,60 @@ def check_config(config: GlueConfig) -> list[Task]:
         raise UserError("checkpoints.load_path is for pretraining; what is finetuned is model.source")
     if parse_time(config.trainer.eval_interval, "trainer.eval_interval").value == 0:
         raise UserError(
-            f"trainer.eval_interval is {config.trainer.eval_interval}: nothing would be scored; expected 1dur"
+            f"trainer.eval_interval is {config.trainer.eval_interval}: nothing would be scored; expected 1ep"
         )
     if config.trainer.eval_batches is not None:
         raise UserError("trainer.eval_batches is for pretraining; scores are of the whole dev set: set it to null")
     if config.trainer.fsdp is not None:
-        raise UserError("trainer.fsdp is for pretraining; finetuning runs on DDP: set it to null")
-    found = [find_task(name) for name in tasks]
+        raise UserError("trainer.fsdp is for pretraining; a finetuning run has one device: set it to null")
+    for name in names:
+        if (other := TASKS[name].trained_by) is not None and other not in names:
+            raise UserError(f"tasks: {name} is predicted by the runs of {other}; add {other}, or leave {name} out")
+    if all(TASKS[name].trained_by for name in names):
+        raise UserError(f"tasks is {config.tasks}: nothing to finetune")
+    if config.intermediate and "mnli" not in names:
+        raise UserError("intermediate is true: runs start from those of MNLI; add mnli to tasks")
+    if config.predict.enabled:
+        check_select(config.predict.select, config.seeds)
+    settings = {check_task_settings(name, own): own for name, own in config.task_settings.items()}
+    found = [dataclasses.replace(task, **_protocol(config, task)) for task in map(TASKS.__getitem__, names)]
+    return found, dataclasses.replace(config, task_settings=settings)
+
+
+def check_task_settings(name: str, settings: TaskSettings) -> str:
+    """The name of the task's row.
+
+    Raises:
+        UserError: no such task, or a value out of range.
+    """
+    for task in TASKS.values():
+        if name.casefold() in (task.name, task.folder.casefold()) and task.trained_by is None:
+            break
+    else:
+        raise UserError(f"task_settings.{name}: no such task; {nearest(name.casefold(), list(TASKS))}")
+    ranges = {
+        "epochs": (settings.epochs is None or settings.epochs >= 1, "at least 1"),
+        "lr": (settings.lr is None or settings.lr > 0, "a number above 0"),
+        "batch_size": (settings.batch_size is None or settings.batch_size >= 1, "at least 1"),
+        "layerwise_decay": (
+            settings.layerwise_decay is None or 0 < settings.layerwise_decay <= 1,
+            "above 0, at most 1",
+        ),
+    }
+    for key, (is_fine, expected) in ranges.items():
+        if not is_fine:
+            raise UserError(f"task_settings.{name}.{key} is {getattr(settings, key)}; expected {expected}")
+    return task.name
+
+
+def _protocol(config: GlueConfig, task: Task) -> dict[str, Any]:
+    """What the configuration changes in a task's row."""
+    changes: dict[str, Any] = {}
     if config.regression_targets == "raw":
-        found = [dataclasses.replace(task, target_scale=1.0) for task in found]
-    return found
-
-
-def _from_first_process(make: Any) -> Any:
-    """The first process's value, on all of them: only its disk is sure to hold the results file."""
-    holder = [make() if dist.get_global_rank() == 0 else None]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
-def say(text: str) -> None:
-    """Print, on the first process alone."""
-    if dist.get_global_rank() == 0:
-        print(text, flush=True)
+        changes["target_scale"] = 1.0
+    if not config.double_unordered:
+        changes["swap_augmentation"] = False
+    return changes
 
 
 if __name__ == "__main__":

@@ -1,146 +1,32 @@
-"""GLUE from its TSV files or the hub to batches: read, tokenize, truncate, pad.
-
-The reader is strict where the files are: no quoting, a byte-order mark where there is one, a header where the task's
-row says so. What does not fit is reported with its file and line instead of being skipped.
-"""
+"""GLUE's examples to batches: tokenize, truncate, keep, group by length, pad."""
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import functools
-import os
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from composer.core import DataSpec
-from composer.utils import dist
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.errors import UserError
-from electra_composer.glue_tasks import Split, Task
+from electra_composer.glue_cache import cache_file, file_sha256, read_cache, tokenizer_sha256, write_cache
+from electra_composer.glue_files import HUB, Example, find_file, read_examples
+from electra_composer.glue_sampler import LengthGroupedSampler
+from electra_composer.glue_tasks import Task
 
-HUB = "hub"  # data.path that means the hub instead of a folder
-HUB_DATASET = "nyu-mll/glue"
 PAD_MULTIPLE = 8  # tensor cores want lengths that are multiples of it
 TOKENIZER_CHUNK = 4096  # sentences per call of the tokenizer, so that a progress bar can move
-
-
-class Example(NamedTuple):
-    """One or two sentences and their label: a class's number, a regression's score as written, None in a test file."""
-
-    texts: tuple[str, ...]
-    label: int | float | None
-
-
-def read_examples(task: Task, split: str, path: str) -> list[Example]:
-    """All examples of `train`, `dev` or `test`, in the order of the file.
-
-    Args:
-        path: the folder that holds a folder per task, or `hub`.
-
-    Raises:
-        UserError: folder or file missing, hub out of reach, a missing column, a row of another width, an unknown label.
-    """
-    row = task.splits[split]
-    examples = read_hub(task, row) if path == HUB else read_tsv(task, row, path)
-    if not examples:
-        raise UserError(f"{task.folder} {split}: no examples in {path}; expected at least one")
-    return examples
-
-
-def read_tsv(task: Task, split: Split, path: str) -> list[Example]:
-    """Read one file of the official download; see :func:`read_examples`."""
-    file = os.path.join(path, task.folder, split.file)
-    if not os.path.isdir(path):
-        raise UserError(f"data.path {path}: no such folder; expected one with {task.folder}/{split.file}, or 'hub'")
-    if not os.path.isfile(file):
-        raise UserError(f"{file}: no such file; data.path must hold {task.folder}/{split.file} for task {task.name}")
-    rows: list[tuple[int, list[str]]] = []
-    try:
-        # utf-8-sig: MRPC's files begin with a byte-order mark. No quoting: sentences hold bare quotation marks.
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-            rows.extend((reader.line_num, row) for row in reader if row)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: after line {len(rows)}: {error}; expected UTF-8 text, tab between columns") from error
-    if not rows:
-        raise UserError(f"{file}: the file is empty")
-    names: list[str] | None = rows.pop(0)[1] if split.has_header else None
-    width = len(names) if names is not None else split.width
-    positions = [_position(column, names, file) for column in split.texts]
-    label_position = None if split.label is None else _position(split.label, names, file)
-    examples = []
-    for line, row in rows:
-        if len(row) != width:
-            raise UserError(
-                f"{file}:{line}: {len(row)} columns; expected {width}"
-                + (f" ({', '.join(names)})" if names else f", without a header, for {task.folder}")
-            )
-        label = None if label_position is None else _parse_label(task, row[label_position], f"{file}:{line}")
-        examples.append(Example(tuple(row[position] for position in positions), label))
-    return examples
-
-
-def read_hub(task: Task, split: Split) -> list[Example]:
-    """Read one split of `nyu-mll/glue` from the Hugging Face hub, or its cache; see :func:`read_examples`."""
-    if not task.on_hub:
-        raise UserError(f"data.path is hub, but {task.name} is not on it; give the folder that synthetic.py wrote")
-    # Here, because it takes a second that a folder of files need not wait for.
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(HUB_DATASET, task.name, split=split.hub)
-    except Exception as error:  # the hub's client raises a dozen kinds, none of which the person can mend in code
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"data.path is hub, but {HUB_DATASET} ({task.name}, {split.hub}) cannot be read: {reason}; "
-            "check the connection, or give the folder of the TSV files"
-        ) from error
-    where = f"{HUB_DATASET} {task.name} {split.hub}"
-    wanted = [*task.hub_texts, "label"]
-    if missing := [column for column in wanted if column not in rows.column_names]:
-        raise UserError(f"{where}: no column {missing[0]!r}; it has {', '.join(rows.column_names)}")
-    columns = [rows[column] for column in task.hub_texts]
-    labels: list[int | float | None] = [None] * len(rows)
-    if split.label is not None:
-        labels = [
-            _check_score(task, float(label), f"{where} row {i}") if task.is_regression else int(label)
-            for i, label in enumerate(rows["label"])
-        ]
-    return [Example(tuple(texts), label) for *texts, label in zip(*columns, labels, strict=True)]
-
-
-def _position(column: str | int, names: list[str] | None, file: str) -> int:
-    if isinstance(column, int):
-        return column
-    assert names is not None
-    if column not in names:
-        raise UserError(f"{file}:1: no column {column!r} in the header; found {', '.join(map(repr, names))}")
-    return names.index(column)
-
-
-def _parse_label(task: Task, text: str, where: str) -> int | float:
-    if not task.is_regression:
-        if text not in task.labels:
-            raise UserError(f"{where}: label {text!r}; expected one of {', '.join(task.labels)}")
-        return task.labels.index(text)
-    try:
-        score = float(text)
-    except ValueError as error:
-        raise UserError(f"{where}: label {text!r} is not a number; expected one from {task.score_range}") from error
-    return _check_score(task, score, where)
-
-
-def _check_score(task: Task, score: float, where: str) -> float:
-    assert task.score_range is not None
-    low, high = task.score_range
-    if not low <= score <= high:
-        raise UserError(f"{where}: score {score} is outside of {low:g} to {high:g}")
-    return score
+CACHE_FORMAT = 1  # to be raised when what is computed from the same settings changes
 
 
 def training_examples(task: Task, examples: list[Example], limit: int | None, seed: int) -> list[Example]:
@@ -166,25 +52,117 @@ def truncated_lengths(first: int, second: int, budget: int) -> tuple[int, int]:
     return first, second
 
 
+class EncodedExample(NamedTuple):
+    """One tokenized example: `position` is its place in the :class:`EncodedExamples`."""
+
+    input_ids: NDArray[np.int32]
+    first_length: int
+    label: np.generic | None
+    position: int
+
+
 @dataclass
 class EncodedExamples(Dataset):
-    """Tokenized examples: `[CLS] A [SEP]` or `[CLS] A [SEP] B [SEP]`, unpadded.
+    """Tokenized examples: `[CLS] A [SEP]` or `[CLS] A [SEP] B [SEP]`, unpadded, one after another.
 
     Attributes:
-        input_ids: token ids of each example.
-        first_lengths: tokens of each example that are of type 0: `[CLS]`, A and its `[SEP]`.
-        labels: class numbers, or targets of a regression (scaled); None for a test set.
+        tokens: int32 `[all tokens]`.
+        offsets: int64 `[examples + 1]`: example i is `tokens[offsets[i]:offsets[i + 1]]`.
+        first_lengths: int64 `[examples]`: tokens of type 0: `[CLS]`, A and its `[SEP]`.
+        labels: `[examples]`: class numbers, int64, or targets of a regression (scaled), fp32; None for a test set.
+        indices: int64 `[examples]`: by which the server knows the examples of a test set; None elsewhere.
     """
 
-    input_ids: list[list[int]]
-    first_lengths: list[int]
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    first_lengths: NDArray[np.int64]
     labels: torch.Tensor | None
+    indices: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.first_lengths)
 
-    def __getitem__(self, index: int) -> tuple[list[int], int, torch.Tensor | None]:
-        return self.input_ids[index], self.first_lengths[index], None if self.labels is None else self.labels[index]
+    def __getitem__(self, index: int) -> EncodedExample:
+        input_ids = self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        label = None if self.labels is None else self.labels.numpy()[index]
+        return EncodedExample(input_ids, self.first_lengths[index], label, index)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example, int64 `[examples]`."""
+        return np.diff(self.offsets)
+
+
+def encode_split(
+    task: Task,
+    split: str,
+    path: str,
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_length: int,
+    cache_folder: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> EncodedExamples:
+    """Read, sample, swap and tokenize one split, or take the outcome of an earlier time from the cache.
+
+    Args:
+        split: a key of `task.splits`.
+        path: the folder that holds a folder per task, or `hub`.
+        max_seq_length: most tokens of an example, special ones included.
+        cache_folder: where tokenized files are kept; None: nowhere.
+        limit, seed: of :func:`training_examples`; they and the swapped pairs are for `train` alone.
+        progress: whether a bar shows how far the tokenizer is.
+
+    Raises:
+        UserError: as :func:`read_examples`, :func:`encode` and :func:`write_cache`.
+    """
+    # What the hub holds is only known by reading it; of a file, its bytes are enough.
+    examples = read_examples(task, split, path) if path == HUB else None
+    file = None
+    if cache_folder is not None:
+        settings = _content(task, split, path, examples) | {
+            "format": CACHE_FORMAT,
+            "labels": task.labels,
+            "target_scale": task.target_scale,
+            "tokenizer": tokenizer_sha256(tokenizer),
+            "max_seq_length": max_seq_length,
+            # the seed only draws the sample
+            "training": [limit, limit and seed, task.swap_augmentation] if split == "train" else None,
+        }
+        file = cache_file(cache_folder, f"{task.name}-{split}", settings)
+        if (arrays := read_cache(file, {"tokens", "offsets", "first_lengths"})) is not None:
+            return _from_arrays(arrays)
+    if examples is None:
+        examples = read_examples(task, split, path)
+    if split == "train":
+        examples = training_examples(task, examples, limit, seed)
+    encoded = encode(task, examples, tokenizer, max_seq_length, progress)
+    if file is not None:
+        write_cache(file, _to_arrays(encoded))
+    return encoded
+
+
+def _content(task: Task, split: str, path: str, examples: list[Example] | None) -> dict[str, Any]:
+    """The hash of what is read, and how it is read."""
+    if examples is not None:
+        return {"content": hashlib.sha256(repr(examples).encode()).hexdigest(), "layout": HUB}
+    file, layout = find_file(task, split, path)
+    return {"content": file_sha256(file), "layout": dataclasses.asdict(layout)}
+
+
+def _to_arrays(encoded: EncodedExamples) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {name: getattr(encoded, name) for name in ("tokens", "offsets", "first_lengths")}
+    if encoded.labels is not None:
+        arrays["labels"] = encoded.labels.numpy()
+    if encoded.indices is not None:
+        arrays["indices"] = encoded.indices
+    return arrays
+
+
+def _from_arrays(arrays: dict[str, NDArray[Any]]) -> EncodedExamples:
+    labels = torch.from_numpy(arrays["labels"]) if "labels" in arrays else None
+    return EncodedExamples(arrays["tokens"], arrays["offsets"], arrays["first_lengths"], labels, arrays.get("indices"))
 
 
 def encode(
@@ -210,22 +188,32 @@ def encode(
             "the special tokens and one token of each sentence"
         )
     tokens = [_tokenize([e.texts[c] for e in examples], tokenizer, task.folder, progress) for c in range(columns)]
-    cls, sep = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
-    input_ids, first_lengths = [], []
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    flat, offsets, first_lengths = array("i"), [0], []
     for pieces in zip(*tokens, strict=True):
         first, second = pieces if columns == 2 else (pieces[0], [])
         # An empty B leaves a single sentence, as there: two special tokens then, not three.
         keep = truncated_lengths(len(first), len(second), max_seq_length - (3 if second else 2))
-        head = cls + first[: keep[0]] + sep
-        input_ids.append(head + second[: keep[1]] + sep if second else head)
-        first_lengths.append(len(head))
-    labels = None
-    if examples[0].label is not None:
-        values = [example.label for example in examples]
-        labels = torch.tensor(values, dtype=torch.float32 if task.is_regression else torch.int64)
-        if task.is_regression:
-            labels = labels * task.target_scale
-    return EncodedExamples(input_ids, first_lengths, labels)
+        flat.extend([cls, *first[: keep[0]], sep])
+        first_lengths.append(keep[0] + 2)
+        if second:
+            flat.extend([*second[: keep[1]], sep])
+        offsets.append(len(flat))
+    is_test = examples[0].label is None
+    return EncodedExamples(
+        np.frombuffer(flat, dtype=np.intc).astype(np.int32),
+        np.array(offsets, dtype=np.int64),
+        np.array(first_lengths, dtype=np.int64),
+        None if is_test else _labels(task, examples),
+        np.array([example.server_index for example in examples], dtype=np.int64) if is_test else None,
+    )
+
+
+def _labels(task: Task, examples: Sequence[Example]) -> torch.Tensor:
+    values = [example.label for example in examples]
+    if task.is_regression:
+        return torch.tensor(values, dtype=torch.float32) * task.target_scale
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerFast, name: str, progress: bool) -> list[list[int]]:
@@ -236,37 +224,45 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerFast, name: str, p
         for start in range(0, len(texts), TOKENIZER_CHUNK):
             chunk = texts[start : start + TOKENIZER_CHUNK]
             # verbose=False: sentences longer than the model's positions are cut below, which needs no warning
-            tokens += tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
+            tokens += tokenizer(
+                chunk,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
             bar.update(len(chunk))
     return tokens
 
 
-def collate(items: list[tuple[list[int], int, torch.Tensor | None]], pad_id: int) -> dict[str, Any]:
+def collate(items: Sequence[EncodedExample], pad_id: int) -> dict[str, Any]:
     """Pad to the longest of the batch, rounded up to a multiple of 8.
 
     Returns:
         `input_ids`, `token_type_ids` (1: B and its `[SEP]`), `position_ids`, `sequence_ids` (1: token, 0: padding),
-        int64 `[rows, length]`; `labels [rows]`, int64 or fp32, unless it is a test set; `num_tokens`, without padding,
-        an int.
+        int64 `[rows, length]`; `indices`, int64 `[rows]`: places in the :class:`EncodedExamples`, by which predictions
+        are put back into its order; `labels [rows]`, int64 or fp32, unless it is a test set; `num_tokens`, without
+        padding, an int.
     """
-    lengths = torch.tensor([len(ids) for ids, _, _ in items])
-    longest = int(lengths.max())
-    width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
-    positions = torch.arange(width)[None, :]
+    lengths = np.array([len(item.input_ids) for item in items])
+    width = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
+    positions = np.arange(width)[None, :]
     is_token = positions < lengths[:, None]
-    firsts = torch.tensor([first for _, first, _ in items])
-    batch: dict[str, Any] = {
-        "input_ids": torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _, _ in items]),
-        "token_type_ids": (is_token & (positions >= firsts[:, None])).long(),
+    input_ids = np.full(is_token.shape, pad_id, dtype=np.int64)
+    input_ids[is_token] = np.concatenate([item.input_ids for item in items])
+    firsts = np.array([item.first_length for item in items])
+    arrays = {
+        "input_ids": input_ids,
+        "token_type_ids": (is_token & (positions >= firsts[:, None])).astype(np.int64),
         # Padding stands at position 0, so that rounding up never leaves the position table.
         "position_ids": positions * is_token,
-        "sequence_ids": is_token.long(),
-        "num_tokens": int(lengths.sum()),
+        "sequence_ids": is_token.astype(np.int64),
+        "indices": np.array([item.position for item in items], dtype=np.int64),
     }
-    if items[0][2] is not None:
-        batch["labels"] = torch.stack([label for _, _, label in items if label is not None])
+    if items[0].label is not None:
+        arrays["labels"] = np.array([item.label for item in items])
+    batch: dict[str, Any] = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    batch["num_tokens"] = int(lengths.sum())
     return batch
 
 
@@ -292,13 +288,12 @@ def build_loader(
     Args:
         device_batch_size: examples per batch on this device.
         num_workers: loader processes; padding is cheap, so 0 is right on a CPU and 1 is enough for a GPU.
-        shuffle_seed: of the order, which changes every epoch; None keeps the order of the file.
+        shuffle_seed: of the order, which changes every epoch; None: from the longest to the shortest example.
     """
-    shuffle = shuffle_seed is not None
     loader: DataLoader = DataLoader(
         examples,
         batch_size=device_batch_size,
-        sampler=dist.get_sampler(examples, shuffle=shuffle, seed=shuffle_seed or 0),
+        sampler=LengthGroupedSampler(examples, examples.lengths, device_batch_size, shuffle_seed),
         collate_fn=functools.partial(collate, pad_id=pad_id),
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -1,36 +1,43 @@
-"""The results of finetuning: a JSON file that grows run by run, and a Markdown table beside it.
+"""What finetuning runs add up to, and the files that say so.
 
-All scores are multiplied by 100, as papers print them. The file is the record of which runs are done: a later start
-with the same settings does what is missing, one with other settings is refused.
+`results.json`, `.md`, `.csv` and `.png` are made anew from the record of runs (glue_store.py) after each run. Runs
+whose settings differ are in different groups: one record may hold many, a report shows one and names the others. All
+scores are multiplied by 100, as papers print them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
-import math
 import os
 import statistics
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from electra_composer.checkpoint import Pretrained
 from electra_composer.config import GlueConfig, to_dict
 from electra_composer.errors import UserError
-from electra_composer.glue_tasks import TASKS, Task
+from electra_composer.glue_picture import picture
+from electra_composer.glue_published import published_rows
+from electra_composer.glue_report import csv_text, markdown
+from electra_composer.glue_store import RunStore, store_path
+from electra_composer.glue_tasks import TASKS
 from electra_composer.vocabulary import vocabulary_sha256
 
-PACKAGES = ("electra-composer", "torch", "mosaicml", "transformers", "torchmetrics")
-
-# What may change between two starts that share a results file: it changes no score.
-FREE_KEYS = ("run_name", "tasks", "seeds", "results", "checkpoints", "callbacks", "loggers")
+# What may change between runs of one group: it changes no score.
+FREE_KEYS = ("run_name", "tasks", "seeds", "results", "checkpoints", "callbacks", "loggers", "predict")
 FREE_SUBKEYS = (
     ("trainer", "progress_bar"),
     ("trainer", "log_interval"),
     ("trainer", "eval_interval"),
     ("trainer", "device_eval_batch_size"),
     ("data", "num_workers"),
+    ("data", "cache"),
 )
+
+OF_GROUP = ("group", "settings", "source")  # the same in all runs of a group: once in results.json, not in each run
 
 
 def describe_source(source: Pretrained, random_init: bool) -> dict[str, Any]:
@@ -48,135 +55,219 @@ def describe_source(source: Pretrained, random_init: bool) -> dict[str, Any]:
     }
 
 
-def new_results(config: GlueConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """The document before the first run."""
-    return {"config": to_dict(config), "source": source, "versions": _versions(), "tasks": {}, "average": None}
+def group_of(config: GlueConfig, source: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Which runs may stand in one table.
+
+    Args:
+        source: of :func:`describe_source`.
+
+    Returns:
+        The group's key, 12 hexadecimal digits, and the settings it is made of, flat: `optimizer.lr`, …,
+        `weights_sha256 of model.source`, ….
+    """
+    flat: dict[str, Any] = {}
+    for key, value in to_dict(config).items():
+        for subkey, subvalue in value.items() if isinstance(value, dict) else [(None, value)]:
+            if key not in FREE_KEYS and (key, subkey) not in FREE_SUBKEYS:
+                flat[f"{key}.{subkey}" if subkey else key] = subvalue
+    # The sizes too: random weights have no hash, and dropout is taken from them.
+    described = {**source["sizes"], **{key: source[key] for key in ("weights_sha256", "vocabulary_sha256")}}
+    flat.update({f"{key} of model.source": value for key, value in described.items()})
+    text = json.dumps(flat, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12], json.loads(text)
 
 
-def load_results(config: GlueConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """The document to continue: the one of `config.results` if it is of the same settings, else a new one.
+def open_store(config: GlueConfig, group: str) -> RunStore:
+    """The record of `config.results`, ready for runs of `group`. For one process, before the others look.
 
     Raises:
-        UserError: a file of other settings, or of any if `checkpoints.resume` is off, unless it may be overwritten; a
-            file that is no results file.
+        UserError: a file of another kind is in the way; or runs of the group are there and `checkpoints.resume` is
+            off, unless they may be overwritten.
     """
-    fresh = new_results(config, source)
-    path = config.results
-    if config.checkpoints.overwrite or not os.path.lexists(path):
-        return fresh
+    check_results_path(config.results)
+    store = RunStore(store_path(config.results))
+    if store.runs(group):
+        if config.checkpoints.overwrite:
+            store.restart(group)
+        elif not config.checkpoints.resume:
+            raise UserError(
+                f"results {config.results}: holds runs of these settings, and checkpoints.resume is false; "
+                "set another results=…, or checkpoints.overwrite=true to replace them"
+            )
+    return store
+
+
+def check_results_path(path: str) -> None:
+    """Refuse a results file that would replace something else.
+
+    Raises:
+        UserError: there is a file, and not one of :func:`write_reports`.
+    """
+    if not os.path.lexists(path):
+        return
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
-        assert isinstance(found["tasks"], dict)
-        there = _settings(found)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"results {path}: exists, but is not a results file; move it away or set results=…") from error
-    here = _settings(json.loads(json.dumps(fresh)))
-    way_out = "set another results=…, or checkpoints.overwrite=true to replace it"
-    if not config.checkpoints.resume:
-        raise UserError(f"results {path}: exists, and checkpoints.resume is false; {way_out}")
-    for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key):
-            raise UserError(
-                f"results {path}: holds runs with {key} = {there.get(key)}, now it is {here.get(key)}; {way_out}"
-            )
-    return {**fresh, "tasks": found["tasks"], "average": found["average"]}
+        ours = isinstance(found["tasks"], dict) and isinstance(found["group"], str)
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"results {path}: exists, but is not a results file; move it away or set results=…")
 
 
-def is_done(results: dict[str, Any], task: Task, seed: int) -> bool:
-    runs = results["tasks"].get(task.name, {}).get("runs", [])
-    return any(run["seed"] == seed for run in runs)
-
-
-def add_run(results: dict[str, Any], task: Task, run: dict[str, Any]) -> None:
-    """Add a finished run and bring the summaries up to date.
+def summary(
+    runs: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
+    group: str = "",
+    failures: Sequence[dict[str, Any]] = (),
+    others: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """What the results file holds.
 
     Args:
-        run: `seed`, `metrics` (name → score × 100, NaN if it is undefined) and whatever else is worth keeping.
+        runs: of one group, as :meth:`RunStore.runs` gives them.
+        settings: of the group.
+        failures: of :meth:`RunStore.failures`.
+        others: runs of other groups in the same record.
+
+    Returns:
+        `tasks`: by name, each with `mean`, `std` (of a sample), `median` and `best` of its score, `n`, `collapsed` (how
+        many did), `metrics` (the mean of each) and `runs`; None where a score is undefined.
+        `average`: over `tasks`, the names of those of the eight that are there, of `mean`, `median` and `best`.
+        `average_without_wnli`: its `mean`, or None while one of the eight is missing.
+        Also `group`, `settings`, `source`, `versions`, `published`, `failures`, `other_groups`.
     """
-    row = results["tasks"].setdefault(task.name, {"task": task.folder, "metric": task.metrics[0], "runs": []})
-    metrics = {name: value if math.isfinite(value) else None for name, value in run["metrics"].items()}
-    row["runs"].append({**run, "score": metrics[task.metrics[0]], "metrics": metrics})
-    row["runs"].sort(key=lambda each: each["seed"])
-    row.update(_summary([each["score"] for each in row["runs"]]))
-    results["tasks"] = {name: results["tasks"][name] for name in TASKS if name in results["tasks"]}
-    means = [each["mean"] for name, each in results["tasks"].items() if not TASKS[name].is_synthetic]
-    results["average"] = statistics.fmean(means) if means and None not in means else None
-
-
-def save_results(results: dict[str, Any], path: str) -> None:
-    """Write the JSON file and the Markdown table beside it; each is replaced in one move."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    _replace(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
-    _replace(os.path.splitext(path)[0] + ".md", f"{headline(results)}\n\n{table(results)}\n")
-
-
-def headline(results: dict[str, Any]) -> str:
-    """One line on what the table shows."""
-    source = results["source"]
-    weights = f"random weights of the sizes of {source['name']}" if source["random_init"] else source["name"]
-    return f"Dev scores × 100 of {weights}"
-
-
-def table(results: dict[str, Any]) -> str:
-    """A Markdown table with a row per task and, of two or more real tasks, their average."""
-    rows = [["Task", "Metric", "Mean ± std", "Median", "Best", "Score (seed)"]]
-    for row in results["tasks"].values():
-        runs = ", ".join(f"{_number(run['score'])} ({run['seed']})" for run in row["runs"])
-        spread = "" if row["std"] is None else f" ± {_number(row['std'])}"
-        mean, median, best = (_number(row[key]) for key in ("mean", "median", "best"))
-        rows.append([row["task"], row["metric"], mean + spread, median, best, runs])
-    if sum(not TASKS[name].is_synthetic for name in results["tasks"]) > 1:
-        rows.append(["Average", "", _number(results["average"]), "", "", ""])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    return "\n".join(lines)
-
-
-def _summary(scores: list[float | None]) -> dict[str, float | None]:
-    """Mean, sample standard deviation, median and best; None where a score is undefined."""
-    known = [score for score in scores if score is not None]
-    if len(known) < len(scores):
-        return {"mean": None, "std": None, "median": None, "best": max(known, default=None)}
+    for run in (*runs, *others):
+        if run["task"] not in TASKS:
+            raise UserError(f"the record has runs of a task called {run['task']!r}, which this version does not know")
+    tasks = {}
+    for name in TASKS:
+        if mine := [run for run in runs if run["task"] == name]:
+            tasks[name] = _task_summary(name, sorted(mine, key=lambda run: run["seed"]))
+    eight = [name for name, task in TASKS.items() if task.in_average]
+    averaged = [name for name in eight if name in tasks]
+    average = {key: _mean([tasks[name][key] for name in averaged]) for key in ("mean", "median", "best")}
     return {
-        "mean": statistics.fmean(known),
-        "std": statistics.stdev(known) if len(known) > 1 else None,
-        "median": statistics.median(known),
-        "best": max(known),
+        "group": group,
+        "source": runs[0]["source"] if runs else None,
+        "tasks": tasks,
+        "average_without_wnli": average["mean"] if averaged == eight else None,
+        "average": {"tasks": averaged, **average},
+        "published": published_rows(settings.get("hidden_size of model.source")),
+        "failures": list(failures),
+        "other_groups": _other_groups(settings, others),
+        "versions": _all_versions(runs),
+        "settings": settings,
     }
 
 
-def _settings(results: dict[str, Any]) -> dict[str, Any]:
-    """What two sets of runs must share to stand in one table, flat."""
-    config = {key: value for key, value in results["config"].items() if key not in FREE_KEYS}
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        for subkey, subvalue in value.items() if isinstance(value, dict) else [(None, value)]:
-            if (key, subkey) not in FREE_SUBKEYS:
-                flat[f"{key}.{subkey}" if subkey else key] = subvalue
-    for key in ("weights_sha256", "vocabulary_sha256"):
-        flat[f"{key} of model.source"] = results["source"][key]
-    return flat
+def write_reports(store: RunStore, group: str, path: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write `results.json`, `.md`, `.csv` and `.png` from the record; each replaces the former in one move.
+
+    Args:
+        path: of `results.json`; the others are beside it, under the same name.
+        settings: of the group; needed only while it has no finished run.
+
+    Returns:
+        What `results.json` holds; see :func:`summary`.
+
+    Raises:
+        UserError: a file of another kind is in the way, or a full disk: the record and the former files are whole.
+    """
+    folder, stem = os.path.dirname(path) or ".", os.path.splitext(path)[0]
+    check_results_path(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        # Between reading the record and the last move no other process may do the same: it could put back older files.
+        with _locked(folder):
+            every = store.runs()
+            runs = [run for run in every if run["group"] == group]
+            others = [run for run in every if run["group"] != group]
+            if runs:
+                settings = runs[0]["settings"]
+            results = summary(runs, settings or {}, group, store.failures(group), others)
+            if results["tasks"]:
+                _replace(f"{stem}.png", picture(results))
+            _replace(f"{stem}.csv", csv_text(results).encode())
+            _replace(f"{stem}.md", markdown(results).encode())
+            _replace(path, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(
+            f"results {path}: cannot be written: {error.strerror}; all finished runs are kept in {store.path}: free "
+            "some space and start again"
+        ) from error
+    return results
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+def _task_summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    scores = [run["score"] for run in runs]
+    known = [score for score in scores if score is not None]
+    defined = len(known) == len(scores)
+    metrics = list(dict.fromkeys(metric for run in runs for metric in run["metrics"]))
+    return {
+        "task": TASKS[name].folder,
+        "metric": TASKS[name].metrics[0],
+        "mean": statistics.fmean(known) if defined else None,
+        "std": statistics.stdev(known) if defined and len(known) > 1 else None,
+        "median": statistics.median(known) if defined else None,
+        "best": max(known, default=None),
+        "n": len(runs),
+        "collapsed": sum(run["collapsed"] for run in runs),
+        "metrics": {metric: _mean([run["metrics"].get(metric) for run in runs]) for metric in metrics},
+        "runs": [{key: value for key, value in run.items() if key not in OF_GROUP} for run in runs],
+    }
 
 
-def _number(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.1f}"
+def _other_groups(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each other group of the record: its key, how many runs it has, and what differs: key → [there, here]."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in others:
+        groups.setdefault(run["group"], []).append(run)
+    rows = []
+    for key, runs in sorted(groups.items()):
+        there = runs[0]["settings"]
+        differs = {
+            name: [there.get(name), settings.get(name)]
+            for name in sorted(there.keys() | settings.keys())
+            if there.get(name) != settings.get(name)
+        }
+        rows.append({"group": key, "runs": len(runs), "source": runs[0]["source"], "differs": differs})
+    return rows
 
 
-def _replace(path: str, text: str) -> None:
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def _all_versions(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Package → the versions that the runs were made with."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        for package, number in run.get("versions", {}).items():
+            found.setdefault(package, set()).add(str(number))
+    return {package: sorted(numbers) for package, numbers in found.items()}
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: str, content: bytes) -> None:
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash could leave an empty file under the final name
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from electra_composer.errors import UserError
-from electra_composer.glue_tasks import TASKS, MatthewsCorrCoef, build_metrics, find_task
+from electra_composer.glue_tasks import TASKS, MatthewsCorrCoef, Task, build_metrics, find_task
 
 
 def test_names_folders_and_cases_find_a_task() -> None:
@@ -31,6 +33,11 @@ def test_an_unknown_task_names_the_nearest() -> None:
         ("sst2", "accuracy", {"accuracy"}, 3, False, 2),
         ("mrpc", "accuracy", {"accuracy", "f1"}, 3, True, 2),
         ("stsb", "spearman", {"spearman", "pearson"}, 10, True, 1),
+        ("qqp", "accuracy", {"accuracy", "f1"}, 3, False, 2),
+        ("mnli", "accuracy", {"accuracy"}, 3, False, 3),
+        ("qnli", "accuracy", {"accuracy"}, 3, False, 2),
+        ("rte", "accuracy", {"accuracy"}, 10, False, 2),
+        ("wnli", "accuracy", {"accuracy"}, 3, False, 2),
     ],
 )
 def test_recipe_of_each_task(
@@ -42,6 +49,41 @@ def test_recipe_of_each_task(
     assert task.epochs == epochs
     assert task.swap_augmentation == swapped
     assert task.num_outputs == outputs
+
+
+def test_the_eight_of_the_average_and_the_three_that_may_start_from_mnli() -> None:
+    eight = {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"}
+    assert {name for name, task in TASKS.items() if task.in_average} == eight
+    assert {name for name, task in TASKS.items() if task.intermediate} == {"rte", "mrpc", "stsb"}
+
+
+def test_the_diagnostics_are_predicted_by_mnli_s_model_alone() -> None:
+    ax, mnli = TASKS["ax"], TASKS["mnli"]
+    assert ax.trained_by == "mnli"
+    assert ax.labels == mnli.labels
+    assert ax.num_outputs == mnli.num_outputs
+    assert list(ax.splits) == ["test"]
+    assert ax.dev_splits == build_metrics(ax) == {}
+    assert [task.name for task in TASKS.values() if task.trained_by] == ["ax"]
+
+
+def test_submission_files_and_labels_are_the_server_s() -> None:
+    files = [name for task in TASKS.values() for name in task.submission.values()]
+    assert sorted(files) == sorted(
+        f"{name}.tsv"
+        for name in ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE", "WNLI", "AX")
+    )
+    for task in TASKS.values():
+        assert set(task.submission) == {split for split in task.splits if split.startswith("test")}
+    by_name = {"mnli", "ax", "qnli", "rte"}
+    assert all(TASKS[name].server_labels[0] == "entailment" for name in by_name)
+    assert all(TASKS[name].server_labels == ("0", "1") for name in ("cola", "sst2", "mrpc", "qqp", "wnli"))
+    assert TASKS["stsb"].server_labels == ()
+
+
+def test_mnli_has_two_dev_sets() -> None:
+    assert TASKS["mnli"].dev_splits == {"dev": "", "dev_mm": "_mm"}
+    assert TASKS["rte"].dev_splits == {"dev": ""}
 
 
 def test_synthetic_tasks_say_so() -> None:
@@ -104,3 +146,66 @@ def test_correlations_against_pandas_ties_included() -> None:
     assert found["spearman"] == pytest.approx(ranks, abs=1e-4)
     assert found["pearson"] == pytest.approx(np.corrcoef(predictions, scores)[0, 1], abs=1e-4)
     assert not any(math.isnan(value) for value in found.values())
+
+
+def counts_of(predictions: np.ndarray, labels: np.ndarray) -> tuple[float, float, float, float]:
+    """True and false positives, true and false negatives."""
+    positive, truth = predictions == 1, labels == 1
+    pairs = ((positive, truth), (positive, ~truth), (~positive, ~truth), (~positive, truth))
+    return tuple(float((a & b).sum()) for a, b in pairs)  # type: ignore[return-value]
+
+
+def by_hand(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The definition of a metric, in NumPy."""
+    if name == "pearson":
+        return float(np.corrcoef(predictions, labels)[0, 1])
+    if name == "spearman":  # Pearson's of the ranks, ties at their mean
+        ranks = [pd.Series(values).rank() for values in (predictions, labels)]
+        return float(np.corrcoef(*ranks)[0, 1])
+    if name == "accuracy":
+        return float((predictions == labels).mean())
+    tp, fp, tn, fn = counts_of(predictions, labels)
+    if name == "f1":
+        return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0
+    margins = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return (tp * tn - fp * fn) / margins**0.5 if margins else 0.0
+
+
+def by_scikit_learn(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The same of scikit-learn and SciPy."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    stats = pytest.importorskip("scipy.stats")
+    if name in ("pearson", "spearman"):
+        return float(getattr(stats, f"{name}r")(predictions, labels)[0])
+    if name == "f1":
+        return float(metrics.f1_score(labels, predictions, zero_division=0.0))
+    return float({"accuracy": metrics.accuracy_score, "matthews": metrics.matthews_corrcoef}[name](labels, predictions))
+
+
+def cases(task: Task) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Predictions and labels: random, tied, constant, perfect."""
+    rng = np.random.default_rng(0)
+    if task.is_regression:
+        labels = rng.integers(0, 26, 300) / 5.0  # as STS-B: many ties
+        noisy = labels / 5 + rng.normal(0, 0.3, 300)
+        return {"random": (noisy, labels), "ties": (noisy.round(1), labels), "constant": (0 * noisy + 0.5, labels)}
+    labels = rng.integers(0, task.num_outputs, 300)
+    guesses = np.where(rng.random(300) < 0.6, labels, rng.integers(0, task.num_outputs, 300))
+    constant = {f"constant {k}": (np.full(300, k), labels) for k in range(task.num_outputs)}
+    return {"random": (guesses, labels), "perfect": (labels, labels), "wrong": ((labels + 1) % 2, labels), **constant}
+
+
+@pytest.mark.parametrize("reference", [by_hand, by_scikit_learn])
+@pytest.mark.parametrize("name", ["cola", "mrpc", "stsb", "mnli"])  # every metric, two and three classes
+def test_metrics_against_their_definitions_and_scikit_learn(name: str, reference: Callable[..., float]) -> None:
+    task = TASKS[name]
+    for case, (predictions, labels) in cases(task).items():
+        for metric_name, metric in build_metrics(task).items():
+            for part in np.array_split(np.arange(len(labels)), 7):  # as batches
+                dtype = torch.float32 if task.is_regression else torch.int64
+                metric.update(torch.tensor(predictions[part], dtype=dtype), torch.tensor(labels[part], dtype=dtype))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the correlation with a constant, which nobody can define
+                found, expected = float(metric.compute()), reference(metric_name, predictions, labels)
+            assert found == pytest.approx(expected, abs=1e-5, nan_ok=True), (case, metric_name)
+            assert math.isnan(found) == (case == "constant" and task.is_regression), (case, metric_name)
