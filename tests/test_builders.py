@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -202,7 +203,10 @@ def test_weights_and_biases_works_offline(tmp_path, monkeypatch):
     trainer.fit()
     trainer.close()
     (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"loss/train/total" in written.read_bytes()
+    deadline = time.monotonic() + 60  # wandb writes in a process of its own, and does not wait for it offline
+    while b"loss/train/total" not in written.read_bytes():
+        assert time.monotonic() < deadline, f"{written.stat().st_size} bytes, no loss among them"
+        time.sleep(0.05)
 
 
 def test_tensorboard_gets_the_losses(tmp_path):

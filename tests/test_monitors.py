@@ -178,7 +178,7 @@ print(peak_resident_bytes() - before)
     del parents
     during, after = map(int, done.stdout.split())
     assert during == pytest.approx(200e6, abs=60e6)
-    assert after >= during
+    assert after == pytest.approx(during, abs=8e6)  # the kernel counts a process's pages in batches per processor
 
 
 @pytest.mark.cuda
