@@ -28,7 +28,13 @@ from electra_composer.electra import ElectraForPretraining, SpecialIds, discrimi
 from electra_composer.encoder import EncoderConfig
 from electra_composer.errors import UserError
 from electra_composer.sharded_checkpoint import is_sharded, read_sharded
-from electra_composer.weight_maps import State, encoder_config_of, encoder_from_transformers, under
+from electra_composer.weight_maps import (
+    State,
+    encoder_config_of,
+    encoder_from_transformers,
+    rtd_head_from_transformers,
+    under,
+)
 
 LATEST = "latest-rank0.pt"  # in a run's folder; points to the newest checkpoint
 
@@ -76,6 +82,7 @@ class Pretrained:
     encoder: EncoderConfig
     weights: State  # embeddings.… and encoder.… of ElectraForClassification
     tokenizer: PreTrainedTokenizerFast
+    rtd_head: State | None = None  # of the discriminator's head; None: the source has none
 
 
 def read_checkpoint(path: str) -> Checkpoint:
@@ -173,7 +180,8 @@ def load_source(source: str) -> Pretrained:
         checkpoint = read_checkpoint(source)
         weights = {name: t for name, t in checkpoint.state.items() if name.startswith("embeddings.")}
         weights |= {f"encoder.{name}": t for name, t in under(checkpoint.state, "discriminator.").items()}
-        return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer)
+        head = under(checkpoint.state, "rtd_head.")
+        return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer, head)
     if not os.path.exists(source) and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: no such file or folder; expected a checkpoint, a Hugging Face folder or a hub name")
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
@@ -222,7 +230,8 @@ def _load_transformers(source: str) -> Pretrained:
     embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
     weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
     weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
-    return Pretrained(source, config, weights, tokenizer)
+    head = None if loading["missing_keys"] else rtd_head_from_transformers(state)
+    return Pretrained(source, config, weights, tokenizer, head)
 
 
 def check_state_fits(state: State, expected: State, origin: str) -> None:

@@ -58,6 +58,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     tie_embeddings: bool = True  # token, position and type embeddings and their LayerNorm shared by both sides
+    tie_encoder: bool = False  # the layers too, "all weights" of the paper's section 3.2; needs generator_size 1.0
 
 
 @dataclass
@@ -220,6 +221,9 @@ class GlueConfig(RunConfig):
     seeds: list[int] = MISSING  # one finetuning run per task and seed
     task_settings: dict[str, TaskSettings] = field(default_factory=dict)  # such as {rte: {epochs: 10, lr: 1e-4}}
     regression_targets: Literal["unit", "raw"] = "unit"  # STS-B's 0…5 as 0…1 (google), or as they are (richarddwang)
+    # how WNLI is done: classification, as all tasks; coreference: candidates for the pronoun are ranked by the
+    # pretrained discriminator with its head (the reference repository's WSC trick)
+    wnli: Literal["classification", "coreference"] = "classification"
     double_unordered: bool = True  # MRPC's and STS-B's training pairs are also given swapped (google)
     intermediate: bool = False  # RTE, MRPC and STS-B start from the weights of the MNLI run of the same seed
     max_train_examples: int | None = None  # null: all; else a seeded sample, for quick looks

@@ -96,6 +96,18 @@ def _check_ranges(model: ModelConfig, objective: ObjectiveConfig) -> None:
             raise UserError(f"{name} is {value}; expected a number from {lowest} to {highest}")
 
 
+def _check_same_encoder(model: ModelConfig, generator: EncoderConfig, discriminator: EncoderConfig) -> None:
+    """Refuse to tie layers that are not alike, or whose inputs are not."""
+    if not model.tie_embeddings:
+        raise UserError("model.tie_encoder is true, but model.tie_embeddings is false; set both, or neither")
+    if generator != discriminator:
+        differ = [name for name, size in vars(generator).items() if size != getattr(discriminator, name)]
+        raise UserError(
+            f"model.tie_encoder is true, but generator and discriminator differ in {', '.join(differ)}; expected "
+            f"model.generator_size=1.0, model.generator_layers=null and model.num_heads={generator.num_heads}"
+        )
+
+
 class MaskedLMHead(nn.Module):
     """Dense to embedding size, GELU, LayerNorm; then the token embeddings are the output weights."""
 
@@ -178,7 +190,9 @@ class ElectraForPretraining(nn.Module):
         # Tied, there is one table of each kind and one LayerNorm, and nothing to keep in step (paper, section 3.2;
         # google-research/electra ties the LayerNorm too).
         self.generator_embeddings = None if model.tie_embeddings else Embeddings(generator)
-        self.generator = Encoder(generator)
+        if model.tie_encoder:
+            _check_same_encoder(model, generator, discriminator)
+        self.generator = None if model.tie_encoder else Encoder(generator)
         self.discriminator = Encoder(discriminator)
         self.mlm_head = MaskedLMHead(generator)
         self.rtd_head = ReplacedTokenHead(discriminator)
@@ -195,6 +209,11 @@ class ElectraForPretraining(nn.Module):
     def embeddings_of_generator(self) -> Embeddings:
         """The generator's embeddings, also the weights of its output layer: the discriminator's own when tied."""
         return self.embeddings if self.generator_embeddings is None else self.generator_embeddings
+
+    @property
+    def encoder_of_generator(self) -> Encoder:
+        """The generator's layers: the discriminator's own when they are tied too."""
+        return self.discriminator if self.generator is None else self.generator
 
     def candidates(self, input_ids: Tensor, sequence_ids: Tensor) -> Tensor:
         """True where a token may be masked, `[rows, length]`: never `[CLS]`, `[SEP]`, a literal `[MASK]` or padding."""
@@ -260,7 +279,7 @@ class ElectraForPretraining(nn.Module):
         # up at once for loss, sample and gradient. The sample has no gradient.
         pattern = pattern_of(sequence_ids, self.attention_path)
         embeddings = self.embeddings_of_generator
-        hidden = self.generator(embeddings(masked_ids, token_type_ids, position_ids), pattern)
+        hidden = self.encoder_of_generator(embeddings(masked_ids, token_type_ids, position_ids), pattern)
         gathered = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
         mlm_features = self.mlm_head.features(gathered)
         mlm = masked_lm(
@@ -336,6 +355,27 @@ class ElectraForPretraining(nn.Module):
             "mlm_loss_sum": outputs["mlm_loss"].detach(),
             "rtd_loss_sum": outputs["rtd_loss"].detach(),
         }
+
+
+class ElectraForReplacedTokens(nn.Module):
+    """The discriminator by itself: which tokens of a sentence look replaced.
+
+    Args:
+        config: sizes of the discriminator.
+    """
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.attention_path = "sdpa"
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.rtd_head = ReplacedTokenHead(config)
+        init_weights(self, config.initializer_range)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, sequence_ids: Tensor) -> Tensor:
+        """Integers `[rows, length]` → logits, fp32 `[rows, length]`; positive means replaced."""
+        embedded = self.embeddings(input_ids, token_type_ids, position_ids)
+        return self.rtd_head(self.encoder(embedded, pattern_of(sequence_ids, self.attention_path))).float()
 
 
 class ElectraForClassification(nn.Module):

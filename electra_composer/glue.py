@@ -12,8 +12,8 @@ from electra_composer.checkpoint import Pretrained, load_source
 from electra_composer.config import GlueConfig, TaskSettings, load_config_from_command_line, nearest
 from electra_composer.devices import choose_attention, resolve_device
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.glue_data import EncodedExamples, encode_split
-from electra_composer.glue_finetune import RunFiles, TaskData, examples_seen, finetune, rehearse, test_sets
+from electra_composer.glue_data import encode_split
+from electra_composer.glue_finetune import Encoded, RunFiles, TaskData, examples_seen, finetune, rehearse, test_sets
 from electra_composer.glue_predictions import (
     check_indices,
     check_select,
@@ -22,6 +22,7 @@ from electra_composer.glue_predictions import (
     submission_files,
     write_submission,
 )
+from electra_composer.glue_ranking import rank_split
 from electra_composer.glue_report import markdown
 from electra_composer.glue_results import describe_source, group_of, open_store, summary, write_reports
 from electra_composer.glue_runs import PlannedRun, Processes, do_all, duration, key_of, make_plan, seconds_left
@@ -144,7 +145,17 @@ def read_task(config: GlueConfig, source: Pretrained, task: Task, tasks: list[Ta
     """A task's training (sampled and swapped as wanted) and dev examples, and the test examples its runs answer."""
     settings = config.data
 
-    def read(of: Task, split: str) -> EncodedExamples:
+    def read(of: Task, split: str) -> Encoded:
+        if of.ranked:
+            return rank_split(
+                of,
+                split,
+                settings.path,
+                source.tokenizer,
+                settings.max_seq_length,
+                limit=config.max_train_examples,
+                seed=config.seed,
+            )
         return encode_split(
             of,
             split,
@@ -161,7 +172,9 @@ def read_task(config: GlueConfig, source: Pretrained, task: Task, tasks: list[Ta
     if config.predict.enabled:
         for name, (of, split) in test_sets(task, tasks).items():
             test[name] = read(of, split)
-            check_indices(test[name].indices, f"{of.folder} {split}")
+            indices = test[name].indices
+            assert indices is not None
+            check_indices(indices, f"{of.folder} {split}")
     return TaskData(read(task, "train"), {split: read(task, split) for split in task.dev_splits}, test)
 
 
@@ -265,6 +278,8 @@ def _protocol(config: GlueConfig, task: Task) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     if config.regression_targets == "raw":
         changes["target_scale"] = 1.0
+    if config.wnli == "coreference" and task.name == "wnli":
+        changes["ranked"] = True
     if not config.double_unordered:
         changes["swap_augmentation"] = False
     return changes

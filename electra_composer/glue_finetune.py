@@ -21,12 +21,22 @@ from electra_composer.checkpoint import Pretrained
 from electra_composer.config import GlueConfig, TaskSettings
 from electra_composer.errors import UserError
 from electra_composer.glue_data import EncodedExamples, build_loader
-from electra_composer.glue_model import EVAL_LABEL, EpochScores, KeepLogits, body_weights, build_classifier
+from electra_composer.glue_model import (
+    EVAL_LABEL,
+    ElectraClassifier,
+    EpochScores,
+    KeepLogits,
+    body_weights,
+    build_classifier,
+)
 from electra_composer.glue_predictions import logits_key, save_logits
+from electra_composer.glue_ranking import RankedExamples, build_ranker, build_ranking_loader
 from electra_composer.glue_runs import PlannedRun, now
 from electra_composer.glue_tasks import Task
 from electra_composer.optim import parse_time
 from electra_composer.runs import build_trainer, compile_errors_named, device_batch_size
+
+Encoded = EncodedExamples | RankedExamples
 
 
 @dataclass
@@ -38,9 +48,9 @@ class TaskData:
         test: by the name under which its logits are kept; empty unless they are wanted.
     """
 
-    train: EncodedExamples
-    dev: dict[str, EncodedExamples]
-    test: dict[str, EncodedExamples] = field(default_factory=dict)
+    train: Encoded
+    dev: dict[str, Encoded]
+    test: dict[str, Encoded] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,11 +107,17 @@ def rehearse(config: GlueConfig, source: Pretrained, task: Task) -> None:
         device_batch_size(mine.trainer)
         if parse_time(mine.trainer.max_duration, "trainer.max_duration").value <= 0:
             raise UserError(f"trainer.max_duration is {mine.trainer.max_duration}; expected more than nothing")
-        build_optimizer(mine.optimizer, build_classifier(source, task, config.model))
+        build_optimizer(mine.optimizer, build_model(source, task, config))
         build_scheduler(mine.schedule, mine.trainer.max_duration)
         build_callbacks(mine.callbacks)
     except UserError as error:
         raise UserError(f"task_settings.{task.name}: {error}" if own else str(error)) from error
+
+
+def build_model(source: Pretrained, task: Task, config: GlueConfig, cpu_autocast: bool = False) -> ElectraClassifier:
+    """What is finetuned: a classifier, or, for a task that is ranked, the discriminator itself."""
+    build = build_ranker if task.ranked else build_classifier
+    return build(source, task, config.model, cpu_autocast)
 
 
 def examples_seen(config: GlueConfig, task: Task, train_examples: int) -> int:
@@ -159,19 +175,24 @@ def finetune(
     if run.needs is not None:
         source = dataclasses.replace(source, weights=_load_weights(files.weights(run.needs.name)))
     reproducibility.seed_all(seed)  # the head, and random weights, follow from it
-    model = build_classifier(source, task, config.model, cpu_autocast)
+    model = build_model(source, task, config, cpu_autocast)
     model.model.attention_path = attention_path
     pad_id, workers = source.tokenizer.pad_token_id, config.data.num_workers
 
-    def evaluation(examples: EncodedExamples) -> DataSpec:
-        return build_loader(examples, pad_id, config.trainer.device_eval_batch_size, workers, shuffle_seed=None)
+    def load(examples: Encoded, batch_size: int, shuffle_seed: int | None) -> DataSpec:
+        if isinstance(examples, RankedExamples):
+            return build_ranking_loader(examples, pad_id, batch_size, workers, shuffle_seed)
+        return build_loader(examples, pad_id, batch_size, workers, shuffle_seed)
+
+    def evaluation(examples: Encoded) -> DataSpec:
+        return load(examples, config.trainer.device_eval_batch_size, shuffle_seed=None)
 
     scores, keep = EpochScores(), KeepLogits()
     assert mine.trainer.max_duration is not None
     trainer = build_trainer(
         mine,
         model,
-        build_loader(data.train, pad_id, device_batch_size(mine.trainer), workers, shuffle_seed=seed),
+        load(data.train, device_batch_size(mine.trainer), shuffle_seed=seed),
         evaluation(data.dev["dev"]),
         mine.trainer.max_duration,
         callbacks=[scores, keep],

@@ -17,7 +17,8 @@ from torchmetrics import Metric
 
 from electra_composer.checkpoint import Pretrained
 from electra_composer.config import GlueModelConfig
-from electra_composer.electra import ElectraForClassification
+from electra_composer.electra import ElectraForClassification, ElectraForReplacedTokens
+from electra_composer.encoder import EncoderConfig
 from electra_composer.errors import UserError
 from electra_composer.glue_tasks import Task, build_metrics
 from electra_composer.weight_maps import State as Weights
@@ -64,7 +65,9 @@ class ElectraClassifier(ComposerModel):
         cpu_autocast: run the forward under bfloat16 autocast on the CPU (see devices.py).
     """
 
-    def __init__(self, model: ElectraForClassification, task: Task, cpu_autocast: bool = False):
+    def __init__(
+        self, model: ElectraForClassification | ElectraForReplacedTokens, task: Task, cpu_autocast: bool = False
+    ):
         super().__init__()
         self.model = model
         self.task = task
@@ -160,9 +163,7 @@ def build_classifier(
     Raises:
         UserError: weights that do not fit; only those of the head may be missing.
     """
-    sizes = source.encoder
-    if config.dropout is not None:
-        sizes = dataclasses.replace(sizes, dropout=config.dropout, attention_dropout=config.dropout)
+    sizes = sizes_of(source, config)
     if config.random_init:
         model = ElectraForClassification(sizes, task.num_outputs, config.classifier_dropout)
         return ElectraClassifier(model, task, cpu_autocast)
@@ -171,8 +172,24 @@ def build_classifier(
     head = nn.Linear(sizes.hidden_size, task.num_outputs)
     nn.init.xavier_uniform_(head.weight)
     nn.init.zeros_(head.bias)
-    weights: Weights = {name: tensor.clone() for name, tensor in source.weights.items()}
-    weights |= {f"{HEAD}{name}": tensor for name, tensor in head.state_dict().items()}
+    load_body(model, source, {f"{HEAD}{name}": tensor for name, tensor in head.state_dict().items()})
+    return ElectraClassifier(model, task, cpu_autocast)
+
+
+def sizes_of(source: Pretrained, config: GlueModelConfig) -> EncoderConfig:
+    """The sizes of the source, with the dropout of the configuration where it names one."""
+    if config.dropout is None:
+        return source.encoder
+    return dataclasses.replace(source.encoder, dropout=config.dropout, attention_dropout=config.dropout)
+
+
+def load_body(model: nn.Module, source: Pretrained, head: Weights) -> None:
+    """Give a model on the meta device copies of the weights of `source`, and those of `head`, which names them in full.
+
+    Raises:
+        UserError: weights missing, too many, or of other shapes.
+    """
+    weights: Weights = {**{name: tensor.clone() for name, tensor in source.weights.items()}, **head}
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:  # names and shapes
@@ -180,7 +197,6 @@ def build_classifier(
             f"model.source {source.name}: its weights are not those of an ELECTRA discriminator of its sizes: "
             f"{' '.join(str(error).split())[:500]}"
         ) from error
-    return ElectraClassifier(model, task, cpu_autocast)
 
 
 def body_weights(classifier: ElectraClassifier) -> Weights:

@@ -74,6 +74,8 @@ def _exceptions(results: Mapping[str, Any]) -> list[str]:
         words = [f"{key} {value}" for key, value in changed.items() if value is not None]
         if TASKS[name].swap_augmentation:
             words.append("pairs also swapped" if settings["double_unordered"] else "pairs not swapped")
+        if name == "wnli" and settings.get("wnli") == "coreference":
+            words.append("candidates for the pronoun ranked by the discriminator")
         if TASKS[name].is_regression:
             words.append(f"targets {settings['regression_targets']}")
         if words:

@@ -77,6 +77,7 @@ class Task:
         target_scale: what a regression's labels are multiplied by for training: 0.2 brings STS-B's 0…5 to 0…1
             (google-research/electra); 1.0 keeps 0…5 (richarddwang/electra_pytorch). Both correlations ignore it.
         on_hub: whether `nyu-mll/glue` has it.
+        ranked: done as a choice among candidates instead of a classification (glue_ranking.py).
         other_folders: what else `folder` is called: by google-research/electra, or on the hub. Case does not matter.
     """
 
@@ -95,6 +96,7 @@ class Task:
     score_range: tuple[float, float] | None = None
     target_scale: float = 1.0
     on_hub: bool = True
+    ranked: bool = False
     other_folders: tuple[str, ...] = ()
 
     @property

@@ -139,9 +139,12 @@ def discriminator_to_transformers(state: State, config: EncoderConfig) -> State:
 
 
 def generator_to_transformers(state: State, config: EncoderConfig) -> State:
-    """Our pretraining state as the state of `ElectraForMaskedLM`; output weights are the token embeddings."""
+    """Our pretraining state as the state of `ElectraForMaskedLM`; output weights are the token embeddings.
+
+    Where embeddings or layers are tied, the generator's are the discriminator's.
+    """
     embeddings = under(state, "generator_embeddings.") or under(state, "embeddings.")
-    body = encoder_to_transformers(embeddings, under(state, "generator."), config)
+    body = encoder_to_transformers(embeddings, under(state, "generator.") or under(state, "discriminator."), config)
     result = {f"electra.{name}": tensor for name, tensor in body.items()}
     for ours, theirs in _MLM_HEAD:
         for kind in ("weight", "bias"):
@@ -154,10 +157,10 @@ def generator_to_transformers(state: State, config: EncoderConfig) -> State:
 def pretraining_from_transformers(discriminator: State, generator: State, model: ModelConfig, vocab_size: int) -> State:
     """States of `ElectraForPreTraining` and `ElectraForMaskedLM` as our pretraining state.
 
-    Tied, the embeddings are the discriminator's; the generator's must equal them.
+    Tied, the embeddings (and layers) are the discriminator's; the generator's must equal them.
 
     Raises:
-        UserError: embeddings that differ although `model.tie_embeddings` says they are one.
+        UserError: embeddings or layers that differ although `model.tie_embeddings` or `tie_encoder` says they are one.
     """
     sizes = discriminator_config(model, vocab_size), generator_config(model, vocab_size)
     embeddings, encoder = encoder_from_transformers(under(discriminator, "electra."), sizes[0])
@@ -168,12 +171,22 @@ def pretraining_from_transformers(discriminator: State, generator: State, model:
     elif any(not torch.equal(embeddings[name], tensor) for name, tensor in generator_embeddings.items()):
         raise UserError("generator and discriminator have different embeddings; set model.tie_embeddings=false")
     result |= {f"discriminator.{name}": tensor for name, tensor in encoder.items()}
-    result |= {f"generator.{name}": tensor for name, tensor in generator_encoder.items()}
+    if not model.tie_encoder:
+        result |= {f"generator.{name}": tensor for name, tensor in generator_encoder.items()}
+    elif any(not torch.equal(encoder[name], tensor) for name, tensor in generator_encoder.items()):
+        raise UserError("generator and discriminator have different layers; set model.tie_encoder=false")
     for kind in ("weight", "bias"):
-        result |= {f"rtd_head.{ours}.{kind}": _take(discriminator, f"{theirs}.{kind}") for ours, theirs in _RTD_HEAD}
         result |= {f"mlm_head.{ours}.{kind}": _take(generator, f"{theirs}.{kind}") for ours, theirs in _MLM_HEAD}
+    result |= {f"rtd_head.{name}": tensor for name, tensor in rtd_head_from_transformers(discriminator).items()}
     result["mlm_head.bias"] = _pad_rows(_take(generator, "generator_lm_head.bias"), sizes[1])
     return result
+
+
+def rtd_head_from_transformers(state: State) -> State:
+    """The head of an `ElectraForPreTraining`'s state as the state of our `ReplacedTokenHead`."""
+    return {
+        f"{ours}.{kind}": _take(state, f"{theirs}.{kind}") for ours, theirs in _RTD_HEAD for kind in ("weight", "bias")
+    }
 
 
 def under(state: State, prefix: str) -> State:

@@ -1,0 +1,177 @@
+"""Winograd sentences as a choice among candidates: what stands for the pronoun, read off GLUE's WNLI.
+
+WNLI asks whether a hypothesis follows in which a pronoun of the premise was replaced by what it may stand for. Ranked
+instead of classified, every noun phrase of the premise is put in the pronoun's place, and the discriminator says which
+sentence looks least tampered with. Source: the idea of RoBERTa (arXiv 1907.11692, section 5.1) with a discriminator in
+place of the masked language model, as richarddwang/electra_pytorch `_utils/wsc_trick.py` has it; that one needs
+SuperGLUE's spans and a parser. Here the pronoun and the candidate in question are found by comparing hypothesis and
+premise, and other candidates by determiners and capital letters: no parser, and some candidates that are no phrases,
+which a discriminator finds unlikely as it should.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+PRONOUNS = _words("he she it they him her them his hers its their theirs himself herself itself themselves")
+DETERMINERS = _words("a an the this that these those my your his her its our their some any each every another no")
+# Words that end a noun phrase, or never begin one: beside these, pronouns and determiners.
+FUNCTION_WORDS = _words(
+    """
+    about above across after against along although am among and are around as at away back be because been before
+    behind being below beside besides between both but by can cannot could did do does doing done down during either
+    even ever except for from had has have having here how however i if in inside into is just like may me might more
+    most much must near neither never nor not now of off on once one only onto or otherwise out outside over own past
+    rather shall she should since so soon still such than then there therefore though through till to together too
+    toward towards under unless until up upon us very was we were what whatever when whenever where whether which while
+    who whoever whom whose why will with within without would yet you
+    """
+)
+MOST_CANDIDATE_WORDS = 3  # after the determiner; candidates of 1, 2 and 3 words compete
+# "he's" is a pronoun and a verb, which the hypothesis may write out; "Bob's" is one word, as is a plural's possessive.
+CONTRACTIONS = {"s": "is", "re": "are", "ll": "will", "d": "would", "ve": "have"}
+WORD = re.compile(r"\b(?:he|she|it|they)(?=['’]\w)|\w+(?:['’-]\w+)*['’]?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A premise whose pronoun has been taken out.
+
+    Attributes:
+        before, after: the text around the pronoun.
+        candidate: what the hypothesis puts in its place.
+        others: the other noun phrases of the premise, each once; may be empty.
+    """
+
+    before: str
+    after: str
+    candidate: str
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Words:
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, text: str) -> _Words:
+        return cls(text, tuple(match.span() for match in WORD.finditer(text)))
+
+    def lower(self, index: int) -> str:
+        start, end = self.spans[index]
+        word = self.text[start:end].lower()
+        return CONTRACTIONS.get(word, word)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+
+def find_blank(premise: str, hypothesis: str) -> Blank | None:
+    """Find the pronoun of `premise` that `hypothesis` has replaced, and by what.
+
+    The hypothesis is a stretch of the premise around the pronoun, with the candidate in its place. Of all pronouns and
+    all stretches of the hypothesis taken for the candidate, that one counts which leaves most words beside it equal to
+    those beside the pronoun, and fewest unexplained; then the shortest candidate, then the last pronoun.
+
+    Returns:
+        None where no word beside any pronoun is found again in the hypothesis: there is nothing to rank.
+    """
+    before, after = _Words.of(premise), _Words.of(hypothesis)
+    best: tuple[tuple[int, int, int], int, int, int] | None = None
+    for pronoun in range(len(before)):
+        if before.lower(pronoun) not in PRONOUNS:
+            continue
+        left = [_matches(before, pronoun - 1, after, start - 1, -1) for start in range(len(after) + 1)]
+        right = [_matches(before, pronoun + 1, after, end, 1) for end in range(len(after) + 1)]
+        for start in range(len(after)):
+            for end in range(start + 1, len(after) + 1):
+                matched = left[start] + right[end]
+                unexplained = len(after) - (end - start) - matched
+                if matched == 0 or (after.lower(start) in PRONOUNS and end == start + 1):
+                    continue
+                score = (matched - unexplained, start - end, pronoun)
+                if best is None or score > best[0]:
+                    best = score, pronoun, start, end
+    if best is None:
+        return None
+    _, pronoun, start, end = best
+    candidate = hypothesis[after.spans[start][0] : after.spans[end - 1][1]]
+    begin, stop = before.spans[pronoun]
+    return Blank(premise[:begin], premise[stop:], candidate, _other_candidates(before, pronoun, candidate))
+
+
+def _matches(left: _Words, i: int, right: _Words, j: int, step: int) -> int:
+    """How many words in a row are equal, going from `i` and `j` in the direction of `step`."""
+    count = 0
+    while 0 <= i < len(left) and 0 <= j < len(right) and left.lower(i) == right.lower(j):
+        count, i, j = count + 1, i + step, j + step
+    return count
+
+
+def _other_candidates(premise: _Words, pronoun: int, candidate: str) -> tuple[str, ...]:
+    """Noun phrases of the premise that share no word of meaning with `candidate`, in its form: possessive or not.
+
+    One that `pronoun` is a part of is none of them.
+    """
+    taken = {_stem(word) for word in WORD.findall(candidate.lower())} - DETERMINERS - FUNCTION_WORDS
+    possessive = candidate.endswith(("'s", "’s", "s'", "s’"))
+    found: dict[str, str] = {}
+    for start, end in _noun_phrases(premise):
+        words = [premise.lower(index) for index in range(start, end)]
+        if start <= pronoun < end or not taken.isdisjoint(map(_stem, words)):
+            continue
+        text = premise.text[premise.spans[start][0] : premise.spans[end - 1][1]]
+        text = re.sub(r"['’]s?$", "", text)
+        if possessive:
+            text += "'" if text.endswith("s") else "'s"
+        found.setdefault(text.lower(), text)
+    return tuple(found.values())
+
+
+def _noun_phrases(words: _Words) -> list[tuple[int, int]]:
+    """Spans of words that may be noun phrases: a determiner with what follows it, or capitalised words."""
+    spans = []
+    for start in range(len(words)):
+        first = words.lower(start)
+        if first in DETERMINERS:
+            for end in range(start + 2, start + 2 + MOST_CANDIDATE_WORDS):
+                if end > len(words) or not _continues(words, end - 1):
+                    break
+                spans.append((start, end))
+        elif _is_name(words, start) and not (start > 0 and _is_name(words, start - 1) and _adjacent(words, start)):
+            end = start + 1
+            while end < len(words) and _is_name(words, end) and _adjacent(words, end):
+                end += 1
+            spans.append((start, end))
+    return spans
+
+
+def _continues(words: _Words, index: int) -> bool:
+    """Whether a word can belong to the noun phrase of the word before it."""
+    return _adjacent(words, index) and not _is_function(words.lower(index))
+
+
+def _adjacent(words: _Words, index: int) -> bool:
+    """Whether nothing but space stands before a word."""
+    return words.text[words.spans[index - 1][1] : words.spans[index][0]].isspace()
+
+
+def _is_name(words: _Words, index: int) -> bool:
+    start = words.spans[index][0]
+    return words.text[start].isupper() and not _is_function(words.lower(index))
+
+
+def _is_function(word: str) -> bool:
+    return word in FUNCTION_WORDS or word in DETERMINERS or word in PRONOUNS
+
+
+def _stem(word: str) -> str:
+    """A word without the endings in which the same phrase may differ: possessive and plural."""
+    return re.sub(r"(?:['’]s?|(?<=\w{3})s)$", "", word)
