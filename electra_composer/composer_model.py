@@ -159,7 +159,7 @@ class ElectraPretraining(ComposerModel):
         masked = int(self.model.mask_counts(batch["input_ids"], sequence_ids).sum())
         # Positions count from 0 in every example and are 0 in padding: an example's sum to length · (length - 1) / 2.
         squared_lengths = 2 * int(batch["position_ids"].sum()) + tokens
-        generator, discriminator = self.model.generator.config, self.model.discriminator.config
+        generator, discriminator = self.model.encoder_of_generator.config, self.model.discriminator.config
         mlm_weights = generator.embedding_size * (generator.hidden_size + generator.vocab_size)
         rtd_weights = discriminator.hidden_size * (discriminator.hidden_size + 1)
         return (
