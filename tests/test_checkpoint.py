@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -41,8 +42,13 @@ VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for n
 # Weight maps
 
 
-@pytest.mark.parametrize("sizes", [{}, {"embedding_size": 32}, {"generator_size": 1.0, "embedding_size": 32}])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "tied"),
+    [
+        *itertools.product([{}, {"embedding_size": 32}, {"generator_size": 1.0, "embedding_size": 32}], [True, False]),
+        ({"tie_encoder": True, "generator_size": 1.0, "num_heads": 1}, True),
+    ],
+)
 def test_maps_fit_transformers_strictly_and_come_back_as_they_went(
     make_model: Make, tiny_model_config: Make, sizes: dict[str, Any], tied: bool
 ) -> None:
@@ -50,9 +56,9 @@ def test_maps_fit_transformers_strictly_and_come_back_as_they_went(
     ours = make_model(config)
     state = ours.state_dict()
     discriminator = ElectraForPreTraining(transformers_config(ours.discriminator.config, pad_id=0))
-    generator = ElectraForMaskedLM(transformers_config(ours.generator.config, pad_id=0))
+    generator = ElectraForMaskedLM(transformers_config(ours.encoder_of_generator.config, pad_id=0))
     discriminator.load_state_dict(discriminator_to_transformers(state, ours.discriminator.config), strict=True)
-    generator.load_state_dict(generator_to_transformers(state, ours.generator.config), strict=True)
+    generator.load_state_dict(generator_to_transformers(state, ours.encoder_of_generator.config), strict=True)
     back = pretraining_from_transformers(discriminator.state_dict(), generator.state_dict(), config, 99)
     assert back.keys() == state.keys()
     for name, tensor in state.items():
@@ -97,6 +103,17 @@ def test_different_embeddings_are_not_tied_silently(make_model: Make, tiny_model
         pretraining_from_transformers(*parts, tiny_model_config(), 99)
     back = pretraining_from_transformers(*parts, config, 99)
     assert not torch.equal(back["embeddings.word.weight"], back["generator_embeddings.word.weight"])
+
+
+def test_different_layers_are_not_tied_silently(make_model: Make, tiny_model_config: Make) -> None:
+    sizes = {"generator_size": 1.0, "num_heads": 1}
+    model = make_model(tiny_model_config(**sizes))
+    parts = (
+        discriminator_to_transformers(model.state_dict(), model.discriminator.config),
+        generator_to_transformers(model.state_dict(), model.encoder_of_generator.config),
+    )
+    with pytest.raises(UserError, match="tie_encoder=false"):
+        pretraining_from_transformers(*parts, tiny_model_config(**sizes, tie_encoder=True), 99)
 
 
 def test_a_missing_weight_is_named(make_model: Make, tiny_model_config: Make) -> None:

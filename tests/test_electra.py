@@ -43,16 +43,20 @@ def gradients(model: torch.nn.Module) -> Batch:
 
 
 def tied_by_hand(model: ElectraForPretraining) -> tuple[ElectraForMaskedLM, ElectraForPreTraining]:
-    """transformers' generator and discriminator with our weights; their embeddings made one by assignment."""
+    """transformers' generator and discriminator with our weights; what is tied made one by assignment."""
     state = model.state_dict()
-    generator = ElectraForMaskedLM(transformers_config(model.generator.config, pad_id=0))
+    config = model.encoder_of_generator.config
+    generator = ElectraForMaskedLM(transformers_config(config, pad_id=0))
     discriminator = ElectraForPreTraining(transformers_config(model.discriminator.config, pad_id=0))
-    generator.load_state_dict(generator_to_transformers(state, model.generator.config))
+    generator.load_state_dict(generator_to_transformers(state, config))
     discriminator.load_state_dict(discriminator_to_transformers(state, model.discriminator.config))
     ours, theirs = generator.electra.embeddings, discriminator.electra.embeddings
     for part in ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm"):
         setattr(ours, part, getattr(theirs, part))
     generator.generator_lm_head.weight = theirs.word_embeddings.weight
+    if model.generator is None:
+        generator.electra.encoder = discriminator.electra.encoder
+        generator.electra.embeddings_project = discriminator.electra.embeddings_project
     return generator.train(), discriminator.train()  # dropout is 0
 
 
@@ -63,6 +67,7 @@ def tied_by_hand(model: ElectraForPretraining) -> tuple[ElectraForMaskedLM, Elec
         {"embedding_size": 32},  # the discriminator has no projection
         {"embedding_size": 16, "generator_size": 0.5, "num_layers": 3, "generator_layers": 1},
         {"embedding_size": 32, "generator_size": 1.0},  # neither has one
+        {"tie_encoder": True, "generator_size": 1.0, "num_heads": 1},
     ],
 )
 def test_logits_losses_and_gradients_agree_with_transformers(
@@ -108,7 +113,7 @@ def test_logits_losses_and_gradients_agree_with_transformers(
     assert_same_gradients(discriminator_to_transformers(ours, model.discriminator.config), theirs)
     theirs = gradients(generator)
     theirs["generator_lm_head.weight"] = theirs["electra.embeddings.word_embeddings.weight"]
-    assert_same_gradients(generator_to_transformers(ours, model.generator.config), theirs)
+    assert_same_gradients(generator_to_transformers(ours, model.encoder_of_generator.config), theirs)
 
 
 def assert_same_gradients(ours: Batch, theirs: Batch) -> None:
@@ -526,6 +531,19 @@ def test_the_output_layer_of_the_generator_is_the_word_embeddings(make_model: Ma
     assert torch.equal(after[..., others], before[..., others])
 
 
+def test_all_weights_tied_there_is_one_encoder(make_model: Make, make_batch: Make, tiny_model_config: Make) -> None:
+    model = make_model(tiny_model_config(tie_encoder=True, generator_size=1.0, num_heads=1))
+    assert not [name for name in model.state_dict() if name.startswith("generator")]
+    batch = make_batch(UNEVEN)
+    noise = noise_of(model, batch)
+    before = model(**batch, noise=noise)
+    with torch.no_grad():
+        model.discriminator.layers[0].up.weight.mul_(2.0)
+    after = model(**batch, noise=noise)
+    for name in ("mlm_features", "rtd_logits"):
+        assert not torch.allclose(before[name], after[name]), name
+
+
 def test_untied_each_side_has_its_own(make_model: Make, make_batch: Make, tiny_model_config: Make) -> None:
     model = make_model(tiny_model_config(tie_embeddings=False))
     assert model.generator_embeddings is not None
@@ -640,6 +658,8 @@ def test_initial_weights(make_model: Make, tiny_model_config: Make) -> None:
         ({"generator_size": 0.0}, {}, 32, "generator of model.hidden_size is 0"),
         ({"generator_layers": 0}, {}, 32, "generator of model.num_layers is 0"),
         ({"embedding_size": 0}, {}, 32, "embedding_size is 0"),
+        ({"tie_encoder": True}, {}, 32, r"differ in hidden_size.*generator_size=1\.0.*num_heads=1"),
+        ({"tie_encoder": True, "tie_embeddings": False}, {}, 32, r"model\.tie_embeddings is false"),
         ({"dropout": 1.5}, {}, 32, r"model\.dropout is 1\.5; expected a number from 0\.0 to 1\.0"),
         ({"attention_dropout": -0.1}, {}, 32, r"model\.attention_dropout is -0\.1"),
         ({}, {"temperature": 0.0}, 32, r"objective\.temperature is 0\.0"),
