@@ -48,6 +48,41 @@ def test_sdpa_is_attention_within_examples(heads: int) -> None:
     torch.testing.assert_close(attention(qkv, pattern_of(IDS), heads), written_out(qkv, IDS, heads))
 
 
+@pytest.mark.parametrize("piece_numbers", [1, 2**19])
+def test_without_dropout_the_products_and_their_gradient_are_the_same(
+    piece_numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What bf16 takes on a CPU, in double precision, where the comparison is exact; it draws nothing."""
+    monkeypatch.setattr(kernel, "PIECE_NUMBERS", piece_numbers)
+    monkeypatch.setattr(kernel, "_is_short_bf16", lambda qkv: True)
+    qkv = torch.randn(5, 8, 48, dtype=torch.float64, requires_grad=True)
+    state = torch.get_rng_state()
+    out = attention(qkv, pattern_of(IDS), 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert out.grad_fn is not None
+    upstream = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, qkv, upstream)
+    expected = written_out(qkv, IDS, 4)
+    torch.testing.assert_close(out, expected)
+    (expected_gradient,) = torch.autograd.grad(expected, qkv, upstream)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize(("length", "written"), [(32, True), (kernel.SHORT + 8, False)])
+def test_bf16_on_a_cpu(length: int, written: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near the same in fp32, by either path: short rows by products, long ones by torch's."""
+    taken = []
+    apply = kernel._WrittenAttention.apply
+    monkeypatch.setattr(kernel._WrittenAttention, "apply", lambda *inputs: taken.append(1) or apply(*inputs))
+    ids = torch.ones(2, length, dtype=torch.long)
+    ids[0, length // 3 :] = 2
+    qkv = torch.randn(2, length, 48)
+    out = attention(qkv.bfloat16(), pattern_of(ids), 4)
+    assert bool(taken) == written
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), attention(qkv, pattern_of(ids), 4), atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("piece_numbers", [1, 2**19])
 def test_dropout_attention_and_its_gradient(heads: int, piece_numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:

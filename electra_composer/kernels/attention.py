@@ -4,7 +4,8 @@ A row may hold several examples and padding; tokens attend to tokens of their ow
 meaning, and :class:`Pattern` carries what each needs of a batch:
 
 * `sdpa`: `F.scaled_dot_product_attention` with a mask; any device.
-* on a CPU, in training with dropout, where torch's own falls back to its slowest path: :class:`_DropoutAttention`.
+* on a CPU, where torch's own is slow, that is in training with dropout and on short rows in bf16:
+  :class:`_WrittenAttention`.
 * `varlen`: flash attention over the examples one after another, without a mask; CUDA.
 """
 
@@ -80,15 +81,24 @@ def attention(qkv: Tensor, pattern: Pattern, num_heads: int, dropout_p: float = 
     qkv = qkv.view(rows, length, 3, num_heads, width // (3 * num_heads))
     if pattern.boundaries is not None:
         attended = _flash(qkv, pattern.boundaries, dropout_p)
-    elif dropout_p > 0.0 and dropout.serves(qkv, dropout_p):
+    elif dropout.serves(qkv, dropout_p) and (dropout_p > 0.0 or _is_short_bf16(qkv)):
         assert pattern.mask is not None
-        attended = _DropoutAttention.apply(qkv, pattern.mask, dropout_p)
+        attended = _WrittenAttention.apply(qkv, pattern.mask, dropout_p)
     else:
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=pattern.mask, dropout_p=dropout_p
         ).transpose(1, 2)
     return attended.reshape(rows, length, width // 3)
+
+
+SHORT = 256
+"""Up to this length a CPU's bf16 products of whole rows are faster than torch's flash attention: 3.7 × at 32, 3.8 × at
+128, 0.8 × at 512 (benchmarks/RESULTS.md)."""
+
+
+def _is_short_bf16(qkv: Tensor) -> bool:
+    return qkv.dtype == torch.bfloat16 and qkv.shape[1] <= SHORT
 
 
 def _flash(qkv: Tensor, boundaries: Tensor, dropout_p: float) -> Tensor:
@@ -102,8 +112,8 @@ def _flash(qkv: Tensor, boundaries: Tensor, dropout_p: float) -> Tensor:
     )[0]
 
 
-class _DropoutAttention(torch.autograd.Function):
-    """Attention with dropout on a CPU: plain products, with the passes over `[rows, heads, length, length]` counted.
+class _WrittenAttention(torch.autograd.Function):
+    """Attention on a CPU as plain products, with the passes over `[rows, heads, length, length]` counted.
 
     Rows are taken a few at a time, so that their scores stay in the cache from one pass to the next.
     """
@@ -113,7 +123,7 @@ class _DropoutAttention(torch.autograd.Function):
         rows, length, _, heads, size = qkv.shape
         query, key, value = (part.flatten(0, 1) for part in qkv.permute(2, 0, 3, 1, 4).contiguous())
         probabilities = query.new_empty(rows * heads, length, length)
-        bits = dropout.draw_bits(probabilities.shape)
+        bits = dropout.draw_bits(probabilities.shape) if p > 0.0 else None
         attended = torch.empty_like(query)
         bias = torch.zeros(mask.shape, dtype=qkv.dtype).masked_fill_(~mask, -math.inf)
         for piece, few in _pieces(rows, heads, length):
@@ -121,8 +131,9 @@ class _DropoutAttention(torch.autograd.Function):
                 query.new_empty(()), query[piece], key[piece].transpose(1, 2), beta=0, alpha=1 / math.sqrt(size)
             )
             scores.view(-1, heads, length, length).add_(bias[few])
-            torch.softmax(scores, -1, out=probabilities[piece])
-            dropped = dropout.kept(bits[piece], p, scores).mul_(probabilities[piece])
+            chances = probabilities[piece]
+            torch.softmax(scores, -1, out=chances)
+            dropped = chances if bits is None else dropout.kept(bits[piece], p, scores).mul_(chances)
             torch.baddbmm(
                 query.new_empty(()), dropped, value[piece], beta=0, alpha=dropout.scale(p), out=attended[piece]
             )
@@ -141,10 +152,14 @@ class _DropoutAttention(torch.autograd.Function):
         unused = query.new_empty(())
         for piece, _ in _pieces(rows, heads, length):
             of_attended, chances = gradient[piece], probabilities[piece]
-            keep = dropout.kept(bits[piece], ctx.p, chances)
             of_chances = torch.baddbmm(unused, of_attended, value[piece].transpose(1, 2), beta=0, alpha=keep_scale)
-            of_scores = torch._softmax_backward_data(of_chances.mul_(keep), chances, -1, chances.dtype)
-            dropped = keep.mul_(chances).transpose(1, 2)
+            dropped = chances
+            if bits is not None:
+                keep = dropout.kept(bits[piece], ctx.p, chances)
+                of_chances.mul_(keep)
+                dropped = keep.mul_(chances)
+            of_scores = torch._softmax_backward_data(of_chances, chances, -1, chances.dtype)
+            dropped = dropped.transpose(1, 2)
             for out, left, right, alpha in (
                 (gradients[0], of_scores, key, factor),
                 (gradients[1], of_scores.transpose(1, 2), query, factor),
