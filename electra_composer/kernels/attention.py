@@ -93,8 +93,8 @@ def attention(qkv: Tensor, pattern: Pattern, num_heads: int, dropout_p: float = 
 
 
 SHORT = 256
-"""Up to this length a CPU's bf16 products of whole rows are faster than torch's flash attention: 3.7 × at 32, 3.8 × at
-128, 0.8 × at 512 (benchmarks/RESULTS.md)."""
+"""Up to this length a CPU's bf16 products of whole rows are faster than torch's flash attention: 3.2 × at 128, 1.9 × at
+256 (benchmarks/RESULTS.md)."""
 
 
 def _is_short_bf16(qkv: Tensor) -> bool:
