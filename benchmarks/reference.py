@@ -173,14 +173,14 @@ def flops(model: ReferenceElectra, rows: int, length: int) -> int:
     """
     tokens = rows * length
     total = 0
-    for config in (model.encoder_of_generator.config, model.discriminator.config):
+    for config in (model.generator.config, model.discriminator.config):
         width, depth = config.hidden_size, config.num_hidden_layers
         weights = depth * (4 * width * width + 2 * width * config.intermediate_size)
         if config.embedding_size != width:
             weights += config.embedding_size * width
         total += 6 * tokens * weights
         total += 3 * depth * 2 * (2 * tokens * length * width)  # scores, and values weighted by them
-    generator, discriminator = model.encoder_of_generator.config, model.discriminator.config
+    generator, discriminator = model.generator.config, model.discriminator.config
     mlm_weights = generator.embedding_size * (generator.hidden_size + generator.vocab_size)
     rtd_weights = discriminator.hidden_size * (discriminator.hidden_size + 1)
     return total + 6 * tokens * (mlm_weights + rtd_weights)
