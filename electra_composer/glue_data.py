@@ -244,26 +244,31 @@ def collate(items: Sequence[EncodedExample], pad_id: int) -> dict[str, Any]:
         are put back into its order; `labels [rows]`, int64 or fp32, unless it is a test set; `num_tokens`, without
         padding, an int.
     """
-    lengths = np.array([len(item.input_ids) for item in items])
+    arrays, positions = pad_rows([item.input_ids for item in items], pad_id)
+    firsts = np.array([item.first_length for item in items])[:, None]
+    arrays["token_type_ids"] = arrays["sequence_ids"] * (positions >= firsts)
+    arrays["indices"] = np.array([item.position for item in items], dtype=np.int64)
+    if items[0].label is not None:
+        arrays["labels"] = np.array([item.label for item in items])
+    batch: dict[str, Any] = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    batch["num_tokens"] = int(arrays["sequence_ids"].sum())
+    return batch
+
+
+def pad_rows(rows: Sequence[NDArray[np.int32]], pad_id: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
+    """`input_ids`, `position_ids` and `sequence_ids` as :func:`collate` gives them; and 0, 1, 2, …, `[1, length]`."""
+    lengths = np.array([len(row) for row in rows])
     width = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
     positions = np.arange(width)[None, :]
     is_token = positions < lengths[:, None]
     input_ids = np.full(is_token.shape, pad_id, dtype=np.int64)
-    input_ids[is_token] = np.concatenate([item.input_ids for item in items])
-    firsts = np.array([item.first_length for item in items])
-    arrays = {
+    input_ids[is_token] = np.concatenate(rows)
+    # Padding stands at position 0, so that rounding up never leaves the position table.
+    return {
         "input_ids": input_ids,
-        "token_type_ids": (is_token & (positions >= firsts[:, None])).astype(np.int64),
-        # Padding stands at position 0, so that rounding up never leaves the position table.
         "position_ids": positions * is_token,
         "sequence_ids": is_token.astype(np.int64),
-        "indices": np.array([item.position for item in items], dtype=np.int64),
-    }
-    if items[0].label is not None:
-        arrays["labels"] = np.array([item.label for item in items])
-    batch: dict[str, Any] = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    batch["num_tokens"] = int(lengths.sum())
-    return batch
+    }, positions
 
 
 def split_batch(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:

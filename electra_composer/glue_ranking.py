@@ -26,7 +26,7 @@ from electra_composer.config import GlueModelConfig
 from electra_composer.coreference import Blank, find_blank
 from electra_composer.electra import ElectraForReplacedTokens
 from electra_composer.errors import UserError
-from electra_composer.glue_data import PAD_MULTIPLE, training_examples
+from electra_composer.glue_data import pad_rows, training_examples
 from electra_composer.glue_files import Example, read_examples
 from electra_composer.glue_model import ElectraClassifier, load_body, sizes_of
 from electra_composer.glue_sampler import LengthGroupedSampler
@@ -202,18 +202,10 @@ def collate_ranked(items: Sequence[RankedExample], pad_id: int) -> dict[str, Any
         `indices` and, but for a test set, `labels`, int64 `[examples]`; `num_tokens`, an int.
     """
     rows = [row for item in items for row in item.rows]
-    lengths = np.array([len(row.input_ids) for row in rows])
-    width = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
-    positions = np.arange(width)[None, :]
-    is_token = positions < lengths[:, None]
-    input_ids = np.full(is_token.shape, pad_id, dtype=np.int64)
-    input_ids[is_token] = np.concatenate([row.input_ids for row in rows])
+    arrays, positions = pad_rows([row.input_ids for row in rows], pad_id)
     starts, ends = (np.array([getattr(row, name) for row in rows])[:, None] for name in ("start", "end"))
-    arrays = {
-        "input_ids": input_ids,
-        "token_type_ids": np.zeros_like(input_ids),
-        "position_ids": positions * is_token,
-        "sequence_ids": is_token.astype(np.int64),
+    arrays |= {
+        "token_type_ids": np.zeros_like(arrays["input_ids"]),
         "candidates": ((positions >= starts) & (positions < ends)).astype(np.int64),
         "example_ids": np.repeat(np.arange(len(items)), [len(item.rows) for item in items]),
         "indices": np.array([item.position for item in items], dtype=np.int64),
@@ -221,7 +213,7 @@ def collate_ranked(items: Sequence[RankedExample], pad_id: int) -> dict[str, Any
     if items[0].label is not None:
         arrays["labels"] = np.array([item.label for item in items])
     batch: dict[str, Any] = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    batch["num_tokens"] = int(lengths.sum())
+    batch["num_tokens"] = int(arrays["sequence_ids"].sum())
     return batch
 
 
