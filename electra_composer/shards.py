@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import math
 import os
+import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from composer.core import DataSpec
+from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.shared import SharedMemory
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
@@ -140,20 +146,97 @@ class RowDataset(StreamingDataset):
         split: which of them.
         batch_size: rows per device; Streaming deals whole batches to the loader's workers by it.
         shuffle, seed: order of the rows; a new one in each epoch.
+
+    Streaming keeps what a data set shares with its workers open until the process ends, and every further data set
+    opens all of that again, to see that it is in use: a process that builds many (a notebook, the tests) runs out of
+    file descriptors. Here the one goes with the data set, the other at once.
     """
 
     def __init__(self, config: ShardsConfig, split: str, batch_size: int, shuffle: bool, seed: int) -> None:
-        super().__init__(
-            local=config.path,
-            remote=config.remote,
-            split=split,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
-            predownload=config.predownload,
-            cache_limit=config.cache_limit,
-            validate_hash=HASH,
-        )
+        with _choosing_a_prefix():
+            before = _all_shared_memory()
+            super().__init__(
+                local=config.path,
+                remote=config.remote,
+                split=split,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                shuffle_seed=seed,
+                predownload=config.predownload,
+                cache_limit=config.cache_limit,
+                validate_hash=HASH,
+            )
+            mine = _shared_memory(self)
+            _release([block for block in _all_shared_memory() if block not in before + mine])
+        self._release_with_me(mine)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Rows of one epoch, from where the loader's state says. Breaking off ends the threads that read ahead."""
+        rows = super().__iter__()
+        for first in rows:
+            epoch = self._iterator
+            try:
+                yield first
+                yield from rows
+            finally:
+                epoch.non_blocking_exit()
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        super().load_state_dict(obj)
+        if hasattr(self, "_resume_shm"):
+            self._release_with_me([self._resume_shm])
+
+    def _release_with_me(self, blocks: list[SharedMemory]) -> None:
+        finalizer = weakref.finalize(self, _release, blocks, os.getpid())
+        finalizer.atexit = False  # Streaming's part
+
+
+@contextmanager
+def _choosing_a_prefix() -> Iterator[None]:
+    """One data set of this machine and user at a time takes the next free name of Streaming's shared memory.
+
+    Two runs that start together would otherwise both find the same name free, and one of them fails. All ranks of a
+    run look for the name, each by itself: none starts before the lock is had, and before each has let go what the data
+    sets of earlier trainers held, so that all find the same.
+    """
+    gc.collect()
+    lock = FileLock(os.path.join(tempfile.gettempdir(), f"electra_composer_{os.getuid()}.lock"))
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if World.detect().is_local_leader:
+        lock.acquire()
+    try:
+        if ranks:
+            torch.distributed.barrier()
+        yield
+        if ranks:
+            torch.distributed.barrier()
+    finally:
+        lock.release()
+
+
+def _release(blocks: Sequence[SharedMemory], owner: int | None = None) -> None:
+    """Close blocks of shared memory now, and remove those that this process made, instead of at its end.
+
+    `owner` is the process that may; a worker's copy of the data set leaves everything as it is.
+    """
+    if owner not in (None, os.getpid()):
+        return
+    for block in blocks:
+        block.cleanup()
+        atexit.unregister(block.cleanup)
+
+
+def _all_shared_memory() -> list[SharedMemory]:
+    return [block for block in gc.get_referrers(SharedMemory) if isinstance(block, SharedMemory)]
+
+
+def _shared_memory(dataset: StreamingDataset) -> list[SharedMemory]:
+    """The blocks of shared memory that a data set holds, found in its attributes and one or two levels below."""
+    blocks, values = [], list(vars(dataset).values())
+    for _ in range(3):
+        blocks += [value for value in values if isinstance(value, SharedMemory)]
+        values = [part for value in values for name in ("shm", "arr", "_arr") if (part := getattr(value, name, None))]
+    return blocks
 
 
 class RowLoader(StreamingDataLoader):

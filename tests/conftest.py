@@ -5,9 +5,11 @@ Fixtures return factories, so that a test says in its own words what differs fro
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
@@ -15,6 +17,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from composer.core import Engine
+from torch.distributed.checkpoint import state_dict
 
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.conversion import Conversion, convert
@@ -31,10 +35,26 @@ Batch = dict[str, torch.Tensor]
 Row = list[tuple[int, int]]
 
 
+# The usual limit of open files, so that a leak of them is seen on every machine.
+_SOFT, _HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024 if _SOFT == resource.RLIM_INFINITY else min(_SOFT, 1024), _HARD))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _forget_trainers() -> Iterator[None]:
+    """Lets a test's trainers go, and so the files that their loaders hold open, of which a process may have 1,024.
+
+    PyTorch's state dicts remember every model, and Composer every trainer's state, which it closes at the end.
+    """
+    yield
+    state_dict._get_fqns.cache_clear()
+    atexit.unregister(Engine._close)
 
 
 @pytest.fixture

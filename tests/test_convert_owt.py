@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streaming import StreamingDataset
+from streaming import LocalDataset
 
 from electra_composer import chunks, conversion
 from electra_composer.chunks import cut_line, encode_lines, is_validation
@@ -66,7 +66,7 @@ def files_of(folder):
 
 
 def rows_of(out, split="train"):
-    dataset = StreamingDataset(local=str(out), split=split, batch_size=1)
+    dataset = LocalDataset(local=str(out), split=split)
     return [dataset[index] for index in range(len(dataset))]
 
 

@@ -365,6 +365,55 @@ with open(f"{sys.argv[2]}/{dist.get_global_rank()}.json", "w") as file:
 """
 
 
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted in /proc")
+def test_loaders_that_are_gone_hold_no_files_open(shards):
+    config = ShardsConfig(path=shards, max_seq_length=LENGTH, num_workers=0)
+    meta = read_meta(shards)
+    counts = []
+    for _ in range(3):
+        options = {"batch_size": 4, "shuffle": True, "drop_last": True, "seed": 0}
+        pair = [build_dataloader(config, meta, split, **options) for split in ("train", "val")]
+        next(iter(pair[0]))  # broken off, so that its threads are at work
+        assert open_files() - (counts or [0])[-1] >= 12  # six blocks each
+        del pair
+        time.sleep(0.1)  # for the threads to see it
+        gc.collect()
+        counts.append(open_files())
+    assert counts[0] == counts[1] == counts[2]
+
+
+BUILDER = """
+import sys, time
+from electra_composer.config import ShardsConfig
+from electra_composer.shards import build_dataloader, read_meta
+meta = read_meta(sys.argv[1])
+config = ShardsConfig(path=sys.argv[1], max_seq_length=meta.max_seq_length, num_workers=0)
+print("ready", flush=True)
+sys.stdin.readline()
+kept = []
+for _ in range(6):
+    kept.append(build_dataloader(config, meta, "train", 4, shuffle=True, drop_last=True, seed=0))
+"""
+
+
+@pytest.mark.slow
+def test_runs_that_start_together_share_no_memory(shards):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen([sys.executable, "-c", BUILDER, shards], **pipes) for _ in range(3)]
+    for run in runs:
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        run.stdin.write("go\n")
+        run.stdin.flush()
+    for run in runs:
+        _, errors = run.communicate(timeout=120)
+        assert run.returncode == 0, errors
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_share_the_rows(shards, tmp_path):
