@@ -145,8 +145,8 @@ class CheckpointConfig:
     milestones: list[float] = field(default_factory=list)  # fractions of training whose checkpoints stay for good
     resume: bool = True  # continue from the newest checkpoint in `folder`, if there is one
     overwrite: bool = False  # start anew in a folder that holds another run, replacing its files
-    load_path: str | None = None  # start from this checkpoint's weights and state
-    load_weights_only: bool = False
+    load_path: str | None = None  # start from this checkpoint's (or this run's folder's newest) weights and state
+    load_weights_only: bool = False  # its weights alone: another length of rows, batch size, schedule …
 
 
 @dataclass

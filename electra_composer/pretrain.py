@@ -5,6 +5,7 @@ from __future__ import annotations
 from composer import Trainer
 from composer.utils import dist
 
+from electra_composer.baselines import describe_baseline
 from electra_composer.callbacks import RunRecord, TrainMetrics
 from electra_composer.checkpoint import check_state_fits, read_checkpoint, special_ids, tokenizer_files
 from electra_composer.composer_model import ElectraPretraining
@@ -73,6 +74,8 @@ def main(config: PretrainConfig) -> Trainer:
         config.data, "train", device_batch_size(config.trainer), meta, config.seed, batch_transforms=model.count_batch
     )
     eval_data = build_data_spec(config.data, "eval", config.trainer.device_eval_batch_size, meta, config.seed)
+    if dist.get_global_rank() == 0 and (loss_to_beat := describe_baseline(config.data, meta, config.objective)):
+        print(loss_to_beat, flush=True)
     trainer = build_trainer(
         config,
         model,

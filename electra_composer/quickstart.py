@@ -22,8 +22,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining
 
+from electra_composer.baselines import mlm_loss_without_context, unigram_counts, unigram_entropy
 from electra_composer.checkpoint import read_checkpoint
+from electra_composer.config import ObjectiveConfig, ShardsConfig
+from electra_composer.devices import cpu_multiplies_bfloat16
 from electra_composer.kernels.attention import pattern_of
+from electra_composer.shards import read_meta
 
 FOLDER = "runs/quickstart"
 SHARDS, GLUE_DATA = f"{FOLDER}/shards", f"{FOLDER}/synthetic_glue"
@@ -57,9 +61,10 @@ SMOKE = Size(
 
 def commands(size: Size) -> list[tuple[str, list[str]]]:
     """What is done, step by step: a title and the command line."""
+    fast = ["trainer.precision=amp_bf16"] if not torch.cuda.is_available() and cpu_multiplies_bfloat16() else []
     python, composer = sys.executable, [os.path.join(os.path.dirname(sys.executable), "composer"), "-n", "1"]
     convert = [python, "data_prep/convert_owt.py", "--source", "docstrings", "--tokenizer", "train", "--out", SHARDS]
-    convert += ["--max-seq-length", "64"]
+    convert += ["--max-seq-length", "32", "--lines", "sentence"]
     synthetic = [python, "-m", "electra_composer.synthetic", "--source", "docstrings", "--out", GLUE_DATA]
     finetune = [*composer, "electra_composer/glue.py", "yamls/quickstart_glue.yaml", *size.finetune]
     return [
@@ -69,7 +74,7 @@ def commands(size: Size) -> list[tuple[str, list[str]]]:
         ),
         (
             "a tiny ELECTRA, pretrained on them",
-            [*composer, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *size.pretrain],
+            [*composer, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *fast, *size.pretrain],
         ),
         (
             "a synthetic GLUE-shaped task from the same text: whole or corrupted sentence?",
@@ -129,14 +134,27 @@ def metrics_of(folder: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def pretraining_summary(rows: list[dict[str, Any]]) -> str:
-    """First and last losses, AUC and speed of the pretraining run, a line each."""
+def baseline() -> float:
+    """The MLM loss that the quickstart's shards allow to who learns nothing from context."""
+    config = ShardsConfig(path=SHARDS, max_seq_length=32)
+    counts = unigram_counts(config, read_meta(SHARDS), "train")
+    assert counts is not None  # they were written here
+    return mlm_loss_without_context(unigram_entropy(counts), ObjectiveConfig())
+
+
+def pretraining_summary(rows: list[dict[str, Any]], without_context: float) -> str:
+    """First and last losses, AUC and speed of the pretraining run, a line each.
+
+    Args:
+        rows: of the metrics file.
+        without_context: see :func:`baseline`.
+    """
     mlm = [row["metrics/train/mlm_loss"] for row in rows if "metrics/train/mlm_loss" in row]
     rtd = [row["metrics/train/rtd_loss"] for row in rows if "metrics/train/rtd_loss" in row]
     auc = [row["metrics/eval/rtd_auc"] for row in rows if "metrics/eval/rtd_auc" in row]
     speed = [row["throughput/tokens_per_sec"] for row in rows if "throughput/tokens_per_sec" in row]
     lines = [
-        f"generator, MLM loss          {mlm[0]:.2f} → {mlm[-1]:.2f}",
+        f"generator, MLM loss          {mlm[0]:.2f} → {mlm[-1]:.2f} (word frequencies, without context: {without_context:.2f})",
         f"discriminator, RTD loss      {rtd[0]:.3f} → {rtd[-1]:.3f}",
         f"discriminator, RTD AUC       {auc[-1]:.3f} on held-out documents (chance 0.500)",
         f"tokens seen                  {rows[-1]['time/token']:,}",
@@ -176,7 +194,7 @@ def main() -> None:
     for start in STARTS:
         with open(f"{FOLDER}/glue-{start}/results.json", encoding="utf-8") as file:
             results[start] = json.load(file)
-    print(f"\n━━ pretraining\n{pretraining_summary(metrics_of(PRETRAIN))}")
+    print(f"\n━━ pretraining\n{pretraining_summary(metrics_of(PRETRAIN), baseline())}")
     print(f"\n━━ a synthetic task: whole or corrupted sentence (chance 50)\n{table(results)}")
     print(f"\n━━ export\n  {EXPORT}: {exported}")
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in all; everything is in {FOLDER}\n\n{REAL_RUN}")

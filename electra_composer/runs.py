@@ -22,6 +22,7 @@ from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.devices import keep_freed_memory, resolve_device
 from electra_composer.errors import UserError
 from electra_composer.optim import parse_time
+from electra_composer.sharded_checkpoint import is_sharded
 from electra_composer.trainer import RunTrainer, run_device
 
 LATEST = "latest-rank{rank}.pt"
@@ -188,7 +189,7 @@ def build_trainer(
         compile_config=compile_config(trainer, static_shapes),
         deterministic_mode=trainer.deterministic,
         autoresume=bool(savers) and checkpoints.resume and not checkpoints.overwrite,
-        load_path=checkpoints.load_path,
+        load_path=path_to_start_from(config),
         load_weights_only=checkpoints.load_weights_only,
         load_strict_model_weights=True,
     )
@@ -231,9 +232,28 @@ def checkpoint_to_load(config: RunConfig) -> str | None:
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
     if checkpoints.resume and not checkpoints.overwrite and os.path.lexists(latest):
         return latest if os.path.isfile(latest) else None
-    if checkpoints.load_path is None or os.path.isdir(checkpoints.load_path):
-        return None
-    return checkpoints.load_path
+    path = path_to_start_from(config)
+    return None if path is None or os.path.isdir(path) else path
+
+
+def path_to_start_from(config: RunConfig) -> str | None:
+    """`checkpoints.load_path`; where it is the folder of a run, the newest checkpoint in there.
+
+    Raises:
+        UserError: a folder that is neither that nor a sharded checkpoint.
+    """
+    path = config.checkpoints.load_path
+    if path is None or not os.path.isdir(path):
+        return path
+    latest = os.path.join(path, LATEST.format(rank=0))
+    if os.path.exists(latest):
+        path = os.path.realpath(latest)
+    if os.path.isdir(path) and not is_sharded(path):
+        raise UserError(
+            f"checkpoints.load_path={path}: neither the folder of a run, with its {os.path.basename(latest)}, nor a "
+            "sharded checkpoint; give one of them, or a .pt file"
+        )
+    return path
 
 
 def check_run_folder(config: RunConfig) -> None:

@@ -26,7 +26,7 @@ from electra_composer.errors import UserError, report_user_errors
 from electra_composer.glue_tasks import TASKS
 
 TASK = TASKS["synthetic-words"]
-WORDS = range(8, 31)  # of a sentence that is taken
+WORDS = range(6, 19)  # of a sentence that is taken; with [CLS] and [SEP] it fits the quickstart's 32 tokens
 REPLACEABLE = re.compile(r"[A-Za-z]{2,}")  # words that may be replaced: without marks that would show it
 REPLACED_SHARE = 0.25  # of the replaceable words of a corrupted sentence, at least REPLACED_LEAST
 REPLACED_LEAST = 2
@@ -45,7 +45,7 @@ class Labelled:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Prose sentences of 8 to 30 words, single spaces between them, in their order.
+    """Prose sentences of 6 to 18 words, single spaces between them, in their order.
 
     A blank line ends a sentence too. What is mostly not words (code, tables, markup) is left out.
     """

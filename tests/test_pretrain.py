@@ -182,6 +182,7 @@ def test_every_switch_trains(make_config, tmp_path, monkeypatch, override):
         (["checkpoints.interval=often"], "checkpoints.interval"),
         (["checkpoints.milestones=[2.0]"], "checkpoints.milestones"),
         (["checkpoints.load_path=/nowhere.pt"], "/nowhere.pt"),
+        (["checkpoints.load_path=/"], "neither the folder of a run"),
     ],
 )
 def test_bad_input_is_one_clear_line(make_config, overrides, message):
@@ -196,6 +197,22 @@ def test_shards_of_another_tokenizer_are_refused(make_config, tmp_path):
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]) + "\n")
     with pytest.raises(UserError, match=r"tokenizer.*7 entries"):
         main(make_config(f"data.tokenizer={vocab}"))
+
+
+def test_a_run_starts_from_the_weights_of_another(make_config, tmp_path):
+    first = main(make_config("trainer.max_duration=4ba", "checkpoints.milestones=[1.0]"))
+    again = main(
+        make_config(
+            "trainer.max_duration=2ba",
+            "optimizer.lr=1e-30",  # so that the weights stay what they were
+            f"checkpoints.load_path={tmp_path / 'run'}",
+            "checkpoints.load_weights_only=true",
+            f"checkpoints.folder={tmp_path / 'next'}",
+        )
+    )
+    assert again.state.timestamp.batch.value == 2
+    for name, weights in first.state.model.state_dict().items():
+        torch.testing.assert_close(again.state.model.state_dict()[name], weights, rtol=0, atol=1e-6)
 
 
 def test_a_checkpoint_of_other_sizes_is_refused(make_config, tmp_path):

@@ -59,8 +59,8 @@ def test_the_summary_takes_first_and_last():
         {"throughput/tokens_per_sec": 100.0, "time/token": 20},
         {"metrics/train/mlm_loss": 6.0, "metrics/train/rtd_loss": 0.3, "metrics/eval/rtd_auc": 0.75, "time/token": 30},
     ]
-    text = pretraining_summary(rows)
-    for said in ("9.00 → 6.00", "0.600 → 0.300", "0.750", "30"):
+    text = pretraining_summary(rows, 5.37)
+    for said in ("9.00 → 6.00", "without context: 5.37", "0.600 → 0.300", "0.750", "30"):
         assert said in text
 
 

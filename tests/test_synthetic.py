@@ -90,7 +90,7 @@ def test_the_seed_decides() -> None:
 
 
 def test_repeated_sentences_are_used_once_and_too_little_text_is_refused() -> None:
-    with pytest.raises(UserError, match=r"sentences of 8 to 30 words for (train|dev), \d+ are needed"):
+    with pytest.raises(UserError, match=r"sentences of 6 to 18 words for (train|dev), \d+ are needed"):
         synthetic.build(documents(3) * 100, 300, 100, seed=0)
     with pytest.raises(UserError, match="2 are needed"):
         synthetic.build(documents(50), 0, 10, seed=0)
