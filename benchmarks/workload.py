@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from streaming import LocalDataset
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.config import PretrainConfig, ShardsConfig, load_config
 from electra_composer.errors import UserError
 from electra_composer.examples import Row
 from electra_composer.shard_folder import Meta, ShardFolder, SplitCounts, describe_tokenizer, id_dtype
-from electra_composer.shards import RowDataset, build_data_spec, check_split, read_meta
+from electra_composer.shards import build_data_spec, check_split, read_meta
 from electra_composer.vocabulary import SPECIAL_TOKENS, load_tokenizer
 
 YAMLS = Path(__file__).resolve().parent.parent / "yamls"
@@ -151,6 +152,6 @@ def _rows_of(path: str, length: int, needed: int) -> tuple[PreTrainedTokenizerFa
             f"--data {path}: {meta.splits['train'].rows:,} training rows, of which {needed:,} are needed; "
             "give more text, or a smaller --batch or --segment"
         )
-    dataset = RowDataset(shards, "train", batch_size=1, shuffle=False, seed=0)
+    dataset = LocalDataset(local=path, split="train")
     rows = (Row(**dataset[index]) for index in range(needed))
     return load_tokenizer(meta.tokenizer_folder), rows

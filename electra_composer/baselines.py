@@ -15,6 +15,7 @@ from streaming import LocalDataset
 
 from electra_composer.config import ObjectiveConfig, ShardsConfig
 from electra_composer.errors import UserError
+from electra_composer.row_reader import RowReader
 from electra_composer.shard_folder import Meta
 
 ROWS = 20_000  # read at most, evenly spaced: a third of a second, and the entropy to a hundredth
@@ -33,19 +34,21 @@ def unigram_counts(config: ShardsConfig, meta: Meta, split: str, max_rows: int =
     folder = os.path.join(config.path, split)
     if config.remote is not None or not os.path.isfile(os.path.join(folder, "shard.00000.mds")):
         return None
-    try:
-        dataset = LocalDataset(local=config.path, split=split)
-        rows = range(0, len(dataset), math.ceil(len(dataset) / max_rows))
-        ids = np.concatenate([dataset[row]["input_ids"] for row in rows])
-    except Exception as error:  # a damaged shard's bytes can mean anything to who decodes them
-        raise UserError(f"{folder}: a shard is corrupt ({error}); copy the shards again or make them anew") from error
+    shards = LocalDataset(local=config.path, split=split).shards
+    total = sum(shard.samples for shard in shards)
+    rows = np.arange(0, total, math.ceil(total / max_rows))
+    ids = RowReader(shards, prepare=_not_here).read(rows).input_ids
     counts = np.bincount(ids, minlength=meta.tokenizer.vocab_size).astype(np.int64)
     counts[[meta.tokenizer.special_ids[role] for role in ("pad", "cls", "sep")]] = 0
     return counts
 
 
+def _not_here(shard: int) -> None:
+    raise UserError(f"shard {shard} is missing; copy the shards again or make them anew")
+
+
 def unigram_entropy(counts: NDArray[np.int64]) -> float:
-    """Entropy in nats of drawing words by their counts: the loss of who knows the words' frequencies and nothing else."""
+    """Entropy in nats of words drawn by their counts: the loss of who knows their frequencies and nothing else."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 

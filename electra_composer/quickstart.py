@@ -154,7 +154,7 @@ def pretraining_summary(rows: list[dict[str, Any]], without_context: float) -> s
     auc = [row["metrics/eval/rtd_auc"] for row in rows if "metrics/eval/rtd_auc" in row]
     speed = [row["throughput/tokens_per_sec"] for row in rows if "throughput/tokens_per_sec" in row]
     lines = [
-        f"generator, MLM loss          {mlm[0]:.2f} → {mlm[-1]:.2f} (word frequencies, without context: {without_context:.2f})",
+        f"generator, MLM loss          {mlm[0]:.2f} → {mlm[-1]:.2f} (without context: {without_context:.2f})",
         f"discriminator, RTD loss      {rtd[0]:.3f} → {rtd[-1]:.3f}",
         f"discriminator, RTD AUC       {auc[-1]:.3f} on held-out documents (chance 0.500)",
         f"tokens seen                  {rows[-1]['time/token']:,}",

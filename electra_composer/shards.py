@@ -1,26 +1,15 @@
-"""From a folder of shards to batches: checks, streaming data set, collation, loader, and what Composer must know."""
+"""From a folder of shards to what Composer's `Trainer` takes: checks, the loader, and how batches are counted."""
 
 from __future__ import annotations
 
-import atexit
-import gc
 import json
 import math
 import os
-import tempfile
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from composer.core import DataSpec
-from filelock import FileLock
-from numpy.typing import NDArray
-from streaming import StreamingDataLoader, StreamingDataset
-from streaming.base.shared import SharedMemory
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
@@ -28,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
-from electra_composer.shard_folder import HASH, META, TOKENIZER, Meta
+from electra_composer.row_dataset import Batch, RowDataset, RowLoader
+from electra_composer.shard_folder import META, TOKENIZER, Meta
 from electra_composer.vocabulary import special_ids, vocabulary_sha256
 
-Batch = dict[str, Any]
 CONVERT = "data_prep/convert_owt.py"
 
 
@@ -138,170 +127,6 @@ def _size(path: str) -> int | None:
     return os.path.getsize(path) if os.path.isfile(path) else None
 
 
-class RowDataset(StreamingDataset):
-    """One split of a folder of shards: an iterable of `{"input_ids": [tokens], "segment_lengths": [2 × examples]}`.
-
-    Args:
-        config: where the shards are.
-        split: which of them.
-        batch_size: rows per device; Streaming deals whole batches to the loader's workers by it.
-        shuffle, seed: order of the rows; a new one in each epoch.
-
-    Streaming keeps what a data set shares with its workers open until the process ends, and every further data set
-    opens all of that again, to see that it is in use: a process that builds many (a notebook, the tests) runs out of
-    file descriptors. Here the one goes with the data set, the other at once.
-    """
-
-    def __init__(self, config: ShardsConfig, split: str, batch_size: int, shuffle: bool, seed: int) -> None:
-        with _choosing_a_prefix():
-            before = _all_shared_memory()
-            super().__init__(
-                local=config.path,
-                remote=config.remote,
-                split=split,
-                batch_size=batch_size,
-                shuffle=shuffle,
-                shuffle_seed=seed,
-                predownload=config.predownload,
-                cache_limit=config.cache_limit,
-                validate_hash=HASH,
-            )
-            mine = _shared_memory(self)
-            _release([block for block in _all_shared_memory() if block not in before + mine])
-        self._release_with_me(mine)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Rows of one epoch, from where the loader's state says. Breaking off ends the threads that read ahead."""
-        rows = super().__iter__()
-        for first in rows:
-            epoch = self._iterator
-            try:
-                yield first
-                yield from rows
-            finally:
-                epoch.non_blocking_exit()
-
-    def load_state_dict(self, obj: dict[str, Any]) -> None:
-        super().load_state_dict(obj)
-        if hasattr(self, "_resume_shm"):
-            self._release_with_me([self._resume_shm])
-
-    def _release_with_me(self, blocks: list[SharedMemory]) -> None:
-        finalizer = weakref.finalize(self, _release, blocks, os.getpid())
-        finalizer.atexit = False  # Streaming's part
-
-
-@contextmanager
-def _choosing_a_prefix() -> Iterator[None]:
-    """One data set of this machine and user at a time takes the next free name of Streaming's shared memory.
-
-    Two runs that start together would otherwise both find the same name free, and one of them fails. All ranks of a
-    run look for the name, each by itself: none starts before the lock is had, and before each has let go what the data
-    sets of earlier trainers held, so that all find the same.
-    """
-    gc.collect()
-    lock = FileLock(os.path.join(tempfile.gettempdir(), f"electra_composer_{os.getuid()}.lock"))
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if World.detect().is_local_leader:
-        lock.acquire()
-    try:
-        if ranks:
-            torch.distributed.barrier()
-        yield
-        if ranks:
-            torch.distributed.barrier()
-    finally:
-        lock.release()
-
-
-def _release(blocks: Sequence[SharedMemory], owner: int | None = None) -> None:
-    """Close blocks of shared memory now, and remove those that this process made, instead of at its end.
-
-    `owner` is the process that may; a worker's copy of the data set leaves everything as it is.
-    """
-    if owner not in (None, os.getpid()):
-        return
-    for block in blocks:
-        block.cleanup()
-        atexit.unregister(block.cleanup)
-
-
-def _all_shared_memory() -> list[SharedMemory]:
-    return [block for block in gc.get_referrers(SharedMemory) if isinstance(block, SharedMemory)]
-
-
-def _shared_memory(dataset: StreamingDataset) -> list[SharedMemory]:
-    """The blocks of shared memory that a data set holds, found in its attributes and one or two levels below."""
-    blocks, values = [], list(vars(dataset).values())
-    for _ in range(3):
-        blocks += [value for value in values if isinstance(value, SharedMemory)]
-        values = [part for value in values for name in ("shm", "arr", "_arr") if (part := getattr(value, name, None))]
-    return blocks
-
-
-class RowLoader(StreamingDataLoader):
-    """A `StreamingDataLoader` whose workers end at once when nothing refers to it any more.
-
-    Composer's objects refer to each other in circles. When the garbage collector breaks one up, it closes the queues to
-    the workers before it tells the workers to end, and PyTorch then waits five seconds for each of them in vain.
-    """
-
-    def _get_iterator(self) -> Any:
-        iterator = super()._get_iterator()
-        if self.num_workers > 0:
-            weakref.finalize(self, iterator._shutdown_workers)  # which keeps the iterator, and so its queues, alive
-        return iterator
-
-
-def collate(rows: Sequence[dict[str, NDArray[Any]]], max_seq_length: int, pad_id: int = 0) -> Batch:
-    """Rows of whole examples to a padded batch.
-
-    Args:
-        rows: samples of the shards.
-        max_seq_length: width of the batch, whatever the rows' lengths: one shape for compiled code.
-        pad_id: id of `[PAD]`.
-
-    Returns:
-        int64 tensors `[rows, max_seq_length]`: `input_ids`; `token_type_ids`, 0 in A and 1 in B; `position_ids`, from
-        0 in every example; `sequence_ids`, 0 = padding, 1… = which example of the row. And `num_tokens`, the int
-        number of non-padding tokens in the batch (a batch split in microbatches keeps that of the whole).
-
-    Raises:
-        UserError: segment lengths that do not add up to the ids, as in a corrupt shard.
-    """
-    ids = [row["input_ids"] for row in rows]
-    row_lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    segments = [row["segment_lengths"] for row in rows]
-    segment_lengths = np.concatenate(segments).astype(np.int64)
-    examples_per_row = np.fromiter(map(len, segments), np.int64, len(segments)) // 2
-    example_lengths = segment_lengths.reshape(-1, 2).sum(1)
-    first_examples = np.cumsum(examples_per_row) - examples_per_row  # index of each row's first example
-    if (np.add.reduceat(example_lengths, first_examples) != row_lengths).any() or row_lengths.max() > max_seq_length:
-        raise UserError(
-            f"a row of the shards is corrupt: its examples do not add up to its tokens, or these are more than "
-            f"{max_seq_length}; copy the shards again or make them anew"
-        )
-
-    # One value for each token of the batch, row after row; then all are put in their places at once.
-    num_tokens = int(row_lengths.sum())
-    example_of_row = np.arange(len(example_lengths)) - np.repeat(first_examples, examples_per_row) + 1
-    starts = np.cumsum(example_lengths) - example_lengths
-    per_token = {
-        "input_ids": np.concatenate(ids),
-        "token_type_ids": np.repeat(np.tile([0, 1], len(example_lengths)), segment_lengths),
-        "position_ids": np.arange(num_tokens) - np.repeat(starts, example_lengths),
-        "sequence_ids": np.repeat(example_of_row, example_lengths),
-    }
-    places = np.flatnonzero(np.arange(max_seq_length) < row_lengths[:, None])
-    batch: Batch = {}
-    for name, values in per_token.items():
-        padded = np.full(len(rows) * max_seq_length, pad_id if name == "input_ids" else 0, np.int64)
-        padded[places] = values
-        batch[name] = torch.from_numpy(padded.reshape(len(rows), max_seq_length))
-    batch["num_tokens"] = num_tokens
-    return batch
-
-
 def build_dataloader(
     config: ShardsConfig, meta: Meta, split: str, batch_size: int, *, shuffle: bool, drop_last: bool, seed: int
 ) -> RowLoader:
@@ -329,7 +154,9 @@ def build_dataloader(
             f"{ranks} device{'s' if ranks > 1 else ''} ({batch_size * ranks:,}); take a smaller batch size or more text"
         )
     try:
-        dataset = RowDataset(config, split, batch_size, shuffle, seed)
+        dataset = RowDataset(
+            config, split, batch_size, shuffle, seed, meta.max_seq_length, meta.tokenizer.special_ids["pad"]
+        )
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{config.path}: the shards of split {split!r} cannot be opened: {error}") from error
     return RowLoader(
@@ -339,7 +166,7 @@ def build_dataloader(
         persistent_workers=config.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
-        collate_fn=partial(collate, max_seq_length=meta.max_seq_length, pad_id=meta.tokenizer.special_ids["pad"]),
+        collate_fn=dataset.collate,
     )
 
 

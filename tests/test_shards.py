@@ -20,8 +20,10 @@ from composer.core.data_spec import default_split_batch
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
 from electra_composer.examples import Row
+from electra_composer.row_dataset import COLUMNS, collate_rows
+from electra_composer.row_reader import Rows
 from electra_composer.shard_folder import Meta, ShardFolder, SplitCounts, describe_tokenizer, id_dtype
-from electra_composer.shards import build_data_spec, build_dataloader, check_shards, collate, read_meta
+from electra_composer.shards import build_data_spec, build_dataloader, check_shards, read_meta
 from electra_composer.vocabulary import load_tokenizer
 
 LENGTH = 16
@@ -107,30 +109,35 @@ def test_collate_against_a_loop_over_tokens(pad_id, dtype):
         {"input_ids": row.input_ids.astype(dtype), "segment_lengths": row.segment_lengths}
         for row in make_rows(50, seed=3)
     ]
-    batch = collate(rows, LENGTH, pad_id)
+    packed = collate_rows(as_rows(rows), LENGTH, pad_id)
     expected = reference_collate(rows, LENGTH, pad_id)
-    assert next(iter(batch)) == "input_ids"  # Streaming takes the number of rows from the first entry
-    assert batch.pop("num_tokens") == sum(len(row["input_ids"]) for row in rows)
-    assert list(batch) == list(expected)
-    for name, values in expected.items():
-        assert batch[name].dtype == torch.int64
-        assert torch.equal(batch[name], values), name
+    assert packed.dtype == np.int64
+    assert tuple(expected) == COLUMNS
+    for name, values in zip(COLUMNS, packed, strict=True):
+        assert values.tolist() == expected[name].tolist(), name
+
+
+def as_rows(rows):
+    ids, segments = [row["input_ids"] for row in rows], [row["segment_lengths"] for row in rows]
+    return Rows(
+        np.concatenate(ids),
+        np.array([len(row) for row in ids]),
+        np.concatenate(segments),
+        np.array([len(lengths) // 2 for lengths in segments]),
+    )
 
 
 def test_collate_of_one_full_row():
     row = {"input_ids": np.arange(1, LENGTH + 1, dtype=np.uint16), "segment_lengths": np.array([10, 6], np.uint16)}
-    batch = collate([row], LENGTH)
-    assert batch["input_ids"].tolist() == [list(range(1, 17))]
-    assert batch["token_type_ids"].tolist() == [[0] * 10 + [1] * 6]
-    assert batch["position_ids"].tolist() == [list(range(16))]
-    assert batch["sequence_ids"].tolist() == [[1] * 16]
+    packed = collate_rows(as_rows([row]), LENGTH)
+    assert packed[:, 0].tolist() == [list(range(1, 17)), [0] * 10 + [1] * 6, list(range(16)), [1] * 16]
 
 
 @pytest.mark.parametrize(("ids", "lengths"), [(5, [4, 0]), (20, [20, 0]), (6, [3, 0, 4, 0])])
 def test_collate_refuses_corrupt_rows(ids, lengths):
     row = {"input_ids": np.ones(ids, np.uint16), "segment_lengths": np.array(lengths, np.uint16)}
     with pytest.raises(UserError, match="a row of the shards is corrupt"):
-        collate([row], LENGTH)
+        collate_rows(as_rows([row]), LENGTH)
 
 
 def test_a_split_batch_keeps_the_number_of_tokens_of_the_whole(shards):

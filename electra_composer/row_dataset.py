@@ -1,0 +1,284 @@
+"""Batches of rows out of a folder of shards: Streaming's order, resuming and fetching; our reading and collation."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.constant import TICK
+from streaming.base.dataset import _ShardState
+from streaming.base.shared import SharedMemory
+from streaming.base.world import World
+
+from electra_composer.config import ShardsConfig
+from electra_composer.errors import UserError
+from electra_composer.row_reader import RowReader, Rows
+from electra_composer.shard_folder import HASH
+
+Batch = dict[str, Any]
+COLUMNS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")  # of a batch
+
+
+class RowDataset(StreamingDataset):
+    """One split of a folder of shards: an iterable of the numbers of its rows, and what makes batches of them.
+
+    Args:
+        config: where the shards are.
+        split: which of them.
+        batch_size: rows per device; Streaming deals whole batches to the loader's workers by it.
+        shuffle, seed: order of the rows; a new one in each epoch.
+        max_seq_length: width of the batches.
+        pad_id: id of `[PAD]`.
+
+    Streaming keeps what a data set shares with its workers open until the process ends, and every further data set
+    opens all of that again, to see that it is in use: a process that builds many (a notebook, the tests) runs out of
+    file descriptors. Here the one goes with the data set, the other at once.
+    """
+
+    def __init__(
+        self,
+        config: ShardsConfig,
+        split: str,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        max_seq_length: int,
+        pad_id: int,
+    ) -> None:
+        self._max_seq_length, self._pad_id = max_seq_length, pad_id
+        self._is_remote = config.remote is not None
+        self._reader: RowReader | None = None
+        self._ahead: _FetchAhead | None = None
+        with _choosing_a_prefix():
+            before = _all_shared_memory()
+            super().__init__(
+                local=config.path,
+                remote=config.remote,
+                split=split,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                shuffle_seed=seed,
+                predownload=config.predownload,
+                cache_limit=config.cache_limit,
+                validate_hash=HASH,
+            )
+            mine = _shared_memory(self)
+            _release([block for block in _all_shared_memory() if block not in before + mine])
+        self._release_with_me(mine)
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of this worker's rows in one epoch, from where the loader's state says.
+
+        :meth:`collate` reads what they stand for, a batch at a time. Shards that are not on this machine are fetched
+        ahead, and breaking off ends that.
+        """
+        self._unique_worker_world = self._unique_rank_world.detect_workers()
+        self._parallel_worker_world = self._parallel_rank_world.detect_workers()
+        numbers = self._get_work(*self._resume_incr_epoch())
+        numbers = numbers[numbers >= 0]  # Streaming fills the last rank's share up with -1
+        ahead = None
+        if self._is_remote and len(numbers):
+            ahead = self._ahead = _FetchAhead(self, numbers)
+        try:
+            yield from numbers.tolist()
+        finally:
+            if ahead is not None:
+                ahead.stop()
+
+    def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """A batch of rows by their numbers; see :func:`collate_rows` for what :class:`RowLoader` makes of it."""
+        if self._reader is None:  # in the worker that uses it
+            self._reader = RowReader(self.shards, self._wait_for_shard)
+        rows = self._reader.read(np.asarray(numbers, np.int64))
+        if self._ahead is not None:
+            self._ahead.position += len(numbers)
+        packed = collate_rows(rows, self._max_seq_length, self._pad_id)
+        return {"packed": torch.from_numpy(packed), "num_tokens": int(rows.row_lengths.sum())}
+
+    def _wait_for_shard(self, shard: int) -> None:
+        """Fetch or unpack a shard, or wait for whichever process is at it."""
+        while True:
+            if self._ahead is not None and self._ahead.error is not None:
+                raise self._ahead.error
+            if self._shard_states[shard] != _ShardState.PREPARING:
+                self.prepare_shard(shard)
+                return
+            time.sleep(TICK)
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        super().load_state_dict(obj)
+        if hasattr(self, "_resume_shm"):
+            self._release_with_me([self._resume_shm])
+
+    def _release_with_me(self, blocks: list[SharedMemory]) -> None:
+        finalizer = weakref.finalize(self, _release, blocks, os.getpid())
+        finalizer.atexit = False  # Streaming's part
+
+
+class _FetchAhead:
+    """Fetches the shards of an epoch in the order of their first row, so many rows ahead of the reader.
+
+    Args:
+        dataset: whose `prepare_shard` it calls, and whose `predownload` is how many rows it may be ahead.
+        numbers: the rows that will be read.
+
+    Attributes:
+        position: how many of them have been read.
+        error: what ended it early. The shard's state says "being prepared" for ever then, so who waits has to look.
+    """
+
+    def __init__(self, dataset: RowDataset, numbers: NDArray[np.int64]) -> None:
+        self.position = 0
+        self.error: Exception | None = None
+        self._dataset = weakref.proxy(dataset)
+        self._limit = dataset.predownload or len(numbers)
+        ends = np.cumsum([shard.samples for shard in dataset.shards])
+        shards, firsts = np.unique(np.searchsorted(ends, numbers, side="right"), return_index=True)
+        order = np.argsort(firsts)
+        self._plan = list(zip(shards[order].tolist(), firsts[order].tolist(), strict=True))
+        self._stopped = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        try:
+            for shard, first in self._plan:
+                while first > self.position + self._limit:
+                    if self._stopped.wait(TICK):
+                        return
+                if self._stopped.is_set():
+                    return
+                self._dataset.prepare_shard(shard, blocking=False)
+        except ReferenceError:  # the data set is gone
+            return
+        except Exception as error:
+            self.error = error
+
+
+@contextmanager
+def _choosing_a_prefix() -> Iterator[None]:
+    """One data set of this machine and user at a time takes the next free name of Streaming's shared memory.
+
+    Two runs that start together would otherwise both find the same name free, and one of them fails. All ranks of a
+    run look for the name, each by itself: none starts before the lock is had, and before each has let go what the data
+    sets of earlier trainers held, so that all find the same.
+    """
+    gc.collect()
+    lock = FileLock(os.path.join(tempfile.gettempdir(), f"electra_composer_{os.getuid()}.lock"))
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if World.detect().is_local_leader:
+        lock.acquire()
+    try:
+        if ranks:
+            torch.distributed.barrier()
+        yield
+        if ranks:
+            torch.distributed.barrier()
+    finally:
+        lock.release()
+
+
+def _release(blocks: Sequence[SharedMemory], owner: int | None = None) -> None:
+    """Close blocks of shared memory now, and remove those that this process made, instead of at its end.
+
+    `owner` is the process that may; a worker's copy of the data set leaves everything as it is.
+    """
+    if owner not in (None, os.getpid()):
+        return
+    for block in blocks:
+        block.cleanup()
+        atexit.unregister(block.cleanup)
+
+
+def _all_shared_memory() -> list[SharedMemory]:
+    return [block for block in gc.get_referrers(SharedMemory) if isinstance(block, SharedMemory)]
+
+
+def _shared_memory(dataset: StreamingDataset) -> list[SharedMemory]:
+    """The blocks of shared memory that a data set holds, found in its attributes and one or two levels below."""
+    blocks, values = [], list(vars(dataset).values())
+    for _ in range(3):
+        blocks += [value for value in values if isinstance(value, SharedMemory)]
+        values = [part for value in values for name in ("shm", "arr", "_arr") if (part := getattr(value, name, None))]
+    return blocks
+
+
+class RowLoader(StreamingDataLoader):
+    """A `StreamingDataLoader` of :class:`RowDataset`.
+
+    The four tensors of a batch come from the worker as one, since each costs a file descriptor and system calls.
+
+    Its workers end at once when nothing refers to it any more:
+    Composer's objects refer to each other in circles. When the garbage collector breaks one up, it closes the queues to
+    the workers before it tells the workers to end, and PyTorch then waits five seconds for each of them in vain.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of int64 tensors `[rows, max_seq_length]`, and `num_tokens`; see :func:`collate_rows`."""
+        for batch in super().__iter__():
+            yield {**dict(zip(COLUMNS, batch["packed"], strict=True)), "num_tokens": batch["num_tokens"]}
+
+    def _get_batch_size(self, batch: Any) -> int:
+        return int(batch["packed"].shape[1])
+
+    def _get_iterator(self) -> Any:
+        iterator = super()._get_iterator()
+        if self.num_workers > 0:
+            weakref.finalize(self, iterator._shutdown_workers)  # which keeps the iterator, and so its queues, alive
+        return iterator
+
+
+def collate_rows(rows: Rows, max_seq_length: int, pad_id: int = 0) -> NDArray[np.int64]:
+    """Rows of whole examples to a padded batch.
+
+    Args:
+        rows: of :class:`RowReader`.
+        max_seq_length: width of the batch, whatever the rows' lengths: one shape for compiled code.
+        pad_id: id of `[PAD]`.
+
+    Returns:
+        int64 `[4, rows, max_seq_length]`, :data:`COLUMNS`: `input_ids`; `token_type_ids`, 0 in A and 1 in B;
+        `position_ids`, from 0 in every example; `sequence_ids`, 0 = padding, 1… = which example of the row.
+
+    Raises:
+        UserError: segment lengths that do not add up to the ids, as in a corrupt shard.
+    """
+    segment_lengths = rows.segment_lengths.astype(np.int64)
+    example_lengths = segment_lengths.reshape(-1, 2).sum(1)
+    first_examples = np.cumsum(rows.examples_per_row) - rows.examples_per_row  # index of each row's first example
+    sums = np.add.reduceat(example_lengths, first_examples)
+    if (sums != rows.row_lengths).any() or rows.row_lengths.max() > max_seq_length:
+        raise UserError(
+            f"a row of the shards is corrupt: its examples do not add up to its tokens, or these are more than "
+            f"{max_seq_length}; copy the shards again or make them anew"
+        )
+
+    # One value for each token of the batch, row after row; then all are put in their places at once.
+    num_rows, num_tokens = len(rows.row_lengths), len(rows.input_ids)
+    num_examples = len(example_lengths)
+    example_of_row = np.arange(num_examples) - np.repeat(first_examples, rows.examples_per_row) + 1
+    starts = np.cumsum(example_lengths) - example_lengths
+    of_example = np.stack([starts, example_of_row]).repeat(example_lengths, axis=1)  # [2, tokens]
+    packed = np.zeros((4, num_rows * max_seq_length), np.int64)
+    packed[0] = pad_id
+    places = np.flatnonzero(np.arange(max_seq_length) < rows.row_lengths[:, None])
+    packed[0, places] = rows.input_ids
+    packed[1, places] = np.tile(np.array([0, 1]), num_examples).repeat(segment_lengths)
+    packed[2, places] = np.arange(num_tokens) - of_example[0]
+    packed[3, places] = of_example[1]
+    return packed.reshape(4, num_rows, max_seq_length)
