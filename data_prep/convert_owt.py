@@ -51,6 +51,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None]:
     add("--max-documents", type=int, help="stop after so many")
     add("--max-bytes", type=_size, help="stop after so much text, such as 50mb")
     add("--out", default=defaults.out, help="folder to write; must not exist (default: %(default)s)")
+    add("--restart", action="store_true", help="begin anew where an interrupted conversion left finished parts")
     add("--overwrite", action="store_true", help="replace a folder of shards, once the new one is whole")
     add(
         "--tokenizer",
@@ -110,7 +111,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None]:
         **{
             name: getattr(options, name)
             for name in (
-                *("out", "overwrite", "compression", "tokenizer", "vocab_size", "max_seq_length", "packing"),
+                *("out", "overwrite", "restart", "compression", "tokenizer", "vocab_size", "max_seq_length", "packing"),
                 *("lines", "overflow", "val_fraction", "seed", "workers"),
             )
         },
@@ -179,5 +180,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted: nothing was kept", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)

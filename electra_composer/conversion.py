@@ -12,10 +12,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from streaming.base.compression import is_compression
@@ -24,7 +24,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.chunks import SPLITS, Part, Task, convert_chunk, start_worker
-from electra_composer.documents import ReadStats, Sources, check_sources, read_documents
+from electra_composer.documents import (
+    DOCSTRINGS,
+    HUB,
+    ReadStats,
+    Sources,
+    check_sources,
+    find_files,
+    read_documents,
+)
 from electra_composer.errors import UserError
 from electra_composer.examples import (
     MIN_SEQ_LENGTH,
@@ -33,11 +41,12 @@ from electra_composer.examples import (
     Row,
     one_per_row,
 )
-from electra_composer.shard_folder import Meta, ShardFolder, SplitCounts, describe_tokenizer, id_dtype
+from electra_composer.shard_folder import TOKENIZER, Meta, ShardFolder, SplitCounts, describe_tokenizer, id_dtype
 from electra_composer.vocabulary import load_tokenizer, special_ids, train_tokenizer
 
 TRAIN = "train"  # --tokenizer train
 VOCABULARY_BYTES = 200_000_000  # of text that a vocabulary is trained on: the first of the source
+PART_CHARACTERS = 1 << 27  # of a part, from whose end an interrupted conversion goes on: a shard of 64 MB or so
 _CHUNK_CHARACTERS = 1 << 20
 _CHUNK_DOCUMENTS = 4096
 
@@ -59,7 +68,18 @@ class Conversion:
     workers: int = 1
     compression: str | None = None
     overwrite: bool = False
+    restart: bool = False  # instead of going on with what an interrupted conversion left
     progress: bool = True
+
+    def plan(self) -> dict[str, Any]:
+        """What the shards follow from, the sizes of local files included: what must be the same to go on."""
+        values = asdict(self)
+        for name in ("out", "workers", "overwrite", "restart", "progress"):
+            del values[name]
+        files = [
+            path for source in self.sources.sources if source not in (HUB, DOCSTRINGS) for path in find_files(source)
+        ]
+        return {**values, "files": [[path, os.path.getsize(path)] for path in files]}
 
 
 @dataclass
@@ -72,17 +92,21 @@ class Summary:
     text_bytes: int
     invalid_documents: int
     shard_bytes: int
-    seconds: float
+    seconds: float  # of this run
+    continued_tokens: int = 0  # of the total; from an interrupted run
 
     @property
     def total(self) -> SplitCounts:
-        columns = [list(asdict(counts).values()) for counts in self.splits.values()]
-        return SplitCounts(*(sum(values) for values in zip(*columns, strict=True)))
+        return _sum(self.splits.values())
 
     @property
     def dropped_share(self) -> float:
         total = self.total
         return total.dropped_tokens / max(1, total.tokens + total.dropped_tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return (self.total.tokens - self.continued_tokens) / self.seconds
 
     def to_dict(self) -> dict[str, object]:
         total = self.total
@@ -90,7 +114,7 @@ class Summary:
             **asdict(self),
             "fill": total.fill(self.max_seq_length),
             "dropped_share": self.dropped_share,
-            "tokens_per_second": total.tokens / self.seconds,
+            "tokens_per_second": self.tokens_per_second,
         }
 
     def __str__(self) -> str:
@@ -102,7 +126,12 @@ class Summary:
             )
         lines.append(
             f"{self.text_bytes:,} bytes of text to {self.shard_bytes:,} bytes in {self.out}: {self.seconds:.1f} s, "
-            f"{self.total.tokens / self.seconds:,.0f} tokens/s"
+            f"{self.tokens_per_second:,.0f} tokens/s"
+            + (
+                f" ({self.continued_tokens:,} tokens were there from an interrupted run)"
+                if self.continued_tokens
+                else ""
+            )
         )
         return "\n".join(lines)
 
@@ -117,14 +146,19 @@ def convert(options: Conversion) -> Summary:
     start = time.monotonic()
     stats = ReadStats()
     check_sources(options.sources)
-    with ShardFolder(options.out, options.overwrite, options.compression) as folder:
+    with ShardFolder(options.out, options.overwrite, options.compression, options.plan(), options.restart) as folder:
         documents = read_documents(options.sources, stats, options.workers)
-        if options.tokenizer == TRAIN:
+        kept_tokenizer = os.path.join(folder.path, TOKENIZER)
+        if options.tokenizer != TRAIN:
+            tokenizer = load_tokenizer(options.tokenizer)
+        elif folder.parts:
+            tokenizer = load_tokenizer(kept_tokenizer)
+        else:
             sample = list(_first_bytes(documents, VOCABULARY_BYTES, options.progress))
             tokenizer = train_tokenizer(sample, options.vocab_size)
+            tokenizer.save_pretrained(kept_tokenizer)
             documents = itertools.chain(sample, documents)
-        else:
-            tokenizer = load_tokenizer(options.tokenizer)
+        continued = sum(counts["tokens"] for part in folder.parts for counts in part["splits"].values())
         splits = _write(options, tokenizer, documents, folder)
         meta = Meta(
             tokenizer=describe_tokenizer(
@@ -144,7 +178,14 @@ def convert(options: Conversion) -> Summary:
         )
         size = folder.finish(meta, tokenizer)
     return Summary(
-        options.out, splits, options.max_seq_length, stats.bytes, stats.invalid, size, time.monotonic() - start
+        options.out,
+        splits,
+        options.max_seq_length,
+        stats.bytes,
+        stats.invalid,
+        size,
+        time.monotonic() - start,
+        continued,
     )
 
 
@@ -189,8 +230,28 @@ def _write(
         id_dtype(len(tokenizer)),
     )
     names = SPLITS if options.val_fraction > 0 else SPLITS[:1]
+    done = sum(part["documents"] for part in folder.parts)
+    documents = iter(documents)
+    with tqdm(
+        desc="converting", total=options.sources.max_bytes, unit="B", unit_scale=True, disable=not options.progress
+    ) as bar:
+        for document in itertools.islice(documents, done):  # what an interrupted run had got through
+            bar.update(len(document))
+        chunks = _converted(task, _chunks(documents, done), options.workers)
+        for first in chunks:
+            _write_part(options, task, itertools.chain([first], chunks), folder, names, bar)
+    if not folder.parts:  # documents without a token
+        _write_part(options, task, iter(()), folder, names, bar)
+    return {name: _sum(SplitCounts(**part["splits"][name]) for part in folder.parts) for name in names}
+
+
+def _write_part(
+    options: Conversion, task: Task, chunks: Iterator[Converted], folder: ShardFolder, names: Sequence[str], bar: tqdm
+) -> None:
+    """Take as many converted chunks as make a part, and write it. Nothing of it goes into the next one."""
     counts = {name: SplitCounts() for name in names}
     packers = {name: Packer(options.max_seq_length) for name in names}
+    documents = characters = 0
 
     def write(name: str, rows: Iterable[Row]) -> None:
         for row in rows:
@@ -200,22 +261,30 @@ def _write(
 
     for name in names:
         folder.add_split(name, task.dtype)
-    with tqdm(
-        desc="converting", total=options.sources.max_bytes, unit="B", unit_scale=True, disable=not options.progress
-    ) as bar:
-        for size, parts in _parts(task, documents, options.workers):
-            for name, part in zip(names, parts, strict=True):
-                counts[name].documents += part.documents
-                counts[name].examples += len(part.lengths)
-                counts[name].dropped_tokens += part.dropped_tokens
-                if options.packing == "one":
-                    write(name, one_per_row(part.examples()))
-                else:
-                    write(name, itertools.chain.from_iterable(map(packers[name].add, part.examples())))
-            bar.update(size)
+    for chunk in chunks:
+        for name, part in zip(names, chunk.parts, strict=True):
+            counts[name].documents += part.documents
+            counts[name].examples += len(part.lengths)
+            counts[name].dropped_tokens += part.dropped_tokens
+            if options.packing == "one":
+                write(name, one_per_row(part.examples()))
+            else:
+                write(name, itertools.chain.from_iterable(map(packers[name].add, part.examples())))
+        bar.update(chunk.characters)
+        documents += chunk.documents
+        characters += chunk.characters
+        if characters >= PART_CHARACTERS:
+            break
     for name in names:
         write(name, packers[name].finish())
-    return counts
+    folder.end_part(
+        {"documents": documents, "splits": {name: asdict(split_counts) for name, split_counts in counts.items()}}
+    )
+
+
+def _sum(counts: Iterable[SplitCounts]) -> SplitCounts:
+    columns = [list(asdict(part).values()) for part in counts]
+    return SplitCounts(*(sum(values) for values in zip(*columns, strict=True)))
 
 
 def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
@@ -226,10 +295,10 @@ def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return plain
 
 
-def _chunks(documents: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+def _chunks(documents: Iterable[str], first: int) -> Iterator[tuple[int, list[str]]]:
     """Documents in groups of a size that is worth sending, each with the number of its first document."""
     chunk: list[str] = []
-    first = characters = 0
+    characters = 0
     for document in documents:
         chunk.append(document)
         characters += len(document)
@@ -241,23 +310,30 @@ def _chunks(documents: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         yield first, chunk
 
 
-def _parts(task: Task, documents: Iterable[str], workers: int) -> Iterator[tuple[int, list[Part]]]:
-    """The characters and the parts of each chunk, in the chunks' order, however fast each worker is."""
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # the processes are the parallelism; threads would not survive a fork
-    )
+class Converted(NamedTuple):
+    """What became of a chunk."""
+
+    documents: int
+    characters: int
+    parts: list[Part]  # of each split
+
+
+def _converted(task: Task, chunks: Iterable[tuple[int, list[str]]], workers: int) -> Iterator[Converted]:
+    """What becomes of each chunk, in the chunks' order, however fast each worker is."""
+    # The processes are the parallelism; threads would not survive a fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # fork starts workers in no time, but is not safe with the system libraries of macOS
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker, (task,))
-    waiting: deque[tuple[int, Future[list[Part]]]] = deque()
+    waiting: deque[tuple[int, int, Future[list[Part]]]] = deque()
     try:
-        for first, chunk in _chunks(documents):
-            waiting.append((sum(map(len, chunk)), pool.submit(convert_chunk, first, chunk)))
+        for first, chunk in chunks:
+            waiting.append((len(chunk), sum(map(len, chunk)), pool.submit(convert_chunk, first, chunk)))
             if len(waiting) > 2 * workers:  # enough to keep all busy, little enough for the memory
-                size, future = waiting.popleft()
-                yield size, future.result()
+                documents, characters, future = waiting.popleft()
+                yield Converted(documents, characters, future.result())
         while waiting:
-            size, future = waiting.popleft()
-            yield size, future.result()
+            documents, characters, future = waiting.popleft()
+            yield Converted(documents, characters, future.result())
     finally:
         pool.shutdown(cancel_futures=True)

@@ -229,22 +229,42 @@ def _processes_that_name(text):
     return found
 
 
+SMALL_PARTS = """
+import runpy, sys
+from electra_composer import conversion
+conversion.PART_CHARACTERS, conversion._CHUNK_CHARACTERS = 300_000, 50_000
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_with_small_parts(*command):
+    return subprocess.Popen([sys.executable, "-c", SMALL_PARTS, *command], stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory):
+    """Three million characters, ten parts."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("long") / "long.txt"
+    words = [f"word{number}" for number in range(1, 100)]
+    path.write_text("\n\n".join(" ".join(rng.choices(words, k=rng.randint(3, 90))) + "." for _ in range(10_000)))
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_interrupted_conversions_leave_nothing_that_looks_whole(corpus, tmp_path, number, code):
-    source = tmp_path / "long.txt"
-    source.write_text("word1 word2 word3.\n\n" * 2_000_000)
-    command = [sys.executable, str(SCRIPT), *arguments(corpus, tmp_path / "out")[2:], "--source", str(source)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def test_an_interrupted_conversion_goes_on_after_its_last_whole_part(corpus, long_text, tmp_path, number, code):
+    command = [str(SCRIPT), *arguments(corpus, tmp_path / "out")[2:], "--source", str(long_text), "--workers", "2"]
+    process = start_with_small_parts(*command)
     try:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("out.partial-*/train")):
+        while not (tmp_path / "out.partial/parts/00001").is_dir():
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(0.5)
+            time.sleep(0.005)
         process.send_signal(number)
         assert process.wait(timeout=30) == code
     finally:
@@ -254,9 +274,25 @@ def test_interrupted_conversions_leave_nothing_that_looks_whole(corpus, tmp_path
     while _processes_that_name(str(tmp_path)):
         assert time.monotonic() < deadline, "workers outlive the conversion"
         time.sleep(0.2)
-    left = sorted(path.name.split("-")[0] for path in tmp_path.iterdir())
-    assert left == (["long.txt", "out.partial"] if number == signal.SIGKILL else ["long.txt"])
+    assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*/meta.json"))
+    if number != signal.SIGKILL:
+        assert "the same command goes on" in process.stderr.read()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial/parts").glob("0*/*/*.mds")}
+    assert len(times) >= 2
+
+    process = start_with_small_parts(*command)
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    new = tmp_path / "out"
+    for path, written in times.items():  # kept, not written again
+        split, number_of_part = path.parts[-2], int(path.parts[-3].partition(".")[0])
+        assert (new / split / f"shard.{number_of_part:05}.mds").stat().st_mtime_ns == written
+    whole = [str(SCRIPT), *arguments(corpus, tmp_path / "whole")[2:], "--source", str(long_text)]
+    assert start_with_small_parts(*whole).wait(timeout=60) == 0
+    names = files_of(tmp_path / "whole")
+    assert files_of(new) == names
+    assert filecmp.cmpfiles(new, tmp_path / "whole", names, shallow=False)[1:] == ([], [])
 
 
 @pytest.mark.slow
