@@ -1,0 +1,86 @@
+"""The preview: counts are those of the shards, and every mark at a token is true."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from streaming import LocalDataset
+
+from electra_composer.config import PretrainConfig, load_config
+from electra_composer.pretrain import main as pretrain
+from electra_composer.preview import Token, example_lengths, histogram, main, render, tokens_of
+from electra_composer.row_reader import RowReader
+from electra_composer.shards import read_meta
+from electra_composer.vocabulary import load_tokenizer
+
+
+@pytest.fixture
+def reader(shards):
+    return RowReader(LocalDataset(local=str(shards), split="train").shards, lambda shard: None)
+
+
+def test_lengths_are_those_of_all_examples(shards, reader):
+    meta = read_meta(str(shards))
+    lengths = example_lengths(reader, meta.splits["train"].rows)
+    assert len(lengths) == meta.splits["train"].examples
+    assert lengths.sum() == meta.splits["train"].tokens
+    text = histogram(np.array([1, 3, 3, 4, 24]), 24)
+    assert "5 examples: mean 7.0, median 3" in text
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", text)]
+    assert shares == [20.0, 60.0, *[0.0] * 9, 20.0]
+
+
+def test_rows_as_text_without_a_model(shards, reader):
+    meta = read_meta(str(shards))
+    tokenizer = load_tokenizer(meta.tokenizer_folder)
+    numbers = np.arange(20)
+    rows = reader.read(numbers)
+    shown = tokens_of(rows, tokenizer, meta, None, seed=0)
+    ids = np.concatenate([tokenizer.convert_tokens_to_ids([token.text for token in row]) for row in shown])
+    assert ids.tolist() == rows.input_ids.tolist()
+    masked = [token for row in shown for token in row if token.masked]
+    assert 0.1 < len(masked) / len(ids) < 0.2
+    assert not {"[CLS]", "[SEP]"} & {token.text for token in masked}
+    assert [sum(token.example == 1 and token.segment == 0 for token in row) for row in shown] == [
+        int(lengths[0]) for lengths in np.split(rows.segment_lengths, np.cumsum(2 * rows.examples_per_row)[:-1])
+    ]
+
+
+def test_marks():
+    token = Token("film", 0, 1, masked=True, sample="movie", replaced=True, flagged=True)
+    assert token.render(color=False) == "![film→movie]"
+    assert token.render(color=True).startswith("\x1b[32m")
+    assert token._replace(flagged=False).render(color=True).startswith("\x1b[33m")
+    assert token._replace(replaced=False, sample="film").render(color=True) == "\x1b[31m![film]\x1b[0m"
+    assert token._replace(masked=False, replaced=False, flagged=False).render(color=False) == "film"
+    lines = list(render([Token("un", 0, 1), Token("##do", 0, 1), Token("it", 1, 1), Token("now", 0, 2)], color=False))
+    assert [line.split() for line in lines] == [["1", "A", "undo"], ["B", "it"], ["2", "A", "now"]]
+
+
+@pytest.mark.slow
+def test_with_a_checkpoint(shards, tiny_yaml, tmp_path, capsys):
+    pretrain(load_config(str(tiny_yaml), ["trainer.max_duration=2ba", "schedule.warmup=1ba"], PretrainConfig))
+    capsys.readouterr()
+    arguments = [str(shards), "--rows", "2", "--checkpoint", str(tmp_path / "run"), "--color", "never"]
+    main(arguments)
+    text = capsys.readouterr().out
+    assert re.search(r"\[\w+→[\w#\[\]]+\]", text)
+    assert "the discriminator says" in text
+    main(arguments)
+    assert capsys.readouterr().out == text  # the same seed shows the same
+    assert torch.is_grad_enabled()
+
+
+def test_bad_input(shards, tmp_path, capsys):
+    for arguments, message in (
+        ([str(tmp_path / "nothing")], "does not exist"),
+        ([str(shards), "--split", "test"], "no rows in split 'test'"),
+        ([str(shards), "--checkpoint", str(tmp_path / "no.pt")], "no such checkpoint"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
