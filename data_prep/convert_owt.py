@@ -15,7 +15,7 @@ import sys
 
 from streaming.base.util import bytes_to_int
 
-from electra_composer.conversion import TRAIN, Conversion, Summary, convert
+from electra_composer.conversion import TRAIN, Conversion, DryRun, Summary, convert, dry_run
 from electra_composer.documents import DOCSTRINGS, HUB, Sources
 from electra_composer.errors import UserError, report_user_errors
 
@@ -23,7 +23,7 @@ OPENWEBTEXT_DOCUMENTS = 8_013_769  # as its makers count them
 MUCH_DROPPED = 0.25
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None]:
+def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, bool]:
     defaults, sources = Conversion(), Sources()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -51,6 +51,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None]:
     add("--max-documents", type=int, help="stop after so many")
     add("--max-bytes", type=_size, help="stop after so much text, such as 50mb")
     add("--out", default=defaults.out, help="folder to write; must not exist (default: %(default)s)")
+    add("--dry-run", action="store_true", help="write nothing; tell documents, tokens, disk and time, by a sample")
+    add("--ignore-disk", action="store_true", help="begin even if there seems to be too little room")
     add("--restart", action="store_true", help="begin anew where an interrupted conversion left finished parts")
     add("--overwrite", action="store_true", help="replace a folder of shards, once the new one is whole")
     add(
@@ -111,12 +113,22 @@ def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None]:
         **{
             name: getattr(options, name)
             for name in (
-                *("out", "overwrite", "restart", "compression", "tokenizer", "vocab_size", "max_seq_length", "packing"),
+                *(
+                    "out",
+                    "overwrite",
+                    "ignore_disk",
+                    "restart",
+                    "compression",
+                    "tokenizer",
+                    "vocab_size",
+                    "max_seq_length",
+                    "packing",
+                ),
                 *("lines", "overflow", "val_fraction", "seed", "workers"),
             )
         },
     )
-    return conversion, options.json
+    return conversion, options.json, options.dry_run
 
 
 def _cpus() -> int:
@@ -158,13 +170,17 @@ def report(conversion: Conversion, summary: Summary) -> None:
 
 
 @report_user_errors
-def main(argv: list[str] | None = None) -> Summary:
+def main(argv: list[str] | None = None) -> Summary | DryRun:
     """Convert as the command line says, print the summary and return it.
 
     Raises:
         SystemExit: with 2 and one line of text for what the person can mend; 130 and 143 when interrupted.
     """
-    conversion, json_file = parse_arguments(argv)
+    conversion, json_file, only_estimate = parse_arguments(argv)
+    if only_estimate:
+        estimate = dry_run(conversion)
+        print(estimate)
+        return estimate
     if json_file is not None and not os.path.isdir(os.path.dirname(os.path.abspath(json_file))):
         raise UserError(f"--json {json_file}: no such folder")
     summary = convert(conversion)

@@ -34,6 +34,7 @@ from electra_composer.documents import (
     read_documents,
 )
 from electra_composer.errors import UserError
+from electra_composer.estimate import check_free_space, estimate_text
 from electra_composer.examples import (
     MIN_SEQ_LENGTH,
     Overflow,
@@ -47,6 +48,8 @@ from electra_composer.vocabulary import load_tokenizer, special_ids, train_token
 TRAIN = "train"  # --tokenizer train
 VOCABULARY_BYTES = 200_000_000  # of text that a vocabulary is trained on: the first of the source
 PART_CHARACTERS = 1 << 27  # of a part, from whose end an interrupted conversion goes on: a shard of 64 MB or so
+_LOOK_BYTES = 1 << 20  # of text, to see how much there is before the start
+_DRY_RUN_BYTES = 1 << 24
 _CHUNK_CHARACTERS = 1 << 20
 _CHUNK_DOCUMENTS = 4096
 
@@ -68,13 +71,14 @@ class Conversion:
     workers: int = 1
     compression: str | None = None
     overwrite: bool = False
+    ignore_disk: bool = False  # begin even if there seems to be too little room
     restart: bool = False  # instead of going on with what an interrupted conversion left
     progress: bool = True
 
     def plan(self) -> dict[str, Any]:
         """What the shards follow from, the sizes of local files included: what must be the same to go on."""
         values = asdict(self)
-        for name in ("out", "workers", "overwrite", "restart", "progress"):
+        for name in ("out", "workers", "overwrite", "ignore_disk", "restart", "progress"):
             del values[name]
         files = [
             path for source in self.sources.sources if source not in (HUB, DOCSTRINGS) for path in find_files(source)
@@ -146,18 +150,20 @@ def convert(options: Conversion) -> Summary:
     start = time.monotonic()
     stats = ReadStats()
     check_sources(options.sources)
+    if not options.ignore_disk and (text := estimate_text(options.sources, _LOOK_BYTES)) is not None:
+        check_free_space(options.out, text.text_bytes)
     with ShardFolder(options.out, options.overwrite, options.compression, options.plan(), options.restart) as folder:
         documents = read_documents(options.sources, stats, options.workers)
         kept_tokenizer = os.path.join(folder.path, TOKENIZER)
         if options.tokenizer != TRAIN:
             tokenizer = load_tokenizer(options.tokenizer)
-        elif folder.parts:
-            tokenizer = load_tokenizer(kept_tokenizer)
         else:
-            sample = list(_first_bytes(documents, VOCABULARY_BYTES, options.progress))
-            tokenizer = train_tokenizer(sample, options.vocab_size)
-            tokenizer.save_pretrained(kept_tokenizer)
-            documents = itertools.chain(sample, documents)
+            if not folder.parts:
+                sample = list(_first_bytes(documents, VOCABULARY_BYTES, options.progress))
+                train_tokenizer(sample, options.vocab_size).save_pretrained(kept_tokenizer)
+                documents = itertools.chain(sample, documents)
+            tokenizer = load_tokenizer(kept_tokenizer)  # now too, so that a continued conversion has the same
+            tokenizer.name_or_path = f"trained-{len(tokenizer)}"
         continued = sum(counts["tokens"] for part in folder.parts for counts in part["splits"].values())
         splits = _write(options, tokenizer, documents, folder)
         meta = Meta(
@@ -189,6 +195,62 @@ def convert(options: Conversion) -> Summary:
     )
 
 
+@dataclass
+class DryRun:
+    """What a conversion would make and need, by a sample."""
+
+    documents: float
+    text_bytes: float
+    tokens: float
+    disk_bytes: float
+    seconds: float  # with the workers given
+
+    def __str__(self) -> str:
+        hours, rest = divmod(round(self.seconds), 3600)
+        return (
+            f"by a sample: {self.documents:,.0f} documents, {self.text_bytes / 1e9:.3g} GB of text, "
+            f"{self.tokens / 1e6:,.1f} M tokens, {self.disk_bytes / 1e9:.3g} GB of shards, "
+            f"{hours} h {rest // 60} min {rest % 60} s"
+        )
+
+
+def dry_run(options: Conversion) -> DryRun:
+    """Convert a sample of some 16 MB without writing it, and scale that up; nothing is written.
+
+    Raises:
+        UserError: as :func:`convert`; and for sources that only reading all of them can measure.
+    """
+    _check(options)
+    check_sources(options.sources)
+    text = estimate_text(options.sources, _DRY_RUN_BYTES)
+    if text is None:
+        raise UserError(
+            f"--dry-run knows local files only: how much there is in {', '.join(options.sources.sources)}, reading all "
+            "of it tells; --max-documents converts a part to measure"
+        )
+    if not text.sample:
+        raise UserError(f"no text in {', '.join(options.sources.sources)}; expected at least one document")
+    if options.tokenizer == TRAIN:
+        tokenizer = train_tokenizer(text.sample, options.vocab_size)
+    else:
+        tokenizer = load_tokenizer(options.tokenizer)
+    sampled = sum(len(document.encode("utf-8", "replace")) for document in text.sample)
+    task, names = _task(options, tokenizer), _split_names(options)
+    packers = {name: Packer(options.max_seq_length) for name in names}
+    rows: list[Row] = []
+    start = time.monotonic()
+    for chunk in _converted(task, _chunks(text.sample, 0), options.workers):
+        for name, part in zip(names, chunk.parts, strict=True):
+            rows += itertools.chain.from_iterable(map(packers[name].add, part.examples()))
+    rows += itertools.chain.from_iterable(packer.finish() for packer in packers.values())
+    seconds = time.monotonic() - start
+    scale = text.text_bytes / sampled
+    tokens = sum(len(row.input_ids) for row in rows)
+    # A sample has 14 bytes of sizes and shapes, its offset included, and two bytes for each segment length.
+    size = tokens * np.dtype(task.dtype).itemsize + sum(14 + 2 * len(row.segment_lengths) for row in rows)
+    return DryRun(text.documents, text.text_bytes, tokens * scale, size * scale, seconds * scale)
+
+
 def _check(options: Conversion) -> None:
     if not MIN_SEQ_LENGTH <= options.max_seq_length <= np.iinfo(np.uint16).max:
         raise UserError(f"--max-seq-length is {options.max_seq_length}; expected {MIN_SEQ_LENGTH} to 65535")
@@ -217,19 +279,7 @@ def _write(
     options: Conversion, tokenizer: PreTrainedTokenizerFast, documents: Iterable[str], folder: ShardFolder
 ) -> dict[str, SplitCounts]:
     """Convert the documents into the splits of an open folder."""
-    ids = special_ids(tokenizer)
-    task = Task(
-        _plain_tokenizer(tokenizer).to_str(),
-        options.max_seq_length,
-        ids["cls"],
-        ids["sep"],
-        options.lines,
-        options.overflow,
-        options.val_fraction,
-        options.seed,
-        id_dtype(len(tokenizer)),
-    )
-    names = SPLITS if options.val_fraction > 0 else SPLITS[:1]
+    task, names = _task(options, tokenizer), _split_names(options)
     done = sum(part["documents"] for part in folder.parts)
     documents = iter(documents)
     with tqdm(
@@ -243,6 +293,25 @@ def _write(
     if not folder.parts:  # documents without a token
         _write_part(options, task, iter(()), folder, names, bar)
     return {name: _sum(SplitCounts(**part["splits"][name]) for part in folder.parts) for name in names}
+
+
+def _task(options: Conversion, tokenizer: PreTrainedTokenizerFast) -> Task:
+    ids = special_ids(tokenizer)
+    return Task(
+        _plain_tokenizer(tokenizer).to_str(),
+        options.max_seq_length,
+        ids["cls"],
+        ids["sep"],
+        options.lines,
+        options.overflow,
+        options.val_fraction,
+        options.seed,
+        id_dtype(len(tokenizer)),
+    )
+
+
+def _split_names(options: Conversion) -> Sequence[str]:
+    return SPLITS if options.val_fraction > 0 else SPLITS[:1]
 
 
 def _write_part(

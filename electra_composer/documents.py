@@ -132,18 +132,26 @@ def _texts(sources: Sources, stats: ReadStats, workers: int) -> Iterator[str]:
             yield from read_docstrings(workers)
         else:
             for path in find_files(source):
-                yield from _read_file(path, sources, stats)
+                yield from documents_of_file(path, sources, stats)
 
 
-def _read_file(path: str, sources: Sources, stats: ReadStats) -> Iterator[str]:
+def is_parquet(path: str) -> bool:
+    return _format(path) == ".parquet"
+
+
+def documents_of_file(
+    path: str, sources: Sources, stats: ReadStats, lines: Iterable[bytes] | None = None
+) -> Iterator[str]:
+    """Documents of one file, empty ones too. `lines`: its lines, where they have been opened already."""
     kind = _format(path)
+    lines = _lines(path) if lines is None else lines
     try:
         if kind == ".parquet":
             yield from _read_parquet(path, sources.text_column, stats)
         elif kind == ".txt":
-            yield from _read_txt(_lines(path), sources.txt_documents, stats)
+            yield from _read_txt(lines, sources.txt_documents, stats)
         else:
-            yield from _read_json_lines(path, sources.text_column, stats)
+            yield from _read_json_lines(path, lines, sources.text_column, stats)
     except UserError:
         raise
     except (OSError, pa.ArrowException) as error:
@@ -155,8 +163,12 @@ def _reason(error: BaseException) -> str:
 
 
 def _lines(path: str) -> Iterator[bytes]:
-    """Lines of a file, decompressed by its suffix; a stream that is cut short is an OSError."""
-    with io.BufferedReader(pa.input_stream(path, compression="detect"), 1 << 20) as file:
+    return lines_of(pa.input_stream(path, compression="detect"))
+
+
+def lines_of(stream: pa.NativeFile, buffer_size: int = 1 << 20) -> Iterator[bytes]:
+    """Lines of a stream of plain bytes; one that is cut short is an OSError."""
+    with io.BufferedReader(stream, buffer_size) as file:
         first = True
         for line in file:
             yield line.removeprefix(b"\xef\xbb\xbf") if first else line
@@ -187,8 +199,8 @@ def _read_txt(lines: Iterable[bytes], ends: Literal["blank", "file"], stats: Rea
     yield take()
 
 
-def _read_json_lines(path: str, column: str, stats: ReadStats) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
+def _read_json_lines(path: str, lines: Iterable[bytes], column: str, stats: ReadStats) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         text, invalid = _decode(line)

@@ -15,12 +15,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from streaming import LocalDataset
 
-from electra_composer import chunks, conversion
+from electra_composer import chunks, conversion, estimate
 from electra_composer.chunks import cut_line, encode_lines, is_validation
 from electra_composer.config import ShardsConfig
+from electra_composer.documents import Sources
+from electra_composer.estimate import estimate_text
+from electra_composer.shard_folder import ShardFolder
 from electra_composer.shards import build_data_spec, check_shards, read_meta
 from electra_composer.vocabulary import load_tokenizer
 
@@ -304,3 +309,182 @@ def test_reviews_are_packed_tightly(tmp_path, length):
     summary = main([*options, "--out", str(tmp_path / "out"), "--workers", "2"])
     assert summary.splits["train"].fill(length) >= 0.985
     assert summary.total.documents == 4000
+
+
+# What is said before the work begins.
+
+
+def gather(corpus, folder, kind):
+    """The corpus again, in several files of one kind."""
+    texts = [json.loads(line)["text"] for line in (corpus / "corpus.jsonl").read_text().splitlines()]
+    texts *= 40
+    for part in range(3):
+        chosen = texts[part::3]
+        if kind == "parquet":
+            pq.write_table(pa.table({"text": chosen}), folder / f"{part}.parquet", row_group_size=500)
+        elif kind == "txt":
+            (folder / f"{part}.txt").write_text("\n\n".join(text.replace("\n\n", "\n") for text in chosen))
+        else:
+            data = "".join(json.dumps({"text": text}) + "\n" for text in chosen).encode()
+            (folder / f"{part}.jsonl.gz").write_bytes(gzip.compress(data))
+    return texts
+
+
+@pytest.mark.parametrize("kind", ["parquet", "txt", "jsonl.gz"])
+def test_text_is_estimated_from_a_sample(corpus, tmp_path, monkeypatch, kind):
+    texts = gather(corpus, tmp_path, kind)
+    size = sum(len(text.encode()) for text in texts)
+    source = str(tmp_path)
+    whole = estimate_text(Sources([source]), 1 << 40)
+    assert whole.documents == pytest.approx(len(texts), rel=0.02)
+    assert whole.text_bytes == pytest.approx(size, rel=0.02)
+    if kind == "jsonl.gz":
+        return  # too little to be read in part; see below
+    monkeypatch.setattr(estimate, "WHOLE_BELOW", 0)
+    part = estimate_text(Sources([source]), size // 5)
+    assert len(part.sample) < 0.4 * len(texts)
+    assert part.text_bytes == pytest.approx(size, rel=0.15)
+    assert part.documents == pytest.approx(len(texts), rel=0.15)
+    assert estimate_text(Sources([source], max_documents=100), size // 5).documents == pytest.approx(100, rel=0.01)
+    assert estimate_text(Sources([source], max_bytes=1000), size // 5).text_bytes == pytest.approx(1000, rel=0.01)
+    assert estimate_text(Sources(["docstrings"]), 10) is None
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs the reviews in ../shared/data")
+def test_compressed_reviews_are_estimated_from_a_sample():
+    estimated = estimate_text(Sources([str(DATA / "corpus")]), 1 << 22)
+    assert estimated.documents == pytest.approx(50_000, rel=0.1)
+    assert estimated.text_bytes == pytest.approx(65e6, rel=0.1)
+    assert len(estimated.sample) < 5000
+
+
+def test_a_dry_run_foretells_the_conversion_and_writes_nothing(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "_DRY_RUN_BYTES", 100_000)
+    (tmp_path / "in").mkdir()
+    gather(corpus, tmp_path / "in", "jsonl.gz")
+    options = [*arguments(corpus, tmp_path / "out")[2:], "--source", str(tmp_path / "in")]
+    told = main([*options, "--dry-run"])
+    assert os.listdir(tmp_path) == ["in"]
+    made = main(options)
+    assert told.documents == pytest.approx(made.total.documents, rel=0.15)
+    assert told.tokens == pytest.approx(made.total.tokens, rel=0.15)
+    assert told.disk_bytes == pytest.approx(made.shard_bytes, rel=0.25)
+    assert "M tokens" in str(told)
+
+
+def test_a_dry_run_of_what_cannot_be_measured(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--source", "docstrings", "--tokenizer", "train", "--dry-run", "--out", str(tmp_path / "out")])
+    assert "--max-documents converts a part" in capsys.readouterr().err
+
+
+def test_too_little_room_is_said_before_the_start(corpus, tmp_path, monkeypatch, capsys):
+    usage = type("usage", (), {"free": 10_000})
+    monkeypatch.setattr("electra_composer.estimate.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(SystemExit):
+        main(arguments(corpus, tmp_path / "a" / "out"))
+    assert "GB left, and the shards may need" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+    main([*arguments(corpus, tmp_path / "out"), "--ignore-disk"])
+    assert (tmp_path / "out/meta.json").is_file()
+
+
+# What goes on from an interrupted conversion, and what does not.
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupted(corpus, long_text, tmp_path, monkeypatch):
+    """Options of a conversion of which two parts are done; its folder is `tmp_path / "out"`."""
+    monkeypatch.setattr(conversion, "PART_CHARACTERS", 300_000)
+    monkeypatch.setattr(conversion, "_CHUNK_CHARACTERS", 50_000)
+    options = [*arguments(corpus, tmp_path / "out")[2:], "--source", str(long_text)]
+    end_part = ShardFolder.end_part
+
+    def stop_after_two(self, record):
+        end_part(self, record)
+        if len(self.parts) == 2:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardFolder, "end_part", stop_after_two)
+        with pytest.raises(Stop):
+            main(options)
+    assert sorted(os.listdir(tmp_path / "out.partial/parts")) == ["00000", "00001"]
+    return options
+
+
+def test_other_options_do_not_go_on(interrupted, capsys):
+    with pytest.raises(SystemExit):
+        main([*interrupted, "--max-seq-length", "32"])
+    message = capsys.readouterr().err
+    assert "max_seq_length: 64 there, 32 now" in message
+    assert "--restart" in message
+    summary = main([*interrupted, "--max-seq-length", "32", "--restart"])
+    assert summary.continued_tokens == 0
+
+
+def test_a_changed_source_does_not_go_on(long_text, interrupted, tmp_path, capsys):
+    changed = tmp_path / "changed.txt"
+    changed.write_text(long_text.read_text() + "\n\none more.")
+    with pytest.raises(SystemExit):
+        main([*interrupted[:-1], str(changed)])
+    assert "files:" in capsys.readouterr().err
+
+
+def test_what_is_done_is_not_done_again(interrupted, tmp_path):
+    summary = main(interrupted)
+    assert 0.1 < summary.continued_tokens / summary.total.tokens < 0.3
+    assert "interrupted run" in str(summary)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_trained_vocabulary_is_kept(long_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "PART_CHARACTERS", 1_000_000)
+    options = ["--source", str(long_text), "--tokenizer", "train", "--vocab-size", "150", "--workers", "1"]
+    options += ["--no-progress", "--max-seq-length", "64", "--out"]
+    end_part = ShardFolder.end_part
+
+    def stop(self, record):
+        end_part(self, record)
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardFolder, "end_part", stop)
+        with pytest.raises(Stop):
+            main([*options, str(tmp_path / "a")])
+    main([*options, str(tmp_path / "a")])
+    main([*options, str(tmp_path / "b")])
+    names = files_of(tmp_path / "b")
+    assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)[1:] == ([], [])
+
+
+def test_two_conversions_do_not_write_one_folder(corpus, tmp_path, capsys):
+    with ShardFolder(str(tmp_path / "out"), plan={}), pytest.raises(SystemExit):
+        main(arguments(corpus, tmp_path / "out"))
+    assert "another conversion is writing" in capsys.readouterr().err
+
+
+def test_killed_while_the_parts_are_put_together(interrupted, tmp_path, monkeypatch):
+    rename = os.rename
+
+    def stop_at_the_fifth_shard(old, new):
+        if "whole" in str(new) and "shard.00004" in str(new):
+            raise Stop
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", stop_at_the_fifth_shard)
+        with pytest.raises(Stop):
+            main(interrupted)
+    summary = main(interrupted)
+    assert summary.continued_tokens == summary.total.tokens  # nothing was left to convert
+    whole = str(tmp_path / "whole")
+    place = interrupted.index("--out") + 1
+    main([*interrupted[:place], whole, *interrupted[place + 1 :]])
+    names = files_of(whole)
+    assert files_of(tmp_path / "out") == names
+    assert filecmp.cmpfiles(tmp_path / "out", whole, names, shallow=False)[1:] == ([], [])
