@@ -110,7 +110,7 @@ def is_validation(seed: int, number: int, fraction: float) -> bool:
 
 
 def _examples(builder: ExampleBuilder, tokenizer: Tokenizer, documents: list[str], lines: str) -> Iterator[Example]:
-    split = [_lines(document, lines) for document in documents]
+    split = [document_lines(document, lines) for document in documents]
     encoded = encode_lines(tokenizer, (line for document in split for line in document))
     for document in split:
         for ids in itertools.islice(encoded, len(document)):
@@ -118,7 +118,7 @@ def _examples(builder: ExampleBuilder, tokenizer: Tokenizer, documents: list[str
         yield from builder.end_document()
 
 
-def _lines(document: str, ends: str) -> list[str]:
+def document_lines(document: str, ends: str) -> list[str]:
     lines = [stripped for line in document.split("\n") if (stripped := line.strip())]
     if ends == "sentence":
         lines = [sentence for line in lines for sentence in split_sentences(line)]

@@ -85,8 +85,9 @@ def _sample_file(path: str, sources: Sources, limit: int, sample: list[str]) -> 
             if text.strip():
                 sample.append(text)
             if length >= limit and size >= WHOLE_BELOW:
-                share = documents / max(1, pq.read_metadata(path).num_rows) if parquet else raw.tell() / size
-                return size * min(1.0, share), documents, length
+                if parquet:
+                    return size * documents / pq.read_metadata(path).num_rows, documents, length
+                return size if raw.closed else raw.tell(), documents, length  # closed at its end
     return size, documents, length
 
 

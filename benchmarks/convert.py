@@ -1,0 +1,172 @@
+"""Conversion to shards against the usual way and against the tokenizer alone, in turns; prints one JSON line.
+
+    python benchmarks/convert.py --source '../shared/data/corpus/*.jsonl.gz' --tokenizer vocab.txt --workers 2
+
+`usual` is one process that calls the tokenizer line by line, as most data preparations do, and builds, packs and writes
+the same rows. `tokenizer` is `encode_batch_fast` of the `tokenizers` library on all lines at once, on all cores, and
+nothing else: no conversion can be faster. What is compared is text in MB/s, from documents in memory. It fails unless
+`usual` and `ours` write the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import describe, interleave
+from streaming import LocalDataset
+from transformers import PreTrainedTokenizerFast
+
+from electra_composer.chunks import document_lines
+from electra_composer.conversion import Conversion, Summary, convert
+from electra_composer.documents import ReadStats, Sources, read_documents
+from electra_composer.errors import report_user_errors
+from electra_composer.examples import ExampleBuilder, Packer
+from electra_composer.row_reader import RowReader
+from electra_composer.shard_folder import Meta, ShardFolder, SplitCounts, describe_tokenizer, id_dtype
+from electra_composer.vocabulary import load_tokenizer, special_ids
+
+LENGTH = 128
+
+
+def usual(documents: list[str], tokenizer: PreTrainedTokenizerFast, lines: str, out: str) -> int:
+    """One process, one call of the tokenizer a line; the tokens of the rows."""
+    ids, dtype, counts = special_ids(tokenizer), id_dtype(len(tokenizer)), SplitCounts(documents=len(documents))
+    builder = ExampleBuilder(LENGTH, ids["cls"], ids["sep"], random.Random(0), "carry")
+    packer = Packer(LENGTH)
+    with ShardFolder(out) as folder:
+
+        def write(rows: Any) -> None:
+            for row in rows:
+                counts.rows += 1
+                counts.tokens += len(row.input_ids)
+                folder.write("train", row, dtype)
+
+        for document in documents:
+            for line in document_lines(document, lines):
+                for example in builder.add_line(tokenizer(line, add_special_tokens=False)["input_ids"]):
+                    write(packer.add(example))
+            for example in builder.end_document():
+                write(packer.add(example))
+        write(packer.finish())
+        folder.finish(
+            Meta(describe_tokenizer(tokenizer, "usual"), LENGTH, "packed", 0, {}, {"train": counts}), tokenizer
+        )
+    return counts.tokens
+
+
+def tokenizer_alone(documents: list[str], tokenizer: PreTrainedTokenizerFast, lines: str) -> int:
+    """All lines through `encode_batch_fast`, on all cores; their tokens."""
+    batch = list(itertools.chain.from_iterable(document_lines(document, lines) for document in documents))
+    total = 0
+    for first in range(0, len(batch), 20_000):
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(
+            batch[first : first + 20_000], add_special_tokens=False
+        )
+        total += sum(map(len, encodings))
+    return total
+
+
+def words_in(folder: str, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Tokens of a folder's shards that are not `[CLS]` or `[SEP]`: nothing else is added, and nothing is dropped."""
+    shards = LocalDataset(local=folder, split="train").shards
+    ids = RowReader(shards, lambda shard: None).read(np.arange(sum(shard.samples for shard in shards))).input_ids
+    special = special_ids(tokenizer)
+    return int((~np.isin(ids, [special["cls"], special["sep"]])).sum())
+
+
+class Runs:
+    """Repeats a conversion into folders of their own, and keeps what it said."""
+
+    def __init__(self, make: Callable[[str], Any], folder: str, name: str) -> None:
+        self._make, self._folder, self._name = make, folder, name
+        self.results: list[Any] = []
+
+    def __call__(self) -> None:
+        self.results.append(self._make(os.path.join(self._folder, f"{self._name}-{len(self.results)}")))
+
+
+@report_user_errors
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print one JSON line; 1 where both ways do not give the same tokens."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--lines", choices=("newline", "sentence"), default="sentence")
+    parser.add_argument("--megabytes", type=float, default=20, help="of text")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args(arguments)
+    sources = Sources([options.source], max_bytes=int(options.megabytes * 1e6))
+    documents = list(read_documents(sources, ReadStats()))
+    tokenizer = load_tokenizer(options.tokenizer)
+    megabytes = sum(len(document.encode()) for document in documents) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.jsonl"
+        text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+
+        def ours(out: str) -> Summary:
+            return convert(
+                Conversion(
+                    Sources([str(text)]),
+                    out,
+                    options.tokenizer,
+                    max_seq_length=LENGTH,
+                    lines=options.lines,
+                    overflow="carry",
+                    val_fraction=0.0,
+                    workers=options.workers,
+                    progress=False,
+                )
+            )
+
+        def alone(_: str) -> int:
+            os.environ["TOKENIZERS_PARALLELISM"] = "true"
+            return tokenizer_alone(documents, tokenizer, options.lines)
+
+        runs = {
+            "usual": Runs(partial(usual, documents, tokenizer, options.lines), folder, "usual"),
+            "ours": Runs(ours, folder, "ours"),
+            "tokenizer": Runs(alone, folder, "tokenizer"),
+        }
+        seconds = interleave(dict(runs), options.repeats, warmup=1, device="cpu")  # type: ignore[arg-type]
+        words = [words_in(os.path.join(folder, name), tokenizer) for name in ("usual-0", "ours-0")]
+    speed = {name: megabytes / statistics.median(taken) for name, taken in seconds.items()}
+    summary = runs["ours"].results[-1]
+    print(
+        json.dumps(
+            {
+                "benchmark": "convert",
+                "lines": options.lines,
+                "workers": options.workers,
+                "max_seq_length": LENGTH,
+                "text_megabytes": round(megabytes, 2),
+                "tokens": summary.total.tokens,
+                "megabytes_per_second": {name: round(value, 2) for name, value in speed.items()},
+                "ours_tokens_per_second": round(speed["ours"] * summary.total.tokens / megabytes),
+                "ours_over_usual": round(speed["ours"] / speed["usual"], 2),
+                "ours_over_tokenizer": round(speed["ours"] / speed["tokenizer"], 3),
+                "machine": describe(),
+            }
+        ),
+        flush=True,
+    )
+    if {*words, runs["tokenizer"].results[0]} != {words[0]}:
+        print(f"not the same text: {words} and {runs['tokenizer'].results[0]} tokens", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
