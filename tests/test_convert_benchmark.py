@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import convert as benchmark  # noqa: E402
+import convert as benchmark
 
 
 @pytest.fixture
