@@ -17,9 +17,9 @@ from torchmetrics import Metric
 
 from electra_composer.checkpoint import Pretrained
 from electra_composer.config import GlueModelConfig
-from electra_composer.electra import ElectraForClassification, ElectraForReplacedTokens
 from electra_composer.encoder import EncoderConfig
 from electra_composer.errors import UserError
+from electra_composer.finetuning import ElectraForClassification, ElectraForReplacedTokens
 from electra_composer.glue_tasks import Task, build_metrics
 from electra_composer.weight_maps import State as Weights
 

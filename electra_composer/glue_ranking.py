@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast
 from electra_composer.checkpoint import Pretrained
 from electra_composer.config import GlueModelConfig
 from electra_composer.coreference import Blank, find_blank
-from electra_composer.electra import ElectraForReplacedTokens
 from electra_composer.errors import UserError
+from electra_composer.finetuning import ElectraForReplacedTokens
 from electra_composer.glue_data import pad_rows, training_examples
 from electra_composer.glue_files import Example, read_examples
 from electra_composer.glue_model import ElectraClassifier, load_body, sizes_of

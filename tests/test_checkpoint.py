@@ -25,8 +25,8 @@ from transformers import (
 
 from electra_composer.checkpoint import check_state_fits, load_source, read_checkpoint
 from electra_composer.config import ModelConfig
-from electra_composer.electra import ElectraForClassification
 from electra_composer.errors import UserError
+from electra_composer.finetuning import ElectraForClassification
 from electra_composer.weight_maps import (
     discriminator_to_transformers,
     encoder_config_of,

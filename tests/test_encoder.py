@@ -12,8 +12,9 @@ from torch import nn
 from transformers import ElectraModel
 
 from electra_composer.config import ModelConfig
-from electra_composer.electra import ElectraForClassification, SpecialIds, discriminator_config
+from electra_composer.electra import SpecialIds, discriminator_config
 from electra_composer.encoder import Embeddings, Encoder, init_weights
+from electra_composer.finetuning import ElectraForClassification
 from electra_composer.kernels.attention import pattern_of
 from electra_composer.weight_maps import encoder_to_transformers, transformers_config
 
