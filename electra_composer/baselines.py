@@ -65,13 +65,9 @@ def mlm_loss_without_context(entropy: float, objective: ObjectiveConfig) -> floa
     return 0.8 * entropy + 0.1 * math.log(2) + 0.1 * (entropy + math.log(2))
 
 
-def describe_baseline(config: ShardsConfig, meta: Meta, objective: ObjectiveConfig) -> str | None:
-    """One line for the start of a run, or None where the shards are not here yet."""
+def loss_without_context(config: ShardsConfig, meta: Meta, objective: ObjectiveConfig) -> float | None:
+    """:func:`mlm_loss_without_context` of a run's training rows; None where they are not here yet."""
     counts = unigram_counts(config, meta, config.train_split)
     if counts is None or not counts.any():
         return None
-    entropy = unigram_entropy(counts)
-    return (
-        f"MLM loss without context: {mlm_loss_without_context(entropy, objective):.2f} (copying kept tokens and word "
-        f"frequencies alone, unigram entropy {entropy:.2f}); below it, the generator has learnt from context"
-    )
+    return mlm_loss_without_context(unigram_entropy(counts), objective)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from composer import Trainer
 from composer.utils import dist
 
-from electra_composer.baselines import describe_baseline
+from electra_composer.baselines import loss_without_context
 from electra_composer.callbacks import RunRecord, TrainMetrics
 from electra_composer.checkpoint import check_state_fits, read_checkpoint, special_ids, tokenizer_files
 from electra_composer.composer_model import ElectraPretraining
@@ -26,6 +26,7 @@ from electra_composer.runs import (
 from electra_composer.shards import build_data_spec, check_shards, read_meta
 from electra_composer.versions import check_versions
 from electra_composer.vocabulary import load_tokenizer
+from electra_composer.watch import LearningWatch
 
 
 def main(config: PretrainConfig) -> Trainer:
@@ -74,8 +75,9 @@ def main(config: PretrainConfig) -> Trainer:
         config.data, "train", device_batch_size(config.trainer), meta, config.seed, batch_transforms=model.count_batch
     )
     eval_data = build_data_spec(config.data, "eval", config.trainer.device_eval_batch_size, meta, config.seed)
-    if dist.get_global_rank() == 0 and (loss_to_beat := describe_baseline(config.data, meta, config.objective)):
-        print(loss_to_beat, flush=True)
+    loss_to_beat = loss_without_context(config.data, meta, config.objective)
+    if dist.get_global_rank() == 0 and loss_to_beat is not None:
+        print(f"MLM loss without context: {loss_to_beat:.2f} (word frequencies, and copying kept tokens)", flush=True)
     trainer = build_trainer(
         config,
         model,
@@ -84,6 +86,7 @@ def main(config: PretrainConfig) -> Trainer:
         config.trainer.max_duration,
         callbacks=[
             TrainMetrics(config.trainer.log_interval),
+            LearningWatch(loss_to_beat),
             RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(tokenizer)),
         ],
     )

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining
 
-from electra_composer.baselines import mlm_loss_without_context, unigram_counts, unigram_entropy
+from electra_composer.baselines import loss_without_context
 from electra_composer.checkpoint import read_checkpoint
 from electra_composer.config import ObjectiveConfig, ShardsConfig
 from electra_composer.devices import cpu_multiplies_bfloat16
@@ -134,27 +134,20 @@ def metrics_of(folder: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def baseline() -> float:
-    """The MLM loss that the quickstart's shards allow to who learns nothing from context."""
-    config = ShardsConfig(path=SHARDS, max_seq_length=32)
-    counts = unigram_counts(config, read_meta(SHARDS), "train")
-    assert counts is not None  # they were written here
-    return mlm_loss_without_context(unigram_entropy(counts), ObjectiveConfig())
-
-
-def pretraining_summary(rows: list[dict[str, Any]], without_context: float) -> str:
+def pretraining_summary(rows: list[dict[str, Any]], without_context: float | None) -> str:
     """First and last losses, AUC and speed of the pretraining run, a line each.
 
     Args:
         rows: of the metrics file.
-        without_context: see :func:`baseline`.
+        without_context: MLM loss of word frequencies alone.
     """
     mlm = [row["metrics/train/mlm_loss"] for row in rows if "metrics/train/mlm_loss" in row]
     rtd = [row["metrics/train/rtd_loss"] for row in rows if "metrics/train/rtd_loss" in row]
     auc = [row["metrics/eval/rtd_auc"] for row in rows if "metrics/eval/rtd_auc" in row]
     speed = [row["throughput/tokens_per_sec"] for row in rows if "throughput/tokens_per_sec" in row]
+    beside = f" (without context: {without_context:.2f})" if without_context is not None else ""
     lines = [
-        f"generator, MLM loss          {mlm[0]:.2f} → {mlm[-1]:.2f} (without context: {without_context:.2f})",
+        f"generator, MLM loss          {mlm[0]:.2f} → {mlm[-1]:.2f}{beside}",
         f"discriminator, RTD loss      {rtd[0]:.3f} → {rtd[-1]:.3f}",
         f"discriminator, RTD AUC       {auc[-1]:.3f} on held-out documents (chance 0.500)",
         f"tokens seen                  {rows[-1]['time/token']:,}",
@@ -194,7 +187,10 @@ def main() -> None:
     for start in STARTS:
         with open(f"{FOLDER}/glue-{start}/results.json", encoding="utf-8") as file:
             results[start] = json.load(file)
-    print(f"\n━━ pretraining\n{pretraining_summary(metrics_of(PRETRAIN), baseline())}")
+    without_context = loss_without_context(
+        ShardsConfig(SHARDS, max_seq_length=32), read_meta(SHARDS), ObjectiveConfig()
+    )
+    print(f"\n━━ pretraining\n{pretraining_summary(metrics_of(PRETRAIN), without_context)}")
     print(f"\n━━ a synthetic task: whole or corrupted sentence (chance 50)\n{table(results)}")
     print(f"\n━━ export\n  {EXPORT}: {exported}")
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in all; everything is in {FOLDER}\n\n{REAL_RUN}")

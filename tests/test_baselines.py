@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from electra_composer.baselines import describe_baseline, mlm_loss_without_context, unigram_counts, unigram_entropy
+from electra_composer.baselines import loss_without_context, mlm_loss_without_context, unigram_counts, unigram_entropy
 from electra_composer.config import ObjectiveConfig, ShardsConfig
 from electra_composer.errors import UserError
 from electra_composer.masking import mask_tokens
@@ -45,7 +45,7 @@ def test_a_damaged_shard_is_said_to_be(shards, tmp_path):
 
 def test_shards_that_are_elsewhere_have_none_yet(shards):
     config = ShardsConfig(path=str(shards), max_seq_length=32, num_workers=0, remote="s3://bucket/shards")
-    assert describe_baseline(config, read_meta(str(shards)), ObjectiveConfig()) is None
+    assert loss_without_context(config, read_meta(str(shards)), ObjectiveConfig()) is None
 
 
 def losses_without_context(ids, shares, style):
