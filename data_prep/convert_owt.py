@@ -31,7 +31,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, boo
         "--source",
         action="append",
         metavar="PATH",
-        help=f"a .parquet, .jsonl or .txt (the last two also .gz or .zst), a folder or a glob of these; {DOCSTRINGS}: "
+        help=f"a .parquet, .jsonl or .txt (the last two also .gz or .zst), a .tar(.gz, .xz) of .txt, "
+        f"a folder or a glob of these; {DOCSTRINGS}: "
         f"of the Python packages installed here; {HUB} (default): --dataset. Several may be given",
     )
     add("--dataset", default=sources.dataset, help="on the hub, not one with a loading script (default: %(default)s)")
@@ -48,6 +49,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, boo
         default="blank",
         help="what ends a document in .txt: a blank line (default), or the file",
     )
+    add("--min-characters", type=int, default=0, help="leave out shorter documents (default: %(default)s)")
+    add("--deduplicate", action="store_true", help="leave out documents that were there before, to the letter")
+    add("--normalize", choices=("NFC", "NFKC"), help="bring all text into this Unicode form (default: as it is)")
     add("--max-documents", type=int, help="stop after so many")
     add("--max-bytes", type=_size, help="stop after so much text, such as 50mb")
     add("--out", default=defaults.out, help="folder to write; must not exist (default: %(default)s)")
@@ -106,6 +110,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, boo
             revision=options.revision,
             text_column=options.text_column,
             txt_documents=options.txt_documents,
+            min_characters=options.min_characters,
+            deduplicate=options.deduplicate,
+            normalize=options.normalize,
             max_documents=options.max_documents,
             max_bytes=options.max_bytes,
         ),
@@ -156,6 +163,8 @@ def report(conversion: Conversion, summary: Summary) -> None:
         )
     if summary.invalid_documents:
         _warn(f"{summary.invalid_documents:,} documents hold bytes that are not UTF-8, read as U+FFFD")
+    if summary.short_documents or summary.duplicate_documents:
+        print(f"left out: {summary.short_documents:,} short documents, {summary.duplicate_documents:,} duplicates")
     for name, counts in summary.splits.items():
         if not counts.rows:
             _warn(f"the {name} split is empty; choose another --val-fraction or --seed")

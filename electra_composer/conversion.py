@@ -95,6 +95,8 @@ class Summary:
     max_seq_length: int
     text_bytes: int
     invalid_documents: int
+    short_documents: int
+    duplicate_documents: int
     shard_bytes: int
     seconds: float  # of this run
     continued_tokens: int = 0  # of the total; from an interrupted run
@@ -189,6 +191,8 @@ def convert(options: Conversion) -> Summary:
         options.max_seq_length,
         stats.bytes,
         stats.invalid,
+        stats.short,
+        stats.duplicates,
         size,
         time.monotonic() - start,
         continued,

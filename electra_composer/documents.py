@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import io
 import json
+import lzma
 import os
+import tarfile
+import unicodedata
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +25,7 @@ HUB = "hub"
 DOCSTRINGS = "docstrings"
 _COMPRESSIONS = (".gz", ".zst")
 _FORMATS = (".parquet", ".jsonl", ".json", ".txt")
+_TARS = (".tar", ".tar.xz", ".tar.gz", ".tgz")
 _PARQUET_BATCH = 1000  # rows held at a time
 
 
@@ -37,6 +43,9 @@ class Sources:
     revision: str | None = "refs/convert/parquet"
     text_column: str = "text"
     txt_documents: Literal["blank", "file"] = "blank"  # what ends a document in .txt: a blank line, or the file
+    min_characters: int = 0  # shorter documents are left out
+    deduplicate: bool = False  # leave out documents whose text was there before, to the letter
+    normalize: Literal["NFC", "NFKC"] | None = None  # Unicode form that all text is brought into
     max_documents: int | None = None
     max_bytes: int | None = None  # of UTF-8 text
 
@@ -48,6 +57,8 @@ class ReadStats:
     documents: int = 0
     bytes: int = 0
     invalid: int = 0  # documents with bytes that are not UTF-8, read as U+FFFD
+    short: int = 0  # left out by min_characters
+    duplicates: int = 0  # left out by deduplicate
 
 
 def read_documents(sources: Sources, stats: ReadStats, workers: int = 1) -> Iterator[str]:
@@ -62,9 +73,21 @@ def read_documents(sources: Sources, stats: ReadStats, workers: int = 1) -> Iter
         UserError: a source that is not there, not readable, cut short, without the text column, or no document at all.
     """
     before = stats.documents
+    seen: set[bytes] = set()  # digests of 8 bytes, some 60 with what Python adds: half a gigabyte for OpenWebText
     for text in _texts(sources, stats, workers):
         if not text.strip():
             continue
+        if sources.normalize is not None:
+            text = unicodedata.normalize(sources.normalize, text)
+        if len(text) < sources.min_characters:
+            stats.short += 1
+            continue
+        if sources.deduplicate:
+            digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+            if digest in seen:
+                stats.duplicates += 1
+                continue
+            seen.add(digest)
         if sources.max_documents is not None and stats.documents - before >= sources.max_documents:
             return
         if sources.max_bytes is not None and stats.bytes >= sources.max_bytes:
@@ -112,11 +135,14 @@ def find_files(source: str) -> list[str]:
 
 
 def _kinds() -> str:
-    return f"{', '.join(_FORMATS)} (all but .parquet also with {' or '.join(_COMPRESSIONS)})"
+    packed = " or ".join(_COMPRESSIONS)
+    return f"{', '.join(_FORMATS)} (all but .parquet also with {packed}), or {', '.join(_TARS)} of .txt"
 
 
 def _format(path: str) -> str | None:
     name = os.path.basename(path).lower()
+    if name.endswith(_TARS) and not name.startswith("."):
+        return ".tar"
     stem, suffix = os.path.splitext(name)
     if suffix in _COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
@@ -135,6 +161,10 @@ def _texts(sources: Sources, stats: ReadStats, workers: int) -> Iterator[str]:
                 yield from documents_of_file(path, sources, stats)
 
 
+def is_tar(path: str) -> bool:
+    return _format(path) == ".tar"
+
+
 def is_parquet(path: str) -> bool:
     return _format(path) == ".parquet"
 
@@ -144,17 +174,19 @@ def documents_of_file(
 ) -> Iterator[str]:
     """Documents of one file, empty ones too. `lines`: its lines, where they have been opened already."""
     kind = _format(path)
-    lines = _lines(path) if lines is None else lines
     try:
         if kind == ".parquet":
             yield from _read_parquet(path, sources.text_column, stats)
+        elif kind == ".tar":
+            with open(path, "rb") as archive:
+                yield from _read_tar(archive, stats)
         elif kind == ".txt":
-            yield from _read_txt(lines, sources.txt_documents, stats)
+            yield from _read_txt(_lines(path) if lines is None else lines, sources.txt_documents, stats)
         else:
-            yield from _read_json_lines(path, lines, sources.text_column, stats)
+            yield from _read_json_lines(path, _lines(path) if lines is None else lines, sources.text_column, stats)
     except UserError:
         raise
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as {kind}: {_reason(error)}") from error
 
 
@@ -197,6 +229,25 @@ def _read_txt(lines: Iterable[bytes], ends: Literal["blank", "file"], stats: Rea
         else:
             document.append(line)
     yield take()
+
+
+def _read_tar(archive: IO[bytes], stats: ReadStats) -> Iterator[str]:
+    """Every .txt of an archive is a document. OpenWebText's own archive holds archives (.xz) of them, in any order.
+
+    Members are read one after another and never written to disk, so that their names cannot lead anywhere.
+    """
+    with tarfile.open(fileobj=archive, mode="r|*") as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            file = tar.extractfile(member)
+            assert file is not None  # of a file it never is
+            if member.name.endswith(".txt"):
+                text, invalid = _decode(file.read())
+                stats.invalid += invalid
+                yield text
+            elif member.name.endswith((".xz", ".tar")):
+                yield from _read_tar(file, stats)
 
 
 def _read_json_lines(path: str, lines: Iterable[bytes], column: str, stats: ReadStats) -> Iterator[str]:

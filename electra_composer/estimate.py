@@ -17,6 +17,7 @@ from electra_composer.documents import (
     documents_of_file,
     find_files,
     is_parquet,
+    is_tar,
     lines_of,
 )
 from electra_composer.errors import UserError
@@ -44,7 +45,8 @@ def estimate_text(sources: Sources, sample_bytes: int) -> TextEstimate | None:
         sample_bytes: of text to read, in all.
 
     Returns:
-        None where a source is the hub's or made here (`docstrings`): how much there is, only reading all of it tells.
+        None where a source is the hub's, made here (`docstrings`) or an archive: only reading all of it tells how much
+        there is.
 
     Raises:
         UserError: as reading raises them.
@@ -52,6 +54,8 @@ def estimate_text(sources: Sources, sample_bytes: int) -> TextEstimate | None:
     if any(source in (HUB, DOCSTRINGS) for source in sources.sources):
         return None
     files = [path for source in sources.sources for path in find_files(source)]
+    if any(is_tar(path) for path in files):
+        return None
     chosen = files[:: max(1, len(files) // SAMPLED_FILES)]
     sample: list[str] = []
     sampled = [_sample_file(path, sources, sample_bytes // len(chosen), sample) for path in chosen]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import lzma
 import os
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -265,3 +268,55 @@ def test_docstrings_are_the_same_from_any_number_of_workers(monkeypatch):
     assert sum(map(len, one)) > 200_000
     paragraphs = [paragraph for document in one for paragraph in document.split("\n")]
     assert max(map(paragraphs.count, set(paragraphs))) <= docstrings.MAX_COPIES
+
+
+def tar_of(files, mode="w"):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [(".tar", "w"), (".tar.xz", "w:xz"), (".tar.gz", "w:gz"), (".tgz", "w:gz")]
+)
+def test_archives_like_that_of_openwebtext(tmp_path, suffix, mode):
+    inner = [tar_of({f"{i}-{j}.txt": f"document {i} {j}".encode() for j in range(3)}, "w:xz") for i in range(2)]
+    files = {"openwebtext/a.xz": inner[0], "../../outside.txt": b"outside", "b.xz": inner[1], "readme.md": b"no"}
+    (tmp_path / f"owt{suffix}").write_bytes(tar_of(files, mode))
+    texts, _ = read(tmp_path)
+    assert texts == [*(f"document 0 {j}" for j in range(3)), "outside", *(f"document 1 {j}" for j in range(3))]
+    assert not (tmp_path.parent.parent / "outside.txt").exists()
+
+
+@pytest.mark.parametrize("cut", [10, 700, 3000])
+def test_archives_that_are_cut_short(tmp_path, cut):
+    words = os.urandom(3000).hex().encode()
+    whole = tar_of({"a.txt": words, "b.xz": tar_of({"c.txt": words}, "w:xz")}, "w:xz")
+    (tmp_path / "owt.tar.xz").write_bytes(whole[:cut])
+    with pytest.raises(UserError, match=r"owt\.tar\.xz: cannot be read as \.tar"):
+        read(tmp_path / "owt.tar.xz")
+
+
+def test_an_archive_in_an_archive_that_is_damaged(tmp_path):
+    (tmp_path / "owt.tar").write_bytes(tar_of({"a.xz": lzma.compress(b"no archive")}))
+    with pytest.raises(UserError, match="cannot be read as"):
+        read(tmp_path / "owt.tar")
+
+
+def test_documents_that_are_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a long one", "b", "a long one", "another", "b", "a long one "]))
+    texts, stats = read(tmp_path / "a.jsonl", deduplicate=True, min_characters=2)
+    assert texts == ["a long one", "another", "a long one "]
+    assert (stats.short, stats.duplicates) == (2, 1)
+    texts, stats = read(tmp_path / "a.jsonl", deduplicate=True, max_documents=2)
+    assert texts == ["a long one", "b"]
+
+
+def test_unicode_forms(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["cafe\u0301 \ufb01", "caf\u00e9 fi"]))
+    assert read(tmp_path / "a.jsonl", normalize="NFC")[0] == ["caf\u00e9 \ufb01", "caf\u00e9 fi"]
+    assert read(tmp_path / "a.jsonl", normalize="NFKC", deduplicate=True)[0] == ["caf\u00e9 fi"]
