@@ -40,6 +40,8 @@ class ShardsConfig(DataConfig):
     shuffle: bool = True
     predownload: int | None = None  # rows that Streaming fetches ahead of a remote's reader
     cache_limit: str | None = None  # such as 50gb: oldest shards of a remote are dropped beyond it
+    download_attempts: int = 3  # at a file of a remote, with growing pauses between them
+    download_timeout: float = 60.0  # seconds for a shard to come
 
 
 @dataclass

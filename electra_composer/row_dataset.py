@@ -73,6 +73,8 @@ class RowDataset(StreamingDataset):
                 shuffle_seed=seed,
                 predownload=config.predownload,
                 cache_limit=config.cache_limit,
+                download_retry=config.download_attempts,
+                download_timeout=config.download_timeout,
                 validate_hash=HASH,
             )
             mine = _shared_memory(self)
@@ -109,14 +111,27 @@ class RowDataset(StreamingDataset):
         return {"packed": torch.from_numpy(packed), "num_tokens": int(rows.row_lengths.sum())}
 
     def _wait_for_shard(self, shard: int) -> None:
-        """Fetch or unpack a shard, or wait for whichever process is at it."""
-        while True:
-            if self._ahead is not None and self._ahead.error is not None:
-                raise self._ahead.error
-            if self._shard_states[shard] != _ShardState.PREPARING:
-                self.prepare_shard(shard)
-                return
-            time.sleep(TICK)
+        """Fetch or unpack a shard, or wait for whichever process is at it.
+
+        Raises:
+            UserError: it is not there, not what was written (by its hash), or its server does not answer.
+        """
+        try:
+            while True:
+                if self._ahead is not None and self._ahead.error is not None:
+                    raise self._ahead.error
+                if self._shard_states[shard] != _ShardState.PREPARING:
+                    self.prepare_shard(shard)
+                    return
+                time.sleep(TICK)
+        except Exception as error:  # every storage client has errors of its own
+            stream = self.streams[self.stream_per_shard[shard]]
+            name = self.shards[shard].raw_data.basename
+            where = stream.local if stream.remote is None else stream.remote
+            raise UserError(
+                f"{where}/{stream.split}/{name}: the shard cannot be fetched or unpacked: "
+                f"{' '.join(str(error).split())}; the same command goes on from the last checkpoint once it can"
+            ) from error
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         super().load_state_dict(obj)

@@ -148,6 +148,8 @@ def build_dataloader(
     rows, ranks = meta.splits[split].rows, World.detect().num_ranks
     if batch_size < 1:
         raise UserError(f"the batch size per device is {batch_size}; expected at least 1")
+    if config.download_attempts < 1:
+        raise UserError(f"data.download_attempts is {config.download_attempts}; expected at least 1")
     if drop_last and math.ceil(rows / ranks) < batch_size:
         raise UserError(
             f"{config.path}: split {split!r} has {rows:,} rows, fewer than one batch of {batch_size:,} rows on each of "
