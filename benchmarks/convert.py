@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from machine import describe, interleave
-from streaming import LocalDataset
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.chunks import document_lines
@@ -33,7 +32,7 @@ from electra_composer.conversion import Conversion, Summary, convert
 from electra_composer.documents import ReadStats, Sources, read_documents
 from electra_composer.errors import report_user_errors
 from electra_composer.examples import ExampleBuilder, Packer
-from electra_composer.row_reader import RowReader
+from electra_composer.row_reader import reader_of_split
 from electra_composer.shard_folder import Meta, ShardFolder, SplitCounts, describe_tokenizer, id_dtype
 from electra_composer.vocabulary import load_tokenizer, special_ids
 
@@ -80,8 +79,9 @@ def tokenizer_alone(documents: list[str], tokenizer: PreTrainedTokenizerFast, li
 
 def words_in(folder: str, tokenizer: PreTrainedTokenizerFast) -> int:
     """Tokens of a folder's shards that are not `[CLS]` or `[SEP]`: nothing else is added, and nothing is dropped."""
-    shards = LocalDataset(local=folder, split="train").shards
-    ids = RowReader(shards, lambda shard: None).read(np.arange(sum(shard.samples for shard in shards))).input_ids
+    reader = reader_of_split(folder, "train")
+    assert reader is not None  # written here, uncompressed
+    ids = reader.read(np.arange(reader.rows)).input_ids
     special = special_ids(tokenizer)
     return int((~np.isin(ids, [special["cls"], special["sep"]])).sum())
 

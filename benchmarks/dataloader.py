@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe, interleave
-from streaming import LocalDataset, StreamingDataLoader, StreamingDataset
+from streaming import StreamingDataLoader, StreamingDataset
 
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.row_dataset import COLUMNS, Batch, collate_rows
-from electra_composer.row_reader import RowReader, Rows
+from electra_composer.row_reader import Rows, reader_of_split
 from electra_composer.shard_folder import Meta
 from electra_composer.shards import build_dataloader, read_meta
 
@@ -115,8 +115,9 @@ def shuffle_quality(config: ShardsConfig, meta: Meta, batch_size: int, epochs: i
 
 def reading_alone(config: ShardsConfig, rows: int) -> float:
     """Tokens/s of reading and decoding blocks of rows in their order, in this process, without batches of a loader."""
-    shards = LocalDataset(local=config.path, split=config.train_split).shards
-    reader = RowReader(shards, lambda shard: None)
+    reader = reader_of_split(config.path, config.train_split)
+    if reader is None:
+        raise UserError(f"--data {config.path}: compressed; convert without --compression")
     tokens = 0
     start = time.perf_counter()
     for first in range(0, rows - rows % 1024, 1024):

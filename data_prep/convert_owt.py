@@ -15,8 +15,9 @@ import sys
 
 from streaming.base.util import bytes_to_int
 
-from electra_composer.conversion import TRAIN, Conversion, DryRun, Summary, convert, dry_run
+from electra_composer.conversion import TRAIN, Conversion, Summary, convert
 from electra_composer.documents import DOCSTRINGS, HUB, Sources
+from electra_composer.dry_run import DryRun, dry_run
 from electra_composer.errors import UserError, report_user_errors
 
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # as its makers count them

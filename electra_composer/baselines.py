@@ -7,15 +7,12 @@ that gives means that nothing has been learnt from context yet, however far it h
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming import LocalDataset
 
 from electra_composer.config import ObjectiveConfig, ShardsConfig
-from electra_composer.errors import UserError
-from electra_composer.row_reader import RowReader
+from electra_composer.row_reader import reader_of_split
 from electra_composer.shard_folder import Meta
 
 ROWS = 20_000  # read at most, evenly spaced: a third of a second, and the entropy to a hundredth
@@ -31,20 +28,13 @@ def unigram_counts(config: ShardsConfig, meta: Meta, split: str, max_rows: int =
     Raises:
         UserError: a shard that cannot be read.
     """
-    folder = os.path.join(config.path, split)
-    if config.remote is not None or not os.path.isfile(os.path.join(folder, "shard.00000.mds")):
+    reader = reader_of_split(config.path, split) if config.remote is None else None
+    if reader is None:
         return None
-    shards = LocalDataset(local=config.path, split=split).shards
-    total = sum(shard.samples for shard in shards)
-    rows = np.arange(0, total, math.ceil(total / max_rows))
-    ids = RowReader(shards, prepare=_not_here).read(rows).input_ids
+    ids = reader.read(np.arange(0, reader.rows, math.ceil(reader.rows / max_rows))).input_ids
     counts = np.bincount(ids, minlength=meta.tokenizer.vocab_size).astype(np.int64)
     counts[[meta.tokenizer.special_ids[role] for role in ("pad", "cls", "sep")]] = 0
     return counts
-
-
-def _not_here(shard: int) -> None:
-    raise UserError(f"shard {shard} is missing; copy the shards again or make them anew")
 
 
 def unigram_entropy(counts: NDArray[np.int64]) -> float:

@@ -49,7 +49,6 @@ TRAIN = "train"  # --tokenizer train
 VOCABULARY_BYTES = 200_000_000  # of text that a vocabulary is trained on: the first of the source
 PART_CHARACTERS = 1 << 27  # of a part, from whose end an interrupted conversion goes on: a shard of 64 MB or so
 _LOOK_BYTES = 1 << 20  # of text, to see how much there is before the start
-_DRY_RUN_BYTES = 1 << 24
 _CHUNK_CHARACTERS = 1 << 20
 _CHUNK_DOCUMENTS = 4096
 
@@ -148,7 +147,7 @@ def convert(options: Conversion) -> Summary:
     Raises:
         UserError: options that make no sense, sources or tokenizer that cannot be read, output folder in the way.
     """
-    _check(options)
+    check_options(options)
     start = time.monotonic()
     stats = ReadStats()
     check_sources(options.sources)
@@ -199,63 +198,7 @@ def convert(options: Conversion) -> Summary:
     )
 
 
-@dataclass
-class DryRun:
-    """What a conversion would make and need, by a sample."""
-
-    documents: float
-    text_bytes: float
-    tokens: float
-    disk_bytes: float
-    seconds: float  # with the workers given
-
-    def __str__(self) -> str:
-        hours, rest = divmod(round(self.seconds), 3600)
-        return (
-            f"by a sample: {self.documents:,.0f} documents, {self.text_bytes / 1e9:.3g} GB of text, "
-            f"{self.tokens / 1e6:,.1f} M tokens, {self.disk_bytes / 1e9:.3g} GB of shards, "
-            f"{hours} h {rest // 60} min {rest % 60} s"
-        )
-
-
-def dry_run(options: Conversion) -> DryRun:
-    """Convert a sample of some 16 MB without writing it, and scale that up; nothing is written.
-
-    Raises:
-        UserError: as :func:`convert`; and for sources that only reading all of them can measure.
-    """
-    _check(options)
-    check_sources(options.sources)
-    text = estimate_text(options.sources, _DRY_RUN_BYTES)
-    if text is None:
-        raise UserError(
-            f"--dry-run knows local files only: how much there is in {', '.join(options.sources.sources)}, reading all "
-            "of it tells; --max-documents converts a part to measure"
-        )
-    if not text.sample:
-        raise UserError(f"no text in {', '.join(options.sources.sources)}; expected at least one document")
-    if options.tokenizer == TRAIN:
-        tokenizer = train_tokenizer(text.sample, options.vocab_size)
-    else:
-        tokenizer = load_tokenizer(options.tokenizer)
-    sampled = sum(len(document.encode("utf-8", "replace")) for document in text.sample)
-    task, names = _task(options, tokenizer), _split_names(options)
-    packers = {name: Packer(options.max_seq_length) for name in names}
-    rows: list[Row] = []
-    start = time.monotonic()
-    for chunk in _converted(task, _chunks(text.sample, 0), options.workers):
-        for name, part in zip(names, chunk.parts, strict=True):
-            rows += itertools.chain.from_iterable(map(packers[name].add, part.examples()))
-    rows += itertools.chain.from_iterable(packer.finish() for packer in packers.values())
-    seconds = time.monotonic() - start
-    scale = text.text_bytes / sampled
-    tokens = sum(len(row.input_ids) for row in rows)
-    # A sample has 14 bytes of sizes and shapes, its offset included, and two bytes for each segment length.
-    size = tokens * np.dtype(task.dtype).itemsize + sum(14 + 2 * len(row.segment_lengths) for row in rows)
-    return DryRun(text.documents, text.text_bytes, tokens * scale, size * scale, seconds * scale)
-
-
-def _check(options: Conversion) -> None:
+def check_options(options: Conversion) -> None:
     if not MIN_SEQ_LENGTH <= options.max_seq_length <= np.iinfo(np.uint16).max:
         raise UserError(f"--max-seq-length is {options.max_seq_length}; expected {MIN_SEQ_LENGTH} to 65535")
     if not 0 <= options.val_fraction < 1:
@@ -283,7 +226,7 @@ def _write(
     options: Conversion, tokenizer: PreTrainedTokenizerFast, documents: Iterable[str], folder: ShardFolder
 ) -> dict[str, SplitCounts]:
     """Convert the documents into the splits of an open folder."""
-    task, names = _task(options, tokenizer), _split_names(options)
+    task, names = task_of(options, tokenizer), split_names(options)
     done = sum(part["documents"] for part in folder.parts)
     documents = iter(documents)
     with tqdm(
@@ -291,7 +234,7 @@ def _write(
     ) as bar:
         for document in itertools.islice(documents, done):  # what an interrupted run had got through
             bar.update(len(document))
-        chunks = _converted(task, _chunks(documents, done), options.workers)
+        chunks = convert_chunks(task, group_documents(documents, done), options.workers)
         for first in chunks:
             _write_part(options, task, itertools.chain([first], chunks), folder, names, bar)
     if not folder.parts:  # documents without a token
@@ -299,7 +242,7 @@ def _write(
     return {name: _sum(SplitCounts(**part["splits"][name]) for part in folder.parts) for name in names}
 
 
-def _task(options: Conversion, tokenizer: PreTrainedTokenizerFast) -> Task:
+def task_of(options: Conversion, tokenizer: PreTrainedTokenizerFast) -> Task:
     ids = special_ids(tokenizer)
     return Task(
         _plain_tokenizer(tokenizer).to_str(),
@@ -314,7 +257,7 @@ def _task(options: Conversion, tokenizer: PreTrainedTokenizerFast) -> Task:
     )
 
 
-def _split_names(options: Conversion) -> Sequence[str]:
+def split_names(options: Conversion) -> Sequence[str]:
     return SPLITS if options.val_fraction > 0 else SPLITS[:1]
 
 
@@ -368,7 +311,7 @@ def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return plain
 
 
-def _chunks(documents: Iterable[str], first: int) -> Iterator[tuple[int, list[str]]]:
+def group_documents(documents: Iterable[str], first: int) -> Iterator[tuple[int, list[str]]]:
     """Documents in groups of a size that is worth sending, each with the number of its first document."""
     chunk: list[str] = []
     characters = 0
@@ -391,7 +334,7 @@ class Converted(NamedTuple):
     parts: list[Part]  # of each split
 
 
-def _converted(task: Task, chunks: Iterable[tuple[int, list[str]]], workers: int) -> Iterator[Converted]:
+def convert_chunks(task: Task, chunks: Iterable[tuple[int, list[str]]], workers: int) -> Iterator[Converted]:
     """What becomes of each chunk, in the chunks' order, however fast each worker is."""
     # The processes are the parallelism; threads would not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from streaming import LocalDataset
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer import masking
@@ -26,7 +25,7 @@ from electra_composer.config import ObjectiveConfig, ShardsConfig
 from electra_composer.electra import ElectraForPretraining
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.row_dataset import COLUMNS, collate_rows
-from electra_composer.row_reader import RowReader, Rows
+from electra_composer.row_reader import RowReader, Rows, reader_of_split
 from electra_composer.shard_folder import Meta
 from electra_composer.shards import check_shards, check_split, read_meta
 from electra_composer.vocabulary import load_tokenizer
@@ -188,7 +187,9 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{options.folder} have up to {meta.max_seq_length}; convert with a smaller --max-seq-length"
             )
     rows = meta.splits[options.split].rows
-    reader = RowReader(LocalDataset(local=options.folder, split=options.split).shards, _not_unpacked)
+    reader = reader_of_split(options.folder, options.split)
+    if reader is None:
+        raise UserError(f"{options.folder}: some shards are compressed; a run that reads them unpacks them")
     print(describe_meta(meta))
     print(f"\n{histogram(example_lengths(reader, rows), meta.max_seq_length)}")
     numbers = np.sort(np.random.default_rng(options.seed).choice(rows, min(options.rows, rows), replace=False))
@@ -203,12 +204,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\nrow {number:,} of {options.split}: {len(tokens)} tokens")
         print("\n".join(render(tokens, color)))
     print(f"\n{LEGEND if model is not None else LEGEND.splitlines()[0] + chr(10) + '  [film]          masked'}")
-
-
-def _not_unpacked(shard: int) -> None:
-    raise UserError(
-        f"shard {shard} is compressed; a run that reads the shards unpacks them, or convert without --compression"
-    )
 
 
 if __name__ == "__main__":

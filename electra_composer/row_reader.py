@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from streaming import LocalDataset
 from streaming.base.format.mds.reader import MDSReader
 
 from electra_composer.errors import UserError
@@ -30,18 +31,33 @@ class Rows(NamedTuple):
     examples_per_row: NDArray[np.int64]  # [rows]
 
 
+def reader_of_split(path: str, split: str) -> RowReader | None:
+    """A reader of the rows on this machine; None where shards are still in an object store, or compressed."""
+    shards = LocalDataset(local=path, split=split).shards
+    reader = RowReader(shards, _vanished)
+    return reader if all(os.path.isfile(reader.name(shard)) for shard in range(len(shards))) else None
+
+
+def _vanished(shard: int) -> None:
+    raise UserError(f"shard {shard} is gone while it is read; copy the shards again or make them anew")
+
+
 class RowReader:
     """Reads rows by their numbers in a list of shards.
 
     Args:
         shards: of Streaming, in the order of their rows; columns as `shard_folder.py` writes them.
         prepare: called with a shard's number when its file is not there; returns when it is.
+
+    Attributes:
+        rows: how many there are.
     """
 
     def __init__(self, shards: list[MDSReader], prepare: Callable[[int], None]) -> None:
         self._shards = shards
         self._prepare = prepare
         self._ends = np.cumsum([shard.samples for shard in shards])
+        self.rows = int(self._ends[-1])
         self._open: OrderedDict[int, tuple[NDArray[np.uint8], NDArray[np.uint32]]] = OrderedDict()
         self._id_dtype = np.dtype(shards[0].column_encodings[0].removeprefix("ndarray:"))
         layout = [(shard.column_names, shard.column_encodings) for shard in shards]
@@ -49,7 +65,7 @@ class RowReader:
         if self._id_dtype not in ("uint16", "uint32") or any(
             columns != (["input_ids", "segment_lengths"], encodings) for columns in layout
         ):
-            raise UserError(f"{self._name(0)}: the shards' columns are {layout[0]}; make them anew")
+            raise UserError(f"{self.name(0)}: the shards' columns are {layout[0]}; make them anew")
 
     def read(self, numbers: NDArray[np.int64]) -> Rows:
         """Rows in the order of their numbers.
@@ -110,7 +126,7 @@ class RowReader:
             return self._open[shard]
         while True:
             try:
-                data = np.memmap(self._name(shard), np.uint8, "r")
+                data = np.memmap(self.name(shard), np.uint8, "r")
                 break
             except FileNotFoundError:
                 self._prepare(shard)
@@ -124,12 +140,13 @@ class RowReader:
             self._open.popitem(last=False)
         return self._open[shard]
 
-    def _name(self, shard: int) -> str:
+    def name(self, shard: int) -> str:
+        """Path of a shard's file, whether it is there or not."""
         reader = self._shards[shard]
         return os.path.join(reader.dirname, reader.split, reader.raw_data.basename)
 
     def _corrupt(self, shard: int) -> UserError:
         return UserError(
-            f"{self._name(shard)}: the shard is corrupt: its bytes are not those that were written; "
+            f"{self.name(shard)}: the shard is corrupt: its bytes are not those that were written; "
             "copy the shards again or make them anew"
         )

@@ -71,3 +71,12 @@ def test_loss_is_what_a_model_without_context_pays(style):
     )
     # Words in sight that happen to be frequent are predicted a little better than the closed form says.
     assert losses.mean().item() == pytest.approx(expected, rel=0.02)
+
+
+def test_shards_of_which_some_are_still_compressed_have_none_yet(shards, tmp_path):
+    """A run unpacks them one by one: a later start of it must not stumble over the others."""
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    (folder / "train/shard.00000.mds").rename(folder / "train/shard.00000.mds.zstd")
+    config = ShardsConfig(path=str(folder), max_seq_length=32, num_workers=0)
+    assert unigram_counts(config, read_meta(str(folder)), "train") is None

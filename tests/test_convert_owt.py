@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import LocalDataset
 
-from electra_composer import chunks, conversion, estimate
+from electra_composer import chunks, conversion, dry_run, estimate
 from electra_composer.chunks import cut_line, encode_lines, is_validation
 from electra_composer.config import ShardsConfig
 from electra_composer.documents import Sources
@@ -359,7 +359,7 @@ def test_compressed_reviews_are_estimated_from_a_sample():
 
 
 def test_a_dry_run_foretells_the_conversion_and_writes_nothing(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "_DRY_RUN_BYTES", 100_000)
+    monkeypatch.setattr(dry_run, "SAMPLE_BYTES", 100_000)
     (tmp_path / "in").mkdir()
     gather(corpus, tmp_path / "in", "jsonl.gz")
     options = [*arguments(corpus, tmp_path / "out")[2:], "--source", str(tmp_path / "in")]

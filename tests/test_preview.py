@@ -7,19 +7,18 @@ import re
 import numpy as np
 import pytest
 import torch
-from streaming import LocalDataset
 
 from electra_composer.config import PretrainConfig, load_config
 from electra_composer.pretrain import main as pretrain
 from electra_composer.preview import Token, example_lengths, histogram, main, render, tokens_of
-from electra_composer.row_reader import RowReader
+from electra_composer.row_reader import reader_of_split
 from electra_composer.shards import read_meta
 from electra_composer.vocabulary import load_tokenizer
 
 
 @pytest.fixture
 def reader(shards):
-    return RowReader(LocalDataset(local=str(shards), split="train").shards, lambda shard: None)
+    return reader_of_split(str(shards), "train")
 
 
 def test_lengths_are_those_of_all_examples(shards, reader):
