@@ -151,12 +151,9 @@ class ShardFolder:
 
     def _remove_parts_without_record(self) -> None:
         """What was moved to its place before a kill, but not recorded."""
-        whole = os.path.join(self.workspace, WHOLE)
-        for split in os.listdir(whole) if os.path.isdir(whole) else []:
-            for name in os.listdir(os.path.join(whole, split)):
-                path = os.path.join(whole, split, name)
-                if os.path.isdir(path) and name.isdigit() and int(name) not in self.records:
-                    shutil.rmtree(path)
+        for path in glob.glob(os.path.join(glob.escape(self.workspace), WHOLE, "*", "[0-9]*")):
+            if int(os.path.basename(path)) not in self.records:
+                shutil.rmtree(path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
