@@ -270,6 +270,7 @@ def test_spark_writes_the_same_bytes(tmp_path, vocabulary, monkeypatch):
     with pytest.raises(UserError, match=r"^.*bad.jsonl, line 1: 'text' is a int; expected text$"):
         run(Sources.of(str(tmp_path / "bad.jsonl")), tmp_path / "bad", vocabulary, engine="spark", master="local[2]")
     assert not (tmp_path / "bad").exists()
+    __import__("pyspark").SparkContext.getOrCreate().stop()
 
 
 def test_spark_that_is_not_there(tmp_path, vocabulary, monkeypatch):
