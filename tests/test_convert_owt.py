@@ -390,7 +390,7 @@ def test_too_little_room_is_said_before_the_start(corpus, tmp_path, monkeypatch,
     monkeypatch.setattr("electra_composer.estimate.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(SystemExit):
         main(arguments(corpus, tmp_path / "a" / "out"))
-    assert "GB left, and the shards may need" in capsys.readouterr().err
+    assert "0.0 MB left, and the shards may need" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
     main([*arguments(corpus, tmp_path / "out"), "--ignore-disk"])
     assert (tmp_path / "out/meta.json").is_file()
