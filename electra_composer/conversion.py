@@ -214,6 +214,8 @@ def check_options(options: Conversion) -> None:
         raise UserError(
             f"--compression {options.compression} is unknown to Streaming; it knows zstd, gz, br, bz2, snappy"
         )
+    if options.master is not None and options.engine != "spark":
+        raise UserError(f"--master {options.master} is for --engine spark")
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; expected at least 1")
 
