@@ -17,31 +17,62 @@ import numpy as np
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from streaming import StreamingDataLoader, StreamingDataset
+from streaming import Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
+from streaming.base.format import Reader
 from streaming.base.shared import SharedMemory
 from streaming.base.world import World
 
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
+from electra_composer.object_store import explain
 from electra_composer.row_reader import RowReader, Rows
 from electra_composer.shard_folder import HASH
+from electra_composer.streams import Folder
 
 Batch = dict[str, Any]
 COLUMNS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")  # of a batch
 
 
+PICKS = 1_000_000  # of a stream of which a part is taken; Streaming draws them one by one
+
+
+def stream_of(folder: Folder, split: str) -> Stream:
+    """One split of a folder as Streaming reads it."""
+    kind = Stream if folder.remote is not None else _FolderStream
+    return kind(local=folder.path, remote=folder.remote, split=split, **folder.weight)
+
+
+class _FolderStream(Stream):
+    """Shards that are no cache of a remote: they do not count for its limit (and are not evicted, see RowDataset)."""
+
+    present = 0  # bytes of shards
+
+    def get_index_size(self) -> int:
+        return 0
+
+    def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
+        super().set_up_local(shards, cache_usage_per_shard)
+        self.present = int(cache_usage_per_shard.sum())
+
+    def prepare_shard(self, shard: Reader) -> int:
+        super().prepare_shard(shard)
+        return 0
+
+
 class RowDataset(StreamingDataset):
-    """One split of a folder of shards: an iterable of the numbers of its rows, and what makes batches of them.
+    """One split of one or several folders of shards: an iterable of its rows' numbers, and what makes batches of them.
 
     Args:
-        config: where the shards are.
-        split: which of them.
+        streams: of :func:`stream_of`; rows are numbered through in their order.
+        config: how shards of a remote are fetched and kept.
         batch_size: rows per device; Streaming deals whole batches to the loader's workers by it.
         shuffle, seed: order of the rows; a new one in each epoch.
         max_seq_length: width of the batches.
         pad_id: id of `[PAD]`.
+        epoch_size: rows of all streams in an epoch; None: as many as they hold, or as their weights say.
+        batching_method: how the streams are put in batches, see config.py.
 
     Streaming keeps what a data set shares with its workers open until the process ends, and every further data set
     opens all of that again, to see that it is in use: a process that builds many (a notebook, the tests) runs out of
@@ -50,27 +81,29 @@ class RowDataset(StreamingDataset):
 
     def __init__(
         self,
+        streams: Sequence[Stream],
         config: ShardsConfig,
-        split: str,
         batch_size: int,
         shuffle: bool,
         seed: int,
         max_seq_length: int,
         pad_id: int,
+        epoch_size: int | None = None,
+        batching_method: str = "random",
     ) -> None:
         self._max_seq_length, self._pad_id = max_seq_length, pad_id
-        self._is_remote = config.remote is not None
+        self._is_remote = any(stream.remote is not None for stream in streams)
         self._reader: RowReader | None = None
         self._ahead: _FetchAhead | None = None
         with _choosing_a_prefix():
             before = _all_shared_memory()
             super().__init__(
-                local=config.path,
-                remote=config.remote,
-                split=split,
+                streams=streams,
                 batch_size=batch_size,
                 shuffle=shuffle,
                 shuffle_seed=seed,
+                epoch_size=epoch_size,
+                batching_method=batching_method,
                 predownload=config.predownload,
                 cache_limit=config.cache_limit,
                 download_retry=config.download_attempts,
@@ -80,6 +113,19 @@ class RowDataset(StreamingDataset):
             mine = _shared_memory(self)
             _release([block for block in _all_shared_memory() if block not in before + mine])
         self._release_with_me(mine)
+        # Read at the start of an epoch. One pick a row would take a minute for a hundred million of them.
+        self.sampling_granularity = max(1, int(self.samples_per_stream.max()) // PICKS)
+        self._is_cache = np.array([stream.remote is not None for stream in streams])[self.stream_per_shard]
+        if self._unique_rank_world.is_local_leader:
+            self.cache_usage -= sum(stream.present for stream in streams if isinstance(stream, _FolderStream))
+
+    def _evict_coldest_shard(self) -> None:
+        """Make room in the cache. Streaming's own takes any shard, those of a folder that is no cache too."""
+        local = self._shard_states.numpy() == _ShardState.LOCAL
+        candidates = np.flatnonzero(local & self._is_cache)
+        if not len(candidates):
+            raise ValueError("no shard of a remote is here that could make room; raise data.cache_limit")
+        self._evict_shard(int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])]))
 
     def __iter__(self) -> Iterator[int]:
         """The numbers of this worker's rows in one epoch, from where the loader's state says.
@@ -130,7 +176,7 @@ class RowDataset(StreamingDataset):
             where = stream.local if stream.remote is None else stream.remote
             raise UserError(
                 f"{where}/{stream.split}/{name}: the shard cannot be fetched or unpacked: "
-                f"{' '.join(str(error).split())}; the same command goes on from the last checkpoint once it can"
+                f"{explain(error, where)}; the same command goes on from the last checkpoint once it can"
             ) from error
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
