@@ -297,7 +297,10 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
         for override in overrides:
             pieces.append(("the command line", override.split("=")[0], OmegaConf.from_dotlist([override])))
         for origin, key, piece in pieces:
-            _refuse_unknown_keys(OmegaConf.to_container(piece, resolve=False), schema, origin)
+            content = OmegaConf.to_container(piece, resolve=False)
+            _refuse_unknown_keys(content, schema, origin)
+            if key.split(".")[0] == "data" and "streams" in config.data and _says_no_path(content):
+                piece.data.path = ""
             try:
                 config = OmegaConf.merge(config, piece)
             except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for a dictionary
@@ -315,16 +318,27 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
         raise UserError(f"{path}: {f'{full_key}: ' if full_key else ''}{_first_line(error)}") from error
 
 
+def _says_no_path(content: Any) -> bool:
+    """Whether a piece of YAML has `path: null` under `data`, as streams want it."""
+    data = content.get("data")
+    return isinstance(data, dict) and "path" in data and data["path"] is None
+
+
 def _path_or_streams(config: Any, origin: str) -> None:
     """Refuse both `data.path` and `data.streams`; with the latter, the former is empty instead of missing."""
-    if not config.data.get("streams"):
+    if "streams" not in config.data:  # GLUE
         return
-    if not OmegaConf.is_missing(config.data, "path") and config.data.path:
+    has_path = not OmegaConf.is_missing(config.data, "path") and config.data.path != ""
+    if not config.data.streams:
+        if not has_path:
+            config.data.path = MISSING
+    elif has_path:
         raise UserError(
             f"{origin}: data.path ({config.data.path}) and data.streams ({', '.join(config.data.streams)}) are both "
             "given; make the folder one of the streams, or take data.path out (data.path= on the command line)"
         )
-    config.data.path = ""
+    else:
+        config.data.path = ""
 
 
 @report_user_errors
