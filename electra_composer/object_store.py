@@ -15,13 +15,15 @@ REFUSED = ("401", "403", "Forbidden", "Unauthorized", "ClientAuthenticationError
 REFUSED_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 NOT_THERE = ("404", "NoSuchBucket", "NoSuchKey", "NotFound", "ResourceNotFoundError", "FileNotFoundError")
 NO_ANSWER = ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "TimeoutError", "ConnectionError")
-VARIABLES = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and S3_ENDPOINT_URL if it is not Amazon's",
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, or GCS_KEY and GCS_SECRET",
     "azure": "AZURE_ACCOUNT_NAME and AZURE_ACCOUNT_ACCESS_KEY",
     "azure-dl": "AZURE_ACCOUNT_NAME and AZURE_ACCOUNT_ACCESS_KEY",
+    "oci": "~/.oci/config",
     "hf": "HF_TOKEN",
 }
+ADDRESS = {"s3": "S3_ENDPOINT_URL, if it is not Amazon's"}
 
 
 def fetch(remote: str, local: str, seconds: float) -> None:
@@ -45,9 +47,7 @@ def fetch(remote: str, local: str, seconds: float) -> None:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise UserError(
-            f"{remote}: no answer within {seconds:g} s (data.download_timeout); {_check(remote, 'the address')}"
-        )
+        raise UserError(f"{remote}: no answer within {seconds:g} s; {_check(remote, 'the address', ADDRESS)}")
     if failure:
         raise UserError(f"{remote}: {explain(failure[0], remote)}") from failure[0]
 
@@ -56,18 +56,20 @@ def explain(error: Exception, remote: str) -> str:
     """What an error of a storage client means, and what to look at."""
     words = _words(error)
     if words & set(NO_CREDENTIALS):
-        return f"no credentials were found; {_check(remote, 'credentials')}"
+        return f"no credentials were found; {_check(remote, 'the credentials', CREDENTIALS)}"
     if words & set(REFUSED_KEYS):
-        return f"the server refuses the credentials ({_one_line(error)}); {_check(remote, 'credentials')}"
+        return (
+            f"the server refuses the credentials ({_one_line(error)}); {_check(remote, 'the credentials', CREDENTIALS)}"
+        )
     if words & set(REFUSED):
         return (
             "the server refuses access: credentials that are wrong or may not read it, or no such place; "
-            f"{_check(remote, 'credentials')}, and the name of the bucket"
+            f"{_check(remote, 'the credentials', CREDENTIALS)} and the name of the bucket"
         )
     if words & set(NOT_THERE):
         return "there is no such file: the bucket or the folder is another, or not all was copied there"
     if words & set(NO_ANSWER):
-        return f"the server does not answer ({_one_line(error)}); {_check(remote, 'the address')}"
+        return f"the server does not answer ({_one_line(error)}); {_check(remote, 'the address', ADDRESS)}"
     if isinstance(error, ImportError):
         return f"{_one_line(error)}; install that package to read from {urlparse(remote).scheme}://"
     return _one_line(error)
@@ -87,9 +89,9 @@ def _words(error: BaseException) -> set[str]:
     return words
 
 
-def _check(remote: str, what: str) -> str:
-    variables = VARIABLES.get(urlparse(remote).scheme)
-    return f"check {what}" + (f": {variables}" if variables else "")
+def _check(remote: str, what: str, variables: dict[str, str]) -> str:
+    names = variables.get(urlparse(remote).scheme)
+    return f"check {what}" + (f" ({names})" if names else "")
 
 
 def _one_line(error: BaseException) -> str:

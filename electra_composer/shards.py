@@ -33,6 +33,7 @@ from electra_composer.streams import (
 from electra_composer.vocabulary import special_ids, vocabulary_sha256
 
 CONVERT = "data_prep/convert_owt.py"
+START_SECONDS = 30.0  # at most, for meta.json or a file of the tokenizer to come
 
 
 def read_data(config: ShardsConfig) -> Meta:
@@ -57,7 +58,7 @@ def read_meta(path: str, remote: str | None = None, timeout: float = 60.0) -> Me
     """`meta.json` of a folder of shards. A remote's is fetched first, with the tokenizer, by one process of a node.
 
     Args:
-        timeout: seconds for each file of a remote to come.
+        timeout: seconds for a file of a remote to come, at most :data:`START_SECONDS`.
 
     Raises:
         UserError: no shards there, or not ones that this program can read; a remote that does not give them.
@@ -69,7 +70,7 @@ def read_meta(path: str, remote: str | None = None, timeout: float = 60.0) -> Me
         if World.detect().is_local_leader:
             _fetch_meta(path, remote, timeout)
         else:
-            _wait_for_leader(file_name, remote, timeout)
+            _wait_for_leader(file_name, remote)
     if not os.path.isfile(file_name):
         found = "is no folder of shards" if os.path.isdir(path) else "does not exist"
         raise UserError(f"{path} {found} (no {META}); make it with: python {CONVERT} --out {path}")
@@ -83,6 +84,7 @@ def read_meta(path: str, remote: str | None = None, timeout: float = 60.0) -> Me
 def _fetch_meta(path: str, remote: str, timeout: float) -> None:
     """Fetch the tokenizer, then give `meta.json` its name: who sees that sees all."""
     local = os.path.join(path, META)
+    timeout = min(timeout, START_SECONDS)
     try:
         fetch(os.path.join(remote, META), f"{local}.tmp", timeout)
         with open(f"{local}.tmp", encoding="utf-8") as file:
@@ -96,9 +98,9 @@ def _fetch_meta(path: str, remote: str, timeout: float) -> None:
         raise UserError(f"no shards could be fetched from {remote}: {error}") from error
 
 
-def _wait_for_leader(file_name: str, remote: str, timeout: float) -> None:
+def _wait_for_leader(file_name: str, remote: str) -> None:
     try:
-        wait_for_file_to_exist(file_name, 0.07, max(60.0, 4 * timeout), f"{file_name} was not fetched from {remote}")
+        wait_for_file_to_exist(file_name, 0.07, 60.0, f"{file_name} was not fetched from {remote}")
     except RuntimeError as error:
         raise UserError(f"no shards could be fetched from {remote} by the first process of this machine") from error
 
