@@ -14,6 +14,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from streaming import MDSWriter
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 from test_pretrain import Kill, weights
@@ -23,10 +24,9 @@ from electra_composer import runs
 from electra_composer.baselines import unigram_counts
 from electra_composer.config import PretrainConfig, ShardsConfig, StreamConfig, load_config
 from electra_composer.errors import UserError
-from electra_composer.examples import Row
 from electra_composer.pretrain import main as pretrain
 from electra_composer.row_reader import reader_of_split
-from electra_composer.shard_folder import Meta, ShardFolder, SplitCounts, describe_tokenizer
+from electra_composer.shard_folder import Meta, SplitCounts, describe_tokenizer
 from electra_composer.shards import build_data_spec, build_dataloader, check_split, describe_streams, read_data
 from electra_composer.streams import batches_per_epoch, folders_of, weigh
 
@@ -38,14 +38,16 @@ def write(out, tokenizer, stream, length=LENGTH, dtype="uint16"):
     """Rows `[CLS] stream number … [SEP]`, of 4 tokens in stream a, 5 in b, 6 in c."""
     index = list(ROWS).index(stream)
     counts = {}
-    with ShardFolder(str(out)) as folder:
-        for split, rows in (("train", ROWS[stream]), ("val", VAL[stream])):
-            folder.add_split(split, dtype)
+    columns = {"input_ids": f"ndarray:{dtype}", "segment_lengths": "ndarray:uint16"}
+    for split, rows in (("train", ROWS[stream]), ("val", VAL[stream])):
+        with MDSWriter(columns=columns, out=str(out / split), hashes=["xxh64"]) as writer:
             for number in range(rows):
-                ids = np.array([2, 5 + index, 10 + number, *[9] * index, 3], np.int32)
-                folder.write(split, Row(ids, np.array([len(ids), 0], np.uint16)), dtype)
-            counts[split] = SplitCounts(rows, rows, rows, rows * (4 + index))
-        folder.finish(Meta(describe_tokenizer(tokenizer, "words"), length, "packed", 0, {}, counts), tokenizer)
+                ids = np.array([2, 5 + index, 10 + number, *[9] * index, 3], dtype)
+                writer.write({"input_ids": ids, "segment_lengths": np.array([len(ids), 0], np.uint16)})
+        counts[split] = SplitCounts(rows, rows, rows, rows * (4 + index))
+    tokenizer.save_pretrained(out / "tokenizer")
+    meta = Meta(describe_tokenizer(tokenizer, "words"), length, "packed", 0, {}, counts)
+    (out / "meta.json").write_text(meta.to_json())
 
 
 @pytest.fixture(scope="module")
