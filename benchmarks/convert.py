@@ -29,11 +29,13 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_composer.chunks import document_lines
 from electra_composer.conversion import Conversion, Summary, convert
-from electra_composer.documents import ReadStats, Sources, read_documents
+from electra_composer.documents import ReadStats, read_documents
 from electra_composer.errors import report_user_errors
 from electra_composer.examples import ExampleBuilder, Packer
+from electra_composer.folder_writer import ShardFolder
 from electra_composer.row_reader import reader_of_split
-from electra_composer.shard_folder import Meta, ShardFolder, SplitCounts, describe_tokenizer, id_dtype
+from electra_composer.shard_folder import Meta, SplitCounts, describe_tokenizer, id_dtype
+from electra_composer.sources import Sources
 from electra_composer.vocabulary import load_tokenizer, special_ids
 
 LENGTH = 128
@@ -108,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
-    sources = Sources([options.source], max_bytes=int(options.megabytes * 1e6))
+    sources = Sources.of(options.source, max_bytes=int(options.megabytes * 1e6))
     documents = list(read_documents(sources, ReadStats()))
     tokenizer = load_tokenizer(options.tokenizer)
     megabytes = sum(len(document.encode()) for document in documents) / 1e6
@@ -119,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         def ours(out: str) -> Summary:
             return convert(
                 Conversion(
-                    Sources([str(text)]),
+                    Sources.of(str(text)),
                     out,
                     options.tokenizer,
                     max_seq_length=LENGTH,

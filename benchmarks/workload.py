@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from electra_composer.config import PretrainConfig, ShardsConfig, load_config
 from electra_composer.errors import UserError
 from electra_composer.examples import Row
-from electra_composer.shard_folder import Meta, ShardFolder, SplitCounts, describe_tokenizer, id_dtype
+from electra_composer.folder_writer import ShardFolder
+from electra_composer.shard_folder import Meta, SplitCounts, describe_tokenizer, id_dtype
 from electra_composer.shards import build_data_spec, check_split, read_meta
 from electra_composer.vocabulary import SPECIAL_TOKENS, load_tokenizer
 

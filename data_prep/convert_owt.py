@@ -3,6 +3,7 @@
 python data_prep/convert_owt.py
 python data_prep/convert_owt.py --source docstrings --tokenizer train --vocab-size 8192 --out data/docstrings
 python data_prep/convert_owt.py --source 'corpus/*.jsonl.gz' --lines sentence --out data/corpus
+python data_prep/convert_owt.py --source owt/ --weight 1 --source wiki/ --weight 2.5 --out s3://bucket/mixed
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ import json
 import os
 import signal
 import sys
+from dataclasses import fields
+from typing import Any
 
 from streaming.base.util import bytes_to_int
 
 from electra_composer.conversion import TRAIN, Conversion, Summary, convert
-from electra_composer.documents import DOCSTRINGS, HUB, Sources
 from electra_composer.dry_run import DryRun, dry_run
 from electra_composer.errors import UserError, report_user_errors
+from electra_composer.sources import DOCSTRINGS, HUB, Source, Sources, read_mixture
 
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # as its makers count them
 MUCH_DROPPED = 0.25
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, bool]:
-    defaults, sources = Conversion(), Sources()
+    defaults, source = Conversion(), Source()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+
+    add = parser.add_argument_group("what is read").add_argument
     add(
         "--source",
         action="append",
@@ -36,37 +40,77 @@ def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, boo
         f"a folder or a glob of these; {DOCSTRINGS}: "
         f"of the Python packages installed here; {HUB} (default): --dataset. Several may be given",
     )
-    add("--dataset", default=sources.dataset, help="on the hub, not one with a loading script (default: %(default)s)")
+    add(
+        "--weight",
+        action="append",
+        type=float,
+        metavar="W",
+        help="of each --source, in their order: how often its documents are taken; 2: twice, 0.5: every second one",
+    )
+    add(
+        "--mixture",
+        metavar="YAML",
+        help="the sources in a file instead: a list under sources:, each with path, name, weight, text_column, "
+        "txt_documents, dataset, config, revision as needed",
+    )
+    add("--dataset", default=source.dataset, help="on the hub, not one with a loading script (default: %(default)s)")
     add("--dataset-config", help="configuration of the data set, if it has several")
     add(
         "--revision",
-        default=sources.revision,
+        default=source.revision,
         help="of the data set; main for its own files (default: %(default)s, the hub's own conversion to parquet)",
     )
-    add("--text-column", default=sources.text_column, help="in parquet, JSON lines and the hub (default: %(default)s)")
+    add("--text-column", default=source.text_column, help="in parquet, JSON lines and the hub (default: %(default)s)")
     add(
         "--txt-documents",
         choices=("blank", "file"),
         default="blank",
         help="what ends a document in .txt: a blank line (default), or the file",
     )
+
+    add = parser.add_argument_group("what is left out, and what is made of it").add_argument
     add("--min-characters", type=int, default=0, help="leave out shorter documents (default: %(default)s)")
+    add(
+        "--drop-lines",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="leave out lines in which this regular expression is found; several may be given",
+    )
     add("--deduplicate", action="store_true", help="leave out documents that were there before, to the letter")
     add("--normalize", choices=("NFC", "NFKC"), help="bring all text into this Unicode form (default: as it is)")
+    add(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out the rest of a file that is cut short or damaged, name and count it, instead of stopping there",
+    )
     add("--max-documents", type=int, help="stop after so many")
     add("--max-bytes", type=_size, help="stop after so much text, such as 50mb")
-    add("--out", default=defaults.out, help="folder to write; must not exist (default: %(default)s)")
+
+    add = parser.add_argument_group("where it goes").add_argument
+    add(
+        "--out",
+        default=defaults.out,
+        help="folder to write, or a URL of an object store (s3://, gs://, azure://, …); must not exist "
+        "(default: %(default)s)",
+    )
     add("--dry-run", action="store_true", help="write nothing; tell documents, tokens, disk and time, by a sample")
     add("--ignore-disk", action="store_true", help="begin even if there seems to be too little room")
     add("--restart", action="store_true", help="begin anew where an interrupted conversion left finished parts")
     add("--overwrite", action="store_true", help="replace a folder of shards, once the new one is whole")
+    add("--compression", help="of the shards, such as zstd (default: none)")
+    add("--json", metavar="FILE", help="also write the summary there")
+
+    add = parser.add_argument_group("tokens, examples, rows").add_argument
     add(
         "--tokenizer",
         default=defaults.tokenizer,
-        help=f"a vocab.txt (uncased WordPiece), a tokenizer's folder, its name on the hub, or {TRAIN}: a new uncased "
-        "WordPiece vocabulary from the source (default: %(default)s)",
+        help=f"a vocab.txt (WordPiece), a tokenizer's folder, its name on the hub, or {TRAIN}: a new WordPiece "
+        "vocabulary from the sources (default: %(default)s)",
     )
     add("--vocab-size", type=int, default=defaults.vocab_size, help=f"of --tokenizer {TRAIN} (default: %(default)s)")
+    add("--cased", action="store_true", help=f"keep upper case and accents; of a vocab.txt and {TRAIN}")
+    add("--keep-accents", action="store_true", help=f"lower-case, but keep accents; of a vocab.txt and {TRAIN}")
     add("--max-seq-length", type=int, default=defaults.max_seq_length, help="tokens in a row (default: %(default)s)")
     add(
         "--packing",
@@ -93,50 +137,68 @@ def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, boo
         help="share of the documents that is kept for validation (default: %(default)s)",
     )
     add("--seed", type=int, default=defaults.seed, help="of examples and split (default: %(default)s)")
+
+    add = parser.add_argument_group("how it runs").add_argument
     add(
         "--workers",
         type=int,
         default=_cpus(),
         help="processes; the output does not depend on it (default here: %(default)s)",
     )
-    add("--compression", help="of the shards, such as zstd (default: none)")
-    add("--json", metavar="FILE", help="also write the summary there")
+    add(
+        "--engine",
+        choices=("local", "spark"),
+        default=defaults.engine,
+        help="processes of this machine (default), or Apache Spark; the output is the same",
+    )
+    add(
+        "--master",
+        metavar="URL",
+        help="of Spark, such as local[2] or spark://host:7077 (default: as spark-submit says)",
+    )
     add("--no-progress", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)
     conversion = Conversion(
         sources=Sources(
-            sources=options.source or [HUB],
+            _sources(options),
+            **_values(options, Sources, "sources"),
+        ),
+        progress=not options.no_progress,
+        **_values(options, Conversion, "sources", "progress"),
+    )
+    return conversion, options.json, options.dry_run
+
+
+def _values(options: argparse.Namespace, cls: type, *but: str) -> dict[str, Any]:
+    return {part.name: getattr(options, part.name) for part in fields(cls) if part.name not in but}
+
+
+def _sources(options: argparse.Namespace) -> list[Source]:
+    """Of --mixture, or of each --source with its --weight.
+
+    Raises:
+        UserError: both, or another number of weights.
+    """
+    if options.mixture is not None:
+        if options.source or options.weight:
+            raise UserError("--mixture names the sources and their weights; give it, or --source and --weight")
+        return read_mixture(options.mixture)
+    paths = options.source or [HUB]
+    weights = options.weight or [1.0] * len(paths)
+    if len(weights) != len(paths):
+        raise UserError(f"--weight was given {len(weights)} times for {len(paths)} sources; expected one for each")
+    return [
+        Source(
+            path,
+            weight=weight,
+            text_column=options.text_column,
+            txt_documents=options.txt_documents,
             dataset=options.dataset,
             config=options.dataset_config,
             revision=options.revision,
-            text_column=options.text_column,
-            txt_documents=options.txt_documents,
-            min_characters=options.min_characters,
-            deduplicate=options.deduplicate,
-            normalize=options.normalize,
-            max_documents=options.max_documents,
-            max_bytes=options.max_bytes,
-        ),
-        progress=not options.no_progress,
-        **{
-            name: getattr(options, name)
-            for name in (
-                *(
-                    "out",
-                    "overwrite",
-                    "ignore_disk",
-                    "restart",
-                    "compression",
-                    "tokenizer",
-                    "vocab_size",
-                    "max_seq_length",
-                    "packing",
-                ),
-                *("lines", "overflow", "val_fraction", "seed", "workers"),
-            )
-        },
-    )
-    return conversion, options.json, options.dry_run
+        )
+        for path, weight in zip(paths, weights, strict=True)
+    ]
 
 
 def _cpus() -> int:
@@ -162,17 +224,26 @@ def report(conversion: Conversion, summary: Summary) -> None:
             f"{summary.dropped_share:.0%} of the tokens were dropped, because the lines are long against "
             f"--max-seq-length {conversion.max_seq_length}; --lines sentence and --overflow carry keep them"
         )
-    if summary.invalid_documents:
-        _warn(f"{summary.invalid_documents:,} documents hold bytes that are not UTF-8, read as U+FFFD")
-    if summary.short_documents or summary.duplicate_documents:
-        print(f"left out: {summary.short_documents:,} short documents, {summary.duplicate_documents:,} duplicates")
+    text = summary.text
+    if text.invalid_documents:
+        _warn(f"{text.invalid_documents:,} documents hold bytes that are not UTF-8, read as U+FFFD")
+    for reason in summary.unreadable:
+        _warn(f"left out the rest of {reason}")
+    left_out = {
+        "short documents": text.short_documents,
+        "duplicates": text.duplicate_documents,
+        "lines": text.dropped_lines,
+        "unreadable files": text.unreadable_files,
+    }
+    if any(left_out.values()):
+        print("left out: " + ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count))
     for name, counts in summary.splits.items():
         if not counts.rows:
             _warn(f"the {name} split is empty; choose another --val-fraction or --seed")
-    source = conversion.sources
-    whole = source.max_documents is None and source.max_bytes is None
+    sources = conversion.sources
+    whole = sources.max_documents is None and sources.max_bytes is None
     documents = summary.total.documents
-    if source.sources == [HUB] and source.dataset == Sources().dataset and whole and documents < OPENWEBTEXT_DOCUMENTS:
+    if sources.sources == [Source()] and whole and documents < OPENWEBTEXT_DOCUMENTS:
         _warn(
             f"{documents:,} of OpenWebText's {OPENWEBTEXT_DOCUMENTS:,} documents: the hub converts only the first "
             "gigabytes of a large data set to parquet; a full copy can be given by --dataset or --source"

@@ -1,13 +1,9 @@
-"""What a worker process of the conversion does: documents to tokens to examples, apart for each split."""
+"""Documents to tokens to examples, a chunk at a time, apart for each split."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import signal
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from random import Random
 from typing import NamedTuple
@@ -16,14 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from electra_composer.documents import Document
 from electra_composer.examples import Example, ExampleBuilder, Overflow, split_sentences
 
 SPLITS = ("train", "val")
 _MAX_LINE = 100_000  # characters that the tokenizer gets at a time of a longer line
+CHUNK_CHARACTERS = 1 << 20  # of text that is tokenized and held at a time
+CHUNK_DOCUMENTS = 4096
 
 
 class Task(NamedTuple):
-    """What a worker needs to know; sent once to each."""
+    """How documents become examples."""
 
     tokenizer_json: str
     max_seq_length: int
@@ -33,11 +32,21 @@ class Task(NamedTuple):
     overflow: Overflow
     val_fraction: float
     seed: int
-    dtype: str
+    dtype: str  # of the ids in the shards
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return SPLITS if self.val_fraction > 0 else SPLITS[:1]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer as a conversion uses it: "[MASK]" in the text is the text that it is."""
+        tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
 
-class Part(NamedTuple):
-    """The examples that one chunk gives one split; flat arrays, because they travel between processes."""
+class Examples(NamedTuple):
+    """The examples that one chunk gives one split; flat arrays, which cost less than an object for each."""
 
     documents: int
     ids: NDArray[np.integer]
@@ -52,61 +61,54 @@ class Part(NamedTuple):
             start = end
 
 
-_worker: tuple[Task, Tokenizer] | None = None  # of this worker process
+def group_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in chunks of a size that is worth a call of the tokenizer."""
+    chunk: list[Document] = []
+    characters = 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if characters >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_DOCUMENTS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
-def start_worker(task: Task) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the others
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    tokenizer = Tokenizer.from_str(task.tokenizer_json)
-    tokenizer.encode_special_tokens = True
-    _worker = task, tokenizer
-
-
-def _end_with_parent(parent: int) -> None:
-    """A parent that is killed outright cannot end its workers, which would wait for it for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def convert_chunk(first: int, documents: list[str]) -> list[Part]:
-    assert _worker is not None
-    return convert_documents(*_worker, first, documents)
-
-
-def convert_documents(task: Task, tokenizer: Tokenizer, first: int, documents: list[str]) -> list[Part]:
+def convert_documents(task: Task, tokenizer: Tokenizer, name: str, documents: list[Document]) -> list[Examples]:
     """The examples of some documents, apart for each split.
 
     Args:
-        first: number of the first of them in the whole source; the random draws depend on it.
+        name: of the chunk; the random draws depend on it.
     """
-    parts: list[Part] = []
-    in_val = [is_validation(task.seed, number, task.val_fraction) for number in range(first, first + len(documents))]
-    for split in SPLITS if task.val_fraction > 0 else SPLITS[:1]:
-        chosen = [text for text, val in zip(documents, in_val, strict=True) if val == (split == "val")]
-        rng = Random(f"{task.seed} {split} {first}")
+    found: list[Examples] = []
+    in_val = [is_validation(task.seed, document.digest, task.val_fraction) for document in documents]
+    for split in task.splits:
+        chosen = [document.text for document, val in zip(documents, in_val, strict=True) if val == (split == "val")]
+        rng = Random(f"{task.seed} {split} {name}")
         builder = ExampleBuilder(task.max_seq_length, task.cls_id, task.sep_id, rng, task.overflow)
         examples = list(_examples(builder, tokenizer, chosen, task.lines))
         ids = [example.ids for example in examples]
         lengths = [(example.length_a, example.length_b) for example in examples]
-        parts.append(
-            Part(
+        found.append(
+            Examples(
                 len(chosen),
                 np.concatenate(ids).astype(task.dtype) if ids else np.zeros(0, task.dtype),
                 np.array(lengths, np.int64).reshape(-1, 2),
                 builder.dropped_tokens,
             )
         )
-    return parts
+    return found
 
 
-def is_validation(seed: int, number: int, fraction: float) -> bool:
-    """Whether a document is in the validation split: decided by its number alone, evenly over [0, 1)."""
-    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+def is_validation(seed: int, digest: int, fraction: float) -> bool:
+    """Whether a document is in the validation split: decided by its text, so that copies of it are not in both."""
+    return share_of(f"{seed} {digest}") < fraction
+
+
+def share_of(key: str) -> float:
+    """A number in [0, 1) that follows from a text, evenly spread over texts."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def _examples(builder: ExampleBuilder, tokenizer: Tokenizer, documents: list[str], lines: str) -> Iterator[Example]:

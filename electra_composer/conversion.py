@@ -1,21 +1,17 @@
-"""Documents to a folder of shards: tokenize and build examples in worker processes, pack and write in this one.
+"""Documents to a folder of shards: the sources are divided into parts, processes convert them, the parts make a folder.
 
-Documents are dealt out in chunks, and each chunk has its own stream of random numbers, seeded by its number: what is
-written depends on the documents and the options, not on how many processes worked on it.
+What is written depends on the sources and the options, not on how many processes worked on it, or in which order.
 """
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
+import json
 import os
-import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from streaming.base.compression import is_compression
@@ -23,34 +19,35 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from electra_composer.chunks import SPLITS, Part, Task, convert_chunk, start_worker
-from electra_composer.documents import (
-    DOCSTRINGS,
-    HUB,
-    ReadStats,
-    Sources,
-    check_sources,
-    find_files,
-    read_documents,
-)
+from electra_composer import selection
+from electra_composer.chunks import Task
+from electra_composer.docstrings import read_docstrings
+from electra_composer.documents import ReadStats, no_text, not_wanted, part_documents
+from electra_composer.engines import Engine, Processes, Spark
 from electra_composer.errors import UserError
 from electra_composer.estimate import check_free_space, estimate_text
-from electra_composer.examples import (
-    MIN_SEQ_LENGTH,
-    Overflow,
-    Packer,
-    Row,
-    one_per_row,
+from electra_composer.examples import MIN_SEQ_LENGTH, Overflow
+from electra_composer.folder_writer import ShardFolder
+from electra_composer.part_conversion import Job, Plan
+from electra_composer.selection import Selection
+from electra_composer.shard_folder import (
+    TOKENIZER,
+    Meta,
+    SourceCounts,
+    SplitCounts,
+    describe_tokenizer,
+    id_dtype,
 )
-from electra_composer.shard_folder import TOKENIZER, Meta, ShardFolder, SplitCounts, describe_tokenizer, id_dtype
+from electra_composer.source_parts import MIN_PART, Part, list_parts, mix
+from electra_composer.sources import DOCSTRINGS, Sources, check_sources, describe_files
 from electra_composer.vocabulary import load_tokenizer, special_ids, train_tokenizer
 
 TRAIN = "train"  # --tokenizer train
-VOCABULARY_BYTES = 200_000_000  # of text that a vocabulary is trained on: the first of the source
-PART_CHARACTERS = 1 << 27  # of a part, from whose end an interrupted conversion goes on: a shard of 64 MB or so
+VOCABULARY_BYTES = 200_000_000  # of text that a vocabulary is trained on, from parts all over the sources
+VOCABULARY_PARTS = 64  # at most; each costs the start of a reader
 _LOOK_BYTES = 1 << 20  # of text, to see how much there is before the start
-_CHUNK_CHARACTERS = 1 << 20
-_CHUNK_DOCUMENTS = 4096
+
+Counts = TypeVar("Counts", SplitCounts, SourceCounts)
 
 
 @dataclass
@@ -61,6 +58,8 @@ class Conversion:
     out: str = "data/owt"
     tokenizer: str = "google/electra-small-discriminator"
     vocab_size: int = 30522
+    cased: bool = False
+    keep_accents: bool = False
     max_seq_length: int = 128
     packing: Literal["packed", "one"] = "packed"
     lines: Literal["newline", "sentence"] = "newline"
@@ -68,6 +67,8 @@ class Conversion:
     val_fraction: float = 0.005
     seed: int = 0
     workers: int = 1
+    engine: Literal["local", "spark"] = "local"
+    master: str | None = None  # of Spark
     compression: str | None = None
     overwrite: bool = False
     ignore_disk: bool = False  # begin even if there seems to be too little room
@@ -77,12 +78,9 @@ class Conversion:
     def plan(self) -> dict[str, Any]:
         """What the shards follow from, the sizes of local files included: what must be the same to go on."""
         values = asdict(self)
-        for name in ("out", "workers", "overwrite", "ignore_disk", "restart", "progress"):
+        for name in ("out", "workers", "engine", "master", "overwrite", "ignore_disk", "restart", "progress"):
             del values[name]
-        files = [
-            path for source in self.sources.sources if source not in (HUB, DOCSTRINGS) for path in find_files(source)
-        ]
-        return {**values, "files": [[path, os.path.getsize(path)] for path in files]}
+        return {**values, "files": describe_files(self.sources)}
 
 
 @dataclass
@@ -91,18 +89,21 @@ class Summary:
 
     out: str
     splits: dict[str, SplitCounts]
+    sources: dict[str, SourceCounts]  # by name
+    unreadable: list[str]  # what was wrong with files that were left out
     max_seq_length: int
-    text_bytes: int
-    invalid_documents: int
-    short_documents: int
-    duplicate_documents: int
     shard_bytes: int
     seconds: float  # of this run
     continued_tokens: int = 0  # of the total; from an interrupted run
 
     @property
     def total(self) -> SplitCounts:
-        return _sum(self.splits.values())
+        return _sum(SplitCounts, map(asdict, self.splits.values()))
+
+    @property
+    def text(self) -> SourceCounts:
+        """All sources together."""
+        return _sum(SourceCounts, map(asdict, self.sources.values()))
 
     @property
     def dropped_share(self) -> float:
@@ -117,6 +118,7 @@ class Summary:
         total = self.total
         return {
             **asdict(self),
+            "text_bytes": self.text.text_bytes,
             "fill": total.fill(self.max_seq_length),
             "dropped_share": self.dropped_share,
             "tokens_per_second": self.tokens_per_second,
@@ -129,9 +131,15 @@ class Summary:
                 f"{name:12}{counts.documents:12,}{counts.examples:12,}{counts.rows:12,}{counts.tokens:15,}"
                 f"{counts.fill(self.max_seq_length):8.2%}{counts.dropped_tokens:16,}"
             )
+        if len(self.sources) > 1:
+            width = max(map(len, self.sources))
+            lines += ["", f"{'source':{width}}{'documents':>12}{'bytes of text':>17}{'tokens':>15}{'share':>8}"]
+            for name, part in self.sources.items():
+                share = part.tokens / max(1, self.text.tokens)
+                lines.append(f"{name:{width}}{part.documents:12,}{part.text_bytes:17,}{part.tokens:15,}{share:8.1%}")
         lines.append(
-            f"{self.text_bytes:,} bytes of text to {self.shard_bytes:,} bytes in {self.out}: {self.seconds:.1f} s, "
-            f"{self.tokens_per_second:,.0f} tokens/s"
+            f"{self.text.text_bytes:,} bytes of text to {self.shard_bytes:,} bytes in {self.out}: "
+            f"{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"
             + (
                 f" ({self.continued_tokens:,} tokens were there from an interrupted run)"
                 if self.continued_tokens
@@ -149,24 +157,35 @@ def convert(options: Conversion) -> Summary:
     """
     check_options(options)
     start = time.monotonic()
-    stats = ReadStats()
-    check_sources(options.sources)
-    if not options.ignore_disk and (text := estimate_text(options.sources, _LOOK_BYTES)) is not None:
-        check_free_space(options.out, text.text_bytes)
+    sources = options.sources
+    check_sources(sources)
+    text_bytes = _text_bytes(options)
     with ShardFolder(options.out, options.overwrite, options.compression, options.plan(), options.restart) as folder:
-        documents = read_documents(options.sources, stats, options.workers)
-        kept_tokenizer = os.path.join(folder.path, TOKENIZER)
-        if options.tokenizer != TRAIN:
-            tokenizer = load_tokenizer(options.tokenizer)
-        else:
-            if not folder.parts:
-                sample = list(_first_bytes(documents, VOCABULARY_BYTES, options.progress))
-                train_tokenizer(sample, options.vocab_size).save_pretrained(kept_tokenizer)
-                documents = itertools.chain(sample, documents)
-            tokenizer = load_tokenizer(kept_tokenizer)  # now too, so that a continued conversion has the same
-            tokenizer.name_or_path = f"trained-{len(tokenizer)}"
-        continued = sum(counts["tokens"] for part in folder.parts for counts in part["splits"].values())
-        splits = _write(options, tokenizer, documents, folder)
+        engine: Engine = Spark(options.master) if options.engine == "spark" else Processes(options.workers)
+        parts = list_parts(sources, _docstring_files(options, folder.workspace))
+        selections = selection.load(folder.workspace)
+        if selections is None:
+            selections = selection.select(parts, sources, lambda wanted: engine.scan(sources, wanted))
+            selection.save(folder.workspace, selections)
+        jobs = _jobs(parts, selections, sources)
+        tokenizer = _tokenizer(options, jobs, folder.workspace)
+        task = task_of(options, tokenizer)
+        continued = sum(split["tokens"] for record in folder.records.values() for split in record["splits"].values())
+        plan = Plan(task, sources, options.packing, folder.place(task.dtype))
+        todo = [job for job in jobs if job.number not in folder.records]
+        done = sum(record["counts"]["text_bytes"] for record in folder.records.values())
+        with tqdm(
+            desc="converting",
+            total=text_bytes and max(0, round(text_bytes) - done),
+            unit="B",
+            unit_scale=True,
+            disable=not options.progress,
+        ) as bar:
+            for record in engine.convert(plan, todo, bar):
+                folder.records[record["number"]] = record
+        if not any(record["counts"]["documents"] for record in folder.records.values()):
+            raise no_text(sources)
+        splits, counts, unreadable = _count(folder.records, task, sources)
         meta = Meta(
             tokenizer=describe_tokenizer(
                 tokenizer, tokenizer.name_or_path if options.tokenizer == TRAIN else options.tokenizer
@@ -175,26 +194,18 @@ def convert(options: Conversion) -> Summary:
             packing=options.packing,
             seed=options.seed,
             conversion={
-                **asdict(options.sources),
+                **asdict(sources),
                 "lines": options.lines,
                 "overflow": options.overflow,
                 "val_fraction": options.val_fraction,
                 "compression": options.compression,
             },
             splits=splits,
+            sources=counts,
         )
         size = folder.finish(meta, tokenizer)
     return Summary(
-        options.out,
-        splits,
-        options.max_seq_length,
-        stats.bytes,
-        stats.invalid,
-        stats.short,
-        stats.duplicates,
-        size,
-        time.monotonic() - start,
-        continued,
+        options.out, splits, counts, unreadable, options.max_seq_length, size, time.monotonic() - start, continued
     )
 
 
@@ -211,35 +222,86 @@ def check_options(options: Conversion) -> None:
         raise UserError(f"--workers is {options.workers}; expected at least 1")
 
 
-def _first_bytes(documents: Iterator[str], limit: int, progress: bool) -> Iterator[str]:
-    size = 0
-    with tqdm(desc="reading text for the vocabulary", unit="B", unit_scale=True, disable=not progress) as bar:
-        for document in documents:
-            yield document
-            size += len(document)
-            bar.update(len(document))
-            if size >= limit:
-                return
+def _text_bytes(options: Conversion) -> float | None:
+    """About how many bytes of text there will be, if a look can tell; refuses to begin where the disk is too small."""
+    text = estimate_text(options.sources, _LOOK_BYTES)
+    if text is None:
+        return None
+    if not options.ignore_disk:
+        check_free_space(options.out, text.text_bytes)
+    return text.text_bytes
 
 
-def _write(
-    options: Conversion, tokenizer: PreTrainedTokenizerFast, documents: Iterable[str], folder: ShardFolder
-) -> dict[str, SplitCounts]:
-    """Convert the documents into the splits of an open folder."""
-    task, names = task_of(options, tokenizer), split_names(options)
-    done = sum(part["documents"] for part in folder.parts)
-    documents = iter(documents)
-    with tqdm(
-        desc="converting", total=options.sources.max_bytes, unit="B", unit_scale=True, disable=not options.progress
-    ) as bar:
-        for document in itertools.islice(documents, done):  # what an interrupted run had got through
-            bar.update(len(document))
-        chunks = convert_chunks(task, group_documents(documents, done), options.workers)
-        for first in chunks:
-            _write_part(options, task, itertools.chain([first], chunks), folder, names, bar)
-    if not folder.parts:  # documents without a token
-        _write_part(options, task, iter(()), folder, names, bar)
-    return {name: _sum(SplitCounts(**part["splits"][name]) for part in folder.parts) for name in names}
+def _docstring_files(options: Conversion, workspace: str) -> list[str]:
+    """The docstrings of the installed packages as a file of JSON lines, which is divided as others are."""
+    sources = options.sources
+    if all(source.path != DOCSTRINGS for source in sources.sources):
+        return []
+    folder = os.path.join(workspace, DOCSTRINGS)
+    whole = os.path.join(folder, "docstrings.jsonl")
+    if not os.path.isfile(whole):
+        os.makedirs(folder, exist_ok=True)
+        documents = size = 0
+        # What is left out later does not count to the limits, so that more may be needed than this.
+        plain = not (sources.deduplicate or sources.min_characters or sources.drop_lines or sources.normalize)
+        with open(f"{whole}.tmp", "w", encoding="utf-8") as file:
+            for text in tqdm(
+                read_docstrings(options.workers), desc="reading docstrings", unit="doc", disable=not options.progress
+            ):
+                if plain and not_wanted(sources, documents, size):
+                    break
+                file.write(json.dumps({_column(sources): text}) + "\n")
+                documents, size = documents + 1, size + len(text.encode())
+        os.replace(f"{whole}.tmp", whole)
+    return [whole]
+
+
+def _column(sources: Sources) -> str:
+    return next(source.text_column for source in sources.sources if source.path == DOCSTRINGS)
+
+
+def _jobs(parts: list[Part], selections: list[Selection], sources: Sources) -> list[Job]:
+    """The parts in the order of their numbers; those of which nothing is taken are not among them."""
+    selection_of = dict(zip(parts, selections, strict=True))
+    wanted = [part for part in parts if not selection_of[part].is_empty]
+    return [Job(number, part, selection_of[part._replace(copy=0)]) for number, part in enumerate(mix(wanted, sources))]
+
+
+def _tokenizer(options: Conversion, jobs: list[Job], workspace: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that the options name; a trained one is kept, so that a continued conversion has the same."""
+    if options.tokenizer != TRAIN:
+        return load_tokenizer(options.tokenizer, options.cased, options.keep_accents)
+    kept = os.path.join(workspace, TOKENIZER)
+    if not os.path.isdir(kept):
+        sample = list(_sample(options, jobs))
+        if not sample:
+            raise no_text(options.sources)
+        tokenizer = train_tokenizer(
+            sample, options.vocab_size, options.cased, options.keep_accents, progress=options.progress
+        )
+        tokenizer.save_pretrained(f"{kept}.tmp")
+        os.replace(f"{kept}.tmp", kept)
+    tokenizer = load_tokenizer(kept)
+    tokenizer.name_or_path = f"trained-{len(tokenizer)}"
+    return tokenizer
+
+
+def _sample(options: Conversion, jobs: list[Job]) -> Iterator[str]:
+    """Text for a vocabulary: the start of parts all over the sources, in proportion to what each gives."""
+    chosen = jobs[:: max(1, -(-len(jobs) // VOCABULARY_PARTS))]
+    with tqdm(desc="reading text for the vocabulary", unit="B", unit_scale=True, disable=not options.progress) as bar:
+        for job in chosen:
+            documents = part_documents(job.part, options.sources, ReadStats())
+            mask = job.selection.chosen
+            if mask is not None:
+                documents = itertools.compress(documents, mask.tolist())
+            size = 0
+            for document in documents:
+                yield document.text
+                bar.update(document.size)
+                size += document.size
+                if size >= max(MIN_PART, VOCABULARY_BYTES // len(chosen)):
+                    break
 
 
 def task_of(options: Conversion, tokenizer: PreTrainedTokenizerFast) -> Task:
@@ -257,99 +319,37 @@ def task_of(options: Conversion, tokenizer: PreTrainedTokenizerFast) -> Task:
     )
 
 
-def split_names(options: Conversion) -> Sequence[str]:
-    return SPLITS if options.val_fraction > 0 else SPLITS[:1]
-
-
-def _write_part(
-    options: Conversion, task: Task, chunks: Iterator[Converted], folder: ShardFolder, names: Sequence[str], bar: tqdm
-) -> None:
-    """Take as many converted chunks as make a part, and write it. Nothing of it goes into the next one."""
-    counts = {name: SplitCounts() for name in names}
-    packers = {name: Packer(options.max_seq_length) for name in names}
-    documents = characters = 0
-
-    def write(name: str, rows: Iterable[Row]) -> None:
-        for row in rows:
-            counts[name].rows += 1
-            counts[name].tokens += len(row.input_ids)
-            folder.write(name, row, task.dtype)
-
-    for name in names:
-        folder.add_split(name, task.dtype)
-    for chunk in chunks:
-        for name, part in zip(names, chunk.parts, strict=True):
-            counts[name].documents += part.documents
-            counts[name].examples += len(part.lengths)
-            counts[name].dropped_tokens += part.dropped_tokens
-            if options.packing == "one":
-                write(name, one_per_row(part.examples()))
-            else:
-                write(name, itertools.chain.from_iterable(map(packers[name].add, part.examples())))
-        bar.update(chunk.characters)
-        documents += chunk.documents
-        characters += chunk.characters
-        if characters >= PART_CHARACTERS:
-            break
-    for name in names:
-        write(name, packers[name].finish())
-    folder.end_part(
-        {"documents": documents, "splits": {name: asdict(split_counts) for name, split_counts in counts.items()}}
-    )
-
-
-def _sum(counts: Iterable[SplitCounts]) -> SplitCounts:
-    columns = [list(asdict(part).values()) for part in counts]
-    return SplitCounts(*(sum(values) for values in zip(*columns, strict=True)))
-
-
 def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy that reads "[MASK]" in the text as the text that it is, not as the special token, and cuts nothing."""
+    """A copy that cuts and pads nothing."""
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.no_truncation()
     plain.no_padding()
     return plain
 
 
-def group_documents(documents: Iterable[str], first: int) -> Iterator[tuple[int, list[str]]]:
-    """Documents in groups of a size that is worth sending, each with the number of its first document."""
-    chunk: list[str] = []
-    characters = 0
-    for document in documents:
-        chunk.append(document)
-        characters += len(document)
-        if characters >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS:
-            yield first, chunk
-            first += len(chunk)
-            chunk, characters = [], 0
-    if chunk:
-        yield first, chunk
+def _count(
+    records: dict[int, dict[str, Any]], task: Task, sources: Sources
+) -> tuple[dict[str, SplitCounts], dict[str, SourceCounts], list[str]]:
+    """Counts of all parts by split and by source, and what was wrong with files that were left out."""
+    splits = {name: _sum(SplitCounts, [record["splits"][name] for record in records.values()]) for name in task.splits}
+    counts = {
+        source.label: _sum(
+            SourceCounts, [record["counts"] for record in records.values() if record["source"] == number]
+        )
+        for number, source in enumerate(sources.sources)
+    }
+    unreadable: dict[str, str] = {}  # a file may be in several parts, and in several copies of them
+    for number in sorted(records):
+        for path, reason in records[number]["unreadable"].items():
+            if path not in unreadable:
+                unreadable[path] = reason
+                counts[sources.sources[records[number]["source"]].label].unreadable_files += 1
+    return splits, counts, list(unreadable.values())
 
 
-class Converted(NamedTuple):
-    """What became of a chunk."""
-
-    documents: int
-    characters: int
-    parts: list[Part]  # of each split
-
-
-def convert_chunks(task: Task, chunks: Iterable[tuple[int, list[str]]], workers: int) -> Iterator[Converted]:
-    """What becomes of each chunk, in the chunks' order, however fast each worker is."""
-    # The processes are the parallelism; threads would not survive a fork.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # fork starts workers in no time, but is not safe with the system libraries of macOS
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, start_worker, (task,))
-    waiting: deque[tuple[int, int, Future[list[Part]]]] = deque()
-    try:
-        for first, chunk in chunks:
-            waiting.append((len(chunk), sum(map(len, chunk)), pool.submit(convert_chunk, first, chunk)))
-            if len(waiting) > 2 * workers:  # enough to keep all busy, little enough for the memory
-                documents, characters, future = waiting.popleft()
-                yield Converted(documents, characters, future.result())
-        while waiting:
-            documents, characters, future = waiting.popleft()
-            yield Converted(documents, characters, future.result())
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _sum(kind: type[Counts], parts: Iterable[dict[str, int]]) -> Counts:
+    total = dict.fromkeys((part.name for part in fields(kind)), 0)
+    for part in parts:
+        for name, value in part.items():
+            total[name] += value
+    return kind(**total)

@@ -1,53 +1,52 @@
-"""Documents from where people keep them: the hub, parquet, JSON lines, plain text, folders and globs, docstrings."""
+"""The documents of a part of the sources: of parquet, JSON lines, plain text, archives, the hub."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import io
 import json
 import lzma
-import os
+import re
 import tarfile
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from electra_composer.docstrings import read_docstrings
 from electra_composer.errors import UserError
+from electra_composer.source_parts import Part, Slice
+from electra_composer.sources import (
+    DOCSTRINGS,
+    HUB,
+    Source,
+    Sources,
+    find_files,
+    format_of,
+    hub_name,
+    missing_column,
+    open_hub,
+    open_lines,
+    reason_of,
+)
 
-HUB = "hub"
-DOCSTRINGS = "docstrings"
-_COMPRESSIONS = (".gz", ".zst")
-_FORMATS = (".parquet", ".jsonl", ".json", ".txt")
-_TARS = (".tar", ".tar.xz", ".tar.gz", ".tgz")
 _PARQUET_BATCH = 1000  # rows held at a time
+_SKIP_BYTES = 1 << 20
 
 
-@dataclass
-class Sources:
-    """What to read, and how.
+class UnreadableFile(UserError):
+    """A file that is cut short, damaged, or not of the kind that its name says."""
 
-    `dataset` etc. are for the source `hub`. OpenWebText's own repository holds a loading script, which `datasets` no
-    longer runs; the hub keeps a parquet conversion of such data sets on the branch `refs/convert/parquet`.
-    """
 
-    sources: list[str] = field(default_factory=lambda: [HUB])  # hub, docstrings, or paths of files, folders, globs
-    dataset: str = "Skylion007/openwebtext"
-    config: str | None = None
-    revision: str | None = "refs/convert/parquet"
-    text_column: str = "text"
-    txt_documents: Literal["blank", "file"] = "blank"  # what ends a document in .txt: a blank line, or the file
-    min_characters: int = 0  # shorter documents are left out
-    deduplicate: bool = False  # leave out documents whose text was there before, to the letter
-    normalize: Literal["NFC", "NFKC"] | None = None  # Unicode form that all text is brought into
-    max_documents: int | None = None
-    max_bytes: int | None = None  # of UTF-8 text
+class Document(NamedTuple):
+    """One document, and what identifies its text."""
+
+    text: str
+    size: int  # bytes of UTF-8
+    digest: int  # 64 bits of BLAKE2b of the text
 
 
 @dataclass
@@ -59,152 +58,152 @@ class ReadStats:
     invalid: int = 0  # documents with bytes that are not UTF-8, read as U+FFFD
     short: int = 0  # left out by min_characters
     duplicates: int = 0  # left out by deduplicate
+    lines: int = 0  # left out by drop_lines
+    unreadable: dict[str, str] = field(default_factory=dict)  # file → what was wrong; left out by skip_unreadable
+
+
+def part_documents(part: Part, sources: Sources, stats: ReadStats) -> Iterator[Document]:
+    """The documents of one part in their order; empty ones and those that `sources` leaves out are not among them.
+
+    Deduplication and limits need to know the other parts: they are in selection.py.
+
+    Args:
+        stats: counts are added here as documents are given out.
+
+    Raises:
+        UserError: a file that is not there, not readable (unless `skip_unreadable`), or without the text column.
+    """
+    source = sources.sources[part.source]
+    for piece in part.slices:
+        texts = _read_hub(source, piece, stats) if piece.path == HUB else documents_of_slice(piece, source, stats)
+        try:
+            yield from kept_documents(texts, sources, stats)
+        except UnreadableFile as error:
+            if not sources.skip_unreadable:
+                raise
+            stats.unreadable[piece.path] = str(error)
 
 
 def read_documents(sources: Sources, stats: ReadStats, workers: int = 1) -> Iterator[str]:
-    """Documents one after another, in an order that depends on the sources alone; empty ones are left out.
+    """All documents one after another, source after source, each once whatever its weight.
 
     Args:
-        sources: what to read.
-        stats: counts are added here as documents are given out.
         workers: processes for parsing docstrings.
 
     Raises:
-        UserError: a source that is not there, not readable, cut short, without the text column, or no document at all.
+        UserError: as :func:`part_documents`; or no document at all.
     """
-    before = stats.documents
-    seen: set[bytes] = set()  # digests of 8 bytes, some 60 with what Python adds: half a gigabyte for OpenWebText
-    for text in _texts(sources, stats, workers):
-        if not text.strip():
-            continue
+    seen: set[int] = set()
+    before = ReadStats(stats.documents, stats.bytes)
+    for number, source in enumerate(sources.sources):
+        if source.path == DOCSTRINGS:
+            documents = kept_documents(read_docstrings(workers), sources, stats)
+        else:
+            slices = (Slice(HUB, 0, 1),) if source.path == HUB else tuple(map(Slice, find_files(source.path)))
+            documents = part_documents(Part(number, 0, slices), sources, stats)
+        for document in documents:
+            if sources.deduplicate:
+                if document.digest in seen:
+                    stats.duplicates += 1
+                    continue
+                seen.add(document.digest)
+            if not_wanted(sources, stats.documents - before.documents, stats.bytes - before.bytes):
+                return
+            stats.documents += 1
+            stats.bytes += document.size
+            yield document.text
+    if stats.documents == before.documents:
+        raise no_text(sources)
+
+
+def not_wanted(sources: Sources, documents: int, size: int) -> bool:
+    """Whether so many documents and bytes are enough; the document that reaches the limit of bytes is the last."""
+    enough_documents = sources.max_documents is not None and documents >= sources.max_documents
+    return enough_documents or (sources.max_bytes is not None and size >= sources.max_bytes)
+
+
+def no_text(sources: Sources) -> UserError:
+    return UserError(f"no text in {sources}; expected at least one document that is not empty")
+
+
+def kept_documents(texts: Iterable[str], sources: Sources, stats: ReadStats) -> Iterator[Document]:
+    """What is not left out, brought into the form that is asked for."""
+    dropped = re.compile("|".join(f"(?:{part})" for part in sources.drop_lines)) if sources.drop_lines else None
+    for text in texts:
         if sources.normalize is not None:
             text = unicodedata.normalize(sources.normalize, text)
+        if dropped is not None:
+            lines = text.split("\n")
+            kept = [line for line in lines if not dropped.search(line)]
+            stats.lines += len(lines) - len(kept)
+            text = "\n".join(kept)
+        if not text or text.isspace():
+            continue
         if len(text) < sources.min_characters:
             stats.short += 1
             continue
-        if sources.deduplicate:
-            digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-            if digest in seen:
-                stats.duplicates += 1
-                continue
-            seen.add(digest)
-        if sources.max_documents is not None and stats.documents - before >= sources.max_documents:
-            return
-        if sources.max_bytes is not None and stats.bytes >= sources.max_bytes:
-            return
         try:
-            size = len(text.encode("utf-8"))
+            data = text.encode("utf-8")
         except UnicodeEncodeError:  # half of a surrogate pair, from a JSON escape
-            text = text.encode("utf-8", "replace").decode("utf-8")
-            size = len(text.encode("utf-8"))
+            data = text.encode("utf-8", "replace")
+            text = data.decode("utf-8")
             stats.invalid += 1
-        stats.documents += 1
-        stats.bytes += size
-        yield text
-    if stats.documents == before:
-        raise UserError(f"no text in {', '.join(sources.sources)}; expected at least one document that is not empty")
+        digest = hashlib.blake2b(data, digest_size=8).digest()
+        yield Document(text, len(data), int.from_bytes(digest, "big"))
 
 
-def check_sources(sources: Sources) -> None:
-    """Find all files now, so that a mistyped path stops the program before the work begins."""
-    for source in sources.sources:
-        if source not in (HUB, DOCSTRINGS):
-            find_files(source)
-
-
-def find_files(source: str) -> list[str]:
-    """The files of a path, a folder (all below it that we can read) or a glob, sorted.
-
-    Raises:
-        UserError: none there, or not of a kind that we can read.
-    """
-    if os.path.isfile(source):
-        if _format(source) is None:
-            raise UserError(f"{source}: cannot tell what this file is; expected {_kinds()}")
-        return [source]
-    if os.path.isdir(source):
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
-    else:
-        found = [path for path in glob.glob(os.path.expanduser(source), recursive=True) if os.path.isfile(path)]
-        if not found:
-            raise UserError(f"{source}: no such file or folder, and no file matches it as a glob")
-    files = sorted(path for path in found if _format(path))
-    if not files:
-        raise UserError(f"{source}: holds no file that can be read; expected {_kinds()}")
-    return files
-
-
-def _kinds() -> str:
-    packed = " or ".join(_COMPRESSIONS)
-    return f"{', '.join(_FORMATS)} (all but .parquet also with {packed}), or {', '.join(_TARS)} of .txt"
-
-
-def _format(path: str) -> str | None:
-    name = os.path.basename(path).lower()
-    if name.endswith(_TARS) and not name.startswith("."):
-        return ".tar"
-    stem, suffix = os.path.splitext(name)
-    if suffix in _COMPRESSIONS:
-        suffix = os.path.splitext(stem)[1]
-        return suffix if suffix in _FORMATS and suffix != ".parquet" else None
-    return suffix if suffix in _FORMATS and not name.startswith(".") else None
-
-
-def _texts(sources: Sources, stats: ReadStats, workers: int) -> Iterator[str]:
-    for source in sources.sources:
-        if source == HUB:
-            yield from _read_hub(sources, stats)
-        elif source == DOCSTRINGS:
-            yield from read_docstrings(workers)
-        else:
-            for path in find_files(source):
-                yield from documents_of_file(path, sources, stats)
-
-
-def is_tar(path: str) -> bool:
-    return _format(path) == ".tar"
-
-
-def is_parquet(path: str) -> bool:
-    return _format(path) == ".parquet"
-
-
-def documents_of_file(
-    path: str, sources: Sources, stats: ReadStats, lines: Iterable[bytes] | None = None
+def documents_of_slice(
+    piece: Slice, source: Source, stats: ReadStats, lines: Iterable[bytes] | None = None
 ) -> Iterator[str]:
-    """Documents of one file, empty ones too. `lines`: its lines, where they have been opened already."""
-    kind = _format(path)
+    """Texts of the documents of one slice of a file, empty ones too. `lines`: those of the file, if opened already."""
+    path, kind = piece.path, format_of(piece.path)
     try:
         if kind == ".parquet":
-            yield from _read_parquet(path, sources.text_column, stats)
+            yield from _read_parquet(piece, source.text_column, stats)
         elif kind == ".tar":
             with open(path, "rb") as archive:
-                yield from _read_tar(archive, stats)
+                yield from _read_tar(archive, piece, stats)
         elif kind == ".txt":
-            yield from _read_txt(_lines(path) if lines is None else lines, sources.txt_documents, stats)
+            ends_with_blank = source.txt_documents == "blank"
+            lines = slice_lines(piece, ends_with_blank) if lines is None else lines
+            yield from _read_txt(lines, source.txt_documents, stats)
         else:
-            yield from _read_json_lines(path, _lines(path) if lines is None else lines, sources.text_column, stats)
-    except UserError:
-        raise
+            lines = slice_lines(piece, False) if lines is None else lines
+            yield from _read_json_lines(path, piece.begin, lines, source.text_column, stats)
     except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as {kind}: {_reason(error)}") from error
+        raise UnreadableFile(f"{path}: cannot be read as {kind}: {reason_of(error)}") from error
 
 
-def _reason(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+def slice_lines(piece: Slice, by_blank_lines: bool) -> Iterator[bytes]:
+    """The lines of a slice of a text file, in whole lines, or in whole paragraphs that blank lines separate.
 
-
-def _lines(path: str) -> Iterator[bytes]:
-    return lines_of(pa.input_stream(path, compression="detect"))
-
-
-def lines_of(stream: pa.NativeFile, buffer_size: int = 1 << 20) -> Iterator[bytes]:
-    """Lines of a stream of plain bytes; one that is cut short is an OSError."""
-    with io.BufferedReader(stream, buffer_size) as file:
-        first = True
+    Where a slice ends and the next one begins is said by a rule that both follow, since a compressed file cannot be
+    looked at elsewhere: after the line that holds the byte of the border; by paragraphs, after the first blank line
+    that begins behind that byte.
+    """
+    with open_lines(piece.path) as file:
+        rest = piece.begin
+        while rest and (skipped := file.read(min(rest, _SKIP_BYTES))):
+            rest -= len(skipped)
+        position, inside = piece.begin, piece.begin == 0
         for line in file:
-            yield line.removeprefix(b"\xef\xbb\xbf") if first else line
-            first = False
+            start, position = position, position + len(line)
+            if start == 0:
+                if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise UnreadableFile(f"{piece.path}: is UTF-16; expected UTF-8: convert it, as by iconv -f UTF-16")
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if inside:
+                yield line
+            blank = by_blank_lines and not line.strip()
+            if _is_border(piece.begin, start, position, by_blank_lines, blank):
+                inside = True
+            if piece.end is not None and _is_border(piece.end, start, position, by_blank_lines, blank):
+                return
+
+
+def _is_border(place: int, start: int, end: int, by_blank_lines: bool, blank: bool) -> bool:
+    """Whether the border that is wanted at byte `place` may be after the line at bytes `start` to `end`."""
+    return blank and start > place if by_blank_lines else end > place
 
 
 def _decode(data: bytes) -> tuple[str, bool]:
@@ -231,14 +230,15 @@ def _read_txt(lines: Iterable[bytes], ends: Literal["blank", "file"], stats: Rea
     yield take()
 
 
-def _read_tar(archive: IO[bytes], stats: ReadStats) -> Iterator[str]:
+def _read_tar(archive: IO[bytes], piece: Slice, stats: ReadStats) -> Iterator[str]:
     """Every .txt of an archive is a document. OpenWebText's own archive holds archives (.xz) of them, in any order.
 
-    Members are read one after another and never written to disk, so that their names cannot lead anywhere.
+    Members are read one after another and never written to disk, so that their names cannot lead anywhere. Of the outer
+    archive's members, every n-th belongs to a slice.
     """
     with tarfile.open(fileobj=archive, mode="r|*") as tar:
-        for member in tar:
-            if not member.isfile():
+        for number, member in enumerate(tar):
+            if not member.isfile() or (piece.end is not None and number % piece.end != piece.begin):
                 continue
             file = tar.extractfile(member)
             assert file is not None  # of a file it never is
@@ -247,24 +247,26 @@ def _read_tar(archive: IO[bytes], stats: ReadStats) -> Iterator[str]:
                 stats.invalid += invalid
                 yield text
             elif member.name.endswith((".xz", ".tar")):
-                yield from _read_tar(file, stats)
+                yield from _read_tar(file, Slice(member.name), stats)
 
 
-def _read_json_lines(path: str, lines: Iterable[bytes], column: str, stats: ReadStats) -> Iterator[str]:
+def _read_json_lines(path: str, begin: int, lines: Iterable[bytes], column: str, stats: ReadStats) -> Iterator[str]:
+    after = f" after byte {begin:,}" if begin else ""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         text, invalid = _decode(line)
+        where = f"{path}, line {number}{after}"
         try:
             record = json.loads(text)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from error
+            raise UnreadableFile(f"{where}: not JSON ({error}); expected one object a line") from error
         if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: expected an object, found a {type(record).__name__}")
+            raise UserError(f"{where}: expected an object, found a {type(record).__name__}")
         if column not in record:
-            raise _missing_column(f"{path}, line {number}", column, list(record))
+            raise missing_column(where, column, list(record))
         stats.invalid += invalid
-        yield _as_text(record[column], f"{path}, line {number}", column)
+        yield _as_text(record[column], where, column)
 
 
 def _as_text(value: Any, where: str, column: str) -> str:
@@ -275,18 +277,14 @@ def _as_text(value: Any, where: str, column: str) -> str:
     return value
 
 
-def _missing_column(where: str, column: str, columns: list[str]) -> UserError:
-    return UserError(
-        f"{where}: no column {column!r}; there are {', '.join(map(repr, columns))}: choose by --text-column"
-    )
-
-
-def _read_parquet(path: str, column: str, stats: ReadStats) -> Iterator[str]:
-    with pq.ParquetFile(path) as file:
+def _read_parquet(piece: Slice, column: str, stats: ReadStats) -> Iterator[str]:
+    with pq.ParquetFile(piece.path) as file:
         if column not in file.schema_arrow.names:
-            raise _missing_column(path, column, file.schema_arrow.names)
-        for batch in file.iter_batches(_PARQUET_BATCH, columns=[column]):
-            yield from _column_texts(batch.column(0), path, column, stats)
+            raise missing_column(piece.path, column, file.schema_arrow.names)
+        groups = range(piece.begin, file.num_row_groups if piece.end is None else piece.end)
+        # One thread: the processes are the parallelism.
+        for batch in file.iter_batches(_PARQUET_BATCH, row_groups=groups, columns=[column], use_threads=False):
+            yield from _column_texts(batch.column(0), piece.path, column, stats)
 
 
 def _column_texts(values: pa.Array, where: str, column: str, stats: ReadStats) -> Iterator[str]:
@@ -301,30 +299,18 @@ def _column_texts(values: pa.Array, where: str, column: str, stats: ReadStats) -
         yield text
 
 
-def _read_hub(sources: Sources, stats: ReadStats) -> Iterator[str]:
-    import datasets  # here, because it takes seconds and only this source needs it
-
-    name = f"{sources.dataset}{f' ({sources.config})' if sources.config else ''}"
-    where = f"data set {name}{f' at revision {sources.revision}' if sources.revision else ''}"
-    try:
-        stream = datasets.load_dataset(
-            sources.dataset, sources.config, revision=sources.revision, split="train", streaming=True
-        )
-        columns = stream.column_names or list(next(iter(stream)))
-    except Exception as error:  # offline, unknown name, gated, needs a script, unreadable: all the person's to choose
-        raise UserError(
-            f"{where} cannot be read from the hub: {_reason(error)}; check the name, the revision (--revision) and the "
-            "network, or give local files as --source"
-        ) from error
-    if sources.text_column not in columns:
-        raise _missing_column(where, sources.text_column, columns)
-    batches = stream.select_columns([sources.text_column]).with_format("arrow").iter(_PARQUET_BATCH)
+def _read_hub(source: Source, piece: Slice, stats: ReadStats) -> Iterator[str]:
+    stream = open_hub(source)
+    if piece.end is not None and piece.end > 1:
+        stream = stream.shard(num_shards=piece.end, index=piece.begin)
+    where = hub_name(source)
+    batches = stream.select_columns([source.text_column]).with_format("arrow").iter(_PARQUET_BATCH)
     while True:
         try:
             table = next(batches, None)
         except Exception as error:
-            raise UserError(f"{where}: reading from the hub broke off: {_reason(error)}") from error
+            raise UserError(f"{where}: reading from the hub broke off: {reason_of(error)}") from error
         if table is None:
             return
-        for chunk in table.column(sources.text_column).chunks:
-            yield from _column_texts(chunk, where, sources.text_column, stats)
+        for chunk in table.column(source.text_column).chunks:
+            yield from _column_texts(chunk, where, source.text_column, stats)

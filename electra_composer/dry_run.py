@@ -8,19 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from electra_composer.conversion import (
-    TRAIN,
-    Conversion,
-    check_options,
-    convert_chunks,
-    group_documents,
-    split_names,
-    task_of,
-)
-from electra_composer.documents import check_sources
+from electra_composer.chunks import group_documents
+from electra_composer.conversion import TRAIN, Conversion, check_options, task_of
+from electra_composer.documents import ReadStats, kept_documents
+from electra_composer.engines import tokenize_sample
 from electra_composer.errors import UserError
 from electra_composer.estimate import estimate_text
 from electra_composer.examples import Packer, Row
+from electra_composer.sources import check_sources
 from electra_composer.vocabulary import load_tokenizer, train_tokenizer
 
 SAMPLE_BYTES = 1 << 24  # of text
@@ -56,22 +51,23 @@ def dry_run(options: Conversion) -> DryRun:
     text = estimate_text(options.sources, SAMPLE_BYTES)
     if text is None:
         raise UserError(
-            f"--dry-run knows local files only: how much there is in {', '.join(options.sources.sources)}, reading all "
+            f"--dry-run knows local files only: how much there is in {options.sources}, reading all "
             "of it tells; --max-documents converts a part to measure"
         )
     if not text.sample:
-        raise UserError(f"no text in {', '.join(options.sources.sources)}; expected at least one document")
+        raise UserError(f"no text in {options.sources}; expected at least one document")
     if options.tokenizer == TRAIN:
-        tokenizer = train_tokenizer(text.sample, options.vocab_size)
+        tokenizer = train_tokenizer(text.sample, options.vocab_size, options.cased, options.keep_accents)
     else:
-        tokenizer = load_tokenizer(options.tokenizer)
+        tokenizer = load_tokenizer(options.tokenizer, options.cased, options.keep_accents)
     sampled = sum(len(document.encode("utf-8", "replace")) for document in text.sample)
-    task, names = task_of(options, tokenizer), split_names(options)
-    packers = {name: Packer(options.max_seq_length) for name in names}
+    task = task_of(options, tokenizer)
+    packers = {name: Packer(options.max_seq_length) for name in task.splits}
     rows: list[Row] = []
+    chunks = group_documents(kept_documents(text.sample, options.sources, ReadStats()))
     start = time.monotonic()
-    for chunk in convert_chunks(task, group_documents(text.sample, 0), options.workers):
-        for name, part in zip(names, chunk.parts, strict=True):
+    for found in tokenize_sample(task, chunks, options.workers):
+        for name, part in zip(task.splits, found, strict=True):
             rows += itertools.chain.from_iterable(map(packers[name].add, part.examples()))
     rows += itertools.chain.from_iterable(packer.finish() for packer in packers.values())
     seconds = time.monotonic() - start

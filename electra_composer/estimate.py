@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from dataclasses import dataclass
@@ -9,22 +10,14 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from electra_composer.documents import (
-    DOCSTRINGS,
-    HUB,
-    ReadStats,
-    Sources,
-    documents_of_file,
-    find_files,
-    is_parquet,
-    is_tar,
-    lines_of,
-)
+from electra_composer.documents import ReadStats, UnreadableFile, documents_of_slice
 from electra_composer.errors import UserError
+from electra_composer.source_parts import Slice
+from electra_composer.sources import DOCSTRINGS, HUB, Source, Sources, compression_of, find_files, format_of
 
 WHOLE_BELOW = 1 << 20  # bytes; smaller files are read to the end, since decompressing runs ahead by some of that
 SAMPLED_FILES = 16  # of each source, evenly spaced
-_SMALL_BUFFER = 1 << 14  # so that the reader is hardly ahead of what it gave out
+_BUFFER = 1 << 14
 BYTES_PER_TOKEN = 3.0  # of text; fewer than any vocabulary for natural language needs, so that disk is never too small
 
 
@@ -38,7 +31,7 @@ class TextEstimate:
 
 
 def estimate_text(sources: Sources, sample_bytes: int) -> TextEstimate | None:
-    """Read a sample of local sources, and scale it up by the part of the files that was read.
+    """Read a sample of local sources, and scale it up by the part of the files that was read, and by their weights.
 
     Args:
         sources: as for a conversion; its limits count.
@@ -51,58 +44,66 @@ def estimate_text(sources: Sources, sample_bytes: int) -> TextEstimate | None:
     Raises:
         UserError: as reading raises them.
     """
-    if any(source in (HUB, DOCSTRINGS) for source in sources.sources):
+    if any(source.path in (HUB, DOCSTRINGS) for source in sources.sources):
         return None
-    files = [path for source in sources.sources for path in find_files(source)]
-    if any(is_tar(path) for path in files):
+    files = [find_files(source.path) for source in sources.sources]
+    if any(format_of(path) == ".tar" for found in files for path in found):
         return None
-    chosen = files[:: max(1, len(files) // SAMPLED_FILES)]
-    sample: list[str] = []
-    sampled = [_sample_file(path, sources, sample_bytes // len(chosen), sample) for path in chosen]
-    read = sum(part for part, _, _ in sampled)
-    size = sum(os.path.getsize(path) for path in files)
-    if not sample or not read:
-        return TextEstimate(0, 0, [])
-    documents = sum(count for _, count, _ in sampled) * size / read
-    text_bytes = sum(length for _, _, length in sampled) * size / read
+    total = sum(os.path.getsize(path) for found in files for path in found)
+    whole = TextEstimate(0, 0, [])
+    for source, found in zip(sources.sources, files, strict=True):
+        size = sum(os.path.getsize(path) for path in found)
+        chosen = found[:: max(1, len(found) // SAMPLED_FILES)]
+        limit = round(sample_bytes * size / max(1, total)) // len(chosen)
+        sampled = [_sample_file(path, source, sources, limit, whole.sample) for path in chosen]
+        if read := sum(part for part, _, _ in sampled):
+            whole.documents += source.weight * size / read * sum(count for _, count, _ in sampled)
+            whole.text_bytes += source.weight * size / read * sum(length for _, _, length in sampled)
     share = 1.0
-    if sources.max_documents is not None:
-        share = min(share, sources.max_documents / documents)
-    if sources.max_bytes is not None:
-        share = min(share, sources.max_bytes / text_bytes)
-    return TextEstimate(documents * share, text_bytes * share, sample)
+    if sources.max_documents is not None and whole.documents:
+        share = min(share, sources.max_documents / whole.documents)
+    if sources.max_bytes is not None and whole.text_bytes:
+        share = min(share, sources.max_bytes / whole.text_bytes)
+    return TextEstimate(whole.documents * share, whole.text_bytes * share, whole.sample)
 
 
-def _sample_file(path: str, sources: Sources, limit: int, sample: list[str]) -> tuple[float, int, int]:
+def _sample_file(path: str, source: Source, sources: Sources, limit: int, sample: list[str]) -> tuple[float, int, int]:
     """Read documents of a file until there is enough text: bytes of the file gone through, documents, bytes of text."""
     size, documents, length = os.path.getsize(path), 0, 0
-    parquet = is_parquet(path)
+    parquet = format_of(path) == ".parquet"
     with open(path, "rb", buffering=0) as raw:  # whose place tells how far the reader is, decompressing or not
         lines = None
         if not parquet:
-            stream = pa.PythonFile(raw, mode="r")
-            codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1].lower())
-            lines = lines_of(stream if codec is None else pa.CompressedInputStream(stream, codec), _SMALL_BUFFER)
-        for text in documents_of_file(path, sources, ReadStats(), lines):
-            documents += 1
-            length += len(text.encode("utf-8", "replace"))
-            if text.strip():
-                sample.append(text)
-            if length >= limit and size >= WHOLE_BELOW:
-                if parquet:
-                    return size * documents / pq.read_metadata(path).num_rows, documents, length
-                return size if raw.closed else raw.tell(), documents, length  # closed at its end
+            stream, codec = pa.PythonFile(raw, mode="r"), compression_of(path)
+            # A small buffer, so that the reader is hardly ahead of what it gave out.
+            lines = io.BufferedReader(stream if codec is None else pa.CompressedInputStream(stream, codec), _BUFFER)
+        try:
+            for text in documents_of_slice(Slice(path), source, ReadStats(), lines):
+                documents += 1
+                length += len(text.encode("utf-8", "replace"))
+                if text.strip():
+                    sample.append(text)
+                if length >= limit and size >= WHOLE_BELOW:
+                    if parquet:
+                        return size * documents / pq.read_metadata(path).num_rows, documents, length
+                    return size if raw.closed else raw.tell(), documents, length  # closed at its end
+        except UnreadableFile:
+            if not sources.skip_unreadable:
+                raise
     return size, documents, length
 
 
 def check_free_space(out: str, text_bytes: float) -> None:
     """Refuse to begin where the shards will not fit.
 
-    Two bytes for a token, and at least three bytes of text in it: two thirds of the text are asked for.
+    Two bytes for a token, and at least three bytes of text in it: two thirds of the text are asked for. An object store
+    has room enough.
 
     Raises:
         UserError: with both sizes.
     """
+    if "://" in out:
+        return
     folder = os.path.dirname(os.path.abspath(os.path.expanduser(out)))
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)

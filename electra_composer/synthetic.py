@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from electra_composer.documents import ReadStats, Sources, read_documents
+from electra_composer.documents import ReadStats, read_documents
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.glue_tasks import TASKS
+from electra_composer.sources import Sources
 
 TASK = TASKS["synthetic-words"]
 WORDS = range(6, 19)  # of a sentence that is taken; with [CLS] and [SEP] it fits the quickstart's 32 tokens
@@ -175,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if os.path.exists(os.path.join(options.out, TASK.folder)):  # before the text is read, not after
         raise UserError(f"{os.path.join(options.out, TASK.folder)}: exists already; remove it, or give another --out")
-    sources = Sources([options.source], max_documents=MAX_DOCUMENTS)
+    sources = Sources.of(options.source, max_documents=MAX_DOCUMENTS)
     documents = tqdm(read_documents(sources, ReadStats()), desc="reading", unit="doc", leave=False, disable=None)
     train, dev = build(documents, options.train, options.dev, options.seed)
     write(options.out, train, dev, {"source": options.source, "seed": options.seed})

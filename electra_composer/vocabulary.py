@@ -21,18 +21,26 @@ MAX_ALPHABET = 1000  # characters that get an entry of their own in a trained vo
 MIN_FREQUENCY = 2  # a pair of pieces seen once is not worth an entry
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(name_or_path: str, cased: bool = False, keep_accents: bool = False) -> PreTrainedTokenizerFast:
     """A fast tokenizer that has all that ELECTRA needs.
 
     Args:
         name_or_path: a BERT-style `vocab.txt` (one token a line, read as uncased WordPiece), a folder that
             `save_pretrained` wrote, or a name on the Hugging Face hub such as `google/electra-small-discriminator`.
+        cased: do not lower-case the text; for a `vocab.txt`, any other tokenizer says this itself.
+        keep_accents: do not take accents off lower-cased text; for a `vocab.txt`.
 
     Raises:
-        UserError: nothing there, the hub out of reach, not a fast tokenizer, or a special token missing.
+        UserError: nothing there, the hub out of reach, not a fast tokenizer, a special token missing, or options that
+            are not for this one.
     """
     if os.path.isfile(name_or_path):
-        tokenizer = _from_vocabulary_file(name_or_path)
+        tokenizer = _from_vocabulary_file(name_or_path, cased, keep_accents)
+    elif cased or keep_accents:
+        raise UserError(
+            f"tokenizer {name_or_path}: says itself what becomes of case and accents; --cased and --keep-accents are "
+            "for a vocab.txt or a vocabulary to be trained"
+        )
     else:
         is_folder = os.path.isdir(name_or_path)
         if not is_folder and (name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))):
@@ -70,7 +78,7 @@ def _hub_answers(name: str) -> bool:
     return True
 
 
-def _from_vocabulary_file(path: str) -> PreTrainedTokenizerFast:
+def _from_vocabulary_file(path: str, cased: bool, keep_accents: bool) -> PreTrainedTokenizerFast:
     try:
         with open(path, encoding="utf-8") as file:
             tokens = [line.rstrip("\n") for line in file]
@@ -85,7 +93,14 @@ def _from_vocabulary_file(path: str) -> PreTrainedTokenizerFast:
             f"tokenizer {path}: no line {missing[0]} among its {len(tokens)}; expected a BERT-style vocab.txt, "
             f"one token a line, with {' '.join(SPECIAL_TOKENS)}"
         )
-    return ElectraTokenizerFast(vocab_file=path, do_lower_case=True)
+    return _word_piece(path, cased, keep_accents)
+
+
+def _word_piece(path: str, cased: bool, keep_accents: bool) -> PreTrainedTokenizerFast:
+    """BERT's tokenizer: it takes accents off where it lower-cases, unless told otherwise."""
+    return ElectraTokenizerFast(
+        vocab_file=path, do_lower_case=not cased, strip_accents=False if keep_accents or cased else None
+    )
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast, name: str = "") -> dict[str, int]:
@@ -114,8 +129,10 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode("utf-8")).hexdigest()
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = False) -> PreTrainedTokenizerFast:
-    """Train an uncased WordPiece vocabulary; the same texts in any order give the same vocabulary.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, cased: bool = False, keep_accents: bool = False, progress: bool = False
+) -> PreTrainedTokenizerFast:
+    """Train a WordPiece vocabulary; the same texts in any order give the same vocabulary.
 
     The trainer of `tokenizers` counts words in a hash table whose order changes from process to process, and breaks
     ties by ids given in that order. So what it would number as it goes is numbered beforehand: the most frequent
@@ -124,11 +141,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
     Args:
         texts: the training text, held in memory; pieces of any size, in which no word is cut.
         vocab_size: entries wanted; small text may give fewer.
+        cased, keep_accents: as of :func:`load_tokenizer`; cased text keeps its accents.
 
     Raises:
         UserError: no text, or `vocab_size` too small for the special tokens and the alphabet of the text.
     """
-    normalizer = normalizers.BertNormalizer(lowercase=True)
+    normalizer = normalizers.BertNormalizer(lowercase=not cased, strip_accents=False if keep_accents or cased else None)
     texts = [normalizer.normalize_str(text) for text in texts]
     characters: Counter[str] = Counter()
     for text in texts:
@@ -160,6 +178,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = Fals
         path = os.path.join(folder, "vocab.txt")
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{token}\n" for token in vocabulary)
-        tokenizer = ElectraTokenizerFast(vocab_file=path, do_lower_case=True)
+        tokenizer = _word_piece(path, cased, keep_accents)
     tokenizer.name_or_path = f"trained-{len(vocabulary)}"
     return tokenizer

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint import state_dict
 
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.conversion import Conversion, convert
-from electra_composer.documents import Sources
 from electra_composer.electra import ElectraForPretraining, SpecialIds
+from electra_composer.sources import Sources
 
 VOCAB_SIZE = 99  # not a multiple of 64: the padded rows of the embedding table are there
 LENGTH = 32
@@ -181,7 +181,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text("\n\n".join(lines))
     convert(
         Conversion(
-            sources=Sources(sources=[str(folder / "text.txt")]),
+            sources=Sources.of(str(folder / "text.txt")),
             out=str(folder / "shards"),
             tokenizer="train",
             vocab_size=120,

@@ -1,0 +1,220 @@
+"""Where text comes from: the hub, files of many kinds, docstrings; what is left out of it, and mixtures of several."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import pyarrow as pa
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from electra_composer.errors import UserError
+
+HUB = "hub"
+DOCSTRINGS = "docstrings"
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_FORMATS = (".parquet", ".jsonl", ".json", ".txt")
+_TARS = (".tar", ".tar.xz", ".tar.gz", ".tgz")
+
+
+@dataclass
+class Source:
+    """One source of documents, and how it is read.
+
+    `dataset` etc. are for the source `hub`. OpenWebText's own repository holds a loading script, which `datasets` no
+    longer runs; the hub keeps a parquet conversion of such data sets on the branch `refs/convert/parquet`.
+    """
+
+    path: str = HUB  # hub, docstrings, or the path of a file, a folder, a glob
+    name: str | None = None  # in meta.json and messages; null: its path, or the data set's name
+    weight: float = 1.0  # how often each of its documents is taken: 2 twice, 0.5 every second one (chosen by its text)
+    text_column: str = "text"  # of parquet, JSON lines and the hub
+    txt_documents: Literal["blank", "file"] = "blank"  # what ends a document in .txt: a blank line, or the file
+    dataset: str = "Skylion007/openwebtext"
+    config: str | None = None
+    revision: str | None = "refs/convert/parquet"
+
+    @property
+    def label(self) -> str:
+        return self.name or (self.dataset if self.path == HUB else self.path)
+
+
+@dataclass
+class Sources:
+    """What to read, and what of it is left out."""
+
+    sources: list[Source] = field(default_factory=lambda: [Source()])
+    min_characters: int = 0  # shorter documents are left out
+    drop_lines: list[str] = field(default_factory=list)  # lines in which one of these regular expressions is found
+    deduplicate: bool = False  # leave out documents whose text was there before, to the letter
+    normalize: Literal["NFC", "NFKC"] | None = None  # Unicode form that all text is brought into
+    skip_unreadable: bool = False  # go on after a file that cannot be read to its end, instead of stopping
+    max_documents: int | None = None
+    max_bytes: int | None = None  # of UTF-8 text
+
+    @classmethod
+    def of(cls, *paths: str, **options: Any) -> Sources:
+        """Sources of these paths; `options` are fields of :class:`Source`, for each of them, or of :class:`Sources`."""
+        names = {f.name for f in fields(Source)}
+        each = {name: value for name, value in options.items() if name in names}
+        rest = {name: value for name, value in options.items() if name not in names}
+        return cls([Source(path, **each) for path in paths], **rest)
+
+    def __str__(self) -> str:
+        return ", ".join(source.label for source in self.sources)
+
+
+@dataclass
+class _Mixture:
+    sources: list[Source]
+
+
+def read_mixture(path: str) -> list[Source]:
+    """Sources of a YAML file: a list under `sources:`, each with the keys of :class:`Source`.
+
+    Raises:
+        UserError: no such file, not of this form, an unknown key.
+    """
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        mixture = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Mixture), content))
+    except OSError as error:
+        raise UserError(f"--mixture {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        known = ", ".join(f.name for f in fields(Source))
+        raise UserError(
+            f"--mixture {path}: {' '.join(str(error).split())[:300]}; expected a list under sources:, each with a "
+            f"path and some of {known}"
+        ) from error
+    assert isinstance(mixture, _Mixture)
+    if not mixture.sources:
+        raise UserError(f"--mixture {path}: no sources; expected a list under sources:")
+    return mixture.sources
+
+
+def check_sources(sources: Sources) -> None:
+    """Find all files now, so that a mistyped path stops the program before the work begins.
+
+    Raises:
+        UserError: a path with nothing to read, a weight out of range, two sources of one name.
+    """
+    labels = [source.label for source in sources.sources]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"source {label} is given more than once; give it a weight of 2 to take it twice")
+    for source in sources.sources:
+        if not 0 < source.weight <= 100:
+            raise UserError(f"source {source.label}: weight is {source.weight}; expected above 0, at most 100")
+        if source.path not in (HUB, DOCSTRINGS):
+            find_files(source.path)
+
+
+def find_files(source: str) -> list[str]:
+    """The files of a path, a folder (all below it that we can read) or a glob, sorted.
+
+    Raises:
+        UserError: none there, or not of a kind that we can read.
+    """
+    source = os.path.expanduser(source)
+    if os.path.isfile(source):
+        if format_of(source) is None:
+            raise UserError(f"{source}: cannot tell what this file is; expected {_kinds()}")
+        return [source]
+    if os.path.isdir(source):
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
+    else:
+        found = [path for path in glob.glob(source, recursive=True) if os.path.isfile(path)]
+        if not found:
+            raise UserError(f"{source}: no such file or folder, and no file matches it as a glob")
+    files = sorted(path for path in found if format_of(path))
+    if not files:
+        raise UserError(f"{source}: holds no file that can be read; expected {_kinds()}")
+    return files
+
+
+def _kinds() -> str:
+    packed = " or ".join(COMPRESSIONS)
+    return f"{', '.join(_FORMATS)} (all but .parquet also with {packed}), or {', '.join(_TARS)} of .txt"
+
+
+def format_of(path: str) -> str | None:
+    """`.parquet`, `.jsonl`, `.json`, `.txt` or `.tar`, by the name of a file, compressed or not; None: another."""
+    name = os.path.basename(path).lower()
+    if name.startswith("."):
+        return None
+    if name.endswith(_TARS):
+        return ".tar"
+    stem, suffix = os.path.splitext(name)
+    if suffix in COMPRESSIONS:
+        suffix = os.path.splitext(stem)[1]
+        return suffix if suffix in _FORMATS and suffix != ".parquet" else None
+    return suffix if suffix in _FORMATS else None
+
+
+def compression_of(path: str) -> str | None:
+    return COMPRESSIONS.get(os.path.splitext(path)[1].lower())
+
+
+def describe_files(sources: Sources) -> dict[str, Any]:
+    """What tells whether the local files are still the same: their number, bytes, and a digest of names and sizes."""
+    digest, count, size = hashlib.sha256(), 0, 0
+    for source in sources.sources:
+        if source.path not in (HUB, DOCSTRINGS):
+            for path in find_files(source.path):
+                length = os.path.getsize(path)
+                digest.update(f"{path}\0{length}\n".encode("utf-8", "surrogateescape"))
+                count, size = count + 1, size + length
+    return {"count": count, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def open_lines(path: str) -> io.BufferedReader:
+    """The lines of a file, plain or compressed; one that is cut short is an OSError when its end is reached."""
+    codec = compression_of(path)
+    stream = pa.OSFile(path) if codec is None else pa.CompressedInputStream(pa.OSFile(path), codec)
+    return io.BufferedReader(stream, 1 << 20)
+
+
+def hub_name(source: Source) -> str:
+    name = f"{source.dataset}{f' ({source.config})' if source.config else ''}"
+    return f"data set {name}{f' at revision {source.revision}' if source.revision else ''}"
+
+
+def open_hub(source: Source) -> Any:
+    """A data set of the hub as a stream (`datasets.IterableDataset`) of its text column.
+
+    Raises:
+        UserError: the hub does not give it, or it has no such column.
+    """
+    import datasets  # here, because it takes seconds and only this source needs it
+
+    where = hub_name(source)
+    try:
+        stream = datasets.load_dataset(
+            source.dataset, source.config, revision=source.revision, split="train", streaming=True
+        )
+        columns = stream.column_names or list(next(iter(stream)))
+    except Exception as error:  # offline, unknown name, gated, needs a script, unreadable: all the person's to choose
+        raise UserError(
+            f"{where} cannot be read from the hub: {reason_of(error)}; check the name, the revision (--revision) and "
+            "the network, or give local files as --source"
+        ) from error
+    if source.text_column not in columns:
+        raise missing_column(where, source.text_column, columns)
+    return stream
+
+
+def missing_column(where: str, column: str, columns: list[str]) -> UserError:
+    return UserError(
+        f"{where}: no column {column!r}; there are {', '.join(map(repr, columns))}: choose by --text-column"
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error)
+    return text.strip().split("\n")[0].rstrip(".") or type(error).__name__
