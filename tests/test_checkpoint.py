@@ -26,7 +26,8 @@ from transformers import (
     XLMRobertaTokenizerFast,
 )
 
-from electra_composer.checkpoint import check_state_fits, load_source, read_checkpoint, tokenizer_files
+from electra_composer import checkpoint
+from electra_composer.checkpoint import check_state_fits, load_source, read_checkpoint
 from electra_composer.config import ModelConfig
 from electra_composer.errors import UserError
 from electra_composer.finetuning import ElectraForClassification
@@ -426,7 +427,7 @@ def test_a_tokenizer_with_binary_files_goes_into_a_checkpoint(tmp_path: Path) ->
     tokenizer = XLMRobertaTokenizerFast(
         vocab_file=str(tmp_path / "sentencepiece.bpe.model"), tokenizer_file=str(tmp_path / "tokenizer.json")
     )
-    files = tokenizer_files(tokenizer)
+    files = checkpoint.tokenizer_files(tokenizer)
     (tmp_path / "again").mkdir()
     for name, text in files.items():
         (tmp_path / "again" / name).write_text(text, encoding="utf-8")
