@@ -47,12 +47,13 @@ def usual(documents: list[str], tokenizer: PreTrainedTokenizerFast, lines: str, 
     builder = ExampleBuilder(LENGTH, ids["cls"], ids["sep"], random.Random(0), "carry")
     packer = Packer(LENGTH)
     with ShardFolder(out) as folder:
+        part = folder.begin(dtype, ["train"])
 
         def write(rows: Any) -> None:
             for row in rows:
                 counts.rows += 1
                 counts.tokens += len(row.input_ids)
-                folder.write("train", row, dtype)
+                part.write("train", row)
 
         for document in documents:
             for line in document_lines(document, lines):

@@ -108,10 +108,11 @@ def make_workload(options: argparse.Namespace, folder: Path, length: int, rows: 
         tokenizer, source = _rows_of(options.data, length, rows + options.batch)
     counts = {split: SplitCounts() for split in SPLITS}
     with ShardFolder(str(folder)) as shards:
+        part = shards.begin(id_dtype(len(tokenizer)), SPLITS)
         for split, count in zip(SPLITS, (rows, options.batch), strict=True):
             for _ in range(count):
                 row = next(source)
-                shards.write(split, row, id_dtype(len(tokenizer)))
+                part.write(split, row)
                 counts[split].rows += 1
                 counts[split].examples += len(row.segment_lengths) // 2
                 counts[split].tokens += len(row.input_ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import logging
 import os
@@ -19,7 +20,6 @@ from streaming.base.util import merge_index
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.errors import UserError
-from electra_composer.examples import Row
 from electra_composer.part_writer import (
     INDEX,
     RECORDS,
@@ -127,11 +127,9 @@ class ShardFolder:
                 "same options to go on with it, pass --restart to begin anew, or choose another --out"
             )
         shutil.rmtree(os.path.join(self.workspace, UNFINISHED), ignore_errors=True)
-        records = os.path.join(self.workspace, RECORDS)
-        for name in sorted(os.listdir(records)) if os.path.isdir(records) else []:
-            if name.endswith(".json"):
-                with open(os.path.join(records, name), encoding="utf-8") as file:
-                    self.records[int(name.partition(".")[0])] = json.load(file)
+        for path in self._recorded():
+            with open(path, encoding="utf-8") as file:
+                self.records[int(os.path.basename(path).partition(".")[0])] = json.load(file)
         self._remove_parts_without_record()
 
     def _has_plan(self) -> bool:
@@ -148,6 +146,9 @@ class ShardFolder:
             number += 1
         return True
 
+    def _recorded(self) -> list[str]:
+        return sorted(glob.glob(os.path.join(glob.escape(self.workspace), RECORDS, "*.json")))
+
     def _remove_parts_without_record(self) -> None:
         """What was moved to its place before a kill, but not recorded."""
         whole = os.path.join(self.workspace, WHOLE)
@@ -163,8 +164,9 @@ class ShardFolder:
         if self._part is not None:
             self._part.cancel()
         kept = ""
-        if self._plan is not None and self.records:
-            kept = f"what was finished ({len(self.records)} of its parts) stays in {self.remote or self.workspace}"
+        whole = self._recorded()  # by processes that this one may not have heard of yet
+        if self._plan is not None and whole:
+            kept = f"what was finished ({len(whole)} of its parts) stays in {self.remote or self.workspace}"
         if kept and error is not None:
             shutil.rmtree(os.path.join(self.workspace, UNFINISHED), ignore_errors=True)
         else:
@@ -184,15 +186,10 @@ class ShardFolder:
         """Where :class:`PartWriter` is to write. `dtype`: of the ids, from :func:`id_dtype`."""
         return Place(self.workspace, dtype, self._compression, self.remote, durable=self._plan is not None)
 
-    def write(self, split: str, row: Row, dtype: str, splits: Sequence[str] = ()) -> None:
-        """Append one row to the only part, for a folder that one process writes at a go.
-
-        Args:
-            splits: all there will be, if more than this one.
-        """
-        if self._part is None:
-            self._part = PartWriter(self.place(dtype), 0, splits or [split])
-        self._part.write(split, row)
+    def begin(self, dtype: str, splits: Sequence[str]) -> PartWriter:
+        """The only part of a folder that one process writes at a go; :meth:`finish` finishes it too."""
+        self._part = PartWriter(self.place(dtype), 0, splits)
+        return self._part
 
     def finish(self, meta: Meta, tokenizer: PreTrainedTokenizerFast) -> int:
         """Put the parts together, give the folder its name, and return its size in bytes.
@@ -230,6 +227,8 @@ class ShardFolder:
     def _index(self, split: str, folder: str) -> None:
         """The common index of a split's parts, by Streaming's own merge of theirs."""
         os.makedirs(folder, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # of an attempt that was killed
+            os.remove(os.path.join(folder, INDEX))
         with tempfile.TemporaryDirectory(dir=self.workspace) as scratch:
             indices = []
             for number in sorted(self.records):

@@ -85,9 +85,9 @@ class PartWriter:
         for split, writer in self._writers.items():
             try:
                 writer.finish()
-            except OSError:
-                raise
             except Exception as error:  # of an upload: Streaming's message names no reason, its log does
+                if place.remote is None or isinstance(error, OSError):
+                    raise
                 raise UserError(f"{place.remote}: a shard could not be uploaded, see the lines above") from error
             record["shards"][split] = writer.shards
         if place.remote is None:

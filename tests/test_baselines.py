@@ -36,7 +36,7 @@ def test_counts_are_those_of_the_loader(shards):
 def test_a_damaged_shard_is_said_to_be(shards, tmp_path):
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
-    shard = folder / "train/shard.00000.mds"
+    shard = folder / "train/00000/shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:200] + b"\xff" * (shard.stat().st_size - 200))
     config = ShardsConfig(path=str(folder), max_seq_length=32, num_workers=0)
     with pytest.raises(UserError, match="corrupt"):
@@ -77,6 +77,6 @@ def test_shards_of_which_some_are_still_compressed_have_none_yet(shards, tmp_pat
     """A run unpacks them one by one: a later start of it must not stumble over the others."""
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
-    (folder / "train/shard.00000.mds").rename(folder / "train/shard.00000.mds.zstd")
+    (folder / "train/00000/shard.00000.mds").rename(folder / "train/00000/shard.00000.mds.zstd")
     config = ShardsConfig(path=str(folder), max_seq_length=32, num_workers=0)
     assert unigram_counts(config, read_meta(str(folder)), "train") is None

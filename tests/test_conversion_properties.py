@@ -7,9 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from electra_composer.chunks import SPLITS, Task, convert_documents, document_lines, is_validation
+from electra_composer.chunks import Task, convert_documents, document_lines, is_validation
 from electra_composer.conversion import _plain_tokenizer
+from electra_composer.documents import ReadStats, kept_documents
 from electra_composer.examples import Packer, one_per_row
+from electra_composer.sources import Sources
 from electra_composer.vocabulary import load_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -69,13 +71,16 @@ def body(example):
 def test_every_token_is_in_one_example_or_counted_as_dropped(
     tokenizer, texts, length, lines, overflow, fraction, seed, first
 ):
-    parts = convert_documents(task(tokenizer, length, lines, overflow, fraction, seed), tokenizer, first, texts)
-    assert sum(part.documents for part in parts) == len(texts)
-    for split, part in zip(SPLITS if fraction else SPLITS[:1], parts, strict=True):
+    how = task(tokenizer, length, lines, overflow, fraction, seed)
+    kept = list(kept_documents(texts, Sources(), ReadStats()))
+    assert [document.text for document in kept] == [
+        text.encode("utf-8", "replace").decode() for text in texts if text and not text.isspace()
+    ]
+    parts = convert_documents(how, tokenizer, str(first), kept)
+    assert sum(part.documents for part in parts) == len(kept)
+    for split, part in zip(how.splits, parts, strict=True):
         mine = [
-            text
-            for number, text in enumerate(texts, first)
-            if is_validation(seed, number, fraction) == (split == "val")
+            document.text for document in kept if is_validation(seed, document.digest, fraction) == (split == "val")
         ]
         tokens = [
             tokenizer.encode(line, add_special_tokens=False).ids
@@ -101,7 +106,8 @@ def test_every_token_is_in_one_example_or_counted_as_dropped(
     open_rows=st.integers(1, 10),
 )
 def test_packing_splits_and_loses_no_example(tokenizer, texts, length, window, open_rows):
-    (part,) = convert_documents(task(tokenizer, length, "sentence", "carry", 0.0, 0), tokenizer, 0, texts)
+    kept = list(kept_documents(texts, Sources(), ReadStats()))
+    (part,) = convert_documents(task(tokenizer, length, "sentence", "carry", 0.0, 0), tokenizer, "0", kept)
     examples = list(part.examples())
     packer = Packer(length, window, open_rows)
     rows = [row for example in examples for row in packer.add(example)] + list(packer.finish())

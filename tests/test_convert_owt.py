@@ -20,13 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import LocalDataset
 
-from electra_composer import chunks, conversion, dry_run, estimate
+from electra_composer import chunks, conversion, dry_run, estimate, source_parts
 from electra_composer.chunks import cut_line, encode_lines, is_validation
 from electra_composer.config import ShardsConfig
-from electra_composer.documents import Sources
+from electra_composer.engines import Processes
 from electra_composer.estimate import estimate_text
-from electra_composer.shard_folder import ShardFolder
+from electra_composer.folder_writer import ShardFolder
 from electra_composer.shards import build_data_spec, check_shards, read_meta
+from electra_composer.sources import Sources
 from electra_composer.vocabulary import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -76,16 +77,20 @@ def rows_of(out, split="train"):
 
 
 def test_same_seed_same_bytes_whatever_the_workers(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "_CHUNK_CHARACTERS", 10_000)  # many chunks, so that workers could get in a muddle
+    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 10_000)
+    monkeypatch.setattr(source_parts, "MIN_PART", 20_000)  # many parts, so that workers could get in a muddle
     options = ["--val-fraction", "0.1", "--seed", "3"]
-    for out, workers in (("a", "1"), ("b", "2")):
+    for out, workers in (("a", "1"), ("b", "2"), ("d", "3")):
         main([*arguments(corpus, tmp_path / out), *options, "--workers", workers])
     names = files_of(tmp_path / "a")
     assert {"meta.json", "train/index.json", "val/index.json", "tokenizer/tokenizer.json"} <= set(names)
-    assert files_of(tmp_path / "b") == names
-    assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)[1:] == ([], [])
+    assert len([name for name in names if name.startswith("train/0")]) > 5
+    for other in ("b", "d"):
+        assert files_of(tmp_path / other) == names
+        assert filecmp.cmpfiles(tmp_path / "a", tmp_path / other, names, shallow=False)[1:] == ([], [])
     main([*arguments(corpus, tmp_path / "c"), "--val-fraction", "0.1", "--seed", "4"])
-    assert (tmp_path / "c/train/shard.00000.mds").read_bytes() != (tmp_path / "a/train/shard.00000.mds").read_bytes()
+    shard = "train/00000/shard.00000.mds"
+    assert (tmp_path / "c" / shard).read_bytes() != (tmp_path / "a" / shard).read_bytes()
 
 
 @pytest.mark.parametrize("packing", ["packed", "one"])
@@ -236,8 +241,8 @@ def _processes_that_name(text):
 
 SMALL_PARTS = """
 import runpy, sys
-from electra_composer import conversion
-conversion.PART_CHARACTERS, conversion._CHUNK_CHARACTERS = 300_000, 50_000
+from electra_composer import chunks, source_parts
+source_parts.MIN_PART, chunks.CHUNK_CHARACTERS = 300_000, 50_000
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -266,7 +271,7 @@ def test_an_interrupted_conversion_goes_on_after_its_last_whole_part(corpus, lon
     process = start_with_small_parts(*command)
     try:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "out.partial/parts/00001").is_dir():
+        while len(list((tmp_path / "out.partial").glob("records/*.json"))) < 2:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -283,7 +288,10 @@ def test_an_interrupted_conversion_goes_on_after_its_last_whole_part(corpus, lon
     assert not list(tmp_path.glob("*/meta.json"))
     if number != signal.SIGKILL:
         assert "the same command goes on" in process.stderr.read()
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial/parts").glob("0*/*/*.mds")}
+    whole = tmp_path / "out.partial/whole"
+    records = {path.stem for path in (tmp_path / "out.partial/records").glob("*.json")}
+    shards = [path.relative_to(whole) for path in whole.glob("*/0*/*.mds") if path.parts[-2] in records]
+    times = {path: (whole / path).stat().st_mtime_ns for path in shards}
     assert len(times) >= 2
 
     process = start_with_small_parts(*command)
@@ -291,8 +299,7 @@ def test_an_interrupted_conversion_goes_on_after_its_last_whole_part(corpus, lon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     new = tmp_path / "out"
     for path, written in times.items():  # kept, not written again
-        split, number_of_part = path.parts[-2], int(path.parts[-3].partition(".")[0])
-        assert (new / split / f"shard.{number_of_part:05}.mds").stat().st_mtime_ns == written
+        assert (new / path).stat().st_mtime_ns == written
     whole = [str(SCRIPT), *arguments(corpus, tmp_path / "whole")[2:], "--source", str(long_text)]
     assert start_with_small_parts(*whole).wait(timeout=60) == 0
     names = files_of(tmp_path / "whole")
@@ -335,24 +342,24 @@ def test_text_is_estimated_from_a_sample(corpus, tmp_path, monkeypatch, kind):
     texts = gather(corpus, tmp_path, kind)
     size = sum(len(text.encode()) for text in texts)
     source = str(tmp_path)
-    whole = estimate_text(Sources([source]), 1 << 40)
+    whole = estimate_text(Sources.of(source), 1 << 40)
     assert whole.documents == pytest.approx(len(texts), rel=0.02)
     assert whole.text_bytes == pytest.approx(size, rel=0.02)
     if kind == "jsonl.gz":
         return  # too little to be read in part; see below
     monkeypatch.setattr(estimate, "WHOLE_BELOW", 0)
-    part = estimate_text(Sources([source]), size // 5)
+    part = estimate_text(Sources.of(source), size // 5)
     assert len(part.sample) < 0.4 * len(texts)
     assert part.text_bytes == pytest.approx(size, rel=0.15)
     assert part.documents == pytest.approx(len(texts), rel=0.15)
-    assert estimate_text(Sources([source], max_documents=100), size // 5).documents == pytest.approx(100, rel=0.01)
-    assert estimate_text(Sources([source], max_bytes=1000), size // 5).text_bytes == pytest.approx(1000, rel=0.01)
-    assert estimate_text(Sources(["docstrings"]), 10) is None
+    assert estimate_text(Sources.of(source, max_documents=100), size // 5).documents == pytest.approx(100, rel=0.01)
+    assert estimate_text(Sources.of(source, max_bytes=1000), size // 5).text_bytes == pytest.approx(1000, rel=0.01)
+    assert estimate_text(Sources.of("docstrings"), 10) is None
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs the reviews in ../shared/data")
 def test_compressed_reviews_are_estimated_from_a_sample():
-    estimated = estimate_text(Sources([str(DATA / "corpus")]), 1 << 22)
+    estimated = estimate_text(Sources.of(str(DATA / "corpus")), 1 << 22)
     assert estimated.documents == pytest.approx(50_000, rel=0.1)
     assert estimated.text_bytes == pytest.approx(65e6, rel=0.1)
     assert len(estimated.sample) < 5000
@@ -399,21 +406,20 @@ class Stop(Exception):
 @pytest.fixture
 def interrupted(corpus, long_text, tmp_path, monkeypatch):
     """Options of a conversion of which two parts are done; its folder is `tmp_path / "out"`."""
-    monkeypatch.setattr(conversion, "PART_CHARACTERS", 300_000)
-    monkeypatch.setattr(conversion, "_CHUNK_CHARACTERS", 50_000)
+    monkeypatch.setattr(source_parts, "MIN_PART", 300_000)
     options = [*arguments(corpus, tmp_path / "out")[2:], "--source", str(long_text)]
-    end_part = ShardFolder.end_part
+    convert = Processes.convert
 
-    def stop_after_two(self, record):
-        end_part(self, record)
-        if len(self.parts) == 2:
-            raise Stop
+    def stop_after_two(self, plan, jobs, bar):
+        assert len(jobs) > 5
+        yield from convert(self, plan, jobs[:2], bar)
+        raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardFolder, "end_part", stop_after_two)
+        patch.setattr(Processes, "convert", stop_after_two)
         with pytest.raises(Stop):
             main(options)
-    assert sorted(os.listdir(tmp_path / "out.partial/parts")) == ["00000", "00001"]
+    assert sorted(os.listdir(tmp_path / "out.partial/records")) == ["00000.json", "00001.json"]
     return options
 
 
@@ -443,20 +449,22 @@ def test_what_is_done_is_not_done_again(interrupted, tmp_path):
 
 
 def test_a_trained_vocabulary_is_kept(long_text, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "PART_CHARACTERS", 1_000_000)
+    monkeypatch.setattr(source_parts, "MIN_PART", 300_000)
     options = ["--source", str(long_text), "--tokenizer", "train", "--vocab-size", "150", "--workers", "1"]
     options += ["--no-progress", "--max-seq-length", "64", "--out"]
-    end_part = ShardFolder.end_part
+    convert = Processes.convert
 
-    def stop(self, record):
-        end_part(self, record)
+    def stop_after_one(self, plan, jobs, bar):
+        yield from convert(self, plan, jobs[:1], bar)
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardFolder, "end_part", stop)
+        patch.setattr(Processes, "convert", stop_after_one)
         with pytest.raises(Stop):
             main([*options, str(tmp_path / "a")])
-    main([*options, str(tmp_path / "a")])
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "train_tokenizer", None)  # not done again
+        main([*options, str(tmp_path / "a")])
     main([*options, str(tmp_path / "b")])
     names = files_of(tmp_path / "b")
     assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)[1:] == ([], [])
@@ -468,18 +476,15 @@ def test_two_conversions_do_not_write_one_folder(corpus, tmp_path, capsys):
     assert "another conversion is writing" in capsys.readouterr().err
 
 
-def test_killed_while_the_parts_are_put_together(interrupted, tmp_path, monkeypatch):
-    rename = os.rename
-
-    def stop_at_the_fifth_shard(old, new):
-        if "whole" in str(new) and "shard.00004" in str(new):
-            raise Stop
-        rename(old, new)
+def test_killed_before_the_folder_has_its_name(interrupted, tmp_path, monkeypatch):
+    def stop(self):
+        raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", stop_at_the_fifth_shard)
+        patch.setattr("electra_composer.shard_folder.Meta.to_json", stop)
         with pytest.raises(Stop):
             main(interrupted)
+    assert not (tmp_path / "out").exists()
     summary = main(interrupted)
     assert summary.continued_tokens == summary.total.tokens  # nothing was left to convert
     whole = str(tmp_path / "whole")
@@ -488,3 +493,22 @@ def test_killed_while_the_parts_are_put_together(interrupted, tmp_path, monkeypa
     names = files_of(whole)
     assert files_of(tmp_path / "out") == names
     assert filecmp.cmpfiles(tmp_path / "out", whole, names, shallow=False)[1:] == ([], [])
+
+
+def test_a_part_that_was_moved_but_not_recorded_is_made_again(interrupted, tmp_path):
+    partial = tmp_path / "out.partial"
+    (partial / "records/00001.json").unlink()
+    (partial / "whole/train/00001/shard.00000.mds").write_bytes(b"left over")
+    summary = main(interrupted)
+    place = interrupted.index("--out") + 1
+    main([*interrupted[:place], str(tmp_path / "whole"), *interrupted[place + 1 :]])
+    names = files_of(tmp_path / "whole")
+    assert filecmp.cmpfiles(tmp_path / "out", tmp_path / "whole", names, shallow=False)[1:] == ([], [])
+    assert 0 < summary.continued_tokens < summary.total.tokens / 5
+
+
+def test_a_shard_that_has_gone_is_named(interrupted, tmp_path, capsys):
+    (tmp_path / "out.partial/whole/train/00001/shard.00000.mds").unlink()
+    with pytest.raises(SystemExit):
+        main(interrupted)
+    assert "train/00001/shard.00000.mds is missing; pass --restart" in capsys.readouterr().err

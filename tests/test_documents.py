@@ -16,15 +16,16 @@ import zstandard
 
 from electra_composer import docstrings
 from electra_composer.docstrings import find_docstrings, prose, read_docstrings
-from electra_composer.documents import ReadStats, Sources, check_sources, find_files, read_documents
+from electra_composer.documents import ReadStats, read_documents
 from electra_composer.errors import UserError
+from electra_composer.sources import Sources, check_sources, find_files
 
 TEXTS = ["First document.\nTwo lines, naïve.", "Second.", "Third, 漢字."]
 
 
 def read(*sources, **options):
     stats = ReadStats()
-    texts = list(read_documents(Sources(sources=[str(source) for source in sources], **options), stats))
+    texts = list(read_documents(Sources.of(*map(str, sources), **options), stats))
     assert stats.documents == len(texts)
     assert stats.bytes == sum(len(text.encode()) for text in texts)
     return texts, stats
@@ -128,7 +129,7 @@ def test_parquet_without_the_column_or_with_another_type(tmp_path):
 def test_sources_that_are_not_there(tmp_path):
     for source in ("nothing", "*.jsonl"):
         with pytest.raises(UserError, match="no such file or folder, and no file matches"):
-            check_sources(Sources(sources=[str(tmp_path / source)]))
+            check_sources(Sources.of(str(tmp_path / source)))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no file that can be read"):
         find_files(str(tmp_path / "empty"))

@@ -20,9 +20,10 @@ from composer.core.data_spec import default_split_batch
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
 from electra_composer.examples import Row
+from electra_composer.folder_writer import ShardFolder
 from electra_composer.row_dataset import COLUMNS, collate_rows
 from electra_composer.row_reader import Rows
-from electra_composer.shard_folder import Meta, ShardFolder, SplitCounts, describe_tokenizer, id_dtype
+from electra_composer.shard_folder import Meta, SplitCounts, describe_tokenizer, id_dtype
 from electra_composer.shards import build_data_spec, build_dataloader, check_shards, read_meta
 from electra_composer.vocabulary import load_tokenizer
 
@@ -60,11 +61,11 @@ def make_rows(count, seed=0):
 def write_shards(out, tokenizer, train=40, val=7, **options):
     counts = {}
     with ShardFolder(str(out), **options) as folder:
+        part = folder.begin("uint16", ("train", "val"))
         for split, number in (("train", train), ("val", val)):
-            folder.add_split(split, "uint16")
             rows = make_rows(number)
             for row in rows:
-                folder.write(split, row, "uint16")
+                part.write(split, row)
             counts[split] = SplitCounts(1, number, number, sum(len(row.input_ids) for row in rows))
         meta = Meta(describe_tokenizer(tokenizer, "words"), LENGTH, "packed", 0, {}, counts)
         folder.finish(meta, tokenizer)
@@ -234,7 +235,7 @@ def test_id_dtype():
 
 def test_compressed_shards_are_read(tmp_path):
     path = write_shards(tmp_path / "out", make_tokenizer(tmp_path), compression="zstd")
-    assert (tmp_path / "out/train/shard.00000.mds.zstd").exists()
+    assert (tmp_path / "out/train/00000/shard.00000.mds.zstd").exists()
     assert len(ids_of(build_data_spec(config(path), "train", 8, read_meta(path), seed=0).dataloader)) == 40
 
 
@@ -286,7 +287,7 @@ def test_another_tokenizer_or_length(shards, tmp_path):
 )
 def test_damaged_splits(shards, tmp_path, damage, message):
     path = copy(shards, tmp_path)
-    damage(path / "train/shard.00000.mds", path / "train/index.json")
+    damage(path / "train/00000/shard.00000.mds", path / "train/index.json")
     with pytest.raises(UserError, match=message):
         build_data_spec(config(path), "train", 8, read_meta(str(path)), seed=0)
 
@@ -324,7 +325,7 @@ def test_overwrite_replaces_only_by_what_is_whole(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
     path = write_shards(tmp_path / "out", tokenizer)
     with pytest.raises(IndexError), ShardFolder(path, overwrite=True) as folder:
-        folder.write("train", make_rows(1)[1], "uint16")
+        folder.begin("uint16", ["train"]).write("train", make_rows(1)[1])
     assert read_meta(path).splits["train"].rows == 40
     write_shards(path, tokenizer, train=9, overwrite=True)
     assert read_meta(path).splits["train"].rows == 9
@@ -343,7 +344,7 @@ def test_nothing_stays_of_what_was_broken_off(tmp_path, monkeypatch, failure, ra
     tokenizer = make_tokenizer(tmp_path)
 
     def fail(*_):
-        assert list(tmp_path.glob("out.partial-*/parts/*/train"))
+        assert list(tmp_path.glob("out.partial-*/unfinished/*/train"))
         raise failure
 
     monkeypatch.setattr("streaming.MDSWriter.finish", fail)
