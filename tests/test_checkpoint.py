@@ -14,19 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertTokenizerFast,
     ElectraConfig,
     ElectraForMaskedLM,
     ElectraForPreTraining,
-    XLMRobertaTokenizerFast,
 )
 
-from electra_composer import checkpoint
 from electra_composer.checkpoint import check_state_fits, load_source, read_checkpoint
 from electra_composer.config import ModelConfig
 from electra_composer.errors import UserError
@@ -414,23 +410,3 @@ def test_another_architecture(hugging_face: Callable[..., Path]) -> None:
 def test_a_tokenizer_larger_than_the_embeddings(hugging_face: Callable[..., Path]) -> None:
     """Its last words would have no embedding."""
     assert_refused(hugging_face(vocab_size=50), "tokenizer has 99 tokens, its model embeddings for 50", load_source)
-
-
-def test_a_tokenizer_with_binary_files_goes_into_a_checkpoint(tmp_path: Path) -> None:
-    """XLM-R's and others' folders hold a SentencePiece model too, which a fast tokenizer does without."""
-    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "▁a", "b"]
-    model = models.Unigram([(name, -1.0) for name in names], unk_id=3)
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"\xff\xfe\x00model")
-    tokenizer = XLMRobertaTokenizerFast(
-        vocab_file=str(tmp_path / "sentencepiece.bpe.model"), tokenizer_file=str(tmp_path / "tokenizer.json")
-    )
-    files = checkpoint.tokenizer_files(tokenizer)
-    (tmp_path / "again").mkdir()
-    for name, text in files.items():
-        (tmp_path / "again" / name).write_text(text, encoding="utf-8")
-    again = AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert again.get_vocab() == tokenizer.get_vocab()
-    assert again("ab b")["input_ids"] == tokenizer("ab b")["input_ids"]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, ElectraTokenizerFast, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ElectraTokenizerFast, PreTrainedTokenizerFast, XLMRobertaTokenizerFast
 
+from electra_composer.checkpoint import tokenizer_files
 from electra_composer.errors import UserError
 from electra_composer.vocabulary import load_tokenizer, special_ids, train_tokenizer, vocabulary_sha256
 
@@ -247,3 +248,23 @@ def test_scripts_that_need_their_marks_are_warned_of(text, loses, capsys):
         tokenizer = train_tokenizer([f"{text}\n"] * 3, 400, **options)
         assert ("--keep-accents" in capsys.readouterr().err) == warned
     assert "[UNK]" not in tokenizer.tokenize(text)
+
+
+def test_a_tokenizer_with_binary_files_goes_into_a_checkpoint(tmp_path):
+    """XLM-R's and others' folders hold a SentencePiece model too, which a fast tokenizer does without."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "▁a", "b"]
+    model = models.Unigram([(name, -1.0) for name in names], unk_id=3)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"\xff\xfe\x00model")
+    tokenizer = XLMRobertaTokenizerFast(
+        vocab_file=str(tmp_path / "sentencepiece.bpe.model"), tokenizer_file=str(tmp_path / "tokenizer.json")
+    )
+    files = tokenizer_files(tokenizer)
+    (tmp_path / "again").mkdir()
+    for name, text in files.items():
+        (tmp_path / "again" / name).write_text(text, encoding="utf-8")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again("ab b")["input_ids"] == tokenizer("ab b")["input_ids"]
