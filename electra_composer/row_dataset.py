@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -35,6 +36,7 @@ Batch = dict[str, Any]
 COLUMNS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")  # of a batch
 
 
+MIX = "rows_of_streams"  # in the state of a loader
 PICKS = 1_000_000  # of a stream of which a part is taken; Streaming draws them one by one
 
 
@@ -179,10 +181,29 @@ class RowDataset(StreamingDataset):
                 f"{explain(error, where)}; the same command goes on from the last checkpoint once it can"
             ) from error
 
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Streaming's, with what its place in the epoch refers to."""
+        return {**super().state_dict(num_samples, from_beginning), MIX: self._mix()}
+
     def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Streaming's. Goes on at the same place in another order if the data is another, and says so."""
+        if obj.get(MIX, self._mix()) != self._mix() and self._unique_rank_world.is_local_leader:
+            print(
+                f"warning: the checkpoint's data is not this run's (rows there, in an epoch: {obj[MIX]}; now: "
+                f"{self._mix()}); its epoch {obj['epoch']} goes on after {obj['sample_in_epoch']:,} rows of another "
+                "order",
+                file=sys.stderr,
+                flush=True,
+            )
         super().load_state_dict(obj)
         if hasattr(self, "_resume_shm"):
             self._release_with_me([self._resume_shm])
+
+    def _mix(self) -> list[list[int]]:
+        """Of each stream, its rows and how many of them are in an epoch."""
+        return [
+            [int(rows), int(stream.choose)] for rows, stream in zip(self.samples_per_stream, self.streams, strict=True)
+        ]
 
     def _release_with_me(self, blocks: list[SharedMemory]) -> None:
         finalizer = weakref.finalize(self, _release, blocks, os.getpid())

@@ -147,6 +147,23 @@ def test_batches_are_the_same_with_workers_and_go_on_in_the_middle_of_an_epoch(f
         assert rows_of(resumed) == next_epoch
 
 
+def test_going_on_with_another_mixture_is_said(folders, capsys):
+    loader = loader_of(config(folders, PROPORTIONS))
+    next(iter(loader))
+    state = loader.state_dict()
+    same = loader_of(config(folders, PROPORTIONS))
+    same.load_state_dict(state)
+    older = loader_of(config(folders, PROPORTIONS))
+    older.load_state_dict({key: value for key, value in state.items() if key != "rows_of_streams"})
+    assert capsys.readouterr().err == ""
+    other = loader_of(config(folders, {"a": {"proportion": 0.5}, "b": {"proportion": 0.5}}))
+    other.load_state_dict(state)
+    said = capsys.readouterr().err
+    assert re.search(r"warning: the checkpoint's data .*\[\[60, 6[67]\], \[25, (19|20)\]", said)
+    assert re.search(r"now: \[\[60, 4[23]\], \[25, 4[23]\]\].* after 8 rows", said)
+    assert taken(other)["a"] > 0
+
+
 @pytest.mark.parametrize("method", ["stratified", "per_stream"])
 @pytest.mark.parametrize(("nodes", "ranks", "workers"), [(1, 1, 3), (1, 2, 1), (1, 3, 2), (2, 2, 1)])
 def test_as_many_batches_as_streaming_makes(folders, method, nodes, ranks, workers):
