@@ -128,13 +128,13 @@ def no_text(sources: Sources) -> UserError:
 
 def kept_documents(texts: Iterable[str], sources: Sources, stats: ReadStats) -> Iterator[Document]:
     """What is not left out, brought into the form that is asked for."""
-    dropped = re.compile("|".join(f"(?:{part})" for part in sources.drop_lines)) if sources.drop_lines else None
+    dropped = [re.compile(pattern) for pattern in sources.drop_lines]
     for text in texts:
         if sources.normalize is not None:
             text = unicodedata.normalize(sources.normalize, text)
-        if dropped is not None:
+        if dropped:
             lines = text.split("\n")
-            kept = [line for line in lines if not dropped.search(line)]
+            kept = [line for line in lines if not any(pattern.search(line) for pattern in dropped)]
             stats.lines += len(lines) - len(kept)
             text = "\n".join(kept)
         if not text or text.isspace():

@@ -127,9 +127,6 @@ class Spark:
                 raise UserError(text.partition("UserError: ")[2].split("\n")[0]) from error
             raise UserError(f"Spark: a part failed: {_last_python_line(text)}; the same command goes on") from error
 
-    def close(self) -> None:
-        self._context.stop()
-
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -30,12 +30,12 @@ from electra_composer.part_writer import (
     name_of,
     write_json,
 )
-from electra_composer.remotes import is_remote, remote_has, upload, workspace_of
+from electra_composer.remotes import RemoteFolder, is_remote, upload, workspace_of
 from electra_composer.shard_folder import META, TOKENIZER, Meta
 
 PLAN = "plan.json"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-MISSES = 64  # parts without a record in a row, after which a remote is taken to have no more; more than run at a time
+MISSES = 32  # parts without a record in a row, after which a remote is taken to have no more; more than run at a time
 
 
 class ShardFolder:
@@ -80,7 +80,7 @@ class ShardFolder:
         self._part: PartWriter | None = None
         self._lock = FileLock(f"{self.workspace}.lock", timeout=3)  # a killed one's workers hold it for a moment
         if self.remote is not None:
-            if remote_has(self.remote, META):
+            if RemoteFolder(self.remote).has(META):
                 raise UserError(
                     f"{out} exists already; choose another --out, or remove it there first: a folder in an object "
                     "store cannot be replaced at once"
@@ -136,12 +136,14 @@ class ShardFolder:
         """Whether an earlier conversion has begun: here, or from another machine into the same remote."""
         if os.path.isfile(os.path.join(self.workspace, PLAN)):
             return True
-        if self.remote is None or not remote_has(self.remote, PLAN, self.workspace):
+        if self.remote is None:
             return False
-        number = 0
-        misses = 0
-        while misses <= MISSES:  # parts are finished about in their order
-            found = remote_has(self.remote, os.path.join(RECORDS, f"{name_of(number)}.json"), self.workspace)
+        folder = RemoteFolder(self.remote)
+        if not folder.fetch(PLAN, self.workspace):
+            return False
+        number = misses = 0
+        while misses < MISSES:  # parts are finished about in their order
+            found = folder.fetch(f"{RECORDS}/{name_of(number)}.json", self.workspace)
             misses = 0 if found else misses + 1
             number += 1
         return True
@@ -151,12 +153,9 @@ class ShardFolder:
 
     def _remove_parts_without_record(self) -> None:
         """What was moved to its place before a kill, but not recorded."""
-        whole = os.path.join(self.workspace, WHOLE)
-        for split in os.listdir(whole) if os.path.isdir(whole) else []:
-            for name in os.listdir(os.path.join(whole, split)):
-                path = os.path.join(whole, split, name)
-                if os.path.isdir(path) and name.isdigit() and int(name) not in self.records:
-                    shutil.rmtree(path)
+        for path in glob.glob(os.path.join(glob.escape(self.workspace), WHOLE, "*", "[0-9]*")):
+            if int(os.path.basename(path)) not in self.records:
+                shutil.rmtree(path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

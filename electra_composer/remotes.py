@@ -25,29 +25,38 @@ def is_remote(out: str) -> bool:
     return "://" in out
 
 
-def remote_has(remote: str, name: str, local: str | None = None) -> bool:
-    """Whether a file is in an object store; if `local` is a folder, it is fetched to its place in there.
-
-    Raises:
-        UserError: the bucket is not there, or may not be used.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        path = os.path.join(local or scratch, name)
-        try:
-            CloudUploader.get((scratch, remote), exist_ok=True)  # asks for the bucket
-        except Exception as error:  # every storage client has errors of its own
-            raise UserError(f"{remote}: cannot be written to: {' '.join(str(error).split())}") from error
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            CloudDownloader.direct_download(f"{remote}/{name}", path)
-        except Exception:  # not there, each client in its own words
-            return False
-        return True
-
-
 def workspace_of(remote: str) -> str:
+    """Where files of a conversion into an object store are kept while it runs, always the same for the same store."""
     digest = hashlib.sha256(remote.encode()).hexdigest()[:12]
     return os.path.join(tempfile.gettempdir(), f"electra_composer-{digest}")
+
+
+class RemoteFolder:
+    """A folder in an object store.
+
+    Raises:
+        UserError: the bucket is not there, or may not be used; the client library of this kind is missing.
+    """
+
+    def __init__(self, remote: str) -> None:
+        self._remote = remote
+        with tempfile.TemporaryDirectory() as scratch:
+            _uploader(scratch, remote)  # asks for the bucket
+        self._downloader = CloudDownloader.get(remote)
+
+    def has(self, name: str) -> bool:
+        with tempfile.TemporaryDirectory() as scratch:
+            return self.fetch(name, scratch)
+
+    def fetch(self, name: str, folder: str) -> bool:
+        """Fetch a file to its place in a local folder; whether it was there."""
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            self._downloader.download(f"{self._remote}/{name}", path)
+        except Exception:  # not there, which each client says in its own words
+            return False
+        return True
 
 
 def upload(local: str, remote: str, *names: str) -> None:
@@ -56,9 +65,22 @@ def upload(local: str, remote: str, *names: str) -> None:
     Raises:
         UserError: the remote does not take them.
     """
+    uploader = _uploader(local, remote)
     try:
-        uploader = CloudUploader.get((local, remote), keep_local=True, exist_ok=True)
         for name in names:
             uploader.upload_file(name)
     except Exception as error:  # every storage client has errors of its own
-        raise UserError(f"{remote}: cannot be written to: {' '.join(str(error).split())}") from error
+        raise _not_writable(remote, error) from error
+
+
+def _uploader(local: str, remote: str) -> CloudUploader:
+    try:
+        return CloudUploader.get((local, remote), keep_local=True, exist_ok=True)
+    except Exception as error:  # every storage client has errors of its own
+        raise _not_writable(remote, error) from error
+
+
+def _not_writable(remote: str, error: Exception) -> UserError:
+    return UserError(
+        f"{remote}: cannot be written to: {' '.join(str(error).split())}; check the bucket's name and your credentials"
+    )

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import io
 import os
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -86,7 +87,7 @@ def read_mixture(path: str) -> list[Source]:
         mixture = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Mixture), content))
     except OSError as error:
         raise UserError(f"--mixture {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, TypeError) as error:  # TypeError: a bare list
         known = ", ".join(f.name for f in fields(Source))
         raise UserError(
             f"--mixture {path}: {' '.join(str(error).split())[:300]}; expected a list under sources:, each with a "
@@ -102,8 +103,13 @@ def check_sources(sources: Sources) -> None:
     """Find all files now, so that a mistyped path stops the program before the work begins.
 
     Raises:
-        UserError: a path with nothing to read, a weight out of range, two sources of one name.
+        UserError: a path with nothing to read, a weight out of range, two sources of one name, a wrong expression.
     """
+    for pattern in sources.drop_lines:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"--drop-lines {pattern!r}: not a regular expression: {error}") from error
     labels = [source.label for source in sources.sources]
     for label in labels:
         if labels.count(label) > 1:

@@ -11,6 +11,7 @@ import random
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -199,3 +200,34 @@ def tiny_yaml(shards: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY_YAML.replace("SHARDS", str(shards)).replace("FOLDER", str(tmp_path / "run")))
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Address of a real S3 server on this machine."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of it, with an empty bucket named `corpus`; Streaming's own clients find it by the environment."""
+    boto3 = pytest.importorskip("boto3")
+    for name, value in {
+        "S3_ENDPOINT_URL": s3_endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    client.create_bucket(Bucket="corpus")
+    yield client
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket="corpus"):
+        for item in page.get("Contents", []):
+            client.delete_object(Bucket="corpus", Key=item["Key"])
+    client.delete_bucket(Bucket="corpus")
