@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from urllib.parse import urlparse
 
 from streaming.base.storage.download import CloudDownloader
+from streaming.base.util import wait_for_file_to_exist
 
 from electra_composer.errors import UserError
+from electra_composer.shard_folder import META, TOKENIZER, Meta
+
+START_SECONDS = 30.0  # at most, for meta.json or a file of the tokenizer to come
 
 # Names of the errors of boto3, google-cloud-storage, azure, oci and huggingface_hub, and codes of their answers.
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "InvalidConfig")
@@ -26,7 +31,7 @@ CREDENTIALS = {
 ADDRESS = {"s3": "S3_ENDPOINT_URL, if it is not Amazon's"}
 
 
-def fetch(remote: str, local: str, seconds: float) -> None:
+def fetch(downloader: CloudDownloader, remote: str, local: str, seconds: float) -> None:
     """Download one file, or give up.
 
     The clients' own patience is minutes where a server does not answer at all, whatever timeout Streaming gives them:
@@ -39,7 +44,7 @@ def fetch(remote: str, local: str, seconds: float) -> None:
 
     def download() -> None:
         try:
-            CloudDownloader.direct_download(remote, local, seconds)
+            downloader.download(remote, local, seconds)
         except Exception as error:  # every storage client has errors of its own
             failure.append(error)
 
@@ -50,6 +55,47 @@ def fetch(remote: str, local: str, seconds: float) -> None:
         raise UserError(f"{remote}: no answer within {seconds:g} s; {_check(remote, 'the address', ADDRESS)}")
     if failure:
         raise UserError(f"{remote}: {explain(failure[0], remote)}") from failure[0]
+
+
+def fetch_meta(path: str, remote: str, timeout: float) -> None:
+    """Fetch `meta.json` and the tokenizer of a folder of shards; `meta.json` gets its name last: who sees it sees all.
+
+    Raises:
+        UserError: see :func:`fetch`; or what is there is no `meta.json`.
+    """
+    local = os.path.join(path, META)
+    timeout = min(timeout, START_SECONDS)
+    try:
+        downloader = _downloader(remote)  # one client for all files: making one takes longer than a small file
+        fetch(downloader, os.path.join(remote, META), f"{local}.tmp", timeout)
+        with open(f"{local}.tmp", encoding="utf-8") as file:
+            meta = Meta.from_json(file.read(), path)
+        for name in meta.tokenizer.files:
+            if os.path.basename(name) != name:
+                raise ValueError(f"tokenizer file {name!r} is not a plain name")
+            fetch(downloader, os.path.join(remote, TOKENIZER, name), os.path.join(path, TOKENIZER, name), timeout)
+        os.replace(f"{local}.tmp", local)
+    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"no shards could be fetched from {remote}: {error}") from error
+
+
+def _downloader(remote: str) -> CloudDownloader:
+    try:
+        return CloudDownloader.get(remote)
+    except Exception as error:  # an unknown kind of store, or its client's package or credentials are not there
+        raise UserError(explain(error, remote)) from error
+
+
+def wait_for_leader(file_name: str, remote: str) -> None:
+    """Wait until another process of this machine has fetched a file.
+
+    Raises:
+        UserError: it has not within a minute.
+    """
+    try:
+        wait_for_file_to_exist(file_name, 0.07, 60.0, f"{file_name} was not fetched from {remote}")
+    except RuntimeError as error:
+        raise UserError(f"no shards could be fetched from {remote} by the first process of this machine") from error
 
 
 def explain(error: Exception, remote: str) -> str:

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 import sys
-import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
 from streaming.base.shared import SharedMemory
-from streaming.base.world import World
 
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
 from electra_composer.object_store import explain
 from electra_composer.row_reader import RowReader, Rows
 from electra_composer.shard_folder import HASH
+from electra_composer.shared_memory import all_shared_memory, choosing_a_prefix, release, shared_memory_of
 from electra_composer.streams import Folder
 
 Batch = dict[str, Any]
@@ -97,8 +92,8 @@ class RowDataset(StreamingDataset):
         self._is_remote = any(stream.remote is not None for stream in streams)
         self._reader: RowReader | None = None
         self._ahead: _FetchAhead | None = None
-        with _choosing_a_prefix():
-            before = _all_shared_memory()
+        with choosing_a_prefix():
+            before = all_shared_memory()
             super().__init__(
                 streams=streams,
                 batch_size=batch_size,
@@ -112,8 +107,8 @@ class RowDataset(StreamingDataset):
                 download_timeout=config.download_timeout,
                 validate_hash=HASH,
             )
-            mine = _shared_memory(self)
-            _release([block for block in _all_shared_memory() if block not in before + mine])
+            mine = shared_memory_of(self)
+            release([block for block in all_shared_memory() if block not in before + mine])
         self._release_with_me(mine)
         # Read at the start of an epoch. One pick a row would take a minute for a hundred million of them.
         self.sampling_granularity = max(1, int(self.samples_per_stream.max()) // PICKS)
@@ -206,7 +201,7 @@ class RowDataset(StreamingDataset):
         ]
 
     def _release_with_me(self, blocks: list[SharedMemory]) -> None:
-        finalizer = weakref.finalize(self, _release, blocks, os.getpid())
+        finalizer = weakref.finalize(self, release, blocks, os.getpid())
         finalizer.atexit = False  # Streaming's part
 
 
@@ -250,54 +245,6 @@ class _FetchAhead:
             return
         except Exception as error:
             self.error = error
-
-
-@contextmanager
-def _choosing_a_prefix() -> Iterator[None]:
-    """One data set of this machine and user at a time takes the next free name of Streaming's shared memory.
-
-    Two runs that start together would otherwise both find the same name free, and one of them fails. All ranks of a
-    run look for the name, each by itself: none starts before the lock is had, and before each has let go what the data
-    sets of earlier trainers held, so that all find the same.
-    """
-    gc.collect()
-    lock = FileLock(os.path.join(tempfile.gettempdir(), f"electra_composer_{os.getuid()}.lock"))
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if World.detect().is_local_leader:
-        lock.acquire()
-    try:
-        if ranks:
-            torch.distributed.barrier()
-        yield
-        if ranks:
-            torch.distributed.barrier()
-    finally:
-        lock.release()
-
-
-def _release(blocks: Sequence[SharedMemory], owner: int | None = None) -> None:
-    """Close blocks of shared memory now, and remove those that this process made, instead of at its end.
-
-    `owner` is the process that may; a worker's copy of the data set leaves everything as it is.
-    """
-    if owner not in (None, os.getpid()):
-        return
-    for block in blocks:
-        block.cleanup()
-        atexit.unregister(block.cleanup)
-
-
-def _all_shared_memory() -> list[SharedMemory]:
-    return [block for block in gc.get_referrers(SharedMemory) if isinstance(block, SharedMemory)]
-
-
-def _shared_memory(dataset: StreamingDataset) -> list[SharedMemory]:
-    """The blocks of shared memory that a data set holds, found in its attributes and one or two levels below."""
-    blocks, values = [], list(vars(dataset).values())
-    for _ in range(3):
-        blocks += [value for value in values if isinstance(value, SharedMemory)]
-        values = [part for value in values for name in ("shm", "arr", "_arr") if (part := getattr(value, name, None))]
-    return blocks
 
 
 class RowLoader(StreamingDataLoader):

@@ -11,15 +11,14 @@ from typing import Any, Literal
 import torch
 from composer.core import DataSpec
 from streaming import Stream
-from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
-from electra_composer.object_store import explain, fetch
+from electra_composer.object_store import explain, fetch_meta, wait_for_leader
 from electra_composer.row_dataset import Batch, RowDataset, RowLoader, stream_of
-from electra_composer.shard_folder import META, TOKENIZER, Meta
+from electra_composer.shard_folder import META, Meta
 from electra_composer.streams import (
     Folder,
     batches_per_epoch,
@@ -33,7 +32,6 @@ from electra_composer.streams import (
 from electra_composer.vocabulary import special_ids, vocabulary_sha256
 
 CONVERT = "data_prep/convert_owt.py"
-START_SECONDS = 30.0  # at most, for meta.json or a file of the tokenizer to come
 
 
 def read_data(config: ShardsConfig) -> Meta:
@@ -58,7 +56,7 @@ def read_meta(path: str, remote: str | None = None, timeout: float = 60.0) -> Me
     """`meta.json` of a folder of shards. A remote's is fetched first, with the tokenizer, by one process of a node.
 
     Args:
-        timeout: seconds for a file of a remote to come, at most :data:`START_SECONDS`.
+        timeout: seconds for a file of a remote to come, at most :data:`electra_composer.object_store.START_SECONDS`.
 
     Raises:
         UserError: no shards there, or not ones that this program can read; a remote that does not give them.
@@ -68,9 +66,9 @@ def read_meta(path: str, remote: str | None = None, timeout: float = 60.0) -> Me
         raise UserError(f"{remote} is given as remote and as path; the latter is its cache, and must be another folder")
     if remote is not None and not os.path.isfile(file_name):
         if World.detect().is_local_leader:
-            _fetch_meta(path, remote, timeout)
+            fetch_meta(path, remote, timeout)
         else:
-            _wait_for_leader(file_name, remote)
+            wait_for_leader(file_name, remote)
     if not os.path.isfile(file_name):
         found = "is no folder of shards" if os.path.isdir(path) else "does not exist"
         raise UserError(f"{path} {found} (no {META}); make it with: python {CONVERT} --out {path}")
@@ -79,30 +77,6 @@ def read_meta(path: str, remote: str | None = None, timeout: float = 60.0) -> Me
             return Meta.from_json(file.read(), path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file_name}: not readable as the description of shards: {error}; make them anew") from error
-
-
-def _fetch_meta(path: str, remote: str, timeout: float) -> None:
-    """Fetch the tokenizer, then give `meta.json` its name: who sees that sees all."""
-    local = os.path.join(path, META)
-    timeout = min(timeout, START_SECONDS)
-    try:
-        fetch(os.path.join(remote, META), f"{local}.tmp", timeout)
-        with open(f"{local}.tmp", encoding="utf-8") as file:
-            meta = Meta.from_json(file.read(), path)
-        for name in meta.tokenizer.files:
-            if os.path.basename(name) != name:
-                raise ValueError(f"tokenizer file {name!r} is not a plain name")
-            fetch(os.path.join(remote, TOKENIZER, name), os.path.join(path, TOKENIZER, name), timeout)
-        os.replace(f"{local}.tmp", local)
-    except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"no shards could be fetched from {remote}: {error}") from error
-
-
-def _wait_for_leader(file_name: str, remote: str) -> None:
-    try:
-        wait_for_file_to_exist(file_name, 0.07, 60.0, f"{file_name} was not fetched from {remote}")
-    except RuntimeError as error:
-        raise UserError(f"no shards could be fetched from {remote} by the first process of this machine") from error
 
 
 def check_shards(meta: Meta, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> None:
