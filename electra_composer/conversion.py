@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -174,13 +175,8 @@ def convert(options: Conversion) -> Summary:
         plan = Plan(task, sources, options.packing, folder.place(task.dtype))
         todo = [job for job in jobs if job.number not in folder.records]
         done = sum(record["counts"]["text_bytes"] for record in folder.records.values())
-        with tqdm(
-            desc="converting",
-            total=text_bytes and max(0, round(text_bytes) - done),
-            unit="B",
-            unit_scale=True,
-            disable=not options.progress,
-        ) as bar:
+        total = None if text_bytes is None else max(0, round(text_bytes) - done)
+        with _bar(options, "converting", total) as bar:
             for record in engine.convert(plan, todo, bar):
                 folder.records[record["number"]] = record
         if not any(record["counts"]["documents"] for record in folder.records.values()):
@@ -218,6 +214,8 @@ def check_options(options: Conversion) -> None:
         raise UserError(
             f"--compression {options.compression} is unknown to Streaming; it knows zstd, gz, br, bz2, snappy"
         )
+    if options.master is not None and options.engine != "spark":
+        raise UserError(f"--master {options.master} is for --engine spark")
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; expected at least 1")
 
@@ -230,6 +228,20 @@ def _text_bytes(options: Conversion) -> float | None:
     if not options.ignore_disk:
         check_free_space(options.out, text.text_bytes)
     return text.text_bytes
+
+
+def _bar(options: Conversion, what: str, total: int | None = None) -> tqdm:
+    """A bar of bytes of text; where nobody watches, as in the log of a batch job, a line every half minute."""
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        desc=what,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        mininterval=interval,
+        maxinterval=30.0,
+        disable=not options.progress,
+    )
 
 
 def _docstring_files(options: Conversion, workspace: str) -> list[str]:
@@ -245,9 +257,7 @@ def _docstring_files(options: Conversion, workspace: str) -> list[str]:
         # What is left out later does not count to the limits, so that more may be needed than this.
         plain = not (sources.deduplicate or sources.min_characters or sources.drop_lines or sources.normalize)
         with open(f"{whole}.tmp", "w", encoding="utf-8") as file:
-            for text in tqdm(
-                read_docstrings(options.workers), desc="reading docstrings", unit="doc", disable=not options.progress
-            ):
+            for text in read_docstrings(options.workers):
                 if plain and not_wanted(sources, documents, size):
                     break
                 file.write(json.dumps({_column(sources): text}) + "\n")
@@ -289,7 +299,7 @@ def _tokenizer(options: Conversion, jobs: list[Job], workspace: str) -> PreTrain
 def _sample(options: Conversion, jobs: list[Job]) -> Iterator[str]:
     """Text for a vocabulary: the start of parts all over the sources, in proportion to what each gives."""
     chosen = jobs[:: max(1, -(-len(jobs) // VOCABULARY_PARTS))]
-    with tqdm(desc="reading text for the vocabulary", unit="B", unit_scale=True, disable=not options.progress) as bar:
+    with _bar(options, "reading text for the vocabulary") as bar:
         for job in chosen:
             documents = part_documents(job.part, options.sources, ReadStats())
             mask = job.selection.chosen

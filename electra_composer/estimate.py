@@ -94,22 +94,28 @@ def _sample_file(path: str, source: Source, sources: Sources, limit: int, sample
 
 
 def check_free_space(out: str, text_bytes: float) -> None:
-    """Refuse to begin where the shards will not fit.
+    """Refuse to begin where the shards will not fit, or nothing may be written.
 
     Two bytes for a token, and at least three bytes of text in it: two thirds of the text are asked for. An object store
     has room enough.
 
     Raises:
-        UserError: with both sizes.
+        UserError: with both sizes, or what is wrong with the place.
     """
     if "://" in out:
         return
     folder = os.path.dirname(os.path.abspath(os.path.expanduser(out)))
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
+    if os.statvfs(folder).f_flag & os.ST_RDONLY or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder}: it is read-only, or not yours; choose another --out")
     needed, free = text_bytes * 2 / BYTES_PER_TOKEN, shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder} has {free / 1e9:.1f} GB left, and the shards may need {needed / 1e9:.1f} GB; make room, choose "
+            f"{folder} has {_size(free)} left, and the shards may need {_size(needed)}; make room, choose "
             "another --out, or pass --ignore-disk to try"
         )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -198,6 +198,10 @@ def test_warnings(corpus, tmp_path, capsys):
         (["--max-seq-length", "4"], "--max-seq-length is 4; expected 5 to 65535"),
         (["--val-fraction", "1"], "--val-fraction is 1.0; expected a share from 0 to below 1"),
         (["--workers", "0"], "--workers is 0; expected at least 1"),
+        (["--master", "local[2]"], "--master local[2] is for --engine spark"),
+        (["--weight", "2", "--weight", "3"], "--weight was given 2 times for 1 sources"),
+        (["--mixture", "mixture.yaml"], "--mixture names the sources and their weights"),
+        (["--drop-lines", "("], "not a regular expression"),
         (["--text-column", "body"], "no column 'body'; there are 'text'"),
         (["--tokenizer", "train", "--vocab-size", "20"], "vocab_size is 20; this text needs at least"),
         (["--compression", "rar"], "--compression rar is unknown to Streaming"),
@@ -390,7 +394,7 @@ def test_too_little_room_is_said_before_the_start(corpus, tmp_path, monkeypatch,
     monkeypatch.setattr("electra_composer.estimate.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(SystemExit):
         main(arguments(corpus, tmp_path / "a" / "out"))
-    assert "GB left, and the shards may need" in capsys.readouterr().err
+    assert "0.0 MB left, and the shards may need" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
     main([*arguments(corpus, tmp_path / "out"), "--ignore-disk"])
     assert (tmp_path / "out/meta.json").is_file()
