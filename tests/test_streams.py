@@ -100,23 +100,21 @@ PROPORTIONS = {"a": {"proportion": 0.7}, "b": {"proportion": 0.2}, "c": {"propor
 )
 def test_an_epoch_has_of_each_stream_what_was_asked_for(folders, weights, epoch_size, expected):
     options = config(folders, weights, epoch_size=epoch_size)
-    loader = loader_of(options, drop_last=False)
-    batches = list(loader)
+    spec = build_data_spec(options, "train", 1, read_data(options), seed=3)
+    batches = list(spec.dataloader)
     counts = taken(batches)
     assert sum(counts.values()) == sum(expected.values())
     assert all(abs(counts[name] - wanted) < 1 for name, wanted in expected.items())
     times = Counter(itertools.chain.from_iterable(rows_of(batches)))
     for (stream, _), count in times.items():
         assert count in (counts[stream] // ROWS[stream], -(-counts[stream] // ROWS[stream]))
-    spec = build_data_spec(options, "train", 8, read_data(options), seed=3)
     assert spec.num_samples == sum(counts.values())
     assert spec.num_tokens == sum(count * (4 + "abc".index(name)) for name, count in counts.items())
     assert spec.num_tokens == sum(batch["num_tokens"] for batch in batches)
     text = describe_streams(options, read_data(options), seed=3)
     for name, count in counts.items():
         assert re.search(rf"{name} +{ROWS[name]} +{count} +{100 * count / sum(counts.values()):.2f}%", text)
-    again = taken(loader)
-    assert again == counts
+    assert taken(spec.dataloader) == counts
 
 
 @pytest.mark.parametrize("method", ["random", "stratified", "per_stream"])
@@ -164,20 +162,19 @@ def test_going_on_with_another_mixture_is_said(folders, capsys):
     assert taken(other)["a"] > 0
 
 
-@pytest.mark.parametrize("method", ["stratified", "per_stream"])
-@pytest.mark.parametrize(("nodes", "ranks", "workers"), [(1, 1, 3), (1, 2, 1), (1, 3, 2), (2, 2, 1)])
-def test_as_many_batches_as_streaming_makes(folders, method, nodes, ranks, workers):
+def test_as_many_batches_as_streaming_makes(folders):
     """Against Streaming's own partition of an epoch, as other processes would see it."""
     for epoch_size, batch_size in ((200, 4), (333, 5), (500, 7)):
         options = config(folders, {"a": {"proportion": 3}, "b": {"proportion": 2}}, epoch_size=epoch_size)
-        meta = read_data(options)
         dataset = loader_of(options, batch_size).dataset
-        world = World(num_nodes=nodes, ranks_per_node=ranks, workers_per_rank=workers, worker=0)
-        dataset.num_canonical_nodes, dataset.shuffle_block_size = nodes, 1 << 18
-        work = generate_work(method, dataset, world, 0, 0)
-        full = (work[0, 0].reshape(-1, batch_size) >= 0).all(axis=1).sum()
-        shares = weigh(folders_of(options, meta), "train", epoch_size, 3)
-        assert batches_per_epoch(shares, method, batch_size, world) == full
+        shares = weigh(folders_of(options, read_data(options)), "train", epoch_size, 3)
+        for nodes, ranks, workers in ((1, 1, 3), (1, 2, 1), (1, 3, 2), (2, 2, 1)):
+            world = World(num_nodes=nodes, ranks_per_node=ranks, workers_per_rank=workers, worker=0)
+            dataset.num_canonical_nodes, dataset.shuffle_block_size = nodes, 1 << 18
+            for method in ("stratified", "per_stream"):
+                work = generate_work(method, dataset, world, 0, 0)
+                full = (work[0, 0].reshape(-1, batch_size) >= 0).all(axis=1).sum()
+                assert batches_per_epoch(shares, method, batch_size, world) == full, (method, nodes, ranks, workers)
 
 
 def test_evaluation_has_every_row_once(folders):
