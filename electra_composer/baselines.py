@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from electra_composer.config import ObjectiveConfig, ShardsConfig
 from electra_composer.row_reader import reader_of_split
 from electra_composer.shard_folder import Meta
+from electra_composer.streams import epoch_rows_wanted, folders_of, weigh
 
 ROWS = 20_000  # read at most, evenly spaced: a third of a second, and the entropy to a hundredth
 
 
 def unigram_counts(config: ShardsConfig, meta: Meta, split: str, max_rows: int = ROWS) -> NDArray[np.int64] | None:
-    """How often each token occurs in evenly spaced rows of a split.
+    """How often each token occurs in evenly spaced rows of a split, of each stream by its share of an epoch.
 
     Returns:
         `[vocabulary]`, with 0 for the special tokens that are never masked; None where the shards are not on this
@@ -28,13 +29,20 @@ def unigram_counts(config: ShardsConfig, meta: Meta, split: str, max_rows: int =
     Raises:
         UserError: a shard that cannot be read.
     """
-    reader = reader_of_split(config.path, split) if config.remote is None else None
-    if reader is None:
-        return None
-    ids = reader.read(np.arange(0, reader.rows, math.ceil(reader.rows / max_rows))).input_ids
-    counts = np.bincount(ids, minlength=meta.tokenizer.vocab_size).astype(np.int64)
+    folders = folders_of(config, meta)
+    readers = [None if folder.remote is not None else reader_of_split(folder.path, split) for folder in folders]
+    shares = weigh(folders, split, epoch_rows_wanted(config), seed=0)
+    counts = np.zeros(meta.tokenizer.vocab_size)
+    for reader, share in zip(readers, shares, strict=True):
+        if reader is None:
+            return None
+        numbers = np.arange(0, reader.rows, math.ceil(reader.rows / max_rows))
+        found = np.bincount(reader.read(numbers).input_ids, minlength=len(counts))
+        # One folder's counts stay whole numbers as they were found; several are brought to their rows in an epoch.
+        weight = 1.0 if len(folders) == 1 else share.rows / len(numbers)
+        counts += weight * found
     counts[[meta.tokenizer.special_ids[role] for role in ("pad", "cls", "sep")]] = 0
-    return counts
+    return np.rint(counts).astype(np.int64)
 
 
 def unigram_entropy(counts: NDArray[np.int64]) -> float:

@@ -156,7 +156,9 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
 def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     """The files that make up a tokenizer, name → text, as they go into a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        # One file says all of a fast tokenizer; the others are BERT's vocab.txt, or binary ones of slow tokenizers.
+        has_text = os.path.splitext(tokenizer.vocab_files_names.get("vocab_file", ""))[1] == ".txt"
+        tokenizer.save_pretrained(folder, legacy_format=None if has_text else False)
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
 
 

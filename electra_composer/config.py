@@ -30,9 +30,29 @@ class DataConfig:
 
 
 @dataclass
+class StreamConfig:
+    """One of several folders of shards that are read as one, and how much of it is in an epoch.
+
+    At most one of `proportion`, `repeat` and `choose`; none of them: every row once.
+    """
+
+    path: str = MISSING  # as data.path: the folder, or with `remote` its cache
+    remote: str | None = None
+    proportion: float | None = None  # weight among the streams, which all have one then; they need not add up to 1
+    repeat: float | None = None  # how often each row is taken: 2 is twice, 0.5 half of them
+    choose: int | None = None  # so many rows
+
+
+@dataclass
 class ShardsConfig(DataConfig):
     """MDS shards read by Streaming."""
 
+    # several folders, by names of your own, instead of `path`: {owt: {path: data/owt, proportion: 0.7}, wikipedia: …}
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
+    eval_streams: list[str] | None = None  # names; null: the validation rows of all streams, each once
+    # random: a batch has rows of any stream; stratified: as many of each in every batch; per_stream: of one stream
+    batching_method: Literal["random", "stratified", "per_stream"] = "random"
+    epoch_size: Union[int, str, None] = None  # noqa: UP007 (OmegaConf); rows, such as 10m; null: as many as there are
     remote: str | None = None  # where Streaming downloads the shards from (s3://…); `path` is then its cache
     tokenizer: str | None = None  # null: the one beside the shards; else it must be the one that made them
     train_split: str = "train"
@@ -277,12 +297,16 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
         for override in overrides:
             pieces.append(("the command line", override.split("=")[0], OmegaConf.from_dotlist([override])))
         for origin, key, piece in pieces:
-            _refuse_unknown_keys(OmegaConf.to_container(piece, resolve=False), schema, origin)
+            content = OmegaConf.to_container(piece, resolve=False)
+            _refuse_unknown_keys(content, schema, origin)
+            if key.split(".")[0] == "data" and "streams" in config.data and _says_no_path(content):
+                piece.data.path = ""
             try:
                 config = OmegaConf.merge(config, piece)
             except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for a dictionary
                 full_key = getattr(error, "full_key", None) or key
                 raise UserError(f"{origin}: {full_key}: {_first_line(error)}") from error
+        _path_or_streams(config, path)
         missing = sorted(key for key in OmegaConf.missing_keys(config))
         if missing:
             raise UserError(
@@ -292,6 +316,29 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
     except OmegaConfBaseException as error:
         full_key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {f'{full_key}: ' if full_key else ''}{_first_line(error)}") from error
+
+
+def _says_no_path(content: Any) -> bool:
+    """Whether a piece of YAML has `path: null` under `data`, as streams want it."""
+    data = content.get("data")
+    return isinstance(data, dict) and "path" in data and data["path"] is None
+
+
+def _path_or_streams(config: Any, origin: str) -> None:
+    """Refuse both `data.path` and `data.streams`; with the latter, the former is empty instead of missing."""
+    if "streams" not in config.data:  # GLUE
+        return
+    has_path = not OmegaConf.is_missing(config.data, "path") and config.data.path != ""
+    if not config.data.streams:
+        if not has_path:
+            config.data.path = MISSING
+    elif has_path:
+        raise UserError(
+            f"{origin}: data.path ({config.data.path}) and data.streams ({', '.join(config.data.streams)}) are both "
+            "given; make the folder one of the streams, or take data.path out (data.path= on the command line)"
+        )
+    else:
+        config.data.path = ""
 
 
 @report_user_errors

@@ -23,7 +23,7 @@ from electra_composer.runs import (
     microbatch_size,
     start,
 )
-from electra_composer.shards import build_data_spec, check_shards, read_meta
+from electra_composer.shards import build_data_spec, check_shards, describe_streams, read_data
 from electra_composer.versions import check_versions
 from electra_composer.vocabulary import load_tokenizer
 from electra_composer.watch import LearningWatch
@@ -47,7 +47,7 @@ def main(config: PretrainConfig) -> Trainer:
     check_run_folder(config)
     cpu_autocast = start(config)
 
-    meta = read_meta(config.data.path, config.data.remote)
+    meta = read_data(config.data)
     tokenizer = load_tokenizer(config.data.tokenizer or meta.tokenizer_folder)
     check_shards(meta, tokenizer, config.data.max_seq_length)
     model = ElectraPretraining(
@@ -75,6 +75,9 @@ def main(config: PretrainConfig) -> Trainer:
         config.data, "train", device_batch_size(config.trainer), meta, config.seed, batch_transforms=model.count_batch
     )
     eval_data = build_data_spec(config.data, "eval", config.trainer.device_eval_batch_size, meta, config.seed)
+    streams = describe_streams(config.data, meta, config.seed)
+    if dist.get_global_rank() == 0 and streams is not None:
+        print(streams, flush=True)
     loss_to_beat = loss_without_context(config.data, meta, config.objective)
     if dist.get_global_rank() == 0 and loss_to_beat is not None:
         print(f"MLM loss without context: {loss_to_beat:.2f} (word frequencies, and copying kept tokens)", flush=True)

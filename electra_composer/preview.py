@@ -98,8 +98,30 @@ def histogram(lengths: NDArray[np.int64], max_seq_length: int) -> str:
 
 def example_lengths(reader: RowReader, rows: int) -> NDArray[np.int64]:
     """Tokens of the examples in evenly spaced rows."""
-    numbers = np.arange(0, rows, -(-rows // SAMPLE))
-    return reader.read(numbers).segment_lengths.astype(np.int64).reshape(-1, 2).sum(1)
+    return _lengths(sample_of(reader, rows))
+
+
+def sample_of(reader: RowReader, rows: int) -> Rows:
+    """Evenly spaced rows, at most :data:`SAMPLE`."""
+    return reader.read(np.arange(0, rows, -(-rows // SAMPLE)))
+
+
+def _lengths(rows: Rows) -> NDArray[np.int64]:
+    return rows.segment_lengths.astype(np.int64).reshape(-1, 2).sum(1)
+
+
+def describe_pieces(ids: NDArray[np.integer], tokenizer: PreTrainedTokenizerFast, meta: Meta) -> str:
+    """How well the vocabulary fits: what it does not know, pieces a word, and how much of it occurs in these rows."""
+    special = meta.tokenizer.special_ids
+    counts = np.bincount(ids, minlength=len(tokenizer))
+    unknown = int(counts[special["unk"]]) if "unk" in special else 0
+    counts[list(special.values())] = 0
+    total = int(counts.sum()) + unknown
+    inside = [index for token, index in tokenizer.get_vocab().items() if token.startswith("##")]
+    line = f"vocabulary: {unknown / total:.2%} of the tokens are unknown"
+    if inside and total > int(counts[inside].sum()):
+        line += f", {total / (total - int(counts[inside].sum())):.2f} pieces a word"
+    return f"{line}; {np.count_nonzero(counts):,} of {len(tokenizer):,} entries occur in these rows"
 
 
 def tokens_of(
@@ -191,7 +213,9 @@ def main(arguments: list[str] | None = None) -> None:
     if reader is None:
         raise UserError(f"{options.folder}: some shards are compressed; a run that reads them unpacks them")
     print(describe_meta(meta))
-    print(f"\n{histogram(example_lengths(reader, rows), meta.max_seq_length)}")
+    sample = sample_of(reader, rows)
+    print(f"\n{histogram(_lengths(sample), meta.max_seq_length)}")
+    print(f"\n{describe_pieces(sample.input_ids, tokenizer, meta)}")
     numbers = np.sort(np.random.default_rng(options.seed).choice(rows, min(options.rows, rows), replace=False))
     if not len(numbers):
         return

@@ -2,46 +2,74 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
-import tempfile
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
-from streaming import StreamingDataLoader, StreamingDataset
+from streaming import Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
+from streaming.base.format import Reader
 from streaming.base.shared import SharedMemory
-from streaming.base.world import World
 
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
+from electra_composer.object_store import explain
 from electra_composer.row_reader import RowReader, Rows
 from electra_composer.shard_folder import HASH
+from electra_composer.shared_memory import all_shared_memory, choosing_a_prefix, release, shared_memory_of
+from electra_composer.streams import Folder
 
 Batch = dict[str, Any]
 COLUMNS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")  # of a batch
 
 
+MIX = "rows_of_streams"  # in the state of a loader
+PICKS = 1_000_000  # of a stream of which a part is taken; Streaming draws them one by one
+
+
+def stream_of(folder: Folder, split: str) -> Stream:
+    """One split of a folder as Streaming reads it."""
+    kind = Stream if folder.remote is not None else _FolderStream
+    return kind(local=folder.path, remote=folder.remote, split=split, **folder.weight)
+
+
+class _FolderStream(Stream):
+    """Shards that are no cache of a remote: they do not count for its limit (and are not evicted, see RowDataset)."""
+
+    present = 0  # bytes of shards
+
+    def get_index_size(self) -> int:
+        return 0
+
+    def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
+        super().set_up_local(shards, cache_usage_per_shard)
+        self.present = int(cache_usage_per_shard.sum())
+
+    def prepare_shard(self, shard: Reader) -> int:
+        super().prepare_shard(shard)
+        return 0
+
+
 class RowDataset(StreamingDataset):
-    """One split of a folder of shards: an iterable of the numbers of its rows, and what makes batches of them.
+    """One split of one or several folders of shards: an iterable of its rows' numbers, and what makes batches of them.
 
     Args:
-        config: where the shards are.
-        split: which of them.
+        streams: of :func:`stream_of`; rows are numbered through in their order.
+        config: how shards of a remote are fetched and kept.
         batch_size: rows per device; Streaming deals whole batches to the loader's workers by it.
         shuffle, seed: order of the rows; a new one in each epoch.
         max_seq_length: width of the batches.
         pad_id: id of `[PAD]`.
+        epoch_size: rows of all streams in an epoch; None: as many as they hold, or as their weights say.
+        batching_method: how the streams are put in batches, see config.py.
 
     Streaming keeps what a data set shares with its workers open until the process ends, and every further data set
     opens all of that again, to see that it is in use: a process that builds many (a notebook, the tests) runs out of
@@ -50,36 +78,51 @@ class RowDataset(StreamingDataset):
 
     def __init__(
         self,
+        streams: Sequence[Stream],
         config: ShardsConfig,
-        split: str,
         batch_size: int,
         shuffle: bool,
         seed: int,
         max_seq_length: int,
         pad_id: int,
+        epoch_size: int | None = None,
+        batching_method: str = "random",
     ) -> None:
         self._max_seq_length, self._pad_id = max_seq_length, pad_id
-        self._is_remote = config.remote is not None
+        self._is_remote = any(stream.remote is not None for stream in streams)
         self._reader: RowReader | None = None
         self._ahead: _FetchAhead | None = None
-        with _choosing_a_prefix():
-            before = _all_shared_memory()
+        with choosing_a_prefix():
+            before = all_shared_memory()
             super().__init__(
-                local=config.path,
-                remote=config.remote,
-                split=split,
+                streams=streams,
                 batch_size=batch_size,
                 shuffle=shuffle,
                 shuffle_seed=seed,
+                epoch_size=epoch_size,
+                batching_method=batching_method,
                 predownload=config.predownload,
                 cache_limit=config.cache_limit,
                 download_retry=config.download_attempts,
                 download_timeout=config.download_timeout,
                 validate_hash=HASH,
             )
-            mine = _shared_memory(self)
-            _release([block for block in _all_shared_memory() if block not in before + mine])
+            mine = shared_memory_of(self)
+            release([block for block in all_shared_memory() if block not in before + mine])
         self._release_with_me(mine)
+        # Read at the start of an epoch. One pick a row would take a minute for a hundred million of them.
+        self.sampling_granularity = max(1, int(self.samples_per_stream.max()) // PICKS)
+        self._is_cache = np.array([stream.remote is not None for stream in streams])[self.stream_per_shard]
+        if self._unique_rank_world.is_local_leader:
+            self.cache_usage -= sum(stream.present for stream in streams if isinstance(stream, _FolderStream))
+
+    def _evict_coldest_shard(self) -> None:
+        """Make room in the cache. Streaming's own takes any shard, those of a folder that is no cache too."""
+        local = self._shard_states.numpy() == _ShardState.LOCAL
+        candidates = np.flatnonzero(local & self._is_cache)
+        if not len(candidates):
+            raise ValueError("no shard of a remote is here that could make room; raise data.cache_limit")
+        self._evict_shard(int(candidates[np.argmin(self._shard_access_times.numpy()[candidates])]))
 
     def __iter__(self) -> Iterator[int]:
         """The numbers of this worker's rows in one epoch, from where the loader's state says.
@@ -130,16 +173,35 @@ class RowDataset(StreamingDataset):
             where = stream.local if stream.remote is None else stream.remote
             raise UserError(
                 f"{where}/{stream.split}/{name}: the shard cannot be fetched or unpacked: "
-                f"{' '.join(str(error).split())}; the same command goes on from the last checkpoint once it can"
+                f"{explain(error, where)}; the same command goes on from the last checkpoint once it can"
             ) from error
 
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Streaming's, with what its place in the epoch refers to."""
+        return {**super().state_dict(num_samples, from_beginning), MIX: self._mix()}
+
     def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Streaming's. Goes on at the same place in another order if the data is another, and says so."""
+        if obj.get(MIX, self._mix()) != self._mix() and self._unique_rank_world.is_local_leader:
+            print(
+                f"warning: the checkpoint's data is not this run's (rows there, in an epoch: {obj[MIX]}; now: "
+                f"{self._mix()}); its epoch {obj['epoch']} goes on after {obj['sample_in_epoch']:,} rows of another "
+                "order",
+                file=sys.stderr,
+                flush=True,
+            )
         super().load_state_dict(obj)
         if hasattr(self, "_resume_shm"):
             self._release_with_me([self._resume_shm])
 
+    def _mix(self) -> list[list[int]]:
+        """Of each stream, its rows and how many of them are in an epoch."""
+        return [
+            [int(rows), int(stream.choose)] for rows, stream in zip(self.samples_per_stream, self.streams, strict=True)
+        ]
+
     def _release_with_me(self, blocks: list[SharedMemory]) -> None:
-        finalizer = weakref.finalize(self, _release, blocks, os.getpid())
+        finalizer = weakref.finalize(self, release, blocks, os.getpid())
         finalizer.atexit = False  # Streaming's part
 
 
@@ -183,54 +245,6 @@ class _FetchAhead:
             return
         except Exception as error:
             self.error = error
-
-
-@contextmanager
-def _choosing_a_prefix() -> Iterator[None]:
-    """One data set of this machine and user at a time takes the next free name of Streaming's shared memory.
-
-    Two runs that start together would otherwise both find the same name free, and one of them fails. All ranks of a
-    run look for the name, each by itself: none starts before the lock is had, and before each has let go what the data
-    sets of earlier trainers held, so that all find the same.
-    """
-    gc.collect()
-    lock = FileLock(os.path.join(tempfile.gettempdir(), f"electra_composer_{os.getuid()}.lock"))
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if World.detect().is_local_leader:
-        lock.acquire()
-    try:
-        if ranks:
-            torch.distributed.barrier()
-        yield
-        if ranks:
-            torch.distributed.barrier()
-    finally:
-        lock.release()
-
-
-def _release(blocks: Sequence[SharedMemory], owner: int | None = None) -> None:
-    """Close blocks of shared memory now, and remove those that this process made, instead of at its end.
-
-    `owner` is the process that may; a worker's copy of the data set leaves everything as it is.
-    """
-    if owner not in (None, os.getpid()):
-        return
-    for block in blocks:
-        block.cleanup()
-        atexit.unregister(block.cleanup)
-
-
-def _all_shared_memory() -> list[SharedMemory]:
-    return [block for block in gc.get_referrers(SharedMemory) if isinstance(block, SharedMemory)]
-
-
-def _shared_memory(dataset: StreamingDataset) -> list[SharedMemory]:
-    """The blocks of shared memory that a data set holds, found in its attributes and one or two levels below."""
-    blocks, values = [], list(vars(dataset).values())
-    for _ in range(3):
-        blocks += [value for value in values if isinstance(value, SharedMemory)]
-        values = [part for value in values for name in ("shm", "arr", "_arr") if (part := getattr(value, name, None))]
-    return blocks
 
 
 class RowLoader(StreamingDataLoader):

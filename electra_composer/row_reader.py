@@ -60,12 +60,15 @@ class RowReader:
         self.rows = int(self._ends[-1])
         self._open: OrderedDict[int, tuple[NDArray[np.uint8], NDArray[np.uint32]]] = OrderedDict()
         self._id_dtype = np.dtype(shards[0].column_encodings[0].removeprefix("ndarray:"))
-        layout = [(shard.column_names, shard.column_encodings) for shard in shards]
-        encodings = [f"ndarray:{self._id_dtype.name}", "ndarray:uint16"]
-        if self._id_dtype not in ("uint16", "uint32") or any(
-            columns != (["input_ids", "segment_lengths"], encodings) for columns in layout
-        ):
-            raise UserError(f"{self.name(0)}: the shards' columns are {layout[0]}; make them anew")
+        expected = ["input_ids", "segment_lengths"], [f"ndarray:{self._id_dtype.name}", "ndarray:uint16"]
+        for number, shard in enumerate(shards):
+            found = shard.column_names, shard.column_encodings
+            if self._id_dtype not in ("uint16", "uint32") or found != expected:
+                raise UserError(
+                    f"{self.name(number)}: its columns are {dict(zip(*found, strict=True))}, those of "
+                    f"{self.name(0)} {dict(zip(*expected, strict=True))}; expected ids of uint16 or uint32, the "
+                    "same in all shards: make them anew"
+                )
 
     def read(self, numbers: NDArray[np.int64]) -> Rows:
         """Rows in the order of their numbers.

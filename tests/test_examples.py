@@ -277,6 +277,28 @@ def test_one_per_row():
     assert [row.segment_lengths.tolist() for row in rows] == [[e.length_a, e.length_b] for e in examples]
 
 
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["川は流れる。", "「本当に？」", "と聞いた！！", "「はい。」", "終わり"],
+        ["नदी बहती है।", "गाँव छोटा है।"],
+        ["هل هذا بيت؟", "نعم."],
+    ],
+)
+@pytest.mark.parametrize("space", ["", " "])
+def test_sentences_of_other_scripts(sentences, space):
+    if sentences[0][-1] != "。" and not space:  # only Chinese and Japanese do without
+        assert split_sentences("".join(sentences)) == ["".join(sentences)]
+    else:
+        assert split_sentences(space.join(sentences)) == sentences
+
+
+def test_sentences_of_ascii_text_do_not_depend_on_what_else_is_in_it():
+    text = "".join(np.random.default_rng(0).choice([*"abA.!?\"')] ", "fine.Then"], 3000).tolist())
+    assert split_sentences(f"é. {text}")[1:] == split_sentences(text)
+    assert len(split_sentences(text)) > 100
+
+
 def test_sentences():
     text = 'It was fine.Then "it broke." Why?  Nobody (not one!) knows: 3.5 of 4, e.g. me. The end'
     assert split_sentences(text) == [
@@ -288,5 +310,6 @@ def test_sentences():
         "me.",
         "The end",
     ]
+    assert split_sentences("“Is it?” «Yes.» It is…  Good") == ["“Is it?”", "«Yes.»", "It is…", "Good"]
     assert split_sentences("  ") == []
     assert split_sentences("no end") == ["no end"]

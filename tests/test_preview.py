@@ -10,7 +10,7 @@ import torch
 
 from electra_composer.config import PretrainConfig, load_config
 from electra_composer.pretrain import main as pretrain
-from electra_composer.preview import Token, example_lengths, histogram, main, render, tokens_of
+from electra_composer.preview import Token, describe_pieces, example_lengths, histogram, main, render, tokens_of
 from electra_composer.row_reader import reader_of_split
 from electra_composer.shards import read_meta
 from electra_composer.vocabulary import load_tokenizer
@@ -46,6 +46,18 @@ def test_rows_as_text_without_a_model(shards, reader):
     assert [sum(token.example == 1 and token.segment == 0 for token in row) for row in shown] == [
         int(lengths[0]) for lengths in np.split(rows.segment_lengths, np.cumsum(2 * rows.examples_per_row)[:-1])
     ]
+
+
+def test_how_well_the_vocabulary_fits(shards):
+    meta = read_meta(str(shards))
+    tokenizer = load_tokenizer(meta.tokenizer_folder)
+    entries = tokenizer.get_vocab()
+    first = [index for token, index in entries.items() if index > 4 and not token.startswith("##")][:3]
+    inside = [index for token, index in entries.items() if token.startswith("##")][:2]
+    ids = np.array([2, *first, *inside, first[0], 1, 3, 3, 0])  # four words, one of them in pieces, and an unknown
+    line = describe_pieces(ids, tokenizer, meta)
+    assert "14.29% of the tokens are unknown, 1.40 pieces a word" in line
+    assert f"5 of {len(entries)} entries occur" in line
 
 
 def test_marks():

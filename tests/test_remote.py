@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import shutil
+import socket
 import threading
 import time
 import urllib.error
@@ -14,9 +16,10 @@ from pathlib import Path
 import pytest
 from streaming import LocalDataset, MDSWriter
 
-from electra_composer.config import ShardsConfig
+from electra_composer.config import ShardsConfig, StreamConfig
 from electra_composer.errors import UserError
-from electra_composer.shards import build_data_spec, read_meta
+from electra_composer.object_store import explain
+from electra_composer.shards import build_data_spec, read_data, read_meta
 
 boto3 = pytest.importorskip("boto3")
 moto_server = pytest.importorskip("moto.server")
@@ -113,7 +116,7 @@ def test_shards_are_fetched_no_further_ahead_than_said(remote, tmp_path):
     few = len(list((tmp_path / "cache/train").glob("*.mds")))
     eager = loader_of(tmp_path / "eager", remote)
     next(iter(eager))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(list((tmp_path / "eager/train").glob("*.mds"))) <= few:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -138,11 +141,156 @@ def test_a_corrupt_shard_is_found_by_its_hash(client, remote, many_shards, tmp_p
         rows_of(loader_of(tmp_path / "cache", remote))
 
 
+def complaint(seconds, make, *arguments, **options):
+    """The error that is raised within so many seconds."""
+    start = time.monotonic()
+    with pytest.raises(UserError) as raised:
+        make(*arguments, **options)
+    assert time.monotonic() - start < seconds
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
 @pytest.mark.parametrize("place", ["s3://no-such-bucket/owt", f"s3://{BUCKET}/nothing"])
 def test_a_wrong_place_is_said(client, tmp_path, place):
-    with pytest.raises(UserError, match=f"no shards could be fetched from {place}"):
-        loader_of(tmp_path / "cache", place)
+    said = complaint(20, loader_of, tmp_path / "cache", place)
+    assert f"no shards could be fetched from {place}" in said
+    assert "the bucket or the folder is another" in said
     assert not (tmp_path / "cache/meta.json").exists()
+
+
+def demand_credentials(endpoint, after):
+    """Let moto check credentials, once so many calls were answered without."""
+    request = urllib.request.Request(
+        f"{endpoint}/moto-api/reset-auth", data=after, method="POST", headers={"Content-Type": "text/plain"}
+    )
+    urllib.request.urlopen(request).close()
+
+
+@pytest.fixture
+def guarded(endpoint, remote):
+    """The remote shards, behind credentials that nobody here has."""
+    demand_credentials(endpoint, b"0")
+    yield remote
+    demand_credentials(endpoint, b"inf")
+
+
+def test_wrong_credentials_are_said(guarded, tmp_path):
+    said = complaint(20, loader_of, tmp_path / "cache", guarded)
+    assert "the server refuses access" in said
+    assert "AWS_ACCESS_KEY_ID" in said
+
+
+def test_credentials_that_no_longer_hold_are_said_at_a_shard(endpoint, remote, tmp_path):
+    loader = loader_of(tmp_path / "cache", remote, predownload=1, download_attempts=3)
+    batches = iter(loader)
+    next(batches)
+    demand_credentials(endpoint, b"0")
+    try:
+        said = complaint(60, list, batches)
+    finally:
+        demand_credentials(endpoint, b"inf")
+    assert "the server refuses access" in said
+    assert "shard.000" in said
+
+
+def test_no_credentials_are_said(remote, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    said = complaint(20, loader_of, tmp_path / "cache", remote)
+    assert "no credentials were found" in said
+    assert "AWS_ACCESS_KEY_ID" in said
+
+
+def test_a_server_that_is_not_there_is_said(client, tmp_path, monkeypatch):
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    said = complaint(30, loader_of, tmp_path / "cache", "s3://corpus/owt")
+    assert "the server does not answer" in said
+    assert "S3_ENDPOINT_URL" in said
+
+
+def test_a_server_that_says_nothing_is_given_up(client, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "5")
+        config = ShardsConfig(path=str(tmp_path / "c"), max_seq_length=32, remote="s3://a/b", download_timeout=1.0)
+        assert "no answer within 1 s" in complaint(15, read_data, config)
+
+
+def test_a_split_that_was_not_copied_is_said(client, remote, tmp_path):
+    client.delete_object(Bucket=BUCKET, Key="owt/train/index.json")
+    said = complaint(30, loader_of, tmp_path / "cache", remote)
+    assert "the shards of split 'train' cannot be opened: there is no such file" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        (type("DefaultCredentialsError", (Exception,), {})("long text"), "no credentials were found"),
+        (type("Forbidden", (Exception,), {"code": 403})("no"), "the server refuses access"),
+        (type("HttpResponseError", (Exception,), {"status_code": 404})("no"), "there is no such file"),
+        (ModuleNotFoundError("No module named 'oci'"), "install that package to read from gs://"),
+        (ValueError("something\n else"), "something else"),
+    ],
+)
+def test_errors_of_other_stores(error, meaning):
+    assert meaning in explain(error, "gs://bucket/owt")
+
+
+def streams_of(cache, remote, folder, **changes):
+    streams = {
+        "far": StreamConfig(path=str(cache), remote=remote, proportion=3),
+        "near": StreamConfig(path=str(folder), proportion=1),
+    }
+    options = {"num_workers": 0, "download_attempts": 1, "download_timeout": 10.0, "predownload": 8, **changes}
+    config = ShardsConfig(path="", max_seq_length=32, streams=streams, **options)
+    return build_data_spec(config, "train", 8, read_data(config), seed=3).dataloader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_remote_stream_beside_a_folder(remote, many_shards, tmp_path, workers):
+    """The cache limit is the remote's: what is in the folder is neither counted nor deleted to make room."""
+    near, copy = tmp_path / "near", tmp_path / "copy"
+    shutil.copytree(many_shards, near)
+    shutil.copytree(many_shards, copy)
+    before = sorted(path.name for path in (near / "train").iterdir())
+    near_bytes = sum(path.stat().st_size for path in (near / "train").iterdir())
+    assert near_bytes > 12 * 1024
+    loader = streams_of(tmp_path / "cache", remote, near, cache_limit="12kb", num_workers=workers)
+    rows, most = [], 0
+    for batch in loader:
+        rows += batch["input_ids"].tolist()
+        most = max(most, sum(path.stat().st_size for path in (tmp_path / "cache/train").glob("*.mds")))
+    at_once = 2 * max(1, workers)  # shards under way, which Streaming counts only once they are here
+    assert most <= 12 * 1024 + at_once * 1500
+    assert sorted(path.name for path in (near / "train").iterdir()) == before
+    assert rows == rows_of(streams_of(copy, None, near))
+    assert loader.dataset.cache_usage == sum(path.stat().st_size for path in (tmp_path / "cache/train").iterdir())
+
+
+def test_shards_in_subfolders_are_fetched(client, many_shards, tmp_path):
+    index = json.loads((many_shards / "train/index.json").read_text())
+    for number, shard in enumerate(index["shards"]):
+        name = shard["raw_data"]["basename"]
+        shard["raw_data"]["basename"] = f"{number // 3:05}/shard.{number % 3:05}.mds"
+        client.upload_file(str(many_shards / "train" / name), BUCKET, f"owt/train/{shard['raw_data']['basename']}")
+    client.put_object(Bucket=BUCKET, Key="owt/train/index.json", Body=json.dumps(index).encode())
+    for path in [many_shards / "meta.json", *sorted((many_shards / "tokenizer").iterdir())]:
+        client.upload_file(str(path), BUCKET, f"owt/{path.relative_to(many_shards)}")
+    config = ShardsConfig(path=str(many_shards), max_seq_length=32, num_workers=0)
+    expected = rows_of(build_data_spec(config, "train", 8, read_data(config), seed=3).dataloader)
+    loader = loader_of(tmp_path / "cache", f"s3://{BUCKET}/owt", cache_limit="12kb", predownload=8)
+    assert rows_of(loader) == expected
+    assert list((tmp_path / "cache/train").glob("0000*/*.mds"))
+
+
+def test_a_cache_that_is_the_remote_itself(many_shards):
+    config = ShardsConfig(path=str(many_shards), max_seq_length=32, remote=f"{many_shards}/")
+    with pytest.raises(UserError, match="is its cache, and must be another folder"):
+        read_data(config)
 
 
 class Proxy:

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, ElectraTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, ElectraTokenizerFast, PreTrainedTokenizerFast, XLMRobertaTokenizerFast
 
+from electra_composer.checkpoint import tokenizer_files
 from electra_composer.errors import UserError
 from electra_composer.vocabulary import load_tokenizer, special_ids, train_tokenizer, vocabulary_sha256
 
@@ -100,7 +102,8 @@ def test_training_is_the_same_in_every_process(tmp_path):
 
 
 def test_alphabet_keeps_the_most_frequent_characters(monkeypatch):
-    monkeypatch.setattr("electra_composer.vocabulary.MAX_ALPHABET", 3)
+    monkeypatch.setattr("electra_composer.vocabulary.ALPHABET", 3)
+    monkeypatch.setattr("electra_composer.vocabulary.COVERAGE", 0.7)
     vocabulary = train_tokenizer(["aaa bbb ccc abc bca zq qz"], 40).get_vocab()
     assert {"a", "b", "c", "##a", "##b", "##c"} <= set(vocabulary)
     assert not {"z", "##z", "q", "##q"} & set(vocabulary)
@@ -147,3 +150,122 @@ def test_too_small_or_empty_training_is_refused():
         train_tokenizer(TEXT, 10)
     with pytest.raises(UserError, match="no text"):
         train_tokenizer(["  "], 100)
+
+
+# Other languages, other tokenizers.
+
+
+def byte_level_bpe(special, size=300):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("special", "ids"),
+    [
+        (["<pad>", "<s>", "</s>", "<mask>"], {"pad": 0, "cls": 1, "sep": 2, "mask": 3}),
+        (["[MASK]", "[UNK]", "[SEP]", "[CLS]", "[PAD]"], {"pad": 4, "unk": 1, "cls": 3, "sep": 2, "mask": 0}),
+    ],
+)
+def test_a_file_of_tokenizers(tmp_path, special, ids):
+    backend = byte_level_bpe(special)
+    backend.save(str(tmp_path / "mine.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "mine.json"))
+    assert special_ids(tokenizer) == ids
+    assert tokenizer(TEXT[0], add_special_tokens=False)["input_ids"] == backend.encode(TEXT[0]).ids
+    tokenizer.save_pretrained(tmp_path / "folder")
+    again = load_tokenizer(str(tmp_path / "folder"))
+    assert special_ids(again) == ids
+    assert vocabulary_sha256(again) == vocabulary_sha256(tokenizer)
+    assert again(TEXT[0])["input_ids"] == tokenizer(TEXT[0])["input_ids"]
+
+
+def test_special_tokens_can_be_added(tmp_path):
+    """As docs/languages.md says."""
+    byte_level_bpe(["<pad>"]).save(str(tmp_path / "mine.json"))
+    with pytest.raises(UserError, match=r"has no \[CLS\] and no \[SEP\] and no \[MASK\] token.*docs/languages"):
+        load_tokenizer(str(tmp_path / "mine.json"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "mine.json"), pad_token="<pad>")
+    before = len(tokenizer)
+    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"})
+    tokenizer.save_pretrained(tmp_path / "folder")
+    again = load_tokenizer(str(tmp_path / "folder"))
+    assert len(again) == before + 3
+    assert special_ids(again) == {"pad": 0, "cls": before, "sep": before + 1, "mask": before + 2}
+
+
+def test_files_that_are_none_of_tokenizers_are_refused(tmp_path):
+    for text in ("", "{}", "[PAD]\n[UNK]\n"):
+        (tmp_path / "mine.json").write_text(text)
+        with pytest.raises(UserError, match="not a file that `tokenizers` saved"):
+            load_tokenizer(str(tmp_path / "mine.json"))
+    byte_level_bpe(["<pad>", "<s>", "</s>", "<mask>"]).save(str(tmp_path / "mine.json"))
+    with pytest.raises(UserError, match="says itself what becomes of case"):
+        load_tokenizer(str(tmp_path / "mine.json"), cased=True)
+
+
+def test_ids_with_gaps_are_refused(tmp_path):
+    model = models.WordPiece({**{token: i for i, token in enumerate(SPECIAL)}, "cat": 9}, unk_token="[UNK]")
+    Tokenizer(model).save(str(tmp_path / "mine.json"))
+    with pytest.raises(UserError, match="has 6 entries, but ids up to 9; number them through without gaps"):
+        load_tokenizer(str(tmp_path / "mine.json"))
+
+
+def test_alphabets_of_thousands_of_characters():
+    """As many as cover the text, if there is room for words beside them."""
+    ideographs = [chr(0x4E00 + index) for index in range(3000)]
+    text = [" ".join(ideographs), " ".join(ideographs[:2500]) * 20, "word " * 100]
+    known = set(train_tokenizer(text, 30_000, keep_accents=True).get_vocab())
+    assert set(ideographs[:2500]) <= known
+    assert len(set(ideographs) & known) > 2900  # the rest is less than 0.05% of the text
+    small = set(train_tokenizer(text, 4800, keep_accents=True).get_vocab())
+    assert 1150 <= len(set(ideographs) & small) <= 1200
+
+
+@pytest.mark.parametrize(
+    ("text", "loses"),
+    [
+        ("ภาษาไทยไม่มีช่องว่างระหว่างคำ", True),
+        ("नदी के किनारे एक छोटा गाँव है", True),
+        ("がぎぐげご パピプペポ", True),
+        ("강가에 작은 마을이 있다", True),
+        ("Ein Wörterbuch für Größe und Übermut", False),
+        ("Το ποτάμι περνά κάτω από το χωριό", False),
+        ("Příliš žluťoučký кон́ь", False),
+        ("مَرْحَبًا שָׁלוֹם", False),
+    ],
+)
+def test_scripts_that_need_their_marks_are_warned_of(text, loses, capsys):
+    for options, warned in (({}, loses), ({"keep_accents": True}, False), ({"cased": True}, False)):
+        tokenizer = train_tokenizer([f"{text}\n"] * 3, 400, **options)
+        assert ("--keep-accents" in capsys.readouterr().err) == warned
+    assert "[UNK]" not in tokenizer.tokenize(text)
+
+
+def test_a_tokenizer_with_binary_files_goes_into_a_checkpoint(tmp_path, monkeypatch):
+    """XLM-R's and others' folders hold a SentencePiece model too, which a fast tokenizer does without."""
+    monkeypatch.setattr(XLMRobertaTokenizerFast, "slow_tokenizer_class", object)  # as where sentencepiece is installed
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "▁a", "b"]
+    model = models.Unigram([(name, -1.0) for name in names], unk_id=3)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"\xff\xfe\x00model")
+    tokenizer = XLMRobertaTokenizerFast(
+        vocab_file=str(tmp_path / "sentencepiece.bpe.model"), tokenizer_file=str(tmp_path / "tokenizer.json")
+    )
+    files = tokenizer_files(tokenizer)
+    (tmp_path / "again").mkdir()
+    for name, text in files.items():
+        (tmp_path / "again" / name).write_text(text, encoding="utf-8")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again("ab b")["input_ids"] == tokenizer("ab b")["input_ids"]
