@@ -180,6 +180,7 @@ def convert(options: Conversion) -> Summary:
             for record in engine.convert(plan, todo, bar):
                 folder.records[record["number"]] = record
         if not any(record["counts"]["documents"] for record in folder.records.values()):
+            folder.forget()  # there is nothing to go on from
             raise no_text(sources)
         splits, counts, unreadable = _count(folder.records, task, sources)
         meta = Meta(

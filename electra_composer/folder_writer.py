@@ -181,6 +181,10 @@ class ShardFolder:
         if error is not None and (kept or not isinstance(error, UserError)):
             print(f"{kept}; the same command goes on" if kept else "nothing was kept", file=sys.stderr)
 
+    def forget(self) -> None:
+        """Keep nothing of it when the block is left."""
+        self._plan = None
+
     def place(self, dtype: str) -> Place:
         """Where :class:`PartWriter` is to write. `dtype`: of the ids, from :func:`id_dtype`."""
         return Place(self.workspace, dtype, self._compression, self.remote, durable=self._plan is not None)

@@ -11,6 +11,7 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.storage.upload import UPLOADERS, CloudUploader
 
 from electra_composer.errors import UserError
+from electra_composer.object_store import explain
 
 
 def is_remote(out: str) -> bool:
@@ -81,6 +82,4 @@ def _uploader(local: str, remote: str) -> CloudUploader:
 
 
 def _not_writable(remote: str, error: Exception) -> UserError:
-    return UserError(
-        f"{remote}: cannot be written to: {' '.join(str(error).split())}; check the bucket's name and your credentials"
-    )
+    return UserError(f"{remote}: cannot be written to: {explain(error, remote)}")
