@@ -29,7 +29,7 @@ def is_remote(out: str) -> bool:
 def workspace_of(remote: str) -> str:
     """Where files of a conversion into an object store are kept while it runs, always the same for the same store."""
     digest = hashlib.sha256(remote.encode()).hexdigest()[:12]
-    return os.path.join(tempfile.gettempdir(), f"electra_composer-{digest}")
+    return os.path.join(tempfile.gettempdir(), f"electra_composer-{os.getuid()}-{digest}")
 
 
 class RemoteFolder:
