@@ -106,10 +106,11 @@ class ScheduleConfig:
 
 @dataclass
 class FSDPConfig:
-    """Fully sharded data parallelism (FSDP2), as Composer's `FSDP2Config` takes it."""
+    """Fully sharded data parallelism (FSDP2), as Composer's `FSDP2Config` takes it; see docs/distributed.md."""
 
+    data_parallel_replicate_degree: int = 1  # hybrid sharding (HSDP): replicas of the shards, such as one per node
     reshard_after_forward: bool = True
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # or trainer.activation_checkpointing, which is the same
     activation_cpu_offload: bool = False
     state_dict_type: Literal["full", "sharded"] = "full"  # full: one checkpoint file that export and GLUE read
     mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
@@ -132,6 +133,7 @@ class TrainerConfig:
     compile: Union[bool, str] = False  # noqa: UP007 (OmegaConf); torch.compile; or its mode, such as reduce-overhead
     attention: Literal["auto", "sdpa", "varlen"] = "auto"  # auto: on CUDA the faster of both, measured at start
     fsdp: FSDPConfig | None = None  # {} for its defaults; null: DDP
+    activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, some 30% more time
     deterministic: bool = False
     progress_bar: bool = True
     log_interval: str = "10ba"  # how often train metrics are computed, and the console logger prints

@@ -13,7 +13,6 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Callback, DataSpec
 from composer.models import ComposerModel
 from composer.utils import create_interval_scheduler, dist, reproducibility
-from composer.utils.parallelism import FSDP2Config
 from torch._dynamo.exc import TorchDynamoException
 
 from electra_composer.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
@@ -22,6 +21,7 @@ from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.devices import keep_freed_memory, resolve_device
 from electra_composer.errors import UserError
 from electra_composer.optim import parse_time
+from electra_composer.parallelism import compile_model, fsdp_config, recompute_activations
 from electra_composer.sharded_checkpoint import is_sharded
 from electra_composer.trainer import RunTrainer, run_device
 
@@ -120,14 +120,6 @@ def compile_errors_named() -> Iterator[None]:
         ) from error
 
 
-def compile_config(trainer: TrainerConfig, static_shapes: bool) -> dict[str, Any] | None:
-    """Arguments of `torch.compile` for Composer's `compile_config`; one graph or an error, never a slow remainder."""
-    if not trainer.compile:
-        return None
-    mode = {"mode": trainer.compile} if isinstance(trainer.compile, str) else {}
-    return {"fullgraph": True, "dynamic": not static_shapes, **mode}
-
-
 def microbatch_size(trainer: TrainerConfig) -> int:
     """Rows that the model sees at a time; the largest there may be where Composer is to find the number."""
     microbatch = trainer.device_train_microbatch_size
@@ -161,6 +153,11 @@ def build_trainer(
     device, precision, _ = resolve_device(trainer)
     savers = checkpoint_savers(config)
     microbatch = trainer.device_train_microbatch_size
+    optimizer = build_optimizer(config.optimizer, model)
+    sharding = fsdp_config(trainer.fsdp)
+    compile_model(model, trainer, static_shapes)
+    if trainer.activation_checkpointing:
+        recompute_activations(model)
     return RunTrainer(
         log_interval=trainer.log_interval,
         model=model,
@@ -169,7 +166,7 @@ def build_trainer(
         max_duration=max_duration,
         eval_interval=trainer.eval_interval,
         eval_subset_num_batches=trainer.eval_batches or -1,
-        optimizers=build_optimizer(config.optimizer, model),
+        optimizers=optimizer,
         algorithms=[GradientClipping("norm", trainer.gradient_clip)] if trainer.gradient_clip else None,
         callbacks=[
             BatchSeed(config.seed),
@@ -185,8 +182,7 @@ def build_trainer(
         device=run_device(device),
         precision=precision,
         device_train_microbatch_size=microbatch_size(trainer) if microbatch is None else microbatch,
-        parallelism_config={"fsdp": FSDP2Config(**vars(trainer.fsdp))} if trainer.fsdp is not None else None,
-        compile_config=compile_config(trainer, static_shapes),
+        parallelism_config={"fsdp": sharding} if sharding is not None else None,
         deterministic_mode=trainer.deterministic,
         autoresume=bool(savers) and checkpoints.resume and not checkpoints.overwrite,
         load_path=path_to_start_from(config),

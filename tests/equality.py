@@ -1,0 +1,66 @@
+"""Pretraining runs of one process group, one after another, that can be compared with those of another number of them.
+
+The project's own path (`pretrain.main`, real shards), with two things replaced. Masks and samples come from noise that
+follows from a row's number and the batch's, not from the process that has the row; so they are the same however the
+rows are dealt out. And where `torch.compile` is on, its graphs are run as they are traced, without code generation.
+
+    composer -n 2 tests/equality.py OUT CONFIG.yaml 'ddp' 'fsdp trainer.fsdp={}' …
+
+Each run is a name and overrides. `OUT/<name>` is its folder; `OUT/<name>/rows.json` are the numbers of the rows of each
+global batch, in their order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+from composer.utils import dist
+from composer.utils import reproducibility
+
+from electra_composer import parallelism, pretrain, runs
+from electra_composer.composer_model import ElectraPretraining
+from electra_composer.config import PretrainConfig, TrainerConfig, load_config
+
+
+class Noise:
+    """`ElectraPretraining.count_batch`, which also gives every row of a batch its noise, and records their numbers."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+        self.count_batch = ElectraPretraining.count_batch
+
+    def __call__(self, model: ElectraPretraining, batch: dict[str, Any]) -> dict[str, Any]:
+        noise = []
+        for row, ids in zip(batch["rows"].tolist(), batch["input_ids"], strict=True):
+            generator = torch.Generator().manual_seed(1000 * row + len(self.rows))
+            noise.append(model.model.draw_noise(ids[None], generator))
+        self.rows.append(sorted(row for part in dist.all_gather_object(batch["rows"].tolist()) for row in part))
+        return self.count_batch(model, {**batch, "noise": torch.cat(noise)})
+
+
+def main(out: str, yaml: str, arrangements: list[str]) -> None:
+    torch.set_num_threads(1)
+    compile_config = parallelism.compile_config
+    parallelism.compile_config = lambda *arguments: (
+        (config := compile_config(*arguments)) and {**config, "backend": "aot_eager"}
+    )
+    runs.check_compile = lambda trainer: None  # no compiler is needed
+    for arrangement in arrangements:
+        name, *overrides = arrangement.split()
+        noise = Noise()
+        ElectraPretraining.count_batch = lambda model, batch, noise=noise: noise(model, batch)  # type: ignore
+        torch._dynamo.reset()
+        folder = os.path.join(out, name)
+        pretrain.main(load_config(yaml, [f"checkpoints.folder={folder}", *overrides], PretrainConfig))
+        if dist.get_global_rank() == 0:
+            with open(os.path.join(folder, "rows.json"), "w", encoding="utf-8") as file:
+                json.dump(noise.rows, file)
+        ElectraPretraining.count_batch = noise.count_batch  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])
