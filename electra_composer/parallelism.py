@@ -17,6 +17,7 @@ from composer.utils.parallelism import FSDP2Config
 from electra_composer.config import FSDPConfig, TrainerConfig
 from electra_composer.encoder import Layer
 from electra_composer.errors import UserError
+from electra_composer.safe_loading import SafeLoadPlanner
 
 
 class RunFSDP2Config(FSDP2Config):
@@ -33,12 +34,20 @@ class RunFSDP2Config(FSDP2Config):
     def data_parallel_replicate_degree(self) -> int | None:
         return self.replicas if self.replicas > 1 else None
 
+    @property
+    def load_planner(self) -> SafeLoadPlanner:
+        return SafeLoadPlanner()
 
-def fsdp_config(config: FSDPConfig | None) -> RunFSDP2Config | None:
+
+def fsdp_config(config: FSDPConfig | None, device: str) -> RunFSDP2Config | None:
     """Composer's form of `trainer.fsdp`; None: DDP. Call it when the processes have joined.
 
+    Args:
+        config: `trainer.fsdp`.
+        device: `cpu` or `gpu`.
+
     Raises:
-        UserError: replicas that the processes cannot be divided into.
+        UserError: replicas that the processes cannot be divided into, or on a CPU.
     """
     if config is None:
         return None
@@ -48,6 +57,12 @@ def fsdp_config(config: FSDPConfig | None) -> RunFSDP2Config | None:
         raise UserError(
             f"trainer.fsdp.data_parallel_replicate_degree is {replicas}, and there are {processes} processes; expected "
             f"a divisor of {processes}: each replica is sharded over {processes} / replicas processes"
+        )
+    if replicas > 1 and device == "cpu":
+        # gloo cannot average, and FSDP2 waits for an event that only streams of a device have (torch 2.7).
+        raise UserError(
+            f"trainer.fsdp.data_parallel_replicate_degree is {replicas}, and PyTorch's FSDP2 cannot add up the "
+            "gradients of replicas on a CPU; set it to 1 there (shards over all processes), or trainer.fsdp=null"
         )
     made = RunFSDP2Config(**settings)
     made.replicas = replicas
@@ -74,9 +89,9 @@ def compile_config(trainer: TrainerConfig, static_shapes: bool) -> dict[str, Any
 def compile_model(model: ComposerModel, trainer: TrainerConfig, static_shapes: bool) -> None:
     """Compile what can be one graph, if `trainer.compile` says so; before the trainer wraps the model.
 
-    Composer compiles the wrapped model. One graph then has to hold what DDP and FSDP do between the operators too, which
-    it cannot (torch 2.7). So the whole forward is compiled inside of DDP, where the compiler still splits it at DDP's
-    buckets, to send gradients while others are computed; and under FSDP each Transformer layer, the unit that is
+    Composer compiles the wrapped model. One graph then has to hold what DDP and FSDP do between the operators too,
+    which it cannot (torch 2.7). So the whole forward is compiled inside of DDP, where the compiler still splits it at
+    DDP's buckets, to send gradients while others are computed; and under FSDP each Transformer layer, the unit that is
     gathered before it runs and let go afterwards. The rest (embeddings, heads, losses) runs uncompiled there.
 
     Args:

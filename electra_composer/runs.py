@@ -13,15 +13,18 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Callback, DataSpec
 from composer.models import ComposerModel
 from composer.utils import create_interval_scheduler, dist, reproducibility
+from composer.utils.parallelism import FSDP2Config
 from torch._dynamo.exc import TorchDynamoException
 
 from electra_composer.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
 from electra_composer.callbacks import BatchSeed, milestone_saver
+from electra_composer.checkpoint_forms import in_form
 from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.devices import keep_freed_memory, resolve_device
 from electra_composer.errors import UserError
 from electra_composer.optim import parse_time
 from electra_composer.parallelism import compile_model, fsdp_config, recompute_activations
+from electra_composer.safe_loading import composer_loads_safely
 from electra_composer.sharded_checkpoint import is_sharded
 from electra_composer.trainer import RunTrainer, run_device
 
@@ -154,41 +157,65 @@ def build_trainer(
     savers = checkpoint_savers(config)
     microbatch = trainer.device_train_microbatch_size
     optimizer = build_optimizer(config.optimizer, model)
-    sharding = fsdp_config(trainer.fsdp)
+    sharding = fsdp_config(trainer.fsdp, device)
     compile_model(model, trainer, static_shapes)
     if trainer.activation_checkpointing:
         recompute_activations(model)
-    return RunTrainer(
-        log_interval=trainer.log_interval,
-        model=model,
-        train_dataloader=train_data,
-        eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
-        max_duration=max_duration,
-        eval_interval=trainer.eval_interval,
-        eval_subset_num_batches=trainer.eval_batches or -1,
-        optimizers=optimizer,
-        algorithms=[GradientClipping("norm", trainer.gradient_clip)] if trainer.gradient_clip else None,
-        callbacks=[
-            BatchSeed(config.seed),
-            build_scheduler(config.schedule, max_duration),
-            *build_callbacks(config.callbacks),
-            *callbacks,
-            *savers,
-        ],
-        loggers=build_loggers(config.loggers, checkpoints.folder, trainer.log_interval, trainer.progress_bar),
-        progress_bar=False,  # ours is among the loggers
-        run_name=config.run_name,
-        seed=config.seed,
-        device=run_device(device),
-        precision=precision,
-        device_train_microbatch_size=microbatch_size(trainer) if microbatch is None else microbatch,
-        parallelism_config={"fsdp": sharding} if sharding is not None else None,
-        deterministic_mode=trainer.deterministic,
-        autoresume=bool(savers) and checkpoints.resume and not checkpoints.overwrite,
-        load_path=path_to_start_from(config),
-        load_weights_only=checkpoints.load_weights_only,
-        load_strict_model_weights=True,
-    )
+    with loading(config, sharding) as load_arguments:
+        return RunTrainer(
+            log_interval=trainer.log_interval,
+            model=model,
+            train_dataloader=train_data,
+            eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
+            max_duration=max_duration,
+            eval_interval=trainer.eval_interval,
+            eval_subset_num_batches=trainer.eval_batches or -1,
+            optimizers=optimizer,
+            algorithms=[GradientClipping("norm", trainer.gradient_clip)] if trainer.gradient_clip else None,
+            callbacks=[
+                BatchSeed(config.seed),
+                build_scheduler(config.schedule, max_duration),
+                *build_callbacks(config.callbacks),
+                *callbacks,
+                *savers,
+            ],
+            loggers=build_loggers(config.loggers, checkpoints.folder, trainer.log_interval, trainer.progress_bar),
+            progress_bar=False,  # ours is among the loggers
+            run_name=config.run_name,
+            seed=config.seed,
+            device=run_device(device),
+            precision=precision,
+            device_train_microbatch_size=microbatch_size(trainer) if microbatch is None else microbatch,
+            parallelism_config={"fsdp": sharding} if sharding is not None else None,
+            deterministic_mode=trainer.deterministic,
+            **load_arguments,
+            load_strict_model_weights=True,
+        )
+
+
+@contextlib.contextmanager
+def loading(config: RunConfig, sharding: FSDP2Config | None) -> Iterator[dict[str, Any]]:
+    """Composer's arguments that say what a run starts from, for the time in which it loads that: safely.
+
+    A checkpoint of the other form than the run's (one file, or sharded) is written anew in the run's form first; where
+    it is the run's own newest, it is given as one to load, since Composer looks for its own form alone.
+    """
+    checkpoints = config.checkpoints
+    resumes = checkpoints.resume and not checkpoints.overwrite
+    latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
+    own = os.path.realpath(latest) if resumes and os.path.exists(latest) else None
+    sharded = sharding is not None and sharding.state_dict_type == "sharded"
+    arguments: dict[str, Any] = {
+        "autoresume": resumes and bool(checkpoints.interval or checkpoints.milestones),
+        "load_path": path_to_start_from(config),
+        "load_weights_only": checkpoints.load_weights_only,
+    }
+    if own is not None and is_sharded(own) != sharded:
+        arguments = {"autoresume": False, "load_path": own, "load_weights_only": False}
+    with composer_loads_safely(), contextlib.ExitStack() as copies:
+        if arguments["load_path"] is not None and (own is None or not arguments["autoresume"]):
+            arguments["load_path"] = copies.enter_context(in_form(arguments["load_path"], sharded))
+        yield arguments
 
 
 def checkpoint_savers(config: RunConfig) -> list[CheckpointSaver]:
@@ -219,17 +246,15 @@ def checkpoint_savers(config: RunConfig) -> list[CheckpointSaver]:
 
 
 def checkpoint_to_load(config: RunConfig) -> str | None:
-    """The checkpoint file that the trainer will start from: the run's newest, else `checkpoints.load_path`, else none.
+    """The checkpoint that the trainer will start from: the run's newest, else `checkpoints.load_path`, else none.
 
-    Composer loads it as a pickle, so it is to be read safely and checked first. Sharded checkpoints are folders, which
-    torch's own distributed checkpointing reads, and are left to it.
+    A file, or the folder of a sharded one; to be checked before anything is built.
     """
     checkpoints = config.checkpoints
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
     if checkpoints.resume and not checkpoints.overwrite and os.path.lexists(latest):
-        return latest if os.path.isfile(latest) else None
-    path = path_to_start_from(config)
-    return None if path is None or os.path.isdir(path) else path
+        return os.path.realpath(latest)
+    return path_to_start_from(config)
 
 
 def path_to_start_from(config: RunConfig) -> str | None:

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from composer.utils import dist
-from composer.utils import reproducibility
 
 from electra_composer import parallelism, pretrain, runs
 from electra_composer.composer_model import ElectraPretraining
-from electra_composer.config import PretrainConfig, TrainerConfig, load_config
+from electra_composer.config import PretrainConfig, load_config
 
 
 class Noise:
