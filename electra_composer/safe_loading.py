@@ -21,7 +21,7 @@ import torch
 from composer.utils import checkpoint as composer_checkpoint
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from electra_composer.errors import UserError
 
@@ -124,7 +124,21 @@ def load_value(file: io.BytesIO) -> Any:
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """torch's plan of loading a sharded checkpoint; what is no tensor is read as a plain value, or not at all."""
+    """torch's plan of loading a sharded checkpoint; what is no tensor is read as a plain value, or not at all.
+
+    Weights and the optimizer's state have to be there, all of them. The rest may miss: torch takes a dictionary or list
+    apart, and a run with one more callback, or one more key in its recorded configuration, would not load otherwise.
+    """
+
+    def __init__(self, allow_partial_load: bool = True) -> None:
+        super().__init__(allow_partial_load=allow_partial_load)
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        for name in self.state_dict:
+            if name.startswith(("state.model.", "state.optimizers.")) and name not in self.metadata.state_dict_metadata:
+                raise RuntimeError(f"the checkpoint has no {name}")
+        return super().create_local_plan()
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         content = io.BytesIO()

@@ -6,8 +6,8 @@ rows are dealt out. And where `torch.compile` is on, its graphs are run as they 
 
     composer -n 2 tests/equality.py OUT CONFIG.yaml 'ddp' 'fsdp trainer.fsdp={}' …
 
-Each run is a name and overrides. `OUT/<name>` is its folder; `OUT/<name>/rows.json` are the numbers of the rows of each
-global batch, in their order.
+Each run is a name and overrides; a name such as `more@10` is of one that starts from a checkpoint after 10 batches.
+`OUT/<name>` is its folder; `OUT/<name>/seen.json` holds the loss of every batch and the numbers of its rows.
 """
 
 from __future__ import annotations
@@ -25,17 +25,28 @@ from electra_composer.composer_model import ElectraPretraining
 from electra_composer.config import PretrainConfig, load_config
 
 
+class Losses(Callback):
+    """Keeps the loss of every batch, that of all processes."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.losses.append(state.total_loss_dict["loss/train/total"])
+
+
 class Noise:
     """`ElectraPretraining.count_batch`, which also gives every row of a batch its noise, and records their numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: int) -> None:
+        self.start = start
         self.rows: list[list[int]] = []
         self.count_batch = ElectraPretraining.count_batch
 
     def __call__(self, model: ElectraPretraining, batch: dict[str, Any]) -> dict[str, Any]:
         noise = []
         for row, ids in zip(batch["rows"].tolist(), batch["input_ids"], strict=True):
-            generator = torch.Generator().manual_seed(1000 * row + len(self.rows))
+            generator = torch.Generator().manual_seed(1000 * row + self.start + len(self.rows))
             noise.append(model.model.draw_noise(ids[None], generator))
         self.rows.append(sorted(row for part in dist.all_gather_object(batch["rows"].tolist()) for row in part))
         return self.count_batch(model, {**batch, "noise": torch.cat(noise)})
@@ -50,14 +61,16 @@ def main(out: str, yaml: str, arrangements: list[str]) -> None:
     runs.check_compile = lambda trainer: None  # no compiler is needed
     for arrangement in arrangements:
         name, *overrides = arrangement.split()
-        noise = Noise()
+        noise = Noise(start=int(name.partition("@")[2] or 0))
+        losses = Losses()
+        runs.build_callbacks = lambda config, losses=losses: [losses]  # type: ignore[assignment]
         ElectraPretraining.count_batch = lambda model, batch, noise=noise: noise(model, batch)  # type: ignore
         torch._dynamo.reset()
         folder = os.path.join(out, name)
         pretrain.main(load_config(yaml, [f"checkpoints.folder={folder}", *overrides], PretrainConfig))
         if dist.get_global_rank() == 0:
-            with open(os.path.join(folder, "rows.json"), "w", encoding="utf-8") as file:
-                json.dump(noise.rows, file)
+            with open(os.path.join(folder, "seen.json"), "w", encoding="utf-8") as file:
+                json.dump({"losses": losses.losses, "rows": noise.rows}, file)
         ElectraPretraining.count_batch = noise.count_batch  # type: ignore[method-assign]
 
 
