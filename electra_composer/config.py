@@ -130,6 +130,8 @@ class TrainerConfig:
     device: Literal["cpu", "gpu"] | None = None  # null: a GPU where there is one
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
     gradient_clip: float | None = 1.0  # largest global gradient norm; null: no clipping
+    # a loss or gradient that is NaN or infinite: end the run, or leave that update out and count it; trouble.py
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     compile: Union[bool, str] = False  # noqa: UP007 (OmegaConf); torch.compile; or its mode, such as reduce-overhead
     attention: Literal["auto", "sdpa", "varlen"] = "auto"  # auto: on CUDA the faster of both, measured at start
     fsdp: FSDPConfig | None = None  # {} for its defaults; null: DDP

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from composer import Evaluator, Trainer
-from composer.algorithms import GradientClipping
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, DataSpec
 from composer.models import ComposerModel
@@ -27,6 +26,7 @@ from electra_composer.parallelism import compile_model, fsdp_config, recompute_a
 from electra_composer.safe_loading import composer_loads_safely
 from electra_composer.sharded_checkpoint import is_sharded
 from electra_composer.trainer import RunTrainer, run_device
+from electra_composer.trouble import NumericalGuard
 
 LATEST = "latest-rank{rank}.pt"
 
@@ -156,6 +156,7 @@ def build_trainer(
     device, precision, _ = resolve_device(trainer)
     savers = checkpoint_savers(config)
     microbatch = trainer.device_train_microbatch_size
+    guard = NumericalGuard(checkpoints.folder, trainer.gradient_clip, trainer.on_nonfinite)
     optimizer = build_optimizer(config.optimizer, model)
     sharding = fsdp_config(trainer.fsdp, device)
     compile_model(model, trainer, static_shapes)
@@ -164,6 +165,7 @@ def build_trainer(
     with loading(config, sharding) as load_arguments:
         return RunTrainer(
             log_interval=trainer.log_interval,
+            guard=guard,
             model=model,
             train_dataloader=train_data,
             eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
@@ -171,10 +173,10 @@ def build_trainer(
             eval_interval=trainer.eval_interval,
             eval_subset_num_batches=trainer.eval_batches or -1,
             optimizers=optimizer,
-            algorithms=[GradientClipping("norm", trainer.gradient_clip)] if trainer.gradient_clip else None,
             callbacks=[
                 BatchSeed(config.seed),
                 build_scheduler(config.schedule, max_duration),
+                guard,
                 *build_callbacks(config.callbacks),
                 *callbacks,
                 *savers,

@@ -18,6 +18,7 @@ from composer.devices import Device, DeviceGPU
 from composer.utils import dist, get_device
 
 from electra_composer.optim import parse_time
+from electra_composer.trouble import NumericalGuard
 
 
 class RunTrainer(Trainer):
@@ -27,10 +28,12 @@ class RunTrainer(Trainer):
         log_interval: a Composer time. On a GPU, if it counts batches, `loss/train/…` is read and logged at these alone,
             and at the end of training: the loss of that batch, as ever. On a CPU, where reading costs nothing, and with
             any other unit, at every batch.
+        guard: is told every batch's losses, as they are on the device.
         arguments: Composer's.
     """
 
-    def __init__(self, *, log_interval: str = "1ba", **arguments: Any):
+    def __init__(self, *, log_interval: str = "1ba", guard: NumericalGuard | None = None, **arguments: Any):
+        self.guard = guard
         time = parse_time(log_interval, "trainer.log_interval")
         self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
         super().__init__(**arguments)
@@ -41,6 +44,8 @@ class RunTrainer(Trainer):
 
     def _train_batch(self, use_grad_scaling: bool) -> Any:
         losses = super()._train_batch(use_grad_scaling)
+        if self.guard is not None and losses is not None:
+            self.guard.keep_losses(losses)
         return losses if self._reads_losses() else None  # Composer goes on without losses when it is given none
 
     def _reads_losses(self) -> bool:

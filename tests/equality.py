@@ -6,7 +6,8 @@ rows are dealt out. And where `torch.compile` is on, its graphs are run as they 
 
     composer -n 2 tests/equality.py OUT CONFIG.yaml 'ddp' 'fsdp trainer.fsdp={}' …
 
-Each run is a name and overrides; a name such as `more@10` is of one that starts from a checkpoint after 10 batches.
+Each run is a name and overrides; one such as `more@10` starts from a checkpoint after 10 batches, one whose name begins
+with `lost` or `infinite` is spoilt.
 `OUT/<name>` is its folder; `OUT/<name>/seen.json` holds the loss of every batch and the numbers of its rows.
 """
 
@@ -18,11 +19,37 @@ import sys
 from typing import Any
 
 import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
 from composer.utils import dist
+from torch.distributed.tensor import DTensor
 
 from electra_composer import parallelism, pretrain, runs
 from electra_composer.composer_model import ElectraPretraining
 from electra_composer.config import PretrainConfig, load_config
+
+
+class LostUpdates(Callback):
+    """The last process keeps its part of the token embeddings as it was, as in pytorch#176076."""
+
+    def _part(self, state: State) -> torch.Tensor:
+        (table,) = (p for name, p in state.model.named_parameters() if name.endswith("embeddings.word.weight"))
+        return (table.to_local() if isinstance(table, DTensor) else table).detach()
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.before = self._part(state).clone()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == dist.get_world_size() - 1:
+            self._part(state).copy_(self.before)
+
+
+class InfiniteLoss(Callback):
+    """In its second batch, the loss of the last process is infinite, with a gradient that is not."""
+
+    def before_loss(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch == 1 and dist.get_global_rank() == dist.get_world_size() - 1:
+            state.outputs["mlm_loss"] = state.outputs["mlm_loss"] + float("inf")
 
 
 class Losses(Callback):
@@ -52,6 +79,9 @@ class Noise:
         return self.count_batch(model, {**batch, "noise": torch.cat(noise)})
 
 
+SPOILERS = {"lost": LostUpdates(), "infinite": InfiniteLoss()}
+
+
 def main(out: str, yaml: str, arrangements: list[str]) -> None:
     torch.set_num_threads(1)
     compile_config = parallelism.compile_config
@@ -63,7 +93,8 @@ def main(out: str, yaml: str, arrangements: list[str]) -> None:
         name, *overrides = arrangement.split()
         noise = Noise(start=int(name.partition("@")[2] or 0))
         losses = Losses()
-        runs.build_callbacks = lambda config, losses=losses: [losses]  # type: ignore[assignment]
+        spoilers = [spoiler for word, spoiler in SPOILERS.items() if name.startswith(word)]
+        runs.build_callbacks = lambda config, callbacks=(losses, *spoilers): list(callbacks)  # type: ignore[assignment]
         ElectraPretraining.count_batch = lambda model, batch, noise=noise: noise(model, batch)  # type: ignore
         torch._dynamo.reset()
         folder = os.path.join(out, name)
