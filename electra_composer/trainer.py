@@ -8,7 +8,10 @@ never goes to the device.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,7 +39,8 @@ class RunTrainer(Trainer):
         self.guard = guard
         time = parse_time(log_interval, "trainer.log_interval")
         self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
-        super().__init__(**arguments)
+        with _signal_files_apart():
+            super().__init__(**arguments)
 
     def _use_closures(self) -> bool:
         # A closure has to return the loss as a number. No optimizer of ours needs one.
@@ -68,6 +72,25 @@ class RunTrainer(Trainer):
             counts[2] = seconds
         samples, tokens, time = counts.tolist()
         return round(samples), round(tokens), datetime.timedelta(seconds=time)
+
+
+@contextlib.contextmanager
+def _signal_files_apart() -> Iterator[None]:
+    """Give the files by which a node's processes wait for their first a name for each node.
+
+    Composer means them to have one, and then sends the first node's name to all. Where nodes share the run's folder,
+    the first to be done removes the file of the others, and they fail.
+    """
+    name_for_all = dist.get_node_signal_file_name
+
+    def name_for_node(rng: random.Random | None = None) -> str:
+        return f"{name_for_all(rng)}_{dist.get_node_rank()}"
+
+    dist.get_node_signal_file_name = name_for_node
+    try:
+        yield
+    finally:
+        dist.get_node_signal_file_name = name_for_all
 
 
 class RunDeviceGPU(DeviceGPU):
