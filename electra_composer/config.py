@@ -38,7 +38,7 @@ class ShardsConfig(DataConfig):
     train_split: str = "train"
     eval_split: str = "val"
     shuffle: bool = True
-    # parts that the rows are shuffled in, each read by one node; null: the nodes of the run's first start. Runs with the
+    # parts that the rows are shuffled in, each for some nodes; null: the nodes of the run's first start. Runs with the
     # same number have the same order of rows on any number of nodes that divides it, or that it divides
     num_canonical_nodes: int | None = None
     predownload: int | None = None  # rows that Streaming fetches ahead of a remote's reader

@@ -14,6 +14,7 @@ from composer.models import ComposerModel
 from composer.utils import create_interval_scheduler, dist, reproducibility
 from composer.utils.parallelism import FSDP2Config
 from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from electra_composer.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
 from electra_composer.callbacks import BatchSeed, milestone_saver
@@ -217,7 +218,14 @@ def loading(config: RunConfig, sharding: FSDP2Config | None) -> Iterator[dict[st
     with composer_loads_safely(), contextlib.ExitStack() as copies:
         if arguments["load_path"] is not None and (own is None or not arguments["autoresume"]):
             arguments["load_path"] = copies.enter_context(in_form(arguments["load_path"], sharded))
-        yield arguments
+        try:
+            yield arguments
+        except CheckpointException as error:  # no Exception, and its text the tracebacks of all processes
+            reason = next(iter(error.failures.values()))[0]
+            raise UserError(
+                f"{own or arguments['load_path']}: the sharded checkpoint cannot be loaded: "
+                f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+            ) from error
 
 
 def checkpoint_savers(config: RunConfig) -> list[CheckpointSaver]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from electra_composer.errors import UserError
@@ -70,7 +71,7 @@ def _read(folder: str, places: list[tuple[str, ...]]) -> dict[str, Any]:
         for name, value in {**values, **tensors}.items():
             _insert(tree, paths[name], value)
         return _with_lists(tree)
-    except Exception as error:  # whatever the reader stumbles over in foreign bytes: there is no end of its kinds
+    except (Exception, CheckpointException) as error:  # whatever the reader stumbles over; the latter is no Exception
         if isinstance(error, pickle.UnpicklingError) and "unsupported" in str(error).lower():
             raise UserError(
                 f"{folder}: holds objects other than tensors and plain values; it was not loaded, since that could "

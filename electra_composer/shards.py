@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -54,7 +54,7 @@ def _fetch_meta(path: str, remote: str) -> None:
         with open(f"{local}.tmp", encoding="utf-8") as file:
             meta = Meta.from_json(file.read(), path)
         for name in meta.tokenizer.files:
-            if os.path.basename(name) != name:
+            if not _is_inside(name) or os.path.basename(name) != name:
                 raise ValueError(f"tokenizer file {name!r} is not a plain name")
             CloudDownloader.direct_download(os.path.join(remote, TOKENIZER, name), os.path.join(path, TOKENIZER, name))
         os.replace(f"{local}.tmp", local)
@@ -103,8 +103,11 @@ def check_split(config: ShardsConfig, meta: Meta, split: str) -> None:
     try:
         with open(index, encoding="utf-8") as file:
             shards = json.load(file)["shards"]
+        check_names(config.path, [form["basename"] for shard in shards for form in _forms(shard)])
         rows = sum(shard["samples"] for shard in shards)
         broken = [message for shard in shards if (message := _broken_shard(folder, shard))]
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index}: not a readable index of shards ({error}); make them anew with {CONVERT}") from error
     if broken:
@@ -113,9 +116,37 @@ def check_split(config: ShardsConfig, meta: Meta, split: str) -> None:
         raise UserError(f"{index} lists {rows:,} rows, but {META} {meta.splits[split].rows:,}; make the shards anew")
 
 
+def check_names(path: str, names: Iterable[str]) -> None:
+    """Refuse an index whose files are not below its own folder: it would have others read, fetched over or removed.
+
+    A folder inside is fine: `00003/shard.00000.mds`.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for name in names:
+        if not _is_inside(name):
+            raise UserError(
+                f"{path}: the index of its shards names {name!r}, which is outside of the folder; such shards were not "
+                "made by convert_owt.py, and are not read"
+            )
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a name, of a file that a stranger may have written, stays below the folder that it is joined to."""
+    if not isinstance(name, str) or not name or name != name.strip() or "\0" in name or "\\" in name:
+        return False
+    return not os.path.isabs(name) and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def _forms(shard: dict[str, Any]) -> list[dict[str, Any]]:
+    """A shard's files: as it is, and compressed."""
+    return [form for form in (shard["raw_data"], shard["zip_data"]) if form is not None]
+
+
 def _broken_shard(folder: str, shard: dict[str, Any]) -> str | None:
     """What is wrong with a shard's file; either of its forms, compressed or not, is enough."""
-    forms = [form for form in (shard["raw_data"], shard["zip_data"]) if form is not None]
+    forms = _forms(shard)
     if any(_size(os.path.join(folder, form["basename"])) == form["bytes"] for form in forms):
         return None
     name = os.path.join(folder, forms[-1]["basename"])
@@ -159,8 +190,11 @@ def build_dataloader(
         dataset = RowDataset(
             config, split, batch_size, shuffle, seed, meta.max_seq_length, meta.tokenizer.special_ids["pad"]
         )
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise UserError(f"{config.path}: the shards of split {split!r} cannot be opened: {error}") from error
+    # A remote's index is here only now; none of its shards is yet.
+    files = [file for shard in dataset.shards for file in (shard.raw_data, shard.zip_data) if file is not None]
+    check_names(config.path, [file.basename for file in files])
     return RowLoader(
         dataset,
         batch_size=batch_size,
