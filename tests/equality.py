@@ -13,10 +13,13 @@ with `lost` or `infinite` is spoilt.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from composer.core import Callback, State
@@ -84,25 +87,43 @@ SPOILERS = {"lost": LostUpdates(), "infinite": InfiniteLoss()}
 
 def main(out: str, yaml: str, arrangements: list[str]) -> None:
     torch.set_num_threads(1)
-    compile_config = parallelism.compile_config
-    parallelism.compile_config = lambda *arguments: (
-        (config := compile_config(*arguments)) and {**config, "backend": "aot_eager"}
-    )
-    runs.check_compile = lambda trainer: None  # no compiler is needed
     for arrangement in arrangements:
         name, *overrides = arrangement.split()
-        noise = Noise(start=int(name.partition("@")[2] or 0))
-        losses = Losses()
-        spoilers = [spoiler for word, spoiler in SPOILERS.items() if name.startswith(word)]
-        runs.build_callbacks = lambda config, callbacks=(losses, *spoilers): list(callbacks)  # type: ignore[assignment]
-        ElectraPretraining.count_batch = lambda model, batch, noise=noise: noise(model, batch)  # type: ignore
-        torch._dynamo.reset()
         folder = os.path.join(out, name)
-        pretrain.main(load_config(yaml, [f"checkpoints.folder={folder}", *overrides], PretrainConfig))
+        noise, losses = Noise(start=int(name.partition("@")[2] or 0)), Losses()
+        callbacks = [losses, *(spoiler for word, spoiler in SPOILERS.items() if name.startswith(word))]
+        with contextlib.ExitStack() as patches:
+            for place, attribute, replacement in (
+                (parallelism, "compile_config", traced(parallelism.compile_config)),
+                (runs, "check_compile", lambda trainer: None),  # no compiler is needed
+                (runs, "build_callbacks", lambda config: callbacks),  # noqa: B023
+                (ElectraPretraining, "count_batch", lambda model, batch: noise(model, batch)),  # noqa: B023
+            ):
+                patches.enter_context(mock.patch.object(place, attribute, replacement))
+            pretrain.main(load_config(yaml, [f"checkpoints.folder={folder}", *overrides], PretrainConfig))
         if dist.get_global_rank() == 0:
+            seen = {"losses": losses.losses, "rows": noise.rows, "graphs": len(GRAPHS)}
             with open(os.path.join(folder, "seen.json"), "w", encoding="utf-8") as file:
-                json.dump({"losses": losses.losses, "rows": noise.rows}, file)
-        ElectraPretraining.count_batch = noise.count_batch  # type: ignore[method-assign]
+                json.dump(seen, file)
+        GRAPHS.clear()
+        torch._dynamo.reset()
+
+
+GRAPHS: list[Any] = []  # that were compiled
+
+
+def traced(compile_config: Callable[..., Any]) -> Callable[..., Any]:
+    """Our arguments of `torch.compile`, with a backend that runs a graph as it is traced, and counts it."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        GRAPHS.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def config(*arguments: Any) -> Any:
+        made = compile_config(*arguments)
+        return made and {**made, "backend": backend}
+
+    return config
 
 
 if __name__ == "__main__":

@@ -165,9 +165,7 @@ def test_a_planner_wants_all_weights_and_no_more(sharded: Callable[..., Path]) -
     dcp.load(more, storage_reader=dcp.FileSystemReader(folder), planner=SafeLoadPlanner(), no_dist=True)
     assert more["state"]["model"]["model.x"].tolist() == [0, 1, 2]  # type: ignore[index]
     for lacking in ({"model": {"model.y": torch.zeros(3)}}, {"optimizers": {"AdamW": torch.zeros(3)}}):
-        with pytest.raises(
-            CheckpointException, match=r"has no state\.(model\.model\.y|optimizers\.AdamW)"
-        ):
+        with pytest.raises(CheckpointException, match=r"has no state\.(model\.model\.y|optimizers\.AdamW)"):
             dcp.load(
                 {"state": lacking}, storage_reader=dcp.FileSystemReader(folder), planner=SafeLoadPlanner(), no_dist=True
             )
