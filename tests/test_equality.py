@@ -43,6 +43,7 @@ checkpoints: {folder: FOLDER, milestones: [0.5, 1.0]}
 TIED = "model.tie_encoder=true model.generator_size=1.0 model.num_heads=1"
 COMPILED = "trainer.compile=true"
 FSDP = "trainer.fsdp={}"
+MICRO = "trainer.device_train_microbatch_size=5"
 SHARDED = "trainer.fsdp={} trainer.fsdp.state_dict_type=sharded"
 
 
@@ -62,7 +63,7 @@ def one(folder: Path) -> Path:
             "whole",
             f"tied {TIED}",
             f"fsdp {FSDP}",
-            "micro_recomputed trainer.device_train_microbatch_size=5 trainer.activation_checkpointing=true",
+            f"micro_recomputed {MICRO} trainer.activation_checkpointing=true",
             "infinite trainer.on_nonfinite=skip",
         ]
         equality.main(str(folder / "1"), str(folder / "equal.yaml"), arrangements)
@@ -70,9 +71,8 @@ def one(folder: Path) -> Path:
 
 
 def runs_of(folder: Path, processes: int, *arrangements: str) -> Path:
-    launch(
-        processes, str(TESTS / "equality.py"), str(folder / str(processes)), str(folder / "equal.yaml"), *arrangements
-    )
+    yaml, out = folder / "equal.yaml", folder / str(processes)
+    launch(processes, str(TESTS / "equality.py"), str(out), str(yaml), *arrangements)
     return out
 
 
@@ -84,7 +84,7 @@ def two(folder: Path, one: Path) -> Path:
         2,
         "ddp",
         f"ddp_compiled {COMPILED}",
-        f"fsdp_micro_recomputed {FSDP} trainer.device_train_microbatch_size=2 trainer.fsdp.activation_checkpointing=true",
+        f"fsdp_micro_recomputed {FSDP} {MICRO} trainer.fsdp.activation_checkpointing=true",
         f"tied_fsdp_compiled {TIED} {COMPILED} {FSDP}",
         f"sharded {SHARDED}",
         f"ddp_from_file@10 checkpoints.load_path={middle(one / 'whole')}",
