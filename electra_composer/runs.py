@@ -77,6 +77,11 @@ def device_batch_size(trainer: TrainerConfig) -> int:
     rows = total // processes
     if isinstance(microbatch, str) and microbatch != "auto":
         raise UserError(f"trainer.device_train_microbatch_size is {microbatch!r}; expected a number, auto or null")
+    if microbatch == "auto" and trainer.fsdp is not None:
+        raise UserError(
+            "trainer.device_train_microbatch_size is auto, which Composer does not do under FSDP2; give a number, or "
+            "null for no split"
+        )
     if isinstance(microbatch, int) and not 1 <= microbatch <= rows:
         raise UserError(
             f"trainer.device_train_microbatch_size is {microbatch}; expected 1 to {rows}, the rows that each of "

@@ -11,7 +11,7 @@ from composer.core import state as composer_state
 from composer.devices import DeviceCPU
 from composer.utils import dist
 
-from electra_composer import parallelism
+from electra_composer import parallelism, runs
 from electra_composer.composer_model import ElectraPretraining
 from electra_composer.config import FSDPConfig, TrainerConfig
 from electra_composer.encoder import Layer
@@ -68,6 +68,16 @@ def test_hybrid_sharding_that_cannot_be(replicas: int, device: str, message: str
         parallelism.fsdp_config(FSDPConfig(data_parallel_replicate_degree=replicas), device)
 
 
+def test_a_microbatch_that_is_to_be_found_is_refused_with_fsdp() -> None:
+    trainer = TrainerConfig(
+        global_train_batch_size=8, device_train_microbatch_size="auto", device_eval_batch_size=8, fsdp=FSDPConfig()
+    )
+    with pytest.raises(UserError, match="which Composer does not do under FSDP2"):
+        runs.device_batch_size(trainer)
+    trainer.fsdp = None
+    assert runs.device_batch_size(trainer) == 8
+
+
 def test_without_fsdp() -> None:
     assert parallelism.fsdp_config(None, "cpu") is None
 
@@ -104,16 +114,16 @@ def test_recomputed_activations_change_nothing_but_the_memory(
         if recompute:
             parallelism.recompute_activations(model)
         assert list(model.state_dict()) == names
-        runs = []
+        calls = []
         for module in model.modules():
             if isinstance(module, Layer):
-                module.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+                module.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         batch = make_batch([[(10, 12)], [(20, 0)]])
         torch.manual_seed(3)
         batch = model.count_batch(batch)
         losses = model.loss(model(batch), batch)
         losses["total"].backward()
-        results.append((losses, [parameter.grad for parameter in model.parameters()], len(runs)))
+        results.append((losses, [parameter.grad for parameter in model.parameters()], len(calls)))
     (losses, gradients, once), (again, others, twice) = results
     assert twice == 2 * once > 0
     assert losses == again
