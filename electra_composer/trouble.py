@@ -121,7 +121,7 @@ class NumericalGuard(Callback):
 
     def keep_losses(self, losses: dict[str, Tensor]) -> None:
         """The trainer tells here what a batch's loss was: `loss/train/total`, of this process, on the device."""
-        self._pending[-1].loss = losses["loss/train/total"].detach()
+        self._pending[-1].loss = losses["loss/train/total"].detach().clone()  # Composer adds up over processes in place
 
     def batch_end(self, state: State, logger: Logger) -> None:
         assert self.interval is not None
