@@ -133,10 +133,13 @@ class NumericalGuard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self.look()  # a checkpoint is about to be written, on all processes
-        return {"skipped": self.skipped}
+        counts = {"skipped": self.skipped, "in_a_row": self._in_a_row, "spikes": vars(self.spikes)}
+        return {"counts": json.dumps(counts)}  # one value, that a sharded checkpoint does not take apart
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skipped = state["skipped"]
+        counts = json.loads(state["counts"])
+        self.skipped, self._in_a_row = counts["skipped"], counts["in_a_row"]
+        vars(self.spikes).update(counts["spikes"])
 
     def look(self) -> None:
         """Read what the device has found of the batches since the last look; on all processes.

@@ -216,6 +216,23 @@ def test_many_spikes_are_few_lines() -> None:
     assert lines[1].endswith("(9 more such batches since the last of these lines)")
 
 
+def test_a_resumed_run_counts_on() -> None:
+    """What is reported after a resume is what would have been without."""
+    dice = random.Random(0)
+    losses = [5 + dice.gauss(0, 0.1) for _ in range(150)] + [9.0] + [5.0] * 20
+    guard = NumericalGuard("nowhere", None)
+    guard.skipped = 3
+    for batch, loss in enumerate(losses[:120], start=1):
+        guard.spikes.see(batch, loss)
+    resumed = NumericalGuard("nowhere", None)
+    resumed.load_state_dict(guard.state_dict())
+    assert resumed.skipped == 3
+    for batch, loss in enumerate(losses[120:], start=121):
+        assert resumed.spikes.see(batch, loss) == guard.spikes.see(batch, loss)
+    assert resumed.spikes.last == 151
+    assert vars(resumed.spikes) == vars(guard.spikes)
+
+
 def test_no_spike_before_there_is_a_mean() -> None:
     assert spikes([5.0] * 50 + [50.0] + [5.0] * 20)[1] == []
 
