@@ -102,6 +102,9 @@ def compile_model(model: ComposerModel, trainer: TrainerConfig, static_shapes: b
     arguments = compile_config(trainer, static_shapes)
     if arguments is None:
         return
+    # All layers are one function: two widths, in training and evaluation, with a smaller last batch each, are the eight
+    # variants that torch allows before it takes it for a mistake.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     parts = [module for module in model.modules() if isinstance(module, Layer)] if trainer.fsdp is not None else [model]
     for part in parts:
         part.forward = torch.compile(part.forward, **arguments)  # type: ignore[method-assign]

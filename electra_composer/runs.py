@@ -166,7 +166,7 @@ def build_trainer(
     optimizer = build_optimizer(config.optimizer, model)
     sharding = fsdp_config(trainer.fsdp, device)
     compile_model(model, trainer, static_shapes)
-    if trainer.activation_checkpointing:
+    if trainer.activation_checkpointing and not (sharding is not None and sharding.activation_checkpointing):
         recompute_activations(model)
     with loading(config, sharding) as load_arguments:
         return RunTrainer(
@@ -268,7 +268,7 @@ def checkpoint_to_load(config: RunConfig) -> str | None:
     checkpoints = config.checkpoints
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
     if checkpoints.resume and not checkpoints.overwrite and os.path.lexists(latest):
-        return os.path.realpath(latest)
+        return latest
     return path_to_start_from(config)
 
 
