@@ -11,14 +11,57 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from composer.utils import dist
+from torch.distributed.checkpoint.api import CheckpointException
 
+from electra_composer.config import CheckpointConfig
 from electra_composer.errors import UserError
-from electra_composer.safe_loading import read_file
+from electra_composer.safe_loading import composer_loads_safely, read_file
 from electra_composer.sharded_checkpoint import is_sharded, read_whole
+
+
+@contextlib.contextmanager
+def loading(
+    checkpoints: CheckpointConfig, latest: str, load_path: str | None, sharded: bool
+) -> Iterator[dict[str, Any]]:
+    """Composer's arguments that say what a run starts from, for the time in which its `Trainer` loads that: safely.
+
+    A checkpoint of the other form than the run's is written anew in the run's form first; where it is the run's own
+    newest, it is given as one to load, since Composer looks for its own form alone.
+
+    Args:
+        checkpoints: of the configuration.
+        latest: the link to the run's own newest checkpoint, whether it is there or not.
+        load_path: what the run starts from if it is not.
+        sharded: the form of the run's checkpoints.
+
+    Raises:
+        UserError: what is to be loaded cannot be, or only unsafely.
+    """
+    resumes = checkpoints.resume and not checkpoints.overwrite
+    own = os.path.realpath(latest) if resumes and os.path.exists(latest) else None
+    arguments: dict[str, Any] = {
+        "autoresume": resumes and bool(checkpoints.interval or checkpoints.milestones),
+        "load_path": load_path,
+        "load_weights_only": checkpoints.load_weights_only,
+    }
+    if own is not None and is_sharded(own) != sharded:
+        arguments = {"autoresume": False, "load_path": own, "load_weights_only": False}
+    with composer_loads_safely(), contextlib.ExitStack() as copies:
+        if arguments["load_path"] is not None and (own is None or not arguments["autoresume"]):
+            arguments["load_path"] = copies.enter_context(in_form(arguments["load_path"], sharded))
+        try:
+            yield arguments
+        except CheckpointException as error:  # no Exception, and its text the tracebacks of all processes
+            reason = next(iter(error.failures.values()))[0]
+            raise UserError(
+                f"{own or load_path}: the sharded checkpoint cannot be loaded: {type(reason).__name__}: "
+                f"{' '.join(str(reason).split())[:300]}"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -12,19 +12,16 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Callback, DataSpec
 from composer.models import ComposerModel
 from composer.utils import create_interval_scheduler, dist, reproducibility
-from composer.utils.parallelism import FSDP2Config
 from torch._dynamo.exc import TorchDynamoException
-from torch.distributed.checkpoint.api import CheckpointException
 
 from electra_composer.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
 from electra_composer.callbacks import BatchSeed, milestone_saver
-from electra_composer.checkpoint_forms import in_form
+from electra_composer.checkpoint_forms import loading
 from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.devices import keep_freed_memory, resolve_device
 from electra_composer.errors import UserError
 from electra_composer.optim import parse_time
 from electra_composer.parallelism import compile_model, fsdp_config, recompute_activations
-from electra_composer.safe_loading import composer_loads_safely
 from electra_composer.sharded_checkpoint import is_sharded
 from electra_composer.trainer import RunTrainer, run_device
 from electra_composer.trouble import NumericalGuard
@@ -165,10 +162,12 @@ def build_trainer(
     guard = NumericalGuard(checkpoints.folder, trainer.gradient_clip, trainer.on_nonfinite)
     optimizer = build_optimizer(config.optimizer, model)
     sharding = fsdp_config(trainer.fsdp, device)
+    is_sharded_run = sharding is not None and sharding.state_dict_type == "sharded"
     compile_model(model, trainer, static_shapes)
     if trainer.activation_checkpointing and not (sharding is not None and sharding.activation_checkpointing):
         recompute_activations(model)
-    with loading(config, sharding) as load_arguments:
+    latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
+    with loading(checkpoints, latest, path_to_start_from(config), is_sharded_run) as load_arguments:
         return RunTrainer(
             log_interval=trainer.log_interval,
             guard=guard,
@@ -199,38 +198,6 @@ def build_trainer(
             **load_arguments,
             load_strict_model_weights=True,
         )
-
-
-@contextlib.contextmanager
-def loading(config: RunConfig, sharding: FSDP2Config | None) -> Iterator[dict[str, Any]]:
-    """Composer's arguments that say what a run starts from, for the time in which it loads that: safely.
-
-    A checkpoint of the other form than the run's (one file, or sharded) is written anew in the run's form first; where
-    it is the run's own newest, it is given as one to load, since Composer looks for its own form alone.
-    """
-    checkpoints = config.checkpoints
-    resumes = checkpoints.resume and not checkpoints.overwrite
-    latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
-    own = os.path.realpath(latest) if resumes and os.path.exists(latest) else None
-    sharded = sharding is not None and sharding.state_dict_type == "sharded"
-    arguments: dict[str, Any] = {
-        "autoresume": resumes and bool(checkpoints.interval or checkpoints.milestones),
-        "load_path": path_to_start_from(config),
-        "load_weights_only": checkpoints.load_weights_only,
-    }
-    if own is not None and is_sharded(own) != sharded:
-        arguments = {"autoresume": False, "load_path": own, "load_weights_only": False}
-    with composer_loads_safely(), contextlib.ExitStack() as copies:
-        if arguments["load_path"] is not None and (own is None or not arguments["autoresume"]):
-            arguments["load_path"] = copies.enter_context(in_form(arguments["load_path"], sharded))
-        try:
-            yield arguments
-        except CheckpointException as error:  # no Exception, and its text the tracebacks of all processes
-            reason = next(iter(error.failures.values()))[0]
-            raise UserError(
-                f"{own or arguments['load_path']}: the sharded checkpoint cannot be loaded: "
-                f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
-            ) from error
 
 
 def checkpoint_savers(config: RunConfig) -> list[CheckpointSaver]:
