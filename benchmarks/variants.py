@@ -35,7 +35,8 @@ from electra_composer.devices import (
     set_malloc,
 )
 from electra_composer.electra import ElectraForPretraining
-from electra_composer.runs import build_trainer, compile_config
+from electra_composer.parallelism import compile_config
+from electra_composer.runs import build_trainer
 from electra_composer.shards import build_data_spec
 
 NAMES = {"a": "reference", "b": "ours", "c": "trainer", "d": "trainer_without_callbacks"}

@@ -1,13 +1,12 @@
 """Checkpoints and pretrained weights, loaded strictly and safely.
 
-Composer's checkpoints are pickles. What is read here (for export and finetuning) goes through `weights_only=True`,
-which runs no code of the file's; a checkpoint that needs more is refused.
+Composer's checkpoints are pickles. They are read without running code of the file's (safe_loading.py); a checkpoint
+that needs more is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import pickle
 import tempfile
@@ -16,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import ElectraForPreTraining as TransformersElectraForPreTraining
@@ -27,6 +24,7 @@ from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.electra import ElectraForPretraining, SpecialIds, discriminator_config, generator_config
 from electra_composer.encoder import EncoderConfig
 from electra_composer.errors import UserError
+from electra_composer.safe_loading import read_file
 from electra_composer.sharded_checkpoint import is_sharded, read_sharded
 from electra_composer.weight_maps import (
     State,
@@ -99,7 +97,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     if is_sharded(path):
         model_state, record = read_sharded(path)
     else:
-        content = _read_file(path)
+        content = read_file(path)
         try:
             model_state, record = content["state"]["model"], content["state"]["callbacks"]["RunRecord"]
         except (KeyError, IndexError, TypeError) as error:
@@ -118,27 +116,6 @@ def read_checkpoint(path: str) -> Checkpoint:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: the tokenizer in it cannot be read: {_one_line(error)}") from error
     return Checkpoint(path, state, config, tokenizer)
-
-
-def _read_file(path: str) -> Any:
-    """The content of a checkpoint file, without running code of the file's."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint; expected a .pt file that pretrain.py wrote, or its run folder")
-    try:
-        with torch.serialization.safe_globals(_checkpoint_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        lines = str(error).splitlines()
-        reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])
-        raise UserError(
-            f"{path}: not a checkpoint, or one with objects other than tensors and plain values; it was not loaded, "
-            f"since that could run code of the file's: {reason.rpartition('WeightsUnpickler error: ')[2]}"
-        ) from error
-    except Exception as error:  # whatever the reader stumbles over in foreign bytes: there is no end of its kinds
-        raise UserError(
-            f"{path}: not a readable checkpoint (cut short, or another kind of file?): "
-            f"{type(error).__name__}: {_one_line(error)}"
-        ) from error
 
 
 def _not_ours(path: str, error: Exception) -> UserError:
@@ -257,15 +234,3 @@ def check_state_fits(state: State, expected: State, origin: str) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def _checkpoint_globals() -> list[Any]:
-    """Plain value types that Composer puts beside the tensors: times, NumPy's random state. None of them runs code."""
-    return [
-        datetime.timedelta,
-        torch.torch_version.TorchVersion,
-        np.ndarray,
-        np.dtype,
-        np.dtypes.UInt32DType,
-        np.empty(0).__reduce__()[0],  # NumPy's own array constructor, whose home moved between versions 1 and 2
-    ]

@@ -58,6 +58,9 @@ class ShardsConfig(DataConfig):
     train_split: str = "train"
     eval_split: str = "val"
     shuffle: bool = True
+    # parts that the rows are shuffled in, each for some nodes; null: the nodes of the run's first start. Runs with the
+    # same number have the same order of rows on any number of nodes that divides it, or that it divides
+    num_canonical_nodes: int | None = None
     predownload: int | None = None  # rows that Streaming fetches ahead of a remote's reader
     cache_limit: str | None = None  # such as 50gb: oldest shards of a remote are dropped beyond it
     download_attempts: int = 3  # at a file of a remote, with growing pauses between them
@@ -126,10 +129,11 @@ class ScheduleConfig:
 
 @dataclass
 class FSDPConfig:
-    """Fully sharded data parallelism (FSDP2), as Composer's `FSDP2Config` takes it."""
+    """Fully sharded data parallelism (FSDP2), as Composer's `FSDP2Config` takes it; see docs/distributed.md."""
 
+    data_parallel_replicate_degree: int = 1  # hybrid sharding (HSDP): replicas of the shards, such as one per node
     reshard_after_forward: bool = True
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # or trainer.activation_checkpointing, which is the same
     activation_cpu_offload: bool = False
     state_dict_type: Literal["full", "sharded"] = "full"  # full: one checkpoint file that export and GLUE read
     mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
@@ -149,9 +153,12 @@ class TrainerConfig:
     device: Literal["cpu", "gpu"] | None = None  # null: a GPU where there is one
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
     gradient_clip: float | None = 1.0  # largest global gradient norm; null: no clipping
+    # a loss or gradient that is NaN or infinite: end the run, or leave that update out and count it; trouble.py
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     compile: Union[bool, str] = False  # noqa: UP007 (OmegaConf); torch.compile; or its mode, such as reduce-overhead
     attention: Literal["auto", "sdpa", "varlen"] = "auto"  # auto: on CUDA the faster of both, measured at start
     fsdp: FSDPConfig | None = None  # {} for its defaults; null: DDP
+    activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, some 30% more time
     deterministic: bool = False
     progress_bar: bool = True
     log_interval: str = "10ba"  # how often train metrics are computed, and the console logger prints

@@ -10,7 +10,7 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.util import wait_for_file_to_exist
 
 from electra_composer.errors import UserError
-from electra_composer.shard_folder import META, TOKENIZER, Meta
+from electra_composer.shard_folder import META, TOKENIZER, Meta, is_inside
 
 START_SECONDS = 30.0  # at most, for meta.json or a file of the tokenizer to come
 
@@ -71,7 +71,7 @@ def fetch_meta(path: str, remote: str, timeout: float) -> None:
         with open(f"{local}.tmp", encoding="utf-8") as file:
             meta = Meta.from_json(file.read(), path)
         for name in meta.tokenizer.files:
-            if os.path.basename(name) != name:
+            if not is_inside(name) or os.path.basename(name) != name:
                 raise ValueError(f"tokenizer file {name!r} is not a plain name")
             fetch(downloader, os.path.join(remote, TOKENIZER, name), os.path.join(path, TOKENIZER, name), timeout)
         os.replace(f"{local}.tmp", local)

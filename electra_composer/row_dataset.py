@@ -101,6 +101,7 @@ class RowDataset(StreamingDataset):
                 shuffle_seed=seed,
                 epoch_size=epoch_size,
                 batching_method=batching_method,
+                num_canonical_nodes=config.num_canonical_nodes,
                 predownload=config.predownload,
                 cache_limit=config.cache_limit,
                 download_retry=config.download_attempts,
@@ -151,7 +152,8 @@ class RowDataset(StreamingDataset):
         if self._ahead is not None:
             self._ahead.position += len(numbers)
         packed = collate_rows(rows, self._max_seq_length, self._pad_id)
-        return {"packed": torch.from_numpy(packed), "num_tokens": int(rows.row_lengths.sum())}
+        num_tokens = int(rows.row_lengths.sum())
+        return {"packed": torch.from_numpy(packed), "num_tokens": num_tokens, "rows": [int(row) for row in numbers]}
 
     def _wait_for_shard(self, shard: int) -> None:
         """Fetch or unpack a shard, or wait for whichever process is at it.
@@ -250,7 +252,8 @@ class _FetchAhead:
 class RowLoader(StreamingDataLoader):
     """A `StreamingDataLoader` of :class:`RowDataset`.
 
-    The four tensors of a batch come from the worker as one, since each costs a file descriptor and system calls.
+    The four tensors of a batch come from the worker as one, and the rows' numbers as a list, since each tensor costs a
+    file descriptor and system calls.
 
     Its workers end at once when nothing refers to it any more:
     Composer's objects refer to each other in circles. When the garbage collector breaks one up, it closes the queues to
@@ -258,9 +261,11 @@ class RowLoader(StreamingDataLoader):
     """
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches of int64 tensors `[rows, max_seq_length]`, and `num_tokens`; see :func:`collate_rows`."""
+        """Batches of int64 tensors `[rows, max_seq_length]`, `num_tokens`, and `rows`, int64 `[rows]`: their numbers in
+        the split, by which a batch can be found again. See :func:`collate_rows`."""
         for batch in super().__iter__():
-            yield {**dict(zip(COLUMNS, batch["packed"], strict=True)), "num_tokens": batch["num_tokens"]}
+            columns = dict(zip(COLUMNS, batch["packed"], strict=True))
+            yield {**columns, "num_tokens": batch["num_tokens"], "rows": torch.tensor(batch["rows"])}
 
     def _get_batch_size(self, batch: Any) -> int:
         return int(batch["packed"].shape[1])

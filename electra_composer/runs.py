@@ -8,22 +8,23 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from composer import Evaluator, Trainer
-from composer.algorithms import GradientClipping
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, DataSpec
 from composer.models import ComposerModel
 from composer.utils import create_interval_scheduler, dist, reproducibility
-from composer.utils.parallelism import FSDP2Config
 from torch._dynamo.exc import TorchDynamoException
 
 from electra_composer.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
 from electra_composer.callbacks import BatchSeed, milestone_saver
+from electra_composer.checkpoint_forms import loading
 from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.devices import keep_freed_memory, resolve_device
 from electra_composer.errors import UserError
 from electra_composer.optim import parse_time
+from electra_composer.parallelism import compile_model, fsdp_config, recompute_activations
 from electra_composer.sharded_checkpoint import is_sharded
 from electra_composer.trainer import RunTrainer, run_device
+from electra_composer.trouble import NumericalGuard
 
 LATEST = "latest-rank{rank}.pt"
 
@@ -73,6 +74,11 @@ def device_batch_size(trainer: TrainerConfig) -> int:
     rows = total // processes
     if isinstance(microbatch, str) and microbatch != "auto":
         raise UserError(f"trainer.device_train_microbatch_size is {microbatch!r}; expected a number, auto or null")
+    if microbatch == "auto" and trainer.fsdp is not None:
+        raise UserError(
+            "trainer.device_train_microbatch_size is auto, which Composer does not do under FSDP2; give a number, or "
+            "null for no split"
+        )
     if isinstance(microbatch, int) and not 1 <= microbatch <= rows:
         raise UserError(
             f"trainer.device_train_microbatch_size is {microbatch}; expected 1 to {rows}, the rows that each of "
@@ -120,14 +126,6 @@ def compile_errors_named() -> Iterator[None]:
         ) from error
 
 
-def compile_config(trainer: TrainerConfig, static_shapes: bool) -> dict[str, Any] | None:
-    """Arguments of `torch.compile` for Composer's `compile_config`; one graph or an error, never a slow remainder."""
-    if not trainer.compile:
-        return None
-    mode = {"mode": trainer.compile} if isinstance(trainer.compile, str) else {}
-    return {"fullgraph": True, "dynamic": not static_shapes, **mode}
-
-
 def microbatch_size(trainer: TrainerConfig) -> int:
     """Rows that the model sees at a time; the largest there may be where Composer is to find the number."""
     microbatch = trainer.device_train_microbatch_size
@@ -161,38 +159,45 @@ def build_trainer(
     device, precision, _ = resolve_device(trainer)
     savers = checkpoint_savers(config)
     microbatch = trainer.device_train_microbatch_size
-    return RunTrainer(
-        log_interval=trainer.log_interval,
-        model=model,
-        train_dataloader=train_data,
-        eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
-        max_duration=max_duration,
-        eval_interval=trainer.eval_interval,
-        eval_subset_num_batches=trainer.eval_batches or -1,
-        optimizers=build_optimizer(config.optimizer, model),
-        algorithms=[GradientClipping("norm", trainer.gradient_clip)] if trainer.gradient_clip else None,
-        callbacks=[
-            BatchSeed(config.seed),
-            build_scheduler(config.schedule, max_duration),
-            *build_callbacks(config.callbacks),
-            *callbacks,
-            *savers,
-        ],
-        loggers=build_loggers(config.loggers, checkpoints.folder, trainer.log_interval, trainer.progress_bar),
-        progress_bar=False,  # ours is among the loggers
-        run_name=config.run_name,
-        seed=config.seed,
-        device=run_device(device),
-        precision=precision,
-        device_train_microbatch_size=microbatch_size(trainer) if microbatch is None else microbatch,
-        parallelism_config={"fsdp": FSDP2Config(**vars(trainer.fsdp))} if trainer.fsdp is not None else None,
-        compile_config=compile_config(trainer, static_shapes),
-        deterministic_mode=trainer.deterministic,
-        autoresume=bool(savers) and checkpoints.resume and not checkpoints.overwrite,
-        load_path=path_to_start_from(config),
-        load_weights_only=checkpoints.load_weights_only,
-        load_strict_model_weights=True,
-    )
+    guard = NumericalGuard(checkpoints.folder, trainer.gradient_clip, trainer.on_nonfinite)
+    optimizer = build_optimizer(config.optimizer, model)
+    sharding = fsdp_config(trainer.fsdp, device)
+    is_sharded_run = sharding is not None and sharding.state_dict_type == "sharded"
+    compile_model(model, trainer, static_shapes)
+    if trainer.activation_checkpointing and not (sharding is not None and sharding.activation_checkpointing):
+        recompute_activations(model)
+    latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
+    with loading(checkpoints, latest, path_to_start_from(config), is_sharded_run) as load_arguments:
+        return RunTrainer(
+            log_interval=trainer.log_interval,
+            guard=guard,
+            model=model,
+            train_dataloader=train_data,
+            eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
+            max_duration=max_duration,
+            eval_interval=trainer.eval_interval,
+            eval_subset_num_batches=trainer.eval_batches or -1,
+            optimizers=optimizer,
+            callbacks=[
+                BatchSeed(config.seed),
+                build_scheduler(config.schedule, max_duration),
+                guard,
+                *build_callbacks(config.callbacks),
+                *callbacks,
+                *savers,
+            ],
+            loggers=build_loggers(config.loggers, checkpoints.folder, trainer.log_interval, trainer.progress_bar),
+            progress_bar=False,  # ours is among the loggers
+            run_name=config.run_name,
+            seed=config.seed,
+            device=run_device(device),
+            precision=precision,
+            device_train_microbatch_size=microbatch_size(trainer) if microbatch is None else microbatch,
+            parallelism_config={"fsdp": sharding} if sharding is not None else None,
+            deterministic_mode=trainer.deterministic,
+            **load_arguments,
+            load_strict_model_weights=True,
+        )
 
 
 def checkpoint_savers(config: RunConfig) -> list[CheckpointSaver]:
@@ -223,17 +228,15 @@ def checkpoint_savers(config: RunConfig) -> list[CheckpointSaver]:
 
 
 def checkpoint_to_load(config: RunConfig) -> str | None:
-    """The checkpoint file that the trainer will start from: the run's newest, else `checkpoints.load_path`, else none.
+    """The checkpoint that the trainer will start from: the run's newest, else `checkpoints.load_path`, else none.
 
-    Composer loads it as a pickle, so it is to be read safely and checked first. Sharded checkpoints are folders, which
-    torch's own distributed checkpointing reads, and are left to it.
+    A file, or the folder of a sharded one; to be checked before anything is built.
     """
     checkpoints = config.checkpoints
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
     if checkpoints.resume and not checkpoints.overwrite and os.path.lexists(latest):
-        return latest if os.path.isfile(latest) else None
-    path = path_to_start_from(config)
-    return None if path is None or os.path.isdir(path) else path
+        return latest
+    return path_to_start_from(config)
 
 
 def path_to_start_from(config: RunConfig) -> str | None:

@@ -111,3 +111,10 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str) -> Tokeniz
 def id_dtype(vocab_size: int) -> str:
     """The smallest type of the shards' ids that holds a vocabulary."""
     return "uint16" if vocab_size <= np.iinfo(np.uint16).max + 1 else "uint32"
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a name, of a file that a stranger may have written, stays below the folder that it is joined to."""
+    if not isinstance(name, str) or not name or name != name.strip() or "\0" in name or "\\" in name:
+        return False
+    return not os.path.isabs(name) and all(part not in ("", ".", "..") for part in name.split("/"))

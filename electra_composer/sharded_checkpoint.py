@@ -1,8 +1,7 @@
 """Sharded checkpoints of pretraining (`trainer.fsdp.state_dict_type: sharded`), read whole by one process, and safely.
 
 A folder holds a file per process and a table of contents, `.metadata`. torch.distributed.checkpoint writes that table
-as a pickle, and would load it as one, which runs what a stranger has put there. Here it is read by an unpickler that
-knows the table's own classes and no others; tensors and plain values go through `weights_only=True`.
+as a pickle, and would load it as one, which runs what a stranger has put there. Here it is read by safe_loading.py.
 """
 
 from __future__ import annotations
@@ -15,29 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from electra_composer.errors import UserError
-
-CONTENTS = ".metadata"
-
-# What a table of contents is made of (torch.distributed.checkpoint.metadata, filesystem). None of them runs code.
-CONTENT_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath"},
-}
+from electra_composer.safe_loading import CONTENTS, load_value, read_contents
 
 
 def is_sharded(path: str) -> bool:
@@ -48,24 +29,49 @@ def is_sharded(path: str) -> bool:
 def read_sharded(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The model's weights, and the state of the callback `RunRecord`, of a sharded checkpoint.
 
+    Weights alone: whatever else there is (the optimizer's state) stays unread.
+
     Raises:
         UserError: not a checkpoint of ours, incomplete, or one that only unsafe loading could read.
     """
+    content = _read(folder, [("state", "model"), ("state", "callbacks", "RunRecord")])["state"]
+    return content.get("model", {}), content.get("callbacks", {}).get("RunRecord", {})
+
+
+def read_whole(folder: str) -> dict[str, Any]:
+    """All that is in a sharded checkpoint, in the form of Composer's single file: `state`, `rng`.
+
+    Raises:
+        UserError: as :func:`read_sharded`.
+    """
+    return _read(folder, [()])
+
+
+def _read(folder: str, places: list[tuple[str, ...]]) -> dict[str, Any]:
+    """What lies below some of the places of a sharded checkpoint's tree."""
     try:
         reader = _SafeReader(folder)
         contents = reader.read_metadata()
-        paths = contents.planner_data
-        model = {name: path[-1] for name, path in paths.items() if path[:2] == ("state", "model")}
-        tensors = {name: _empty(contents.state_dict_metadata[name]) for name in model}
-        record: dict[str, Any] = {}
-        for name, path in paths.items():
-            if path[:3] == ("state", "callbacks", "RunRecord"):
-                _insert(record, path[3:], _read_value(folder, contents, name))
-        # Weights alone: whatever else there is (the optimizer's state) stays unread.
+        paths = {
+            name: path
+            for name, path in contents.planner_data.items()
+            if any(path[: len(place)] == place for place in places)
+        }
+        values: dict[str, Any] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for name in paths:
+            if isinstance(contents.state_dict_metadata[name], BytesStorageMetadata):
+                values[name] = _read_value(folder, contents, name)
+            else:
+                tensors[name] = _empty(contents.state_dict_metadata[name])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is what we want
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except Exception as error:  # whatever the reader stumbles over in foreign bytes: there is no end of its kinds
+        tree: dict[Any, Any] = {"state": {}}
+        for name, value in {**values, **tensors}.items():
+            _insert(tree, paths[name], value)
+        return _with_lists(tree)
+    except (Exception, CheckpointException) as error:  # whatever the reader stumbles over; the latter is no Exception
         if isinstance(error, pickle.UnpicklingError) and "unsupported" in str(error).lower():
             raise UserError(
                 f"{folder}: holds objects other than tensors and plain values; it was not loaded, since that could "
@@ -75,27 +81,14 @@ def read_sharded(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             f"{folder}: not a readable sharded checkpoint (incomplete, or of another kind?): "
             f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
-    return {model[name]: tensor for name, tensor in tensors.items()}, record
-
-
-class _ContentsUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_type_of_torch = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout))
-        is_size = (module, name) == ("torch", "Size")
-        if name in CONTENT_CLASSES.get(module, ()) or is_type_of_torch or is_size:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"unsupported class {module}.{name} in {CONTENTS}")
 
 
 class _SafeReader(dcp.FileSystemReader):
     """torch's reader, but for the table of contents. It loads tensors with `weights_only=True` itself."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(os.path.join(self.path, CONTENTS), "rb") as file:
-            contents = _ContentsUnpickler(file).load()
-        if getattr(contents, "storage_meta", None) is None:
-            contents.storage_meta = StorageMeta()
-        contents.storage_meta.load_id = self.load_id
+        contents = read_contents(str(self.path))
+        contents.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
         return contents
 
 
@@ -110,10 +103,20 @@ def _read_value(folder: str, contents: Metadata, name: str) -> Any:
     (place,) = (place for index, place in contents.storage_data.items() if index.fqn == name)
     with open(os.path.join(folder, os.path.basename(place.relative_path)), "rb") as file:
         file.seek(place.offset)
-        return torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+        return load_value(io.BytesIO(file.read(place.length)))
 
 
-def _insert(tree: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:
+def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value
+
+
+def _with_lists(tree: Any) -> Any:
+    """Dictionaries whose keys count from 0 are the lists that the writer took apart."""
+    if not isinstance(tree, dict):
+        return tree
+    parts = {key: _with_lists(value) for key, value in tree.items()}
+    if parts and all(isinstance(key, int) for key in parts) and sorted(parts) == list(range(len(parts))):
+        return [parts[index] for index in range(len(parts))]
+    return parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
 from electra_composer.object_store import explain, fetch_meta, wait_for_leader
 from electra_composer.row_dataset import Batch, RowDataset, RowLoader, stream_of
-from electra_composer.shard_folder import META, Meta
+from electra_composer.shard_folder import META, Meta, is_inside
 from electra_composer.streams import (
     Folder,
     batches_per_epoch,
@@ -127,8 +127,11 @@ def _check_folder(folder: Folder, split: str, evaluation: bool) -> None:
     try:
         with open(index, encoding="utf-8") as file:
             shards = json.load(file)["shards"]
+        check_names(path, [form["basename"] for shard in shards for form in _forms(shard)])
         rows = sum(shard["samples"] for shard in shards)
         broken = [message for shard in shards if (message := _broken_shard(path, shard))]
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index}: not a readable index of shards ({error}); make them anew with {CONVERT}") from error
     if broken:
@@ -137,9 +140,30 @@ def _check_folder(folder: Folder, split: str, evaluation: bool) -> None:
         raise UserError(f"{index} lists {rows:,} rows, but {META} {counts[split].rows:,}; make the shards anew")
 
 
+def check_names(path: str, names: Iterable[str]) -> None:
+    """Refuse an index whose files are not below its own folder: it would have others read, fetched over or removed.
+
+    A folder inside is fine: `00003/shard.00000.mds`.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for name in names:
+        if not is_inside(name):
+            raise UserError(
+                f"{path}: the index of its shards names {name!r}, which is outside of the folder; such shards were not "
+                "made by convert_owt.py, and are not read"
+            )
+
+
+def _forms(shard: dict[str, Any]) -> list[dict[str, Any]]:
+    """A shard's files: as it is, and compressed."""
+    return [form for form in (shard["raw_data"], shard["zip_data"]) if form is not None]
+
+
 def _broken_shard(folder: str, shard: dict[str, Any]) -> str | None:
     """What is wrong with a shard's file; either of its forms, compressed or not, is enough."""
-    forms = [form for form in (shard["raw_data"], shard["zip_data"]) if form is not None]
+    forms = _forms(shard)
     if any(_size(os.path.join(folder, form["basename"])) == form["bytes"] for form in forms):
         return None
     name = os.path.join(folder, forms[-1]["basename"])
@@ -198,6 +222,9 @@ def build_dataloader(
     dataset = _build_dataset(config, folders, split, batch_size, shuffle, seed, meta, epoch_size, method)
     if batches is not None:
         dataset.length = batches * batch_size
+    # A remote's index is here only now; none of its shards is yet.
+    files = [file for shard in dataset.shards for file in (shard.raw_data, shard.zip_data) if file is not None]
+    check_names(", ".join(folder.label for folder in folders), [file.basename for file in files])
     return RowLoader(
         dataset,
         batch_size=batch_size,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -27,7 +29,7 @@ def choosing_a_prefix() -> Iterator[None]:
     gc.collect()
     lock = FileLock(os.path.join(tempfile.gettempdir(), f"electra_composer_{os.getuid()}.lock"))
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if World.detect().is_local_leader:
+    if _is_first_on_this_machine():
         lock.acquire()
     try:
         if ranks:
@@ -37,6 +39,20 @@ def choosing_a_prefix() -> Iterator[None]:
             torch.distributed.barrier()
     finally:
         lock.release()
+
+
+def _is_first_on_this_machine() -> bool:
+    """Whether this process is to take the lock: the first of its run that would find the same file.
+
+    Not the first of its node: several launchers on one machine are several nodes, and would wait for each other.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return World.detect().is_local_leader
+    place = os.stat(tempfile.gettempdir())
+    machines: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(machines, (socket.gethostname(), place.st_dev, place.st_ino))
+    rank = torch.distributed.get_rank()
+    return machines.index(machines[rank]) == rank
 
 
 def release(blocks: Sequence[SharedMemory], owner: int | None = None) -> None:

@@ -8,7 +8,10 @@ never goes to the device.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from composer.devices import Device, DeviceGPU
 from composer.utils import dist, get_device
 
 from electra_composer.optim import parse_time
+from electra_composer.trouble import NumericalGuard
 
 
 class RunTrainer(Trainer):
@@ -27,13 +31,16 @@ class RunTrainer(Trainer):
         log_interval: a Composer time. On a GPU, if it counts batches, `loss/train/…` is read and logged at these alone,
             and at the end of training: the loss of that batch, as ever. On a CPU, where reading costs nothing, and with
             any other unit, at every batch.
+        guard: is told every batch's losses, as they are on the device.
         arguments: Composer's.
     """
 
-    def __init__(self, *, log_interval: str = "1ba", **arguments: Any):
+    def __init__(self, *, log_interval: str = "1ba", guard: NumericalGuard | None = None, **arguments: Any):
+        self.guard = guard
         time = parse_time(log_interval, "trainer.log_interval")
         self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
-        super().__init__(**arguments)
+        with _signal_files_apart():
+            super().__init__(**arguments)
 
     def _use_closures(self) -> bool:
         # A closure has to return the loss as a number. No optimizer of ours needs one.
@@ -41,6 +48,8 @@ class RunTrainer(Trainer):
 
     def _train_batch(self, use_grad_scaling: bool) -> Any:
         losses = super()._train_batch(use_grad_scaling)
+        if self.guard is not None and losses is not None:
+            self.guard.keep_losses(losses)
         return losses if self._reads_losses() else None  # Composer goes on without losses when it is given none
 
     def _reads_losses(self) -> bool:
@@ -63,6 +72,25 @@ class RunTrainer(Trainer):
             counts[2] = seconds
         samples, tokens, time = counts.tolist()
         return round(samples), round(tokens), datetime.timedelta(seconds=time)
+
+
+@contextlib.contextmanager
+def _signal_files_apart() -> Iterator[None]:
+    """Give the files by which a node's processes wait for their first a name for each node.
+
+    Composer means them to have one, and then sends the first node's name to all. Where nodes share the run's folder,
+    the first to be done removes the file of the others, and they fail.
+    """
+    name_for_all = dist.get_node_signal_file_name
+
+    def name_for_node(rng: random.Random | None = None) -> str:
+        return f"{name_for_all(rng)}_{dist.get_node_rank()}"
+
+    dist.get_node_signal_file_name = name_for_node
+    try:
+        yield
+    finally:
+        dist.get_node_signal_file_name = name_for_all
 
 
 class RunDeviceGPU(DeviceGPU):

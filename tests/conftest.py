@@ -194,12 +194,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
+@pytest.fixture(scope="session")
+def write_tiny_yaml(shards: Path) -> Callable[[Path], Path]:
+    """`write_tiny_yaml(folder)`: a configuration of `pretrain.py` for a run of seconds in `folder / "run"`."""
+
+    def write(folder: Path) -> Path:
+        path = folder / "tiny.yaml"
+        path.write_text(TINY_YAML.replace("SHARDS", str(shards)).replace("FOLDER", str(folder / "run")))
+        return path
+
+    return write
+
+
 @pytest.fixture
-def tiny_yaml(shards: Path, tmp_path: Path) -> Path:
-    """A configuration of `pretrain.py` for a run of seconds in `tmp_path / "run"`."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_YAML.replace("SHARDS", str(shards)).replace("FOLDER", str(tmp_path / "run")))
-    return path
+def tiny_yaml(write_tiny_yaml: Callable[[Path], Path], tmp_path: Path) -> Path:
+    """The same in `tmp_path`."""
+    return write_tiny_yaml(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,14 @@
-"""Three steps of plain gradient descent in Composer's `Trainer`; `test_distributed.py` starts it with 1 or 2 processes.
+"""Three steps of plain gradient descent in Composer's `Trainer`, for `test_distributed.py`, on one process or two.
 
 Plain gradient descent, no clipping: unlike Adam it shows a gradient that is off by a factor. Every row carries its own
 noise, so that the masks and samples are the same however the batch is split.
 
-    composer -n 2 tests/distributed_step.py OUT ddp|fsdp MICROBATCH
+    composer -n 2 tests/distributed_step.py OUT ddp:MICROBATCH fsdp:MICROBATCH …
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -101,4 +102,8 @@ def main(out: str, kind: str, microbatch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    for arrangement in sys.argv[2:]:
+        kind, microbatch = arrangement.split(":")
+        folder = os.path.join(sys.argv[1], f"{kind}-{microbatch}")
+        os.makedirs(folder, exist_ok=True)
+        main(folder, kind, int(microbatch))

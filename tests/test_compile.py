@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._inductor import cpp_builder, exc
 
-from electra_composer import runs
+from electra_composer import parallelism, runs
 from electra_composer.composer_model import ElectraPretraining
 from electra_composer.config import ObjectiveConfig, TrainerConfig
 from electra_composer.errors import UserError
@@ -36,7 +36,7 @@ def losses_and_gradients(model: ElectraPretraining, batch: dict[str, Any]) -> tu
 
 
 def compile_as_composer_does(model: ElectraPretraining, backend: str) -> None:
-    arguments = runs.compile_config(TrainerConfig(compile=True), static_shapes=True)
+    arguments = parallelism.compile_config(TrainerConfig(compile=True), static_shapes=True)
     assert arguments is not None
     assert arguments["fullgraph"]
     model.forward = torch.compile(model.forward, backend=backend, **arguments)  # type: ignore[method-assign]

@@ -32,25 +32,36 @@ def launch(processes: int, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def step(folder: Path, processes: int, kind: str, microbatch: int) -> tuple[dict, dict]:
-    folder.mkdir()
-    launch(processes, str(TESTS / "distributed_step.py"), str(folder), kind, str(microbatch))
+def steps(folder: Path, processes: int, *arrangements: str) -> Path:
+    """Three steps in each of some arrangements, one after another, in `folder/<kind>-<microbatch>`."""
+    launch(processes, str(TESTS / "distributed_step.py"), str(folder), *arrangements)
+    return folder
+
+
+def result(folder: Path, kind: str, microbatch: int) -> tuple[dict, dict]:
+    """The last losses, and the weights."""
+    folder = folder / f"{kind}-{microbatch}"
     content = torch.load(folder / "checkpoint" / "latest-rank0.pt", weights_only=False)
     return torch.load(folder / "loss.pt"), content["state"]["model"]
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return step(tmp_path_factory.mktemp("one") / "run", processes=1, kind="ddp", microbatch=8)
+def one_process(tmp_path_factory):
+    return steps(tmp_path_factory.mktemp("one"), 1, "ddp:8", "ddp:2")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    return steps(tmp_path_factory.mktemp("two"), 2, "ddp:4", "ddp:2", "fsdp:4", "fsdp:2")
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("processes", "kind", "microbatch"), [(1, "ddp", 2), (2, "ddp", 4), (2, "ddp", 2), (2, "fsdp", 4), (2, "fsdp", 2)]
 )
-def test_same_gradient(tmp_path, reference, processes, kind, microbatch):
-    loss, weights = step(tmp_path / "run", processes, kind, microbatch)
-    expected_loss, expected = reference
+def test_same_gradient(one_process, two_processes, processes, kind, microbatch):
+    loss, weights = result(one_process if processes == 1 else two_processes, kind, microbatch)
+    expected_loss, expected = result(one_process, "ddp", 8)
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         # Three steps of lr 0.02: a gradient that is off by 1e-5 moves a weight by 6e-7.

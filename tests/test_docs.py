@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from composer.cli.launcher import _get_parser
 
 from electra_composer.config import PretrainConfig, load_config
 
@@ -41,12 +42,18 @@ def test_commands_name_what_is_there(command):
     if script == "-m":
         assert importlib.util.find_spec(arguments[0]) is not None
         return
-    assert (ROOT / script).is_file()
+    if program == "composer":
+        _get_parser().parse_args([script, *arguments])  # options of the launcher come before the script
+    else:
+        assert (ROOT / script).is_file()
     if script == "data_prep/convert_owt.py":
         # files that the page asks for are not here
         parse_conversion([word for word in arguments if word != "--mixture" and not word.endswith(".yaml")])
-    if script == "electra_composer/pretrain.py":
-        load_config(str(ROOT / arguments[0]), arguments[1:], PretrainConfig)
+    launched = shlex.split(command, comments=True)[1:]
+    if "electra_composer/pretrain.py" in launched:
+        yaml, *overrides = launched[launched.index("electra_composer/pretrain.py") + 1 :]
+        path = ROOT / ("yamls/base.yaml" if yaml == "my.yaml" else yaml)  # which stands for the reader's own
+        load_config(str(path), overrides, PretrainConfig)
 
 
 @pytest.mark.parametrize("program", blocks("python"))
@@ -65,3 +72,14 @@ def test_yaml_is_configuration(yaml, tiny_yaml):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", PAGES[page]):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_are_named_are_there(page):
+    file = None
+    for name, function in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::)?(test_\w+)?`", PAGES[page]):
+        file = ROOT / "tests" / name if name else file
+        if name:
+            assert file.is_file(), name
+        if function:
+            assert f"def {function}(" in file.read_text(encoding="utf-8"), f"{file.name}::{function}"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from composer import Trainer
+from composer.algorithms import GradientClipping
 from composer.core import DataSpec
 from composer.devices import DeviceCPU
 from composer.loggers import InMemoryLogger
@@ -19,6 +20,7 @@ from electra_composer.composer_model import ElectraPretraining
 from electra_composer.errors import UserError
 from electra_composer.optim import AdamW
 from electra_composer.trainer import RunDeviceGPU, RunTrainer
+from electra_composer.trouble import NumericalGuard
 
 Make = Callable[..., Any]
 
@@ -80,6 +82,18 @@ def test_it_trains_as_composers(arguments: Make) -> None:
     assert ours.state.timestamp.total_wct > datetime.timedelta(0)
 
 
+def test_a_guard_changes_nothing_where_nothing_is_wrong(arguments: Make) -> None:
+    """Losses and weights to the bit, clipping by Composer's algorithm on the one side and by the guard on the other."""
+    guard = NumericalGuard("nowhere", 0.5)
+    theirs = Trainer(**arguments(algorithms=[GradientClipping("norm", 0.5)]))
+    ours = RunTrainer(guard=guard, **arguments(callbacks=[guard]))
+    for trainer in (theirs, ours):
+        trainer.fit()
+    assert logged(ours, "loss/train/total") == logged(theirs, "loss/train/total")
+    for mine, other in zip(ours.state.model.parameters(), theirs.state.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
 class OtherDevice(DeviceCPU):
     """A CPU that a trainer takes for a GPU."""
 
@@ -131,7 +145,9 @@ def test_a_step_waits_for_the_device_at_no_moment(arguments: Make) -> None:
             batch = state.timestamp.batch.value
             torch.cuda.set_sync_debug_mode("warn" if 2 <= batch < 5 else "default")
 
-    trainer = RunTrainer(log_interval="100ba", **arguments(device=RunDeviceGPU(), callbacks=[Watch()]))
+    guard = NumericalGuard("nowhere", 1.0, interval=100)
+    callbacks = [guard, Watch()]
+    trainer = RunTrainer(log_interval="100ba", guard=guard, **arguments(device=RunDeviceGPU(), callbacks=callbacks))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit()
