@@ -236,7 +236,7 @@ def test_an_index_that_leads_out_of_its_folder(shards: Path, tmp_path: Path, nam
 def test_shards_in_folders_inside_are_read(shards: Path, tmp_path: Path, remote: bool) -> None:
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
-    rename_shards(folder, lambda old: f"00003/{old}", move=True)
+    rename_shards(folder, lambda old: f"00003/{Path(old).name}", move=True)
     config = ShardsConfig(str(folder), 32, num_workers=0)
     if remote:
         config = ShardsConfig(str(tmp_path / "cache"), 32, num_workers=0, remote=str(folder))
