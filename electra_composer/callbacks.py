@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State, Timestamp, TimeUnit
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
@@ -21,6 +20,7 @@ from composer.utils import create_interval_scheduler, dist
 from electra_composer.composer_model import RATIOS
 from electra_composer.errors import UserError
 from electra_composer.optim import parse_time
+from electra_composer.saving import MilestoneSaver
 
 # The sums that the pretraining model returns with every microbatch, in this order on the wire.
 STATS = (
@@ -162,12 +162,8 @@ def interval_scheduler(text: str, key: str) -> Callable[[State, Event], bool]:
     )
 
 
-class MilestoneSaver(CheckpointSaver):
-    """Composer's `CheckpointSaver` under a name of its own: checkpoints keep the state of callbacks by class name."""
-
-
 def milestone_saver(
-    folder: str, fractions: Sequence[float], latest_filename: str | None = None, overwrite: bool = False
+    folder: str, fractions: Sequence[float], latest_filename: str | None = None, **arguments: Any
 ) -> MilestoneSaver:
     """A saver of checkpoints at fixed fractions of training, which stay for good.
 
@@ -176,10 +172,10 @@ def milestone_saver(
     epochs if the loader has a length.
 
     Args:
-        folder: where they go, as `milestone-ba{batch}-rank{rank}.pt`.
+        folder: where they go, as `milestone-ba{batch}-rank0.pt`.
         fractions: above 0 and at most 1, such as 0.0625.
         latest_filename: a symlink that is to point to the newest, such as `latest-rank{rank}.pt`.
-        overwrite: replace milestones of the same name. A run that resumes from before one needs it.
+        arguments: of the saver; a run that resumes from before a milestone needs `overwrite`.
 
     Raises:
         UserError: a fraction out of range.
@@ -194,17 +190,7 @@ def milestone_saver(
         before, now = elapsed_fraction(state, state.previous_timestamp), elapsed_fraction(state, state.timestamp)
         return any(before < fraction <= now for fraction in fractions)
 
-    return MilestoneSaver(
-        folder=folder,
-        filename="milestone-ba{batch}-rank{rank}.pt",
-        remote_file_name=None,
-        latest_filename=latest_filename,
-        # Composer insists on one to resume from; it is used with remote folders alone.
-        latest_remote_file_name=latest_filename,
-        save_interval=is_due,
-        num_checkpoints_to_keep=-1,
-        overwrite=overwrite,
-    )
+    return MilestoneSaver(folder, "milestone-ba", latest_filename, save_interval=is_due, **arguments)
 
 
 def elapsed_fraction(state: State, timestamp: Timestamp) -> float:

@@ -87,12 +87,21 @@ class _ContentsUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"unsupported class {module}.{name} in {CONTENTS}")
 
 
+def read_contents(folder: str) -> Metadata:
+    """The table of contents of a sharded checkpoint, safely.
+
+    Raises:
+        Exception: of any kind, where it is none.
+    """
+    with open(os.path.join(folder, CONTENTS), "rb") as file:
+        return _ContentsUnpickler(file).load()
+
+
 class _SafeReader(dcp.FileSystemReader):
     """torch's reader, but for the table of contents. It loads tensors with `weights_only=True` itself."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(os.path.join(self.path, CONTENTS), "rb") as file:
-            contents = _ContentsUnpickler(file).load()
+        contents = read_contents(str(self.path))
         if getattr(contents, "storage_meta", None) is None:
             contents.storage_meta = StorageMeta()
         contents.storage_meta.load_id = self.load_id

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
+from electra_composer.interrupts import leave_signals_to_parent
 from electra_composer.row_dataset import Batch, RowDataset, RowLoader
 from electra_composer.shard_folder import META, TOKENIZER, Meta
 from electra_composer.vocabulary import special_ids, vocabulary_sha256
@@ -169,6 +170,7 @@ def build_dataloader(
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
         collate_fn=dataset.collate,
+        worker_init_fn=leave_signals_to_parent if config.num_workers > 0 else None,
     )
 
 

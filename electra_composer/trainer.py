@@ -17,6 +17,7 @@ from composer.core import TimeUnit
 from composer.devices import Device, DeviceGPU
 from composer.utils import dist, get_device
 
+from electra_composer.interrupts import StopOnSignal
 from electra_composer.optim import parse_time
 
 
@@ -27,10 +28,12 @@ class RunTrainer(Trainer):
         log_interval: a Composer time. On a GPU, if it counts batches, `loss/train/…` is read and logged at these alone,
             and at the end of training: the loss of that batch, as ever. On a CPU, where reading costs nothing, and with
             any other unit, at every batch.
+        stop: told at every batch how many processes have received a signal; it must be among the callbacks too.
         arguments: Composer's.
     """
 
-    def __init__(self, *, log_interval: str = "1ba", **arguments: Any):
+    def __init__(self, *, log_interval: str = "1ba", stop: StopOnSignal | None = None, **arguments: Any):
+        self.stop = stop
         time = parse_time(log_interval, "trainer.log_interval")
         self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
         super().__init__(**arguments)
@@ -54,14 +57,17 @@ class RunTrainer(Trainer):
     def _accumulate_time_across_ranks(
         self, num_samples: int | float, num_tokens: int, batch_time: datetime.timedelta
     ) -> tuple[int, int, datetime.timedelta]:
-        """Samples and tokens of all processes, and the first one's time: between the hosts."""
-        counts = torch.tensor([num_samples, num_tokens, batch_time.total_seconds()], dtype=torch.float64)
+        """Samples and tokens of all processes, and the first one's time: between the hosts, and signals with them."""
+        received = self.stop.received() if self.stop is not None else []
+        counts = torch.tensor([num_samples, num_tokens, batch_time.total_seconds(), *received], dtype=torch.float64)
         if dist.get_world_size() > 1:
-            seconds = counts[2:].clone()
+            seconds = counts[2:3].clone()
             dist.all_reduce(counts, reduce_operation="SUM")
             dist.broadcast(seconds, src=0)
             counts[2] = seconds
-        samples, tokens, time = counts.tolist()
+        samples, tokens, time, *received = counts.tolist()
+        if self.stop is not None:
+            self.stop.agree(received)
         return round(samples), round(tokens), datetime.timedelta(seconds=time)
 
 
