@@ -6,6 +6,7 @@ Throughput, MFU, memory and the loader's share of the time are in monitors.py; t
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,7 @@ class TrainMetrics(Callback):
         self.batch_places = 0
         self.sums: torch.Tensor | None = None
         self.places = 0
+        self.restored: list[float] | None = None  # sums of a checkpoint, until the first batch says where they belong
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self.batch_sums, self.batch_places = [], 0  # also when a batch that ran out of memory starts over
@@ -92,6 +94,10 @@ class TrainMetrics(Callback):
         for sums in self.batch_sums:
             if self.sums is None:
                 self.sums = torch.zeros_like(sums, dtype=torch.float64)
+                if self.restored is not None:
+                    *restored, self.places = self.restored
+                    self.sums += self.sums.new_tensor(restored)
+                    self.restored = None
             self.sums += sums
         self.places += self.batch_places
         self.batch_sums, self.batch_places = [], 0
@@ -104,6 +110,18 @@ class TrainMetrics(Callback):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self._log(logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each process has summed up since the last log, as text: one value, whatever is in it."""
+        mine = None if self.sums is None else [*self.sums.tolist(), self.places]
+        return {"sums": json.dumps(dist.all_gather_object(mine))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        ranks = [sums for sums in json.loads(state["sums"]) if sums is not None]
+        if len(ranks) == dist.get_world_size():
+            self.restored = ranks[dist.get_global_rank()]
+        elif ranks and dist.get_global_rank() == 0:  # another number of processes: the first has all, the rest nothing
+            self.restored = [sum(values) for values in zip(*ranks, strict=True)]
 
     def _log(self, logger: Logger) -> None:
         if self.sums is None:

@@ -77,10 +77,12 @@ class MetricsFile(LoggerDestination):
             self.file = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "row": _numbers(self.row)}
+        # As text: torch finds the values of a sharded checkpoint by their names, which differ from row to row.
+        return {"step": self.step, "row": json.dumps(_numbers(self.row))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.row = state["step"], dict(state["row"])
+        row = state["row"]
+        self.step, self.row = state["step"], json.loads(row) if isinstance(row, str) else dict(row)
 
     def _open(self, first_step: int) -> None:
         """Keep what an earlier part of this run wrote before `first_step`, and append from there."""

@@ -133,6 +133,13 @@ class RowDataset(StreamingDataset):
                 f"{' '.join(str(error).split())}; the same command goes on from the last checkpoint once it can"
             ) from error
 
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """As Streaming's. Between two epochs, where it would name the one that is over, it names the next one."""
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0:
+            state["epoch"] = max(state["epoch"], self.next_epoch)
+        return state
+
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         super().load_state_dict(obj)
         if hasattr(self, "_resume_shm"):
