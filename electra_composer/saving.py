@@ -129,6 +129,7 @@ class WholeSaver(CheckpointSaver):
         with _write_errors_named(path, unfinished):
             # A sharded checkpoint goes into a folder that Composer names, beside this file name.
             written = checkpoint.save_checkpoint(state, os.path.join(unfinished, "shard") if sharded else unfinished)
+            dist.barrier()  # Composer looks for what each rank has written
             if dist.get_global_rank() == 0:
                 assert written is not None
                 _put_in_place(os.path.dirname(written) if sharded else written, path)
