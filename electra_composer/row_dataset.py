@@ -27,6 +27,7 @@ from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
 from electra_composer.row_reader import RowReader, Rows
 from electra_composer.shard_folder import HASH
+from electra_composer.stale_memory import own, remove_stale
 
 Batch = dict[str, Any]
 COLUMNS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")  # of a batch
@@ -79,6 +80,8 @@ class RowDataset(StreamingDataset):
             )
             mine = _shared_memory(self)
             _release([block for block in _all_shared_memory() if block not in before + mine])
+            if World.detect().is_local_leader:
+                weakref.finalize(self, own(self._shm_prefix_int).close)
         self._release_with_me(mine)
 
     def __iter__(self) -> Iterator[int]:
@@ -206,6 +209,8 @@ def _choosing_a_prefix() -> Iterator[None]:
     if World.detect().is_local_leader:
         lock.acquire()
     try:
+        if World.detect().is_local_leader:
+            remove_stale()
         if ranks:
             torch.distributed.barrier()
         yield
