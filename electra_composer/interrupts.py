@@ -72,7 +72,6 @@ class StopOnSignal(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self._agreed is None:
             return
-        # A launcher sends SIGTERM to all when the first has ended.
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
         saved = self.saver.save(state, logger) if self.saver is not None else None
@@ -84,6 +83,13 @@ class StopOnSignal(Callback):
         raise SystemExit(128 + self._agreed)
 
     def fit_end(self, state: State, logger: Logger) -> None:
+        self._give_back()
+
+    def close(self, state: State, logger: Logger) -> None:
+        if "LOCAL_RANK" not in os.environ:  # a launcher sends SIGTERM to the others when the first has ended
+            self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

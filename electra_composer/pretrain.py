@@ -92,7 +92,11 @@ def main(config: PretrainConfig) -> Trainer:
                 RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(tokenizer)),
             ],
         )
-        trainer.fit()
+        try:
+            trainer.fit()
+        except SystemExit:  # a signal ended the run: loggers get their last word before the process ends
+            trainer.close()
+            raise
     trainer.close()
     return trainer
 

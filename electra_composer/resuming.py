@@ -12,6 +12,8 @@ import zipfile
 from io import BytesIO
 
 from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config
+from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan
 
 from electra_composer.errors import UserError
 from electra_composer.saving import REPLACED, aside, checkpoints_in, point
@@ -102,3 +104,26 @@ def _why_folder_broken(path: str) -> str | None:
             if archive.testzip() is not None:
                 return f"{os.path.basename(name)} is damaged"
     return None
+
+
+class ResumePlanner(DefaultLoadPlanner):
+    """Loads a sharded checkpoint into a run whose configuration has changed since.
+
+    torch looks for every value of the running state by its name, and fails where there is none: a run could not resume
+    with one more logger. What callbacks and the record of the run do not find stays as it is here; weights and the
+    optimizer's state must all be there.
+    """
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        missing = [name for name in self.state_dict if name not in self.metadata.state_dict_metadata]
+        self.allow_partial_load = all(name.startswith("state.callbacks.") for name in missing)
+        return super().create_local_plan()
+
+
+class RunFSDP2Config(FSDP2Config):
+    """Composer's `FSDP2Config` with :class:`ResumePlanner`."""
+
+    @property
+    def load_planner(self) -> ResumePlanner:
+        return ResumePlanner()

@@ -12,7 +12,6 @@ from composer.algorithms import GradientClipping
 from composer.core import Callback, DataSpec
 from composer.models import ComposerModel
 from composer.utils import create_interval_scheduler, dist, reproducibility
-from composer.utils.parallelism import FSDP2Config
 from torch._dynamo.exc import TorchDynamoException
 
 from electra_composer.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
@@ -22,7 +21,7 @@ from electra_composer.devices import keep_freed_memory, resolve_device
 from electra_composer.errors import UserError
 from electra_composer.interrupts import StopOnSignal
 from electra_composer.optim import parse_time
-from electra_composer.resuming import mend_latest
+from electra_composer.resuming import RunFSDP2Config, mend_latest
 from electra_composer.saving import IntervalSaver, WholeSaver
 from electra_composer.sharded_checkpoint import is_sharded
 from electra_composer.trainer import RunTrainer, run_device
@@ -190,7 +189,7 @@ def build_trainer(
         device=run_device(device),
         precision=precision,
         device_train_microbatch_size=microbatch_size(trainer) if microbatch is None else microbatch,
-        parallelism_config={"fsdp": FSDP2Config(**vars(trainer.fsdp))} if trainer.fsdp is not None else None,
+        parallelism_config={"fsdp": RunFSDP2Config(**vars(trainer.fsdp))} if trainer.fsdp is not None else None,
         compile_config=compile_config(trainer, static_shapes),
         deterministic_mode=trainer.deterministic,
         autoresume=bool(savers) and checkpoints.resume and not checkpoints.overwrite,

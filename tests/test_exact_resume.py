@@ -1,0 +1,133 @@
+"""A run that is interrupted and continued is the run that never was: rows, losses, metrics and weights, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_YAML
+from streaming.base.batching import generate_work
+from streaming.base.world import World
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS.parent / "benchmarks"))
+
+from recorded_run import read_record
+from resumed_runs import KINDS, run, signal_at
+
+from electra_composer.checkpoint import read_checkpoint
+from electra_composer.shards import build_dataloader, read_meta
+
+CLOCKS = ("time/", "throughput/", "memory/")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the metrics file, without what the clock has a part in."""
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(CLOCKS)} for row in rows]
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    assert read_record(left / "record") == read_record(right / "record")
+    assert metrics(left) == metrics(right)
+    mine, other = (read_checkpoint(str(folder / "run")).state for folder in (left, right))
+    assert mine.keys() == other.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "interruptions"),
+    [
+        # 32 batches in an epoch. In its middle, at its last batch, past its end; by signal and by crash.
+        (["data.num_workers=0"], [signal_at(5, signal.SIGTERM, 0), ["callbacks.crash.batch=19"]]),
+        (["data.num_workers=2"], [signal_at(31, signal.SIGINT, 0), ["callbacks.crash.batch=39"]]),
+        # Saved when an epoch is over: the next one is not the same again.
+        (["data.num_workers=0", "checkpoints.interval=1ep"], [["callbacks.crash.batch=35"]]),
+        (["data.num_workers=2", "trainer.device_train_microbatch_size=3"], [signal_at(34, signal.SIGTERM, 0)]),
+    ],
+    ids=["mid-epoch", "epoch's end, 2 workers", "between epochs", "past an epoch, microbatches"],
+)
+def test_one_process(tiny_yaml, tmp_path, overrides, interruptions):
+    overrides = [*overrides, "trainer.max_duration=44ba", "trainer.log_interval=7ba", "trainer.eval_interval=20ba"]
+    assert run(str(tiny_yaml), tmp_path / "whole", *overrides) == 0
+    for interruption in interruptions:
+        assert run(str(tiny_yaml), tmp_path / "interrupted", *overrides, *interruption) != 0
+    assert run(str(tiny_yaml), tmp_path / "interrupted", *overrides) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "interrupted")
+    epochs = {line["epoch"] for line in read_record(tmp_path / "whole" / "record").values()}
+    assert epochs == {0, 1}
+
+
+@pytest.fixture(scope="module")
+def on_two(shards, tmp_path_factory) -> Path:
+    """The folder of the runs of `resumed_runs.py`."""
+    folder = tmp_path_factory.mktemp("resumed")
+    yaml = folder / "tiny.yaml"
+    yaml.write_text(TINY_YAML.replace("SHARDS", str(shards)).replace("FOLDER", str(folder / "none")))
+    assert run(str(yaml), folder / "elastic", *signal_at(4, signal.SIGTERM, 0)) == 143
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("composer")), "-n", "2", str(TESTS / "resumed_runs.py"), str(yaml), folder],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes(on_two, kind):
+    assert_same_run(on_two / f"{kind}-whole", on_two / f"{kind}-interrupted")
+
+
+@pytest.mark.distributed
+def test_another_number_of_processes(on_two):
+    """1, then 2, then 1: every batch has the rows that it would have had, whichever process they are dealt to."""
+    yaml, folder = str(on_two / "tiny.yaml"), on_two / "elastic"
+    # One process has written batches 0 to 4, two have gone on to 9.
+    first, second = (rank.read_text().splitlines() for rank in sorted((folder / "record").glob("rank*.jsonl")))
+    shared = {json.loads(line)["batch"]: json.loads(line)["rows"] for line in second}
+    assert run(yaml, folder) == 0
+    assert run(yaml, on_two / "alone") == 0
+    mine = {json.loads(line)["batch"]: json.loads(line)["rows"] for line in (folder / "record/rank0.jsonl").open()}
+    alone = read_record(on_two / "alone" / "record")
+    assert sorted(shared) == [5, 6, 7, 8, 9]
+    assert sorted(mine) == list(range(16))
+    for batch, line in alone.items():
+        assert sorted(mine[batch] + shared.get(batch, [])) == sorted(line["rows"]), batch
+    del first
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (2, 2), (4, 1), (8, 2)])
+def test_rows_of_a_global_batch_on_any_number_of_processes(shards, ranks, workers):
+    """Streaming's own dealing of an epoch: from its start, and from a sample that one process had reached."""
+    from electra_composer.config import ShardsConfig
+
+    config = ShardsConfig(path=str(shards), max_seq_length=32, num_workers=0)
+    loader = build_dataloader(config, read_meta(str(shards)), "train", 8, shuffle=True, drop_last=True, seed=3)
+    dataset = loader.dataset
+    dataset._resume(World.detect(), 0)  # decides the number of canonical nodes
+
+    def batches(ranks: int, workers: int, done: int) -> list[list[int]]:
+        dataset.batch_size = 8 // ranks
+        world = World(num_nodes=1, ranks_per_node=ranks, workers_per_rank=workers, worker=0)
+        work = generate_work("random", dataset, world, 1, done)  # [node, rank, worker, batch, row]
+        in_turn = np.moveaxis(work[0], (2, 1), (0, 1)).reshape(-1, 8)  # batch after batch of each worker
+        return [sorted(rows) for rows in in_turn.tolist() if min(rows) >= 0]
+
+    whole = batches(1, 1, 0)
+    assert len(whole) > 20
+    assert batches(ranks, workers, 0)[: len(whole)] == whole
+    assert batches(ranks, workers, 5 * 8)[: len(whole) - 5] == whole[5:]
