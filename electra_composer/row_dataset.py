@@ -43,6 +43,8 @@ class RowDataset(StreamingDataset):
         shuffle, seed: order of the rows; a new one in each epoch.
         max_seq_length: width of the batches.
         pad_id: id of `[PAD]`.
+        full_batches: an epoch is as many global batches as its rows fill, on any number of processes. Streaming gives
+            all processes as many rows by repeating some, which may make one batch more than on one process.
 
     Streaming keeps what a data set shares with its workers open until the process ends, and every further data set
     opens all of that again, to see that it is in use: a process that builds many (a notebook, the tests) runs out of
@@ -58,8 +60,10 @@ class RowDataset(StreamingDataset):
         seed: int,
         max_seq_length: int,
         pad_id: int,
+        full_batches: bool = False,
     ) -> None:
         self._max_seq_length, self._pad_id = max_seq_length, pad_id
+        self._full_batches = full_batches
         self._is_remote = config.remote is not None
         self._reader: RowReader | None = None
         self._ahead: _FetchAhead | None = None
@@ -92,8 +96,15 @@ class RowDataset(StreamingDataset):
         """
         self._unique_worker_world = self._unique_rank_world.detect_workers()
         self._parallel_worker_world = self._parallel_rank_world.detect_workers()
-        numbers = self._get_work(*self._resume_incr_epoch())
+        epoch, sample_in_epoch = self._resume_incr_epoch()
+        numbers = self._get_work(epoch, sample_in_epoch)
         numbers = numbers[numbers >= 0]  # Streaming fills the last rank's share up with -1
+        if self._full_batches:
+            world = self._parallel_worker_world
+            assert self.batch_size is not None
+            left = len(self) // self.batch_size - sample_in_epoch // (self.batch_size * world.num_ranks)
+            mine = len(range(world.worker_of_rank, left, world.workers_per_rank))  # batches go to the workers in turn
+            numbers = numbers[: mine * self.batch_size]
         ahead = None
         if self._is_remote and len(numbers):
             ahead = self._ahead = _FetchAhead(self, numbers)
@@ -102,6 +113,13 @@ class RowDataset(StreamingDataset):
         finally:
             if ahead is not None:
                 ahead.stop()
+
+    def __len__(self) -> int:
+        """Rows of an epoch for each process."""
+        if not self._full_batches:
+            return int(super().__len__())
+        assert self.batch_size is not None
+        return int(self.size) // (self.batch_size * self._parallel_rank_world.num_ranks) * self.batch_size
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
         """A batch of rows by their numbers; see :func:`collate_rows` for what :class:`RowLoader` makes of it."""

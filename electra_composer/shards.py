@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -151,14 +150,14 @@ def build_dataloader(
         raise UserError(f"the batch size per device is {batch_size}; expected at least 1")
     if config.download_attempts < 1:
         raise UserError(f"data.download_attempts is {config.download_attempts}; expected at least 1")
-    if drop_last and math.ceil(rows / ranks) < batch_size:
+    if drop_last and rows < batch_size * ranks:
         raise UserError(
             f"{config.path}: split {split!r} has {rows:,} rows, fewer than one batch of {batch_size:,} rows on each of "
             f"{ranks} device{'s' if ranks > 1 else ''} ({batch_size * ranks:,}); take a smaller batch size or more text"
         )
     try:
         dataset = RowDataset(
-            config, split, batch_size, shuffle, seed, meta.max_seq_length, meta.tokenizer.special_ids["pad"]
+            config, split, batch_size, shuffle, seed, meta.max_seq_length, meta.tokenizer.special_ids["pad"], drop_last
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{config.path}: the shards of split {split!r} cannot be opened: {error}") from error
