@@ -18,6 +18,7 @@ from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import checkpoint, dist, format_name_with_dist, format_name_with_dist_and_time
+from torch.distributed.checkpoint import CheckpointException
 
 from electra_composer.errors import UserError
 
@@ -197,13 +198,15 @@ def _write_errors_named(path: str, unfinished: str) -> Iterator[None]:
     """What the system says of a checkpoint that cannot be written, as one line; what was begun is removed."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a write that fails
+    # torch.save has a RuntimeError for a write that fails, torch.distributed.checkpoint one of its own for all ranks.
+    except (OSError, RuntimeError, CheckpointException) as error:
         if not os.path.exists(unfinished) and not isinstance(error, OSError):
             raise  # of another process, or of another kind
         with contextlib.suppress(OSError):
             _remove(unfinished)
+        reasons = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         raise UserError(
-            f"checkpoints.folder: {path} could not be written: {' '.join(str(error).split())[:300]}; "
+            f"checkpoints.folder: {path} could not be written: {' '.join(str(reasons[0]).split())[:300]}; "
             f"{_last_good(os.path.dirname(path))}. Free some space or mend the folder; the same command goes on from "
             "there"
         ) from error
