@@ -53,6 +53,11 @@ def explain(error: BaseException) -> str | None:
             f"a process that loads data has died: {text}. If it was killed, memory may have run out: try a smaller "
             "data.num_workers"
         )
+    if type(error).__module__.startswith("wandb."):
+        return (
+            f"loggers.wandb: Weights & Biases could not be started: {text[:200]}; set WANDB_MODE=offline in the "
+            "environment to keep what is logged in the run's folder (wandb sync sends it later), or leave the logger out"
+        )
     if isinstance(error, RuntimeError) and any(sign in text for sign in PEER_IS_GONE):
         return (
             f"rank {dist.get_global_rank()} has lost another process of the run, whose own error, or the signal that "

@@ -23,6 +23,7 @@ from electra_composer.saving import WholeSaver
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+LAUNCHED = "LOCAL_RANK" in os.environ  # asked now: Composer sets it later for a process that starts by itself, too
 
 
 class StopOnSignal(Callback):
@@ -86,7 +87,7 @@ class StopOnSignal(Callback):
         self._give_back()
 
     def close(self, state: State, logger: Logger) -> None:
-        if "LOCAL_RANK" not in os.environ:  # a launcher sends SIGTERM to the others when the first has ended
+        if not LAUNCHED:  # a launcher sends SIGTERM to the others when the first has ended
             self._give_back()
 
     def _give_back(self) -> None:
@@ -100,7 +101,7 @@ def end_with_launcher() -> None:
 
     Composer's launcher hands on Ctrl-C, but it dies of a SIGTERM, as schedulers send it, and its ranks would train on.
     """
-    if sys.platform.startswith("linux") and "LOCAL_RANK" in os.environ:
+    if sys.platform.startswith("linux") and LAUNCHED:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 

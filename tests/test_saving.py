@@ -174,7 +174,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
-def test_a_small_disk(pretrain, small_disk):
+def test_a_small_disk(pretrain, small_disk, monkeypatch):
     """Truly full: during training, by the metrics; and read-only, by remounting it."""
     pretrain(f"checkpoints.folder={small_disk}", "trainer.max_duration=2ba", "schedule.warmup=1ba")
     before = names(small_disk)
@@ -188,6 +188,13 @@ def test_a_small_disk(pretrain, small_disk):
     with pytest.raises(UserError, match=r"No space left on device|are free") as caught:
         pretrain(f"checkpoints.folder={small_disk}")
     assert "the same command goes on" in str(caught.value)
+    assert [name for name in names(small_disk) if name != "filler"] == before
+    # As with a quota, of which the system says nothing beforehand: there is room for a part of a checkpoint.
+    os.truncate(filler, filler.stat().st_size - 200 * 1024)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "checkpoint_bytes", lambda state: 0)
+        with pytest.raises(UserError, match=r"batch-4-rank0.pt could not be written"):
+            pretrain(f"checkpoints.folder={small_disk}", "checkpoints.milestones=[]")
     assert [name for name in names(small_disk) if name != "filler"] == before
     filler.unlink()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
