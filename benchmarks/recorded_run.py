@@ -1,6 +1,6 @@
 """`pretrain.py`, with a record of which rows each batch had and what came of it; soak.py and the tests start it.
 
-    python benchmarks/recorded_run.py YAML callbacks.record.folder=FOLDER [callbacks.signal_at.batch=7 …] [key=value …]
+python benchmarks/recorded_run.py YAML callbacks.record.folder=FOLDER [callbacks.signal_at.batch=7 …] [key=value …]
 """
 
 from __future__ import annotations

@@ -104,7 +104,12 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         whole.end()
         killed.end()
     result = compare(whole, killed)
-    passed = sum(killed.kills.values()) >= options.kills and not any(result[name] for name in MUST_BE_ZERO) and not grows(whole.watched) and not grows_over_lives(killed)
+    passed = (
+        sum(killed.kills.values()) >= options.kills
+        and not any(result[name] for name in MUST_BE_ZERO)
+        and not grows(whole.watched)
+        and not grows_over_lives(killed)
+    )
     return {
         "benchmark": "soak",
         "passed": passed,

@@ -95,7 +95,8 @@ class TrainMetrics(Callback):
             if self.sums is None:
                 self.sums = torch.zeros_like(sums, dtype=torch.float64)
                 if self.restored is not None:
-                    *restored, self.places = self.restored
+                    *restored, places = self.restored
+                    self.places = int(places)
                     self.sums += self.sums.new_tensor(restored)
                     self.restored = None
             self.sums += sums

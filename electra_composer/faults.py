@@ -45,7 +45,9 @@ def explain(error: BaseException) -> str | None:
     """What an error of the surroundings means; None for any other."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{error.filename or 'a file of the run'} could not be written: {os.strerror(error.errno)}; free some space"
+        return (
+            f"{error.filename or 'a file of the run'} could not be written: {os.strerror(error.errno)}; free some space"
+        )
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}; mend the folder's permissions"
     if text.startswith("DataLoader worker") and ("killed by signal" in text or "exited unexpectedly" in text):
@@ -56,7 +58,7 @@ def explain(error: BaseException) -> str | None:
     if type(error).__module__.startswith("wandb."):
         return (
             f"loggers.wandb: Weights & Biases could not be started: {text[:200]}; set WANDB_MODE=offline in the "
-            "environment to keep what is logged in the run's folder (wandb sync sends it later), or leave the logger out"
+            "environment to keep what is logged in the run's folder (wandb sync sends it later), or drop the logger"
         )
     if isinstance(error, RuntimeError) and any(sign in text for sign in PEER_IS_GONE):
         return (

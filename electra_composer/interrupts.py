@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -50,7 +51,7 @@ class StopOnSignal(Callback):
         """1 for the one of :data:`SIGNALS` that this process has received."""
         return [int(self._received == number) for number in SIGNALS]
 
-    def agree(self, counts: list[float]) -> None:
+    def agree(self, counts: Sequence[float]) -> None:
         """How many processes have received each of :data:`SIGNALS`."""
         self._agreed = next((number for number, count in zip(SIGNALS, counts, strict=True) if count), None)
 

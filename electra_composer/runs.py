@@ -238,8 +238,9 @@ def checkpoint_savers(config: RunConfig) -> list[WholeSaver]:
 def checkpoint_to_load(config: RunConfig) -> str | None:
     """The checkpoint file that the trainer will start from: the run's newest, else `checkpoints.load_path`, else none.
 
-    If the newest is broken, the link to it is moved to the one before it (see resuming.py). Composer loads it as a pickle, so it is to be read safely and checked first. Sharded checkpoints are folders, which
-    torch's own distributed checkpointing reads, and are left to it.
+    If the newest is broken, the link to it is moved to the one before it (see resuming.py). Composer loads it as a
+    pickle, so it is to be read safely and checked first. Sharded checkpoints are folders, which torch's own distributed
+    checkpointing reads, and are left to it.
     """
     checkpoints = config.checkpoints
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))

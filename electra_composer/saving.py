@@ -87,6 +87,7 @@ class WholeSaver(CheckpointSaver):
             latest_remote_file_name=latest_filename,
             **arguments,
         )
+        self.saved_checkpoints: list[str] = []
         self.kind = kind
         self.replace_run = replace_run
 
@@ -180,7 +181,9 @@ def checkpoint_bytes(state: State) -> int:
     """About how large a checkpoint is: weights and the optimizer's state, and a little for all the rest."""
     tensors = [*state.model.parameters(), *state.model.buffers()]
     for optimizer in state.optimizers:
-        tensors += [value for values in optimizer.state.values() for value in values.values() if hasattr(value, "numel")]
+        tensors += [
+            value for values in optimizer.state.values() for value in values.values() if hasattr(value, "numel")
+        ]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) * 101 // 100 + 2**16
 
 
@@ -204,7 +207,9 @@ def _write_errors_named(path: str, unfinished: str) -> Iterator[None]:
             raise  # of another process, or of another kind
         with contextlib.suppress(OSError):
             _remove(unfinished)
-        reasons = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        reasons = (
+            [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        )
         raise UserError(
             f"checkpoints.folder: {path} could not be written: {' '.join(str(reasons[0]).split())[:300]}; "
             f"{_last_good(os.path.dirname(path))}. Free some space or mend the folder; the same command goes on from "

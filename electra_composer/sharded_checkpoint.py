@@ -94,14 +94,15 @@ def read_contents(folder: str) -> Metadata:
         Exception: of any kind, where it is none.
     """
     with open(os.path.join(folder, CONTENTS), "rb") as file:
-        return _ContentsUnpickler(file).load()
+        contents: Metadata = _ContentsUnpickler(file).load()
+    return contents
 
 
 class _SafeReader(dcp.FileSystemReader):
     """torch's reader, but for the table of contents. It loads tensors with `weights_only=True` itself."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        contents = read_contents(str(self.path))
+        contents: Any = read_contents(str(self.path))
         if getattr(contents, "storage_meta", None) is None:
             contents.storage_meta = StorageMeta()
         contents.storage_meta.load_id = self.load_id

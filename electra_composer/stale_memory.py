@@ -3,8 +3,8 @@
 Streaming keeps some small blocks per data set in `/dev/shm`, and lock files in the folder of temporary files, all under
 a number. A process that is killed with all its children leaves them there, and one whose shards are in an object store
 then makes Streaming refuse the same cache ("Reused local directory"). Streaming's `clean_stale_shared_memory` removes
-whatever it finds, also of a job that is running beside this one. Here each data set has an owner's file that its process
-keeps locked for as long as it lives, and only what had an owner that is gone is removed.
+whatever it finds, also of a job that is running beside this one. Here each data set has an owner's file that its
+process keeps locked for as long as it lives, and only what had an owner that is gone is removed.
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from conftest import TINY_YAML
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
-TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from recorded_run import read_record
 from resumed_runs import KINDS, run, signal_at
@@ -28,6 +27,7 @@ from electra_composer.checkpoint import read_checkpoint
 from electra_composer.config import ShardsConfig
 from electra_composer.shards import build_dataloader, read_meta
 
+TESTS = Path(__file__).parent
 CLOCKS = ("time/", "throughput/", "memory/")
 
 

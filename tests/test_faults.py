@@ -19,8 +19,7 @@ import torch
 from composer.core import Callback
 from streaming import LocalDataset, MDSWriter
 
-TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from electra_composer import row_reader
 from electra_composer.builders import CALLBACKS
@@ -31,6 +30,8 @@ from electra_composer.pretrain import main
 from electra_composer.resuming import why_broken
 from electra_composer.shards import build_data_spec, read_meta
 from electra_composer.stale_memory import SHARED_MEMORY
+
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture
@@ -88,7 +89,12 @@ def test_a_dead_loader_worker(pretrain, tmp_path, monkeypatch):
 def test_a_dead_rank_ends_the_others_within_a_minute(tiny_yaml, tmp_path):
     (tmp_path / "record").mkdir()
     settings = ["batch=6", "signal=9", "rank=1"]
-    command = [str(Path(sys.executable).with_name("composer")), "-n", "2", str(TESTS.parent / "benchmarks/recorded_run.py")]
+    command = [
+        str(Path(sys.executable).with_name("composer")),
+        "-n",
+        "2",
+        str(TESTS.parent / "benchmarks/recorded_run.py"),
+    ]
     command += [str(tiny_yaml), f"callbacks.record.folder={tmp_path / 'record'}", "trainer.max_duration=100000ba"]
     command += [f"callbacks.signal_at.{setting}" for setting in settings]
     done = subprocess.run(
@@ -217,7 +223,11 @@ def test_a_locale_that_lacks_the_letters(tiny_yaml, tmp_path):
 
 def test_weights_and_biases_without_a_network(pretrain, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    for name, value in {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true"}.items():
+    for name, value in {
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_SILENT": "true",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(UserError, match=r"loggers.wandb: Weights & Biases could not be started: .*WANDB_MODE=offline"):

@@ -61,7 +61,9 @@ def test_the_newest_are_kept_over_restarts_and_the_milestones_too(pretrain, tmp_
 def test_none_is_kept_of_a_run_that_is_replaced(pretrain, tmp_path):
     """Or a broken checkpoint of the new run could fall back to one of the old."""
     pretrain("checkpoints.keep=-1")
-    pretrain("checkpoints.overwrite=true", "checkpoints.interval=3ba", "trainer.max_duration=3ba", "schedule.warmup=1ba")
+    pretrain(
+        "checkpoints.overwrite=true", "checkpoints.interval=3ba", "trainer.max_duration=3ba", "schedule.warmup=1ba"
+    )
     assert names(tmp_path / "run") == ["batch-3-rank0.pt", "latest-rank0.pt", "milestone-ba2-rank0.pt"]
 
 
