@@ -41,7 +41,9 @@ LENGTH = 64
 CALIBRATION = 200  # batches
 QUIET = 0.25  # share of the time, at the end, in which nothing is killed any more
 STARTED = 60  # seconds after which a run has all it needs
-GROWTH = 1.1  # of memory, from a tenth of the undisturbed run to its end, that is no leak yet
+GROWTH = 1.1  # of memory, from a tenth of a run to its end, that is no leak yet
+MORE_FILES = 10  # of all processes together, likewise: they come and go
+ENDING = 30  # seconds before its end, in which a run stops its workers
 TIMES = ("time/", "throughput/", "memory/")  # metrics that no two runs share
 
 YAML = """
@@ -53,7 +55,7 @@ model:
 optimizer: {{lr: 1.0e-3}}
 schedule: {{warmup: 0.1dur}}
 trainer:
-  {{max_duration: 1ba, global_train_batch_size: 16, device_eval_batch_size: 16, eval_interval: 500ba, eval_batches: 2,
+  {{max_duration: 1ba, global_train_batch_size: 16, device_eval_batch_size: 16, eval_interval: 100ba, eval_batches: 2,
    device: cpu, precision: fp32, log_interval: 7ba, progress_bar: false}}
 checkpoints: {{folder: RUN, interval: {interval}ba, keep: 2, milestones: [0.25, 0.5, 1.0]}}
 callbacks: {{speed_monitor: {{}}, memory_monitor: {{}}}}
@@ -69,7 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="more than one: under Composer's launcher")
     parser.add_argument("--workers", type=int, default=2, help="loader workers per process")
     parser.add_argument("--interval", type=int, default=50, help="batches between checkpoints")
-    parser.add_argument("--batches", type=int, help="of the run, instead of as many as the minutes have room for")
+    parser.add_argument(
+        "--batches", type=int, help="of the run, instead of as many as the minutes have room for; kills come by batches"
+    )
     parser.add_argument("--documents", type=int, default=2000, help="of the invented corpus")
     parser.add_argument("--seed", type=int, default=0, help="of signals and moments")
     parser.add_argument("--folder", help="where everything goes; default: a temporary one, which is removed")
@@ -97,19 +101,16 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     undisturbed.start()
     start = time.monotonic()
     try:
-        killed.through_kills(options.kills, seconds, random.Random(options.seed))
+        killed.through_kills(options.kills, seconds, options.batches, random.Random(options.seed))
         lasted = time.monotonic() - start
         undisturbed.join()
     finally:
         whole.end()
         killed.end()
     result = compare(whole, killed)
-    passed = (
-        sum(killed.kills.values()) >= options.kills
-        and not any(result[name] for name in MUST_BE_ZERO)
-        and not grows(whole.watched)
-        and not grows_over_lives(killed)
-    )
+    grown = grows(whole.watched) or grows(killed.watched) or grows_over_lives(killed)
+    killed_enough = sum(killed.kills.values()) >= options.kills
+    passed = killed_enough and not grown and not any(result[name] for name in MUST_BE_ZERO)
     return {
         "benchmark": "soak",
         "passed": passed,
@@ -257,19 +258,32 @@ class Run:
         self.start()
         self._check(self.wait())
 
-    def through_kills(self, kills: int, seconds: float, rng: random.Random) -> None:
-        """Start it until it is done, and kill it `kills` times on the way."""
+    def through_kills(self, kills: int, seconds: float, batches: int | None, rng: random.Random) -> None:
+        """Start it until it is done, and kill it `kills` times on the way.
+
+        At any moment of the time; with a number of batches, when it has done some of them.
+        """
         mean = (1 - QUIET) * seconds / kills
         while True:
             self.start()
             # Every signal as often as any other; the last start is left alone.
             number = SIGNALS[sum(self.kills.values()) % len(SIGNALS)]
             left = kills - sum(self.kills.values())
-            status = self.wait(rng.uniform(0.02, 2.0) * mean if left else math.inf)
+            if left and batches is not None:
+                status = self._wait_for_lines(self.lines() + rng.randrange(2 * batches // (kills + 2)))
+            else:
+                status = self.wait(rng.uniform(0.02, 2.0) * mean if left else math.inf)
             if status is not None:
                 self._check(status)
                 return
             self._kill(number, rng)
+
+    def _wait_for_lines(self, lines: int) -> int | None:
+        """Until the record has so many, or the run has ended."""
+        while self.lines() < lines:
+            if (status := self.wait(0.02)) is not None:
+                return status
+        return None
 
     def _kill(self, number: signal.Signals, rng: random.Random) -> None:
         assert self.process is not None
@@ -363,7 +377,7 @@ def first_and_last(watched: list[tuple[float, int, int]]) -> dict[str, Any] | No
     """Memory and files after a tenth of the time, but not during the start, and at the end: medians of a few counts."""
     if len(watched) < 3 * STARTED:
         return None
-    begins = (max(STARTED, len(watched) // 10), len(watched) - 6)
+    begins = (max(STARTED, len(watched) // 10), len(watched) - ENDING)
     first, last = (_median(watched[begin : begin + 5]) for begin in begins)
     return {
         "seconds": round(watched[-1][0]),
@@ -383,7 +397,7 @@ def grows(watched: list[tuple[float, int, int]]) -> bool:
     if counts is None:
         return False
     (memory, more), (files, more_files) = counts["resident_mib"], counts["open_files"]
-    return more > GROWTH * memory or more_files > files
+    return more > GROWTH * memory or more_files > files + MORE_FILES
 
 
 def grows_over_lives(run: Run) -> bool:
@@ -391,8 +405,8 @@ def grows_over_lives(run: Run) -> bool:
     if not run.lives or min(len(run.lives[0]), len(run.watched)) < STARTED:
         return False
     length = min(len(run.lives[0]), len(run.watched))
-    first, last = (_median(watched[length - 6 : length]) for watched in (run.lives[0], run.watched))
-    return last[0] > GROWTH * first[0] or last[1] > first[1]
+    first, last = (_median(watched[length - 6 : length - 1]) for watched in (run.lives[0], run.watched))
+    return last[0] > GROWTH * first[0] or last[1] > first[1] + MORE_FILES
 
 
 if __name__ == "__main__":

@@ -79,7 +79,6 @@ class TrainMetrics(Callback):
         self.batch_places = 0
         self.sums: torch.Tensor | None = None
         self.places = 0
-        self.restored: list[float] | None = None  # sums of a checkpoint, until the first batch says where they belong
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self.batch_sums, self.batch_places = [], 0  # also when a batch that ran out of memory starts over
@@ -94,12 +93,8 @@ class TrainMetrics(Callback):
         for sums in self.batch_sums:
             if self.sums is None:
                 self.sums = torch.zeros_like(sums, dtype=torch.float64)
-                if self.restored is not None:
-                    *restored, places = self.restored
-                    self.places = int(places)
-                    self.sums += self.sums.new_tensor(restored)
-                    self.restored = None
-            self.sums += sums
+            # Those of a checkpoint are on the CPU.
+            self.sums = self.sums.to(sums.device) + sums
         self.places += self.batch_places
         self.batch_sums, self.batch_places = [], 0
         if self.is_due(state, Event.BATCH_END):
@@ -119,10 +114,14 @@ class TrainMetrics(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         ranks = [sums for sums in json.loads(state["sums"]) if sums is not None]
+        if not ranks:
+            return
         if len(ranks) == dist.get_world_size():
-            self.restored = ranks[dist.get_global_rank()]
-        elif ranks and dist.get_global_rank() == 0:  # another number of processes: the first has all, the rest nothing
-            self.restored = [sum(values) for values in zip(*ranks, strict=True)]
+            mine = ranks[dist.get_global_rank()]
+        else:  # another number of processes: the first has all, the rest nothing
+            mine = [sum(values) * (dist.get_global_rank() == 0) for values in zip(*ranks, strict=True)]
+        *sums, self.places = mine
+        self.sums = torch.tensor(sums, dtype=torch.float64)
 
     def _log(self, logger: Logger) -> None:
         if self.sums is None:

@@ -31,7 +31,7 @@ class StopOnSignal(Callback):
     """Ends a run after the batch in which any of its processes received SIGTERM or SIGINT.
 
     A checkpoint of that batch is saved, one line says which, and the process exits with 128 + the signal's number, as a
-    shell would have it: 143 or 130. A second SIGINT stops at once, as if nothing were there to save. Signals are the
+    shell would have it: 143 or 130; after the last batch the run ends as ever, with 0. A second SIGINT stops at once, as if nothing were there to save. Signals are the
     business of this callback while training runs; before and after, they do what they did.
 
     It must come after the savers in the list of callbacks, and a trainer must hand it what the processes agreed on:
@@ -72,8 +72,10 @@ class StopOnSignal(Callback):
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self._agreed is None:
+        if self._agreed is None or state.max_duration is None:
             return
+        if state.timestamp.get(state.max_duration.unit) >= state.max_duration:
+            return  # it was the last batch: the run ends as it would have
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
         saved = self.saver.save(state, logger) if self.saver is not None else None

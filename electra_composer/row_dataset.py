@@ -166,6 +166,18 @@ class RowDataset(StreamingDataset):
         if hasattr(self, "_resume_shm"):
             self._release_with_me([self._resume_shm])
 
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        """As Streaming's, which opens the block with the state once more each time that it is asked, and keeps it open.
+
+        It is asked at each epoch and each checkpoint: a run that was resumed would run out of file descriptors.
+        """
+        if not hasattr(self, "_resume_shm"):
+            return super()._resume(world, epoch)
+        before = _all_shared_memory()
+        place: tuple[int, int] = super()._resume(world, epoch)
+        _release([block for block in _all_shared_memory() if block not in before])
+        return place
+
     def _release_with_me(self, blocks: list[SharedMemory]) -> None:
         finalizer = weakref.finalize(self, _release, blocks, os.getpid())
         finalizer.atexit = False  # Streaming's part

@@ -38,6 +38,20 @@ class RunTrainer(Trainer):
         self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
         super().__init__(**arguments)
 
+    def fit(self, **arguments: Any) -> None:
+        """As Composer's; but a run that is complete is no error.
+
+        It was started again by whoever starts it until it ends well, or was killed between its last checkpoint and its
+        end: then the end is what is left to do.
+        """
+        duration = self.state.max_duration
+        if arguments or duration is None or self.state.timestamp.get(duration.unit) < duration:
+            super().fit(**arguments)
+            return
+        if dist.get_global_rank() == 0:
+            print(f"this run is complete: {duration} are done; a longer trainer.max_duration continues it", flush=True)
+        self._train_loop()
+
     def _use_closures(self) -> bool:
         # A closure has to return the loss as a number. No optimizer of ours needs one.
         return False

@@ -42,7 +42,15 @@ class Crash(Callback):
             raise RuntimeError("killed")
 
 
+class CrashAtEnd(Callback):
+    """Likewise, when all batches are done and saved."""
+
+    def fit_end(self, state, logger):
+        raise RuntimeError("killed")
+
+
 recorded_run.CALLBACKS["crash"] = Crash
+recorded_run.CALLBACKS["crash_at_end"] = CrashAtEnd
 
 
 def run(yaml: str, folder: Path, *overrides: str) -> int:

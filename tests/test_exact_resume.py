@@ -149,3 +149,15 @@ def test_rows_of_a_global_batch_on_any_number_of_processes(shards, monkeypatch, 
     assert len(whole) == 6
     assert batches(ranks, workers, 0) == whole
     assert batches(ranks, workers, 2 * 28) == whole[2:]
+
+
+def test_a_run_that_is_complete_is_no_error(tiny_yaml, tmp_path, capfd):
+    """Started again, and killed between the last checkpoint and the end, of which the metrics file has a row."""
+    settings = ["trainer.max_duration=8ba", "trainer.eval_interval=8ba", "trainer.log_interval=3ba"]
+    for folder, overrides in (("whole", []), ("interrupted", ["callbacks.crash_at_end={}"])):
+        assert run(str(tiny_yaml), tmp_path / folder, *settings, *overrides) == (-9 if overrides else 0)
+    assert run(str(tiny_yaml), tmp_path / "interrupted", *settings) == 0
+    assert "this run is complete: 8ba are done" in capfd.readouterr().out
+    assert_same_run(tmp_path / "whole", tmp_path / "interrupted")
+    assert run(str(tiny_yaml), tmp_path / "whole", *settings) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "interrupted")

@@ -114,3 +114,8 @@ def test_a_loaders_worker_hears_its_parent_alone():
     process.terminate()
     process.join(60)
     assert process.exitcode == 0
+
+
+def test_a_signal_in_the_last_batch_lets_the_run_end(tiny_yaml, tmp_path):
+    settings = ["trainer.max_duration=4ba", "trainer.eval_interval=4ba"]
+    assert run(str(tiny_yaml), tmp_path, *settings, *signal_at(3, signal.SIGTERM, 0)) == 0
