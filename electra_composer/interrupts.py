@@ -31,8 +31,9 @@ class StopOnSignal(Callback):
     """Ends a run after the batch in which any of its processes received SIGTERM or SIGINT.
 
     A checkpoint of that batch is saved, one line says which, and the process exits with 128 + the signal's number, as a
-    shell would have it: 143 or 130; after the last batch the run ends as ever, with 0. A second SIGINT stops at once, as if nothing were there to save. Signals are the
-    business of this callback while training runs; before and after, they do what they did.
+    shell would have it: 143 or 130; after the last batch the run ends as ever, with 0. A second SIGINT stops at once,
+    as if nothing were there to save. Signals are the business of this callback while training runs; before and after,
+    they do what they did.
 
     It must come after the savers in the list of callbacks, and a trainer must hand it what the processes agreed on:
     :meth:`received` summed over them, to :meth:`agree`.

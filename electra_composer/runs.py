@@ -273,12 +273,19 @@ def path_to_start_from(config: RunConfig) -> str | None:
 
 
 def check_run_folder(config: RunConfig) -> None:
-    """Refuse to start anew in a folder that holds another run's checkpoints.
+    """Refuse to start anew in a folder that holds another run's checkpoints, or in an object store.
 
     Raises:
-        UserError: there are checkpoints, and the configuration says neither to continue nor to replace them.
+        UserError: there are checkpoints, and the configuration says neither to continue nor to replace them; or no
+            folder at all.
     """
     checkpoints = config.checkpoints
+    if "://" in checkpoints.folder:
+        # Nothing can be renamed there, so that nothing would be whole or absent.
+        raise UserError(
+            f"checkpoints.folder={checkpoints.folder}: checkpoints are written to a folder of this machine, or of a file "
+            "system that its nodes share; give one, and copy it to the store with the store's own tool (aws s3 sync)"
+        )
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
     if os.path.lexists(latest) and not checkpoints.resume and not checkpoints.overwrite:
         raise UserError(

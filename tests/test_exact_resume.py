@@ -25,6 +25,7 @@ from resumed_runs import KINDS, run, signal_at
 
 from electra_composer.checkpoint import read_checkpoint
 from electra_composer.config import ShardsConfig
+from electra_composer.row_reader import RowReader
 from electra_composer.shards import build_dataloader, read_meta
 
 TESTS = Path(__file__).parent
@@ -161,3 +162,17 @@ def test_a_run_that_is_complete_is_no_error(tiny_yaml, tmp_path, capfd):
     assert_same_run(tmp_path / "whole", tmp_path / "interrupted")
     assert run(str(tiny_yaml), tmp_path / "whole", *settings) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "interrupted")
+
+
+def test_resuming_reads_no_row_of_before(shards, monkeypatch):
+    """However far the epoch is: the loader goes to its place without what lies before it."""
+    config = ShardsConfig(path=str(shards), max_seq_length=32, num_workers=0)
+    options = {"batch_size": 8, "shuffle": True, "drop_last": True, "seed": 3}
+    whole = [batch["input_ids"] for batch in build_dataloader(config, read_meta(str(shards)), "train", **options)]
+    read, rows = RowReader.read, []
+    monkeypatch.setattr(RowReader, "read", lambda self, numbers: rows.extend(numbers) or read(self, numbers))
+    loader = build_dataloader(config, read_meta(str(shards)), "train", **options)
+    state = loader.dataset.state_dict(0, True) | {"epoch": 0, "sample_in_epoch": 20 * 8}
+    loader.dataset.load_state_dict(state)
+    assert torch.equal(next(iter(loader))["input_ids"], whole[20])
+    assert len(rows) == 8

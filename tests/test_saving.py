@@ -205,3 +205,8 @@ def test_a_small_disk(pretrain, small_disk, monkeypatch):
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     trainer = pretrain(f"checkpoints.folder={small_disk}", "checkpoints.keep=1")
     assert trainer.state.timestamp.batch.value == 8
+
+
+def test_an_object_store_is_no_folder(pretrain):
+    with pytest.raises(UserError, match=r"checkpoints.folder=s3://bucket/run: .* folder of this machine.*aws s3 sync"):
+        pretrain("checkpoints.folder=s3://bucket/run")
