@@ -283,8 +283,8 @@ def check_run_folder(config: RunConfig) -> None:
     if "://" in checkpoints.folder:
         # Nothing can be renamed there, so that nothing would be whole or absent.
         raise UserError(
-            f"checkpoints.folder={checkpoints.folder}: checkpoints are written to a folder of this machine, or of a file "
-            "system that its nodes share; give one, and copy it to the store with the store's own tool (aws s3 sync)"
+            f"checkpoints.folder={checkpoints.folder}: checkpoints are written to a folder of this machine, or of a "
+            "file system that its nodes share; give one, and copy it with the store's own tool, such as aws s3 sync"
         )
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
     if os.path.lexists(latest) and not checkpoints.resume and not checkpoints.overwrite:
