@@ -86,8 +86,8 @@ class SignalAt(Callback):
             os.kill(os.getpid(), signal.Signals(self.signal))
 
 
-CALLBACKS["record"] = Record
-CALLBACKS["signal_at"] = SignalAt
+EXTRA: dict[str, type[Callback]] = {"record": Record, "signal_at": SignalAt}
 
 if __name__ == "__main__":
+    CALLBACKS.update(EXTRA)
     report_user_errors(main)(load_config_from_command_line(PretrainConfig, "recorded_run.py YAML [key=value …]"))

@@ -135,12 +135,16 @@ class TrainMetrics(Callback):
         logger.log_metrics({"data/fill": _ratio(sums[STATS.index("tokens")], places)})
 
 
+EVALUATION = 1  # the last of the numbers that its seed follows from, where a batch has none
+
+
 class BatchSeed(Callback):
     """Masks, samples and dropout of a batch follow from the seed, the process and the batch's number alone.
 
     Without it they follow from all that ever drew from torch's generator: each evaluation draws (a loader's iterator
     takes a number), and Composer 0.32 does not restore the generator when a Streaming data set resumes in the middle of
-    an epoch. With it a resumed run continues as if nothing had happened, and evaluation changes nothing in training.
+    an epoch. With it a resumed run continues as if nothing had happened, and evaluation changes nothing in training. What an
+    evaluation masks follows from the same numbers, so that one that is done again gives the same.
 
     Args:
         seed: of the run.
@@ -150,7 +154,13 @@ class BatchSeed(Callback):
         self.seed = seed
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        sequence = np.random.SeedSequence([self.seed, dist.get_global_rank(), state.timestamp.batch.value])
+        self._set([self.seed, dist.get_global_rank(), state.timestamp.batch.value])
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        self._set([self.seed, dist.get_global_rank(), state.timestamp.batch.value, EVALUATION])
+
+    def _set(self, numbers: list[int]) -> None:
+        sequence = np.random.SeedSequence(numbers)
         seed = int(sequence.generate_state(1, np.uint64)[0])
         # The generators of the CPU and of this process's GPU. `torch.manual_seed` also records, for each device that is
         # not in use, from where it was called: up to a millisecond a batch.

@@ -50,6 +50,7 @@ class RunTrainer(Trainer):
             return
         if dist.get_global_rank() == 0:
             print(f"this run is complete: {duration} are done; a longer trainer.max_duration continues it", flush=True)
+        self.state.previous_timestamp = self.state.timestamp  # or the evaluation at the end is left out
         self._train_loop()
 
     def _use_closures(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from composer.core import Callback
@@ -18,8 +19,9 @@ from composer.utils import dist, get_device
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import recorded_run  # registers the callbacks `record` and `signal_at`
+import recorded_run
 
+from electra_composer.builders import CALLBACKS
 from electra_composer.config import PretrainConfig, load_config
 from electra_composer.pretrain import main
 
@@ -49,8 +51,7 @@ class CrashAtEnd(Callback):
         raise RuntimeError("killed")
 
 
-recorded_run.CALLBACKS["crash"] = Crash
-recorded_run.CALLBACKS["crash_at_end"] = CrashAtEnd
+EXTRA = {**recorded_run.EXTRA, "crash": Crash, "crash_at_end": CrashAtEnd}
 
 
 def run(yaml: str, folder: Path, *overrides: str) -> int:
@@ -60,7 +61,8 @@ def run(yaml: str, folder: Path, *overrides: str) -> int:
     dist.barrier()
     settings = [f"checkpoints.folder={folder / 'run'}", f"callbacks.record.folder={folder / 'record'}", *overrides]
     try:
-        main(load_config(yaml, settings, PretrainConfig))
+        with patch.dict(CALLBACKS, EXTRA):
+            main(load_config(yaml, settings, PretrainConfig))
     except SystemExit as error:
         return error.code
     except RuntimeError as error:

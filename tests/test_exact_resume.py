@@ -154,7 +154,7 @@ def test_rows_of_a_global_batch_on_any_number_of_processes(shards, monkeypatch, 
 
 def test_a_run_that_is_complete_is_no_error(tiny_yaml, tmp_path, capfd):
     """Started again, and killed between the last checkpoint and the end, of which the metrics file has a row."""
-    settings = ["trainer.max_duration=8ba", "trainer.eval_interval=8ba", "trainer.log_interval=3ba"]
+    settings = ["trainer.max_duration=8ba", "trainer.eval_interval=1dur", "trainer.log_interval=3ba"]
     for folder, overrides in (("whole", []), ("interrupted", ["callbacks.crash_at_end={}"])):
         assert run(str(tiny_yaml), tmp_path / folder, *settings, *overrides) == (-9 if overrides else 0)
     assert run(str(tiny_yaml), tmp_path / "interrupted", *settings) == 0
