@@ -143,8 +143,8 @@ class BatchSeed(Callback):
 
     Without it they follow from all that ever drew from torch's generator: each evaluation draws (a loader's iterator
     takes a number), and Composer 0.32 does not restore the generator when a Streaming data set resumes in the middle of
-    an epoch. With it a resumed run continues as if nothing had happened, and evaluation changes nothing in training. What an
-    evaluation masks follows from the same numbers, so that one that is done again gives the same.
+    an epoch. With it a resumed run continues as if nothing had happened, and evaluation changes nothing in training.
+    What an evaluation masks follows from the same numbers, so that one that is done again gives the same.
 
     Args:
         seed: of the run.
