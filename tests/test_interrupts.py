@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -88,11 +89,16 @@ def test_the_end_of_the_launcher_is_a_sigterm_and_sigint_then_ends_at_once():
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, CHILD], stdout=subprocess.PIPE, text=True)
     word, pid = launcher.stdout.readline().split()
     assert word == "ready"
-    launcher.terminate()
-    assert launcher.wait(60) == -signal.SIGTERM
-    assert launcher.stdout.readline() == "received [0, 1]\n"
-    os.kill(int(pid), signal.SIGINT)
-    assert launcher.stdout.read() == ""  # it has ended, and said nothing more
+    try:
+        launcher.terminate()
+        assert launcher.wait(60) == -signal.SIGTERM
+        assert launcher.stdout.readline() == "received [0, 1]\n"
+        os.kill(int(pid), signal.SIGINT)
+        assert launcher.stdout.read() == ""  # it has ended, and said nothing more
+    finally:
+        for left in (launcher.pid, int(pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
 
 
 def worker(ready) -> None:
