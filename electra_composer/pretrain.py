@@ -15,6 +15,7 @@ from electra_composer.electra import ElectraForPretraining
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.faults import faults_named
 from electra_composer.kernels.masked_lm import resolve_implementation
+from electra_composer.resuming import alone_in
 from electra_composer.runs import (
     build_trainer,
     check_run_folder,
@@ -79,7 +80,7 @@ def main(config: PretrainConfig) -> Trainer:
     loss_to_beat = loss_without_context(config.data, meta, config.objective)
     if dist.get_global_rank() == 0 and loss_to_beat is not None:
         print(f"MLM loss without context: {loss_to_beat:.2f} (word frequencies, and copying kept tokens)", flush=True)
-    with faults_named(), compile_errors_named():
+    with faults_named(), alone_in(config.checkpoints.folder), compile_errors_named():
         trainer = build_trainer(
             config,
             model,

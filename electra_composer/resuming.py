@@ -6,9 +6,13 @@ or a checkpoint of another program can; a run then goes on from the newest whole
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import logging
 import os
 import zipfile
+from collections.abc import Iterator
 from io import BytesIO
 
 from composer.utils import dist
@@ -21,7 +25,39 @@ from electra_composer.sharded_checkpoint import CONTENTS, read_contents
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"  # in a run's folder, locked by the first process of the run that trains in it
 BROKEN = ".broken"  # ending of a checkpoint that cannot be read
+
+
+@contextlib.contextmanager
+def alone_in(folder: str) -> Iterator[None]:
+    """Keep a second run out of a run's folder, for as long as this one lives.
+
+    A scheduler may start a run again while its processes still save. The lock is the process's own: it goes with it,
+    however it ends, and loader workers that outlive it for a moment do not keep it.
+
+    Raises:
+        UserError: on every process: another one is at work there.
+    """
+    message: list[str | None] = [None]
+    with contextlib.ExitStack() as stack:
+        if dist.get_global_rank() == 0:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                file = stack.enter_context(open(os.path.join(folder, LOCK), "a", encoding="utf-8"))
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    message = [
+                        f"checkpoints.folder={folder}: another process trains in this folder; wait for its end, or "
+                        "give another folder"
+                    ]
+                elif error.errno != errno.ENOLCK:  # a file system without locks
+                    message = [f"checkpoints.folder={folder}: {os.strerror(error.errno or 0)}"]
+        dist.broadcast_object_list(message)
+        if message[0] is not None:
+            raise UserError(message[0])
+        yield
 
 
 def mend_latest(folder: str, link_name: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,28 @@ def test_the_run_goes_on_from_the_one_before_and_ends_the_same(tiny_yaml, tmp_pa
         continued = pretrain()
     assert "the run goes on from the one before it" in caplog.text
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
+HOLDS = """
+import sys, time
+from electra_composer.resuming import alone_in
+
+with alone_in(sys.argv[1]):
+    print("there", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_in_one_folder(tiny_yaml, tmp_path):
+    """The second is refused while the first is there, and goes on when it is killed."""
+    config = load_config(str(tiny_yaml), ["trainer.max_duration=2ba", "schedule.warmup=1ba"], PretrainConfig)
+    command = [sys.executable, "-c", HOLDS, config.checkpoints.folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "there\n"
+            with pytest.raises(UserError, match="another process trains in this folder"):
+                main(config)
+            assert os.listdir(config.checkpoints.folder) == [".lock"]
+        finally:
+            other.kill()
+    assert main(config).state.timestamp.batch.value == 2
