@@ -95,7 +95,7 @@ def main(config: PretrainConfig) -> Trainer:
         )
         try:
             trainer.fit()
-        except SystemExit:  # a signal ended the run: loggers get their last word before the process ends
+        except BaseException:  # a signal that ended the run is one: loggers get their last word, and let go of files
             trainer.close()
             raise
     trainer.close()
