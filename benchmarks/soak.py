@@ -71,9 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="more than one: under Composer's launcher")
     parser.add_argument("--workers", type=int, default=2, help="loader workers per process")
     parser.add_argument("--interval", type=int, default=50, help="batches between checkpoints")
-    parser.add_argument(
-        "--batches", type=int, help="of the run, instead of as many as the minutes have room for; kills come by batches"
-    )
+    parser.add_argument("--batches", type=int, help="of the run, instead of as many as the minutes have room for")
     parser.add_argument("--documents", type=int, default=2000, help="of the invented corpus")
     parser.add_argument("--seed", type=int, default=0, help="of signals and moments")
     parser.add_argument("--folder", help="where everything goes; default: a temporary one, which is removed")
@@ -101,7 +99,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     undisturbed.start()
     start = time.monotonic()
     try:
-        killed.through_kills(options.kills, seconds, options.batches, random.Random(options.seed))
+        killed.through_kills(options.kills, seconds, batches, random.Random(options.seed))
         lasted = time.monotonic() - start
         undisturbed.join()
     finally:
@@ -258,30 +256,29 @@ class Run:
         self.start()
         self._check(self.wait())
 
-    def through_kills(self, kills: int, seconds: float, batches: int | None, rng: random.Random) -> None:
+    def through_kills(self, kills: int, seconds: float, batches: int, rng: random.Random) -> None:
         """Start it until it is done, and kill it `kills` times on the way.
 
-        At any moment of the time; with a number of batches, when it has done some of them.
+        At any moment of the time, or when it has done some batches, whichever comes first: it must not be done before.
         """
-        mean = (1 - QUIET) * seconds / kills
+        share = (1 - QUIET) / kills
         while True:
             self.start()
             # Every signal as often as any other; the last start is left alone.
             number = SIGNALS[sum(self.kills.values()) % len(SIGNALS)]
             left = kills - sum(self.kills.values())
-            if left and batches is not None:
-                status = self._wait_for_lines(self.lines() + rng.randrange(2 * batches // (kills + 2)))
-            else:
-                status = self.wait(rng.uniform(0.02, 2.0) * mean if left else math.inf)
+            moment, progress = (rng.uniform(0.02, 2.0) * share for _ in range(2))
+            status = self._wait_for(moment * seconds, math.ceil(progress * batches)) if left else self.wait()
             if status is not None:
                 self._check(status)
                 return
             self._kill(number, rng)
 
-    def _wait_for_lines(self, lines: int) -> int | None:
-        """Until the record has so many, or the run has ended."""
-        while self.lines() < lines:
-            if (status := self.wait(0.02)) is not None:
+    def _wait_for(self, seconds: float, lines: int) -> int | None:
+        """Until so much time has passed, or so many batches are done, or the run has ended: its status then."""
+        end, enough = time.monotonic() + seconds, self.lines() + lines
+        while time.monotonic() < end and self.lines() < enough:
+            if (status := self.wait(min(1.0, seconds / 50))) is not None:
                 return status
         return None
 
