@@ -245,7 +245,8 @@ class Run:
                 files += process.num_fds()
         except (psutil.Error, OSError):
             return  # just ending
-        self.watched.append((age, resident, files))
+        if not self.watched or age >= self.watched[-1][0] + 1.0:
+            self.watched.append((age, resident, files))
 
     def until_done(self) -> None:
         """Start it and wait for its end.
