@@ -143,12 +143,12 @@ def test_a_shard_that_goes_bad_while_it_is_needed(pretrain, many_shards, tmp_pat
     monkeypatch.setattr(row_reader, "OPEN_SHARDS", 1)  # what is open does not go away
     copy = tmp_path / "copy"
     shutil.copytree(many_shards, copy)
-    settings = [f"data.path={many_shards}", f"data.num_workers={workers}", "trainer.max_duration=60ba"]
+    settings = [f"data.path={many_shards}", f"data.num_workers={workers}", "trainer.max_duration=30ba"]
     with pytest.raises(UserError, match=r"train/shard\.000\d+\.mds: the shard (cannot be fetched|is corrupt)"):
         pretrain(*settings, "callbacks.damage={}")
     shutil.rmtree(many_shards)
     shutil.copytree(copy, many_shards)
-    assert pretrain(*settings).state.timestamp.batch.value == 60
+    assert pretrain(*settings).state.timestamp.batch.value == 30
 
 
 BUILDS_AND_DIES = """
