@@ -6,6 +6,7 @@ Throughput, MFU, memory and the loader's share of the time are in monitors.py; t
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State, Timestamp, TimeUnit
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
@@ -21,6 +21,7 @@ from composer.utils import create_interval_scheduler, dist
 from electra_composer.composer_model import RATIOS
 from electra_composer.errors import UserError
 from electra_composer.optim import parse_time
+from electra_composer.saving import MilestoneSaver
 
 # The sums that the pretraining model returns with every microbatch, in this order on the wire.
 STATS = (
@@ -92,7 +93,8 @@ class TrainMetrics(Callback):
         for sums in self.batch_sums:
             if self.sums is None:
                 self.sums = torch.zeros_like(sums, dtype=torch.float64)
-            self.sums += sums
+            # Those of a checkpoint are on the CPU.
+            self.sums = self.sums.to(sums.device) + sums
         self.places += self.batch_places
         self.batch_sums, self.batch_places = [], 0
         if self.is_due(state, Event.BATCH_END):
@@ -104,6 +106,22 @@ class TrainMetrics(Callback):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self._log(logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each process has summed up since the last log, as text: one value, whatever is in it."""
+        mine = None if self.sums is None else [*self.sums.tolist(), self.places]
+        return {"sums": json.dumps(dist.all_gather_object(mine))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        ranks = [sums for sums in json.loads(state["sums"]) if sums is not None]
+        if not ranks:
+            return
+        if len(ranks) == dist.get_world_size():
+            mine = ranks[dist.get_global_rank()]
+        else:  # another number of processes: the first has all, the rest nothing
+            mine = [sum(values) * (dist.get_global_rank() == 0) for values in zip(*ranks, strict=True)]
+        *sums, self.places = mine
+        self.sums = torch.tensor(sums, dtype=torch.float64)
 
     def _log(self, logger: Logger) -> None:
         if self.sums is None:
@@ -117,12 +135,16 @@ class TrainMetrics(Callback):
         logger.log_metrics({"data/fill": _ratio(sums[STATS.index("tokens")], places)})
 
 
+EVALUATION = 1  # the last of the numbers that its seed follows from, where a batch has none
+
+
 class BatchSeed(Callback):
     """Masks, samples and dropout of a batch follow from the seed, the process and the batch's number alone.
 
     Without it they follow from all that ever drew from torch's generator: each evaluation draws (a loader's iterator
     takes a number), and Composer 0.32 does not restore the generator when a Streaming data set resumes in the middle of
     an epoch. With it a resumed run continues as if nothing had happened, and evaluation changes nothing in training.
+    What an evaluation masks follows from the same numbers, so that one that is done again gives the same.
 
     Args:
         seed: of the run.
@@ -132,7 +154,13 @@ class BatchSeed(Callback):
         self.seed = seed
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        sequence = np.random.SeedSequence([self.seed, dist.get_global_rank(), state.timestamp.batch.value])
+        self._set([self.seed, dist.get_global_rank(), state.timestamp.batch.value])
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        self._set([self.seed, dist.get_global_rank(), state.timestamp.batch.value, EVALUATION])
+
+    def _set(self, numbers: list[int]) -> None:
+        sequence = np.random.SeedSequence(numbers)
         seed = int(sequence.generate_state(1, np.uint64)[0])
         # The generators of the CPU and of this process's GPU. `torch.manual_seed` also records, for each device that is
         # not in use, from where it was called: up to a millisecond a batch.
@@ -162,12 +190,8 @@ def interval_scheduler(text: str, key: str) -> Callable[[State, Event], bool]:
     )
 
 
-class MilestoneSaver(CheckpointSaver):
-    """Composer's `CheckpointSaver` under a name of its own: checkpoints keep the state of callbacks by class name."""
-
-
 def milestone_saver(
-    folder: str, fractions: Sequence[float], latest_filename: str | None = None, overwrite: bool = False
+    folder: str, fractions: Sequence[float], latest_filename: str | None = None, **arguments: Any
 ) -> MilestoneSaver:
     """A saver of checkpoints at fixed fractions of training, which stay for good.
 
@@ -176,10 +200,10 @@ def milestone_saver(
     epochs if the loader has a length.
 
     Args:
-        folder: where they go, as `milestone-ba{batch}-rank{rank}.pt`.
+        folder: where they go, as `milestone-ba{batch}-rank0.pt`.
         fractions: above 0 and at most 1, such as 0.0625.
         latest_filename: a symlink that is to point to the newest, such as `latest-rank{rank}.pt`.
-        overwrite: replace milestones of the same name. A run that resumes from before one needs it.
+        arguments: of the saver; a run that resumes from before a milestone needs `overwrite`.
 
     Raises:
         UserError: a fraction out of range.
@@ -194,17 +218,7 @@ def milestone_saver(
         before, now = elapsed_fraction(state, state.previous_timestamp), elapsed_fraction(state, state.timestamp)
         return any(before < fraction <= now for fraction in fractions)
 
-    return MilestoneSaver(
-        folder=folder,
-        filename="milestone-ba{batch}-rank{rank}.pt",
-        remote_file_name=None,
-        latest_filename=latest_filename,
-        # Composer insists on one to resume from; it is used with remote folders alone.
-        latest_remote_file_name=latest_filename,
-        save_interval=is_due,
-        num_checkpoints_to_keep=-1,
-        overwrite=overwrite,
-    )
+    return MilestoneSaver(folder, "milestone-ba", latest_filename, save_interval=is_due, **arguments)
 
 
 def elapsed_fraction(state: State, timestamp: Timestamp) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,9 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(entry_point)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a locale without ü or … is no reason to stop
         try:
             return entry_point(*args, **kwargs)
         except UserError as error:

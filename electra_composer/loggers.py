@@ -52,6 +52,7 @@ class MetricsFile(LoggerDestination):
         self.columns: list[str] = []  # CSV only
         self.row: dict[str, Any] = {}  # in the making
         self.step = 0
+        self.resumed = False
         self.file: TextIO | None = None
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -66,10 +67,11 @@ class MetricsFile(LoggerDestination):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0 and self.file is None:
-            self._open(state.timestamp.batch.value)
+            # The row in the making goes on: a run that was interrupted has written what there was of it.
+            self._open(self.step if self.resumed else state.timestamp.batch.value)
 
     def close(self, state: State, logger: Logger) -> None:
-        if self.file is None and self.row:
+        if self.file is None and self.row and not self.resumed:
             self._open(self.step + 1)  # an evaluation without training
         if self.file is not None:
             self._write_row()
@@ -77,10 +79,15 @@ class MetricsFile(LoggerDestination):
             self.file = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "row": _numbers(self.row)}
+        # As text: torch finds the values of a sharded checkpoint by their names, which differ from row to row.
+        return {"step": self.step, "row": json.dumps(_numbers(self.row))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.row = state["step"], dict(state["row"])
+        if dist.get_global_rank() != 0:
+            return
+        row = state["row"]
+        self.step, self.row = state["step"], json.loads(row) if isinstance(row, str) else dict(row)
+        self.resumed = True
 
     def _open(self, first_step: int) -> None:
         """Keep what an earlier part of this run wrote before `first_step`, and append from there."""

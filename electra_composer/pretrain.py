@@ -13,7 +13,9 @@ from electra_composer.config import PretrainConfig, load_config_from_command_lin
 from electra_composer.devices import choose_attention, fsdp_gradient_factor, resolve_device
 from electra_composer.electra import ElectraForPretraining
 from electra_composer.errors import UserError, report_user_errors
+from electra_composer.faults import faults_named
 from electra_composer.kernels.masked_lm import resolve_implementation
+from electra_composer.resuming import alone_in
 from electra_composer.runs import (
     build_trainer,
     check_run_folder,
@@ -81,20 +83,24 @@ def main(config: PretrainConfig) -> Trainer:
     loss_to_beat = loss_without_context(config.data, meta, config.objective)
     if dist.get_global_rank() == 0 and loss_to_beat is not None:
         print(f"MLM loss without context: {loss_to_beat:.2f} (word frequencies, and copying kept tokens)", flush=True)
-    trainer = build_trainer(
-        config,
-        model,
-        train_data,
-        eval_data,
-        config.trainer.max_duration,
-        callbacks=[
-            TrainMetrics(config.trainer.log_interval),
-            LearningWatch(loss_to_beat),
-            RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(tokenizer)),
-        ],
-    )
-    with compile_errors_named():
-        trainer.fit()
+    with faults_named(), alone_in(config.checkpoints.folder), compile_errors_named():
+        trainer = build_trainer(
+            config,
+            model,
+            train_data,
+            eval_data,
+            config.trainer.max_duration,
+            callbacks=[
+                TrainMetrics(config.trainer.log_interval),
+                LearningWatch(loss_to_beat),
+                RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(tokenizer)),
+            ],
+        )
+        try:
+            trainer.fit()
+        except BaseException:  # a signal that ended the run is one: loggers get their last word, and let go of files
+            trainer.close()
+            raise
     trainer.close()
     return trainer
 

@@ -18,6 +18,7 @@ from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
 from streaming.base.shared import SharedMemory
+from streaming.base.world import World
 
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
@@ -25,6 +26,7 @@ from electra_composer.object_store import explain
 from electra_composer.row_reader import RowReader, Rows
 from electra_composer.shard_folder import HASH
 from electra_composer.shared_memory import all_shared_memory, choosing_a_prefix, release, shared_memory_of
+from electra_composer.stale_memory import own
 from electra_composer.streams import Folder
 
 Batch = dict[str, Any]
@@ -70,6 +72,8 @@ class RowDataset(StreamingDataset):
         pad_id: id of `[PAD]`.
         epoch_size: rows of all streams in an epoch; None: as many as they hold, or as their weights say.
         batching_method: how the streams are put in batches, see config.py.
+        full_batches: an epoch is as many global batches as its rows fill, on any number of processes. Streaming gives
+            all processes as many rows by repeating some, which may make one batch more than on one process.
 
     Streaming keeps what a data set shares with its workers open until the process ends, and every further data set
     opens all of that again, to see that it is in use: a process that builds many (a notebook, the tests) runs out of
@@ -87,8 +91,10 @@ class RowDataset(StreamingDataset):
         pad_id: int,
         epoch_size: int | None = None,
         batching_method: str = "random",
+        full_batches: bool = False,
     ) -> None:
         self._max_seq_length, self._pad_id = max_seq_length, pad_id
+        self._full_batches = full_batches
         self._is_remote = any(stream.remote is not None for stream in streams)
         self._reader: RowReader | None = None
         self._ahead: _FetchAhead | None = None
@@ -110,6 +116,8 @@ class RowDataset(StreamingDataset):
             )
             mine = shared_memory_of(self)
             release([block for block in all_shared_memory() if block not in before + mine])
+            if World.detect().is_local_leader:
+                weakref.finalize(self, own(self._shm_prefix_int).close)
         self._release_with_me(mine)
         # Read at the start of an epoch. One pick a row would take a minute for a hundred million of them.
         self.sampling_granularity = max(1, int(self.samples_per_stream.max()) // PICKS)
@@ -133,8 +141,15 @@ class RowDataset(StreamingDataset):
         """
         self._unique_worker_world = self._unique_rank_world.detect_workers()
         self._parallel_worker_world = self._parallel_rank_world.detect_workers()
-        numbers = self._get_work(*self._resume_incr_epoch())
+        epoch, sample_in_epoch = self._resume_incr_epoch()
+        numbers = self._get_work(epoch, sample_in_epoch)
         numbers = numbers[numbers >= 0]  # Streaming fills the last rank's share up with -1
+        if self._full_batches:
+            world = self._parallel_worker_world
+            assert self.batch_size is not None
+            left = len(self) // self.batch_size - sample_in_epoch // (self.batch_size * world.num_ranks)
+            mine = len(range(world.worker_of_rank, left, world.workers_per_rank))  # batches go to the workers in turn
+            numbers = numbers[: mine * self.batch_size]
         ahead = None
         if self._is_remote and len(numbers):
             ahead = self._ahead = _FetchAhead(self, numbers)
@@ -143,6 +158,13 @@ class RowDataset(StreamingDataset):
         finally:
             if ahead is not None:
                 ahead.stop()
+
+    def __len__(self) -> int:
+        """Rows of an epoch for each process."""
+        if not self._full_batches:
+            return int(super().__len__())
+        assert self.batch_size is not None
+        return int(self.epoch_size) // (self.batch_size * self._parallel_rank_world.num_ranks) * self.batch_size
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Any]:
         """A batch of rows by their numbers; see :func:`collate_rows` for what :class:`RowLoader` makes of it."""
@@ -179,8 +201,13 @@ class RowDataset(StreamingDataset):
             ) from error
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Streaming's, with what its place in the epoch refers to."""
-        return {**super().state_dict(num_samples, from_beginning), MIX: self._mix()}
+        """Streaming's, with what its place refers to. Between two epochs, where it would name the one that is over, it
+        names the next one.
+        """
+        state = {**super().state_dict(num_samples, from_beginning), MIX: self._mix()}
+        if from_beginning and num_samples == 0:
+            state["epoch"] = max(state["epoch"], self.next_epoch)
+        return state
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Streaming's. Goes on at the same place in another order if the data is another, and says so."""
@@ -201,6 +228,18 @@ class RowDataset(StreamingDataset):
         return [
             [int(rows), int(stream.choose)] for rows, stream in zip(self.samples_per_stream, self.streams, strict=True)
         ]
+
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        """As Streaming's, which opens the block with the state once more each time that it is asked, and keeps it open.
+
+        It is asked at each epoch and each checkpoint: a run that was resumed would run out of file descriptors.
+        """
+        if not hasattr(self, "_resume_shm"):
+            return super()._resume(world, epoch)
+        before = all_shared_memory()
+        place: tuple[int, int] = super()._resume(world, epoch)
+        release([block for block in all_shared_memory() if block not in before])
+        return place
 
     def _release_with_me(self, blocks: list[SharedMemory]) -> None:
         finalizer = weakref.finalize(self, release, blocks, os.getpid())

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from composer import Evaluator, Trainer
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, DataSpec
 from composer.models import ComposerModel
 from composer.utils import create_interval_scheduler, dist, reproducibility
@@ -20,8 +19,11 @@ from electra_composer.checkpoint_forms import loading
 from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.devices import keep_freed_memory, resolve_device
 from electra_composer.errors import UserError
+from electra_composer.interrupts import StopOnSignal
 from electra_composer.optim import parse_time
 from electra_composer.parallelism import compile_model, fsdp_config, recompute_activations
+from electra_composer.resuming import mend_latest
+from electra_composer.saving import IntervalSaver, WholeSaver
 from electra_composer.sharded_checkpoint import is_sharded
 from electra_composer.trainer import RunTrainer, run_device
 from electra_composer.trouble import NumericalGuard
@@ -158,6 +160,7 @@ def build_trainer(
     trainer, checkpoints = config.trainer, config.checkpoints
     device, precision, _ = resolve_device(trainer)
     savers = checkpoint_savers(config)
+    stop = StopOnSignal(savers[-1] if savers else None)
     microbatch = trainer.device_train_microbatch_size
     guard = NumericalGuard(checkpoints.folder, trainer.gradient_clip, trainer.on_nonfinite)
     optimizer = build_optimizer(config.optimizer, model)
@@ -171,6 +174,7 @@ def build_trainer(
         return RunTrainer(
             log_interval=trainer.log_interval,
             guard=guard,
+            stop=stop,
             model=model,
             train_dataloader=train_data,
             eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
@@ -185,6 +189,7 @@ def build_trainer(
                 *build_callbacks(config.callbacks),
                 *callbacks,
                 *savers,
+                stop,
             ],
             loggers=build_loggers(config.loggers, checkpoints.folder, trainer.log_interval, trainer.progress_bar),
             progress_bar=False,  # ours is among the loggers
@@ -200,40 +205,52 @@ def build_trainer(
         )
 
 
-def checkpoint_savers(config: RunConfig) -> list[CheckpointSaver]:
-    """Savers for milestones (kept for good) and intervals (the newest `keep`).
+def checkpoint_savers(config: RunConfig) -> list[WholeSaver]:
+    """Savers for milestones (kept for good) and intervals (the newest `keep`); none if the run keeps neither.
 
-    `latest-rank0.pt` points to the newest of either, where a run resumes. Files are replaced: a run that is resumed
-    from before a checkpoint writes it again, and :func:`check_run_folder` keeps other runs out.
+    The last one also saves when a signal ends the run. `latest-rank0.pt` points to the newest of either, where a run
+    resumes. Files are replaced: a run that is resumed from before a checkpoint writes it again, and
+    :func:`check_run_folder` keeps other runs out.
     """
     checkpoints = config.checkpoints
-    savers: list[CheckpointSaver] = []
+    if checkpoints.keep < 1 and checkpoints.keep != -1:
+        raise UserError(f"checkpoints.keep is {checkpoints.keep}; expected at least 1, or -1 for all")
+    if not checkpoints.interval and not checkpoints.milestones:
+        return []
+    common: dict[str, Any] = {
+        "latest_filename": LATEST,
+        "overwrite": True,
+        "replace_run": checkpoints.overwrite,
+    }
+    savers: list[WholeSaver] = []
     if checkpoints.milestones:
-        savers.append(milestone_saver(checkpoints.folder, checkpoints.milestones, LATEST, overwrite=True))
-    if checkpoints.interval:
-        # The last milestone already stands at the end of training; without it the interval saver saves there.
-        final_events: dict[str, Any] = {"final_events": set()} if 1.0 in checkpoints.milestones else {}
-        savers.append(
-            CheckpointSaver(
-                folder=checkpoints.folder,
-                filename="batch-{batch}-rank{rank}.pt",
-                latest_filename=LATEST,
-                latest_remote_file_name=LATEST,
-                save_interval=create_interval_scheduler(checkpoints.interval, **final_events),
-                num_checkpoints_to_keep=checkpoints.keep,
-                overwrite=True,
-            )
+        savers.append(milestone_saver(checkpoints.folder, checkpoints.milestones, **common))
+    # The last milestone already stands at the end of training; without it the interval saver saves there.
+    final_events: dict[str, Any] = {"final_events": set()} if 1.0 in checkpoints.milestones else {}
+    savers.append(
+        IntervalSaver(
+            checkpoints.folder,
+            "batch-",
+            save_interval=create_interval_scheduler(checkpoints.interval, **final_events)
+            if checkpoints.interval
+            else lambda state, event: False,
+            num_checkpoints_to_keep=checkpoints.keep,
+            **common,
         )
+    )
     return savers
 
 
 def checkpoint_to_load(config: RunConfig) -> str | None:
     """The checkpoint that the trainer will start from: the run's newest, else `checkpoints.load_path`, else none.
 
-    A file, or the folder of a sharded one; to be checked before anything is built.
+    A file, or the folder of a sharded one; to be checked before anything is built. If the run's newest is broken, the
+    link to it is moved to the one before it (see resuming.py).
     """
     checkpoints = config.checkpoints
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
+    if checkpoints.resume and not checkpoints.overwrite:
+        mend_latest(checkpoints.folder, LATEST.format(rank=0))
     if checkpoints.resume and not checkpoints.overwrite and os.path.lexists(latest):
         return latest
     return path_to_start_from(config)
@@ -260,12 +277,19 @@ def path_to_start_from(config: RunConfig) -> str | None:
 
 
 def check_run_folder(config: RunConfig) -> None:
-    """Refuse to start anew in a folder that holds another run's checkpoints.
+    """Refuse to start anew in a folder that holds another run's checkpoints, or in an object store.
 
     Raises:
-        UserError: there are checkpoints, and the configuration says neither to continue nor to replace them.
+        UserError: there are checkpoints, and the configuration says neither to continue nor to replace them; or no
+            folder at all.
     """
     checkpoints = config.checkpoints
+    if "://" in checkpoints.folder:
+        # Nothing can be renamed there, so that nothing would be whole or absent.
+        raise UserError(
+            f"checkpoints.folder={checkpoints.folder}: checkpoints are written to a folder of this machine, or of a "
+            "file system that its nodes share; give one, and copy it with the store's own tool, such as aws s3 sync"
+        )
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
     if os.path.lexists(latest) and not checkpoints.resume and not checkpoints.overwrite:
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
+from electra_composer.interrupts import leave_signals_to_parent
 from electra_composer.object_store import explain, fetch_meta, wait_for_leader
 from electra_composer.row_dataset import Batch, RowDataset, RowLoader, stream_of
 from electra_composer.shard_folder import META, Meta, is_inside
@@ -212,14 +212,15 @@ def build_dataloader(
     shares = weigh(folders, split, epoch_size, seed)
     world = World.detect()
     rows, ranks = sum(share.rows for share in shares), world.num_ranks
-    if drop_last and math.ceil(rows / ranks) < batch_size:
+    if drop_last and rows < batch_size * ranks:
         raise UserError(
             f"{', '.join(folder.path for folder in folders)}: split {split!r} has {rows:,} rows, fewer than "
             f"one batch of {batch_size:,} rows on each of {ranks} device{'s' if ranks > 1 else ''} "
             f"({batch_size * ranks:,}); take a smaller batch size or more text"
         )
     batches = batches_per_epoch(shares, method, batch_size, world)
-    dataset = _build_dataset(config, folders, split, batch_size, shuffle, seed, meta, epoch_size, method)
+    full_batches = drop_last and method == "random"
+    dataset = _build_dataset(config, folders, split, batch_size, shuffle, seed, meta, epoch_size, method, full_batches)
     if batches is not None:
         dataset.length = batches * batch_size
     # A remote's index is here only now; none of its shards is yet.
@@ -233,6 +234,7 @@ def build_dataloader(
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
         collate_fn=dataset.collate,
+        worker_init_fn=leave_signals_to_parent if config.num_workers > 0 else None,
     )
 
 
@@ -246,6 +248,7 @@ def _build_dataset(
     meta: Meta,
     epoch_size: int | None,
     method: str,
+    full_batches: bool,
 ) -> RowDataset:
     streams: list[Stream] = []
     try:
@@ -261,6 +264,7 @@ def _build_dataset(
             meta.tokenizer.special_ids["pad"],
             epoch_size,
             method,
+            full_batches,
         )
     except Exception as error:  # every storage client has errors of its own
         remote = next((folder.remote for folder in folders if folder.remote is not None), None)

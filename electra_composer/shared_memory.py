@@ -17,6 +17,8 @@ from streaming import StreamingDataset
 from streaming.base.shared import SharedMemory
 from streaming.base.world import World
 
+from electra_composer.stale_memory import remove_stale
+
 
 @contextmanager
 def choosing_a_prefix() -> Iterator[None]:
@@ -29,9 +31,12 @@ def choosing_a_prefix() -> Iterator[None]:
     gc.collect()
     lock = FileLock(os.path.join(tempfile.gettempdir(), f"electra_composer_{os.getuid()}.lock"))
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if _is_first_on_this_machine():
+    is_first = _is_first_on_this_machine()
+    if is_first:
         lock.acquire()
     try:
+        if is_first:
+            remove_stale()
         if ranks:
             torch.distributed.barrier()
         yield

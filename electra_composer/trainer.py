@@ -20,6 +20,7 @@ from composer.core import TimeUnit
 from composer.devices import Device, DeviceGPU
 from composer.utils import dist, get_device
 
+from electra_composer.interrupts import StopOnSignal
 from electra_composer.optim import parse_time
 from electra_composer.trouble import NumericalGuard
 
@@ -32,15 +33,39 @@ class RunTrainer(Trainer):
             and at the end of training: the loss of that batch, as ever. On a CPU, where reading costs nothing, and with
             any other unit, at every batch.
         guard: is told every batch's losses, as they are on the device.
+        stop: told at every batch how many processes have received a signal; it must be among the callbacks too.
         arguments: Composer's.
     """
 
-    def __init__(self, *, log_interval: str = "1ba", guard: NumericalGuard | None = None, **arguments: Any):
+    def __init__(
+        self,
+        *,
+        log_interval: str = "1ba",
+        guard: NumericalGuard | None = None,
+        stop: StopOnSignal | None = None,
+        **arguments: Any,
+    ):
         self.guard = guard
+        self.stop = stop
         time = parse_time(log_interval, "trainer.log_interval")
         self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
         with _signal_files_apart():
             super().__init__(**arguments)
+
+    def fit(self, **arguments: Any) -> None:
+        """As Composer's; but a run that is complete is no error.
+
+        It was started again by whoever starts it until it ends well, or was killed between its last checkpoint and its
+        end: then the end is what is left to do.
+        """
+        duration = self.state.max_duration
+        if arguments or duration is None or self.state.timestamp.get(duration.unit) < duration:
+            super().fit(**arguments)
+            return
+        if dist.get_global_rank() == 0:
+            print(f"this run is complete: {duration} are done; a longer trainer.max_duration continues it", flush=True)
+        self.state.previous_timestamp = self.state.timestamp  # or the evaluation at the end is left out
+        self._train_loop()
 
     def _use_closures(self) -> bool:
         # A closure has to return the loss as a number. No optimizer of ours needs one.
@@ -63,14 +88,17 @@ class RunTrainer(Trainer):
     def _accumulate_time_across_ranks(
         self, num_samples: int | float, num_tokens: int, batch_time: datetime.timedelta
     ) -> tuple[int, int, datetime.timedelta]:
-        """Samples and tokens of all processes, and the first one's time: between the hosts."""
-        counts = torch.tensor([num_samples, num_tokens, batch_time.total_seconds()], dtype=torch.float64)
+        """Samples and tokens of all processes, and the first one's time: between the hosts, and signals with them."""
+        received = self.stop.received() if self.stop is not None else []
+        counts = torch.tensor([num_samples, num_tokens, batch_time.total_seconds(), *received], dtype=torch.float64)
         if dist.get_world_size() > 1:
-            seconds = counts[2:].clone()
+            seconds = counts[2:3].clone()
             dist.all_reduce(counts, reduce_operation="SUM")
             dist.broadcast(seconds, src=0)
             counts[2] = seconds
-        samples, tokens, time = counts.tolist()
+        samples, tokens, time, *received = counts.tolist()
+        if self.stop is not None:
+            self.stop.agree(received)
         return round(samples), round(tokens), datetime.timedelta(seconds=time)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -224,11 +223,6 @@ def test_a_checkpoint_of_other_sizes_is_refused(make_config, tmp_path):
         main(make_config("model.num_layers=2", other, f"checkpoints.load_path={tmp_path / 'run' / 'latest-rank0.pt'}"))
     with pytest.raises(UserError, match="holds the checkpoints of a run"):
         main(make_config("checkpoints.resume=false"))
-    (tmp_path / "run" / "latest-rank0.pt").unlink()
-    (tmp_path / "run" / "latest-rank0.pt").write_bytes(b"cut short")
-    with pytest.raises(UserError, match="not a"):
-        main(make_config())
-    assert os.path.getsize(tmp_path / "run" / "latest-rank0.pt") == 9  # refused, not replaced
 
 
 @pytest.mark.parametrize("script", ["pretrain", "glue"])

@@ -434,3 +434,20 @@ def test_two_processes_share_the_rows(shards, tmp_path):
     assert sorted(ranks[0][1] + ranks[1][1]) == sorted(
         row.input_ids.tolist() + [0] * (LENGTH - len(row.input_ids)) for row in make_rows(40)
     )
+
+
+def test_a_resumed_run_keeps_no_file_open_for_each_checkpoint(shards):
+    """Streaming opens one at each, and at each epoch: after some 900 there would be no more."""
+    loader = build_dataloader(
+        ShardsConfig(path=shards, max_seq_length=LENGTH, num_workers=0), read_meta(shards), "train", 4,
+        shuffle=True, drop_last=True, seed=1,
+    )  # fmt: skip
+    dataset = loader.dataset
+    next(iter(loader))
+    dataset.load_state_dict(dataset.state_dict(4, True))
+    opened = []
+    for _ in range(3):
+        assert len(list(loader)) > 1
+        assert dataset.state_dict(4, True)["sample_in_epoch"] == 4
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert len(set(opened)) == 1

@@ -1,0 +1,93 @@
+"""`pretrain.py`, with a record of which rows each batch had and what came of it; soak.py and the tests start it.
+
+python benchmarks/recorded_run.py YAML callbacks.record.folder=FOLDER [callbacks.signal_at.batch=7 …] [key=value …]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from electra_composer.builders import CALLBACKS
+from electra_composer.config import PretrainConfig, load_config_from_command_line
+from electra_composer.errors import report_user_errors
+from electra_composer.pretrain import main
+
+
+class Record(Callback):
+    """Appends a line per batch to `rank<n>.jsonl`: its number, its epoch, the rows' digests, the losses.
+
+    A row's digest is of its token ids, so rows must differ for it to stand for them. A line is written when the batch
+    is done; a run that is resumed from before a batch does it again, and the last line of a batch counts.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder) / f"rank{dist.get_global_rank()}.jsonl"
+        self.line: dict[str, Any] = {}
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        rows = state.batch["input_ids"].cpu().numpy()
+        digests = [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows]
+        self.line = {"batch": state.timestamp.batch.value, "epoch": state.timestamp.epoch.value, "rows": digests}
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.line |= {name: float(value) for name, value in state.total_loss_dict.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            # After a line that a kill has cut, a new one.
+            file.write(("" if file.tell() == 0 else "\n") + json.dumps(self.line))
+
+
+def read_record(folder: str | Path) -> dict[int, dict[str, Any]]:
+    """Batch → its line, the rows of all ranks together in the order of the ranks.
+
+    Raises:
+        ValueError: ranks that do not have the same batches.
+    """
+    ranks = []
+    for path in sorted(Path(folder).glob("rank*.jsonl")):
+        lines: dict[int, dict[str, Any]] = {}
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # cut by a kill; its batch is done again
+            lines[line["batch"]] = line
+        ranks.append(lines)
+    if not ranks or any(lines.keys() != ranks[0].keys() for lines in ranks):
+        raise ValueError(f"{folder}: no record, or the ranks have different batches")
+    return {
+        batch: {**line, "rows": [row for lines in ranks for row in lines[batch]["rows"]]}
+        for batch, line in sorted(ranks[0].items())
+    }
+
+
+class SignalAt(Callback):
+    """Sends a signal to its own process at the end of a batch, if the process has begun before it.
+
+    Args:
+        batch: number of batches done then.
+        signal: its number.
+        rank: which process does; -1: each.
+    """
+
+    def __init__(self, batch: int, signal: int, rank: int = -1) -> None:
+        self.batch, self.signal, self.rank = batch, signal, rank
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value == self.batch and self.rank in (-1, dist.get_global_rank()):
+            os.kill(os.getpid(), signal.Signals(self.signal))
+
+
+EXTRA: dict[str, type[Callback]] = {"record": Record, "signal_at": SignalAt}
+
+if __name__ == "__main__":
+    CALLBACKS.update(EXTRA)
+    report_user_errors(main)(load_config_from_command_line(PretrainConfig, "recorded_run.py YAML [key=value …]"))

@@ -1,0 +1,68 @@
+"""What goes wrong around a run, in one line each: full disks, dead workers, dead processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
+from composer.utils import dist
+
+from electra_composer.errors import UserError
+
+GOES_ON = "the same command goes on from the last checkpoint"
+
+# What gloo and NCCL say where the other end is gone (torch 2.7 to 2.11).
+PEER_IS_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)
+
+
+@contextlib.contextmanager
+def faults_named() -> Iterator[None]:
+    """Raise what the surroundings did to a run as a :class:`UserError` that says what it was and what to do.
+
+    Everything else passes through as it is.
+    """
+    try:
+        yield
+    except (UserError, SystemExit, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        raise UserError(f"{message}; {GOES_ON}") from error
+
+
+def explain(error: BaseException) -> str | None:
+    """What an error of the surroundings means; None for any other."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"{error.filename or 'a file of the run'} could not be written: {os.strerror(error.errno)}; free some space"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}; mend the folder's permissions"
+    if text.startswith("DataLoader worker") and ("killed by signal" in text or "exited unexpectedly" in text):
+        return (
+            f"a process that loads data has died: {text}. If it was killed, memory may have run out: try a smaller "
+            "data.num_workers"
+        )
+    if type(error).__module__.startswith("wandb."):
+        return (
+            f"loggers.wandb: Weights & Biases could not be started: {text[:200]}; set WANDB_MODE=offline in the "
+            "environment to keep what is logged in the run's folder (wandb sync sends it later), or drop the logger"
+        )
+    if isinstance(error, RuntimeError) and any(sign in text for sign in PEER_IS_GONE):
+        return (
+            f"rank {dist.get_global_rank()} has lost another process of the run, whose own error, or the signal that "
+            f"killed it, says why ({text[:200]})"
+        )
+    return None

@@ -1,0 +1,127 @@
+"""SIGTERM and SIGINT: who hears them, what is saved, how a process ends."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from resumed_runs import run, signal_at
+
+from electra_composer.interrupts import StopOnSignal, leave_signals_to_parent
+from electra_composer.resuming import why_broken
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_the_run(tiny_yaml, tmp_path, capfd, number, status):
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
+    settings = ["checkpoints.interval=null", "checkpoints.milestones=[1.0]"]
+    assert run(str(tiny_yaml), tmp_path, *settings, *signal_at(3, number, 0)) == status
+    saved = tmp_path / "run" / "batch-4-rank0.pt"
+    said = capfd.readouterr().err
+    assert f"{number.name}: stopping after this batch" in said
+    assert f"stopped by {number.name} after batch 4: saved {saved}; the same command goes on from there" in said
+    assert why_broken(str(saved)) is None
+    assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == saved.name
+    assert {one: signal.getsignal(one) for one in before} == before
+
+
+def test_a_checkpoint_that_is_due_anyway_is_not_written_twice(tiny_yaml, tmp_path, monkeypatch):
+    from electra_composer.saving import WholeSaver
+
+    saved = []
+    save = WholeSaver._save_checkpoint
+    monkeypatch.setattr(
+        WholeSaver, "_save_checkpoint", lambda self, *rest: saved.append(self.kind) or save(self, *rest)
+    )
+    settings = ["checkpoints.interval=4ba", "checkpoints.milestones=[]"]
+    assert run(str(tiny_yaml), tmp_path, *settings, *signal_at(3, signal.SIGTERM, 0)) == 143
+    assert saved == ["batch-"]
+
+
+def test_a_run_that_keeps_no_checkpoints_just_ends(tiny_yaml, tmp_path, capfd):
+    settings = ["checkpoints.interval=null", "checkpoints.milestones=[]"]
+    assert run(str(tiny_yaml), tmp_path, *settings, *signal_at(3, signal.SIGTERM, 0)) == 143
+    assert "after batch 4: this run keeps no checkpoints" in capfd.readouterr().err
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_what_one_process_has_received_all_agree_on():
+    stop = StopOnSignal(None)
+    assert stop.received() == [0, 0]
+    stop._received = signal.SIGTERM
+    assert stop.received() == [0, 1]
+    for counts, agreed in (([0, 0], None), ([0, 3], signal.SIGTERM), ([1, 1], signal.SIGINT)):
+        stop.agree(counts)
+        assert stop._agreed == agreed
+
+
+CHILD = """
+import os, sys, time
+from electra_composer.interrupts import StopOnSignal
+
+stop = StopOnSignal(None)
+stop.fit_start(None, None)
+print("ready", os.getpid(), flush=True)
+while not any(stop.received()):
+    time.sleep(0.01)
+print("received", stop.received(), flush=True)
+time.sleep(600)
+"""
+LAUNCHER = """
+import os, subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1]], env={**os.environ, "LOCAL_RANK": "0"})
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells a process that its parent has ended")
+def test_the_end_of_the_launcher_is_a_sigterm_and_sigint_then_ends_at_once():
+    """A launcher that dies of SIGTERM leaves no process training on; what has heard of it stops at Ctrl-C."""
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, CHILD], stdout=subprocess.PIPE, text=True)
+    word, pid = launcher.stdout.readline().split()
+    assert word == "ready"
+    try:
+        launcher.terminate()
+        assert launcher.wait(60) == -signal.SIGTERM
+        assert launcher.stdout.readline() == "received [0, 1]\n"
+        os.kill(int(pid), signal.SIGINT)
+        assert launcher.stdout.read() == ""  # it has ended, and said nothing more
+    finally:
+        for left in (launcher.pid, int(pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
+
+
+def worker(ready) -> None:
+    leave_signals_to_parent()
+    ready.set()
+    time.sleep(600)
+
+
+def test_a_loaders_worker_hears_its_parent_alone():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=worker, args=(ready,))
+    process.start()
+    assert ready.wait(60)
+    for number in ("INT", "TERM"):
+        subprocess.run(["/bin/sh", "-c", f"kill -{number} {process.pid}"], check=True)
+    process.join(0.5)
+    assert process.is_alive()
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_a_signal_in_the_last_batch_lets_the_run_end(tiny_yaml, tmp_path):
+    settings = ["trainer.max_duration=4ba", "trainer.eval_interval=4ba"]
+    assert run(str(tiny_yaml), tmp_path, *settings, *signal_at(3, signal.SIGTERM, 0)) == 0
