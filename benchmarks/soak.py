@@ -33,8 +33,8 @@ from recorded_run import read_record
 
 from electra_composer.checkpoint import read_checkpoint
 from electra_composer.conversion import Conversion, convert
-from electra_composer.documents import Sources
 from electra_composer.errors import UserError, report_user_errors
+from electra_composer.sources import Sources
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LENGTH = 64
@@ -149,7 +149,7 @@ def make_shards(folder: Path, documents: int) -> Path:
         (folder / "text.txt").write_text("\n\n".join(lines))
         convert(
             Conversion(
-                sources=Sources(sources=[str(folder / "text.txt")]),
+                sources=Sources.of(str(folder / "text.txt")),
                 out=str(folder / "shards"),
                 tokenizer="train",
                 vocab_size=120,
