@@ -55,7 +55,19 @@ def alone_in(folder: str) -> Iterator[None]:
         dist.broadcast_object_list(message)
         if message[0] is not None:
             raise UserError(message[0])
-        yield
+        try:
+            yield
+        finally:
+            if dist.get_global_rank() == 0:
+                _remove_if_unused(folder)
+
+
+def _remove_if_unused(folder: str) -> None:
+    """A run that could not begin leaves nothing, its folder included."""
+    with contextlib.suppress(OSError):
+        if os.listdir(folder) == [LOCK]:
+            os.remove(os.path.join(folder, LOCK))
+            os.rmdir(folder)
 
 
 def mend_latest(folder: str, link_name: str) -> None:

@@ -24,7 +24,7 @@ SHARED_MEMORY = "/dev/shm"  # Linux; elsewhere nothing is found there, and nothi
 def own(prefix: int) -> TextIO:
     """Mark the data set with this number as one that is in use, until the file is closed or the process ends."""
     file = open(_owner_path(prefix), "w", encoding="utf-8")  # noqa: SIM115 (open for as long as the data set is there)
-    fcntl.flock(file, fcntl.LOCK_EX)
+    fcntl.flock(file, fcntl.LOCK_SH)  # several launchers on one machine are several nodes, of one number
     file.write(str(_inode(prefix)))
     file.flush()
     return file

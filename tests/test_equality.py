@@ -108,7 +108,7 @@ def three(folder: Path, one: Path, two: Path) -> Path:
 
 def middle(run: Path) -> Path:
     """The checkpoint after ten batches, of one form or the other."""
-    return run / "ep0-ba10" if (run / "ep0-ba10").is_dir() else run / "milestone-ba10-rank0.pt"
+    return run / "milestone-ba10" if (run / "milestone-ba10").is_dir() else run / "milestone-ba10-rank0.pt"
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
@@ -197,7 +197,7 @@ def test_from_two_shards_to_one_process(folder: Path, one: Path, two: Path) -> N
     """To one file and to one shard; and a run that kept shards goes on without them in its own folder."""
     shutil.copytree(two / "sharded", folder / "own@10", symlinks=True)
     (folder / "own@10" / "latest-rank0.pt").unlink()
-    (folder / "own@10" / "latest-rank0.pt").symlink_to("ep0-ba10")
+    (folder / "own@10" / "latest-rank0.pt").symlink_to("milestone-ba10")
     load = f"checkpoints.load_path={middle(two / 'sharded')}"
     equality.main(str(folder), str(folder / "equal.yaml"), [f"file@10 {load}", f"shard@10 {load} {SHARDED}", "own@10"])
     for name in ("file@10", "shard@10", "own@10"):
