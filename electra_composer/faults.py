@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import traceback
 from collections.abc import Iterator
 
 from composer.utils import dist
@@ -41,6 +42,11 @@ def faults_named() -> Iterator[None]:
         raise UserError(f"{message}; {GOES_ON}") from error
 
 
+def _while_handed_over(error: BaseException) -> bool:
+    """Whether an error comes from fetching what a loader's worker shares, whose socket is gone with the worker."""
+    return any("resource_sharer" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+
+
 def explain(error: BaseException) -> str | None:
     """What an error of the surroundings means; None for any other."""
     text = " ".join(str(error).split())
@@ -54,6 +60,11 @@ def explain(error: BaseException) -> str | None:
         return (
             f"a process that loads data has died: {text}. If it was killed, memory may have run out: try a smaller "
             "data.num_workers"
+        )
+    if isinstance(error, OSError | EOFError) and _while_handed_over(error):
+        return (
+            "a process that loads data has died while it handed a batch over. If it was killed, memory may have run "
+            "out: try a smaller data.num_workers"
         )
     if type(error).__module__.startswith("wandb."):
         return (

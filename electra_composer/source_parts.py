@@ -27,7 +27,7 @@ from electra_composer.sources import (
 
 # A part gives shards of its own, of half its size, and is what an interrupted conversion loses.
 PARTS = 64  # about as many, between these sizes in bytes of text
-MIN_PART, MAX_PART = 4 << 20, 1 << 27
+MIN_PART, MAX_PART = 2 << 20, 1 << 27
 # What cannot be entered in the middle is read from its start for each of its slices, which costs time by their number.
 MAX_SLICES = 16
 _TAR_RATIO = 4  # text to compressed archive; a rough guess is enough to choose a number of slices
