@@ -147,10 +147,21 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, content)  # which reads what we have just written
 
 
-class _Reader(composer_checkpoint.FileSystemReaderWithValidation):
+class SafeContents:
+    """Before a `FileSystemReader` among the base classes: the table of contents is read by :func:`read_contents`."""
+
+    path: Any
+    load_id: str
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         contents = read_contents(str(self.path))
         contents.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+        return contents
+
+
+class _Reader(SafeContents, composer_checkpoint.FileSystemReaderWithValidation):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        contents = super().read_metadata(*args, **kwargs)
         if any(path[0] == "optimizers" for path in contents.planner_data.values()):
             # Composer reads this form, of its versions before 0.16, by a function that takes no planner.
             raise UserError(f"{self.path}: a sharded checkpoint of a Composer before 0.16; write it anew with that one")

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from electra_composer.errors import UserError
-from electra_composer.safe_loading import CONTENTS, load_value, read_contents
+from electra_composer.safe_loading import CONTENTS, SafeContents, load_value
 
 
 def is_sharded(path: str) -> bool:
@@ -83,13 +83,8 @@ def _read(folder: str, places: list[tuple[str, ...]]) -> dict[str, Any]:
         ) from error
 
 
-class _SafeReader(dcp.FileSystemReader):
+class _SafeReader(SafeContents, dcp.FileSystemReader):
     """torch's reader, but for the table of contents. It loads tensors with `weights_only=True` itself."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        contents = read_contents(str(self.path))
-        contents.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
-        return contents
 
 
 def _empty(description: Any) -> torch.Tensor:
