@@ -11,7 +11,7 @@ quickstart: $(STAMP)
 	$(BIN)/python -m electra_composer.quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -106,17 +107,24 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         whole.end()
         killed.end()
     result = compare(whole, killed)
-    grown = grows(whole.watched) or grows(killed.watched) or grows_over_lives(killed)
-    killed_enough = sum(killed.kills.values()) >= options.kills
-    passed = killed_enough and not grown and not any(result[name] for name in MUST_BE_ZERO)
+    kills = sum(killed.kills.values())
+    failures = {
+        f"{kills} kills instead of {options.kills}": kills < options.kills,
+        "the undisturbed run grows": grows(whole.watched),
+        "the last start grows": grows(killed.watched),
+        "the last start is larger than the first": grows_over_lives(killed),
+        **{name: result[name] != 0 for name in MUST_BE_ZERO},
+    }
+    failed = [name for name, is_so in failures.items() if is_so]
     return {
         "benchmark": "soak",
-        "passed": passed,
+        "passed": not failed,
+        "failed": failed,
         "machine": describe(),
         "options": {**vars(options), "folder": None},
         "minutes": round(lasted / 60, 1),
         "batches": batches,
-        "kills": sum(killed.kills.values()),
+        "kills": kills,
         "kills_by_signal": dict(killed.kills),
         "resumes": killed.resumes,
         "batches_done_again": killed.lines() - batches * options.processes,
@@ -205,6 +213,7 @@ class Run:
         self.resumes = 0
         self.watched: list[tuple[float, int, int]] = []
         self.lives: list[list[tuple[float, int, int]]] = []
+        self.next_watch = 0.0
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -236,6 +245,9 @@ class Run:
 
     def _watch(self) -> None:
         assert self.process is not None
+        if time.monotonic() < self.next_watch:
+            return
+        self.next_watch = time.monotonic() + 1.0
         resident = files = 0
         try:
             main = psutil.Process(self.process.pid)
@@ -245,8 +257,7 @@ class Run:
                 files += process.num_fds()
         except (psutil.Error, OSError):
             return  # just ending
-        if not self.watched or age >= self.watched[-1][0] + 1.0:
-            self.watched.append((age, resident, files))
+        self.watched.append((age, resident, files))
 
     def until_done(self) -> None:
         """Start it and wait for its end.
@@ -260,27 +271,32 @@ class Run:
     def through_kills(self, kills: int, seconds: float, batches: int, rng: random.Random) -> None:
         """Start it until it is done, and kill it `kills` times on the way.
 
-        At any moment of the time, or when it has done some batches, whichever comes first: it must not be done before.
+        At any moment of the time, or when it comes to a batch, whichever is first: it must not be done before.
         """
         share = (1 - QUIET) / kills
+        stops = sorted(rng.uniform(0.0, 1 - QUIET) for _ in range(kills))
         while True:
             self.start()
             # Every signal as often as any other; the last start is left alone.
-            number = SIGNALS[sum(self.kills.values()) % len(SIGNALS)]
-            left = kills - sum(self.kills.values())
-            moment, progress = (rng.uniform(0.02, 2.0) * share for _ in range(2))
-            status = self._wait_for(moment * seconds, math.ceil(progress * batches)) if left else self.wait()
+            done = sum(self.kills.values())
+            number = SIGNALS[done % len(SIGNALS)]
+            moment = rng.uniform(0.02, 2.0) * share * seconds
+            status = self._wait_for(moment, math.ceil(stops[done] * batches)) if done < kills else self.wait()
             if status is not None:
                 self._check(status)
                 return
             self._kill(number, rng)
 
-    def _wait_for(self, seconds: float, lines: int) -> int | None:
-        """Until so much time has passed, or so many batches are done, or the run has ended: its status then."""
-        end, enough = time.monotonic() + seconds, self.lines() + lines
-        while time.monotonic() < end and self.lines() < enough:
-            if (status := self.wait(min(1.0, seconds / 50))) is not None:
+    def _wait_for(self, seconds: float, batch: int) -> int | None:
+        """Until so much time has passed, or a batch has been done since, or the run has ended: its status then."""
+        end = time.monotonic() + seconds
+        record = self.folder / "record" / "rank0.jsonl"
+        position = record.stat().st_size if record.exists() else 0
+        while time.monotonic() < end:
+            if (status := self.wait(0.05)) is not None:
                 return status
+            if record.exists() and last_batch(record, position) >= batch:
+                return None
         return None
 
     def _kill(self, number: signal.Signals, rng: random.Random) -> None:
@@ -336,6 +352,14 @@ class Run:
 
     def weights(self) -> dict[str, torch.Tensor]:
         return read_checkpoint(str(self.folder / "run")).state
+
+
+def last_batch(record: Path, position: int) -> int:
+    """The last batch in a record after a position in bytes; -1: there is none yet."""
+    with open(record, "rb") as file:
+        file.seek(max(position, record.stat().st_size - 2**16))  # a line has far less
+        text = file.read().decode(errors="replace")
+    return int(numbers[-1]) if (numbers := re.findall(r'"batch": (\d+),', text)) else -1
 
 
 def _group_of(process: psutil.Process) -> int | None:

@@ -169,6 +169,7 @@ class CheckpointConfig:
     """What is kept of a run, and where it starts from."""
 
     folder: str = MISSING  # config.yaml, tokenizer, metrics and checkpoints of the run
+    remote: str | None = None  # s3://bucket/folder for copies of them, from which a lost `folder` is filled again
     interval: str | None = None  # a Composer time; null: none but the milestones
     keep: int = 2  # interval checkpoints that stay; -1: all
     milestones: list[float] = field(default_factory=list)  # fractions of training whose checkpoints stay for good

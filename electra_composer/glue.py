@@ -225,6 +225,8 @@ def check_config(config: GlueConfig) -> tuple[list[Task], GlueConfig]:
         raise UserError(f"max_train_examples is {config.max_train_examples}; expected at least 1, or null for all")
     if config.checkpoints.load_path is not None:
         raise UserError("checkpoints.load_path is for pretraining; what is finetuned is model.source")
+    if config.checkpoints.remote is not None:
+        raise UserError("checkpoints.remote is for pretraining; copy checkpoints.folder when the runs are done")
     if parse_time(config.trainer.eval_interval, "trainer.eval_interval").value == 0:
         raise UserError(
             f"trainer.eval_interval is {config.trainer.eval_interval}: nothing would be scored; expected 1ep"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 from urllib.parse import urlparse
 
 from streaming.base.storage.download import CloudDownloader
@@ -11,6 +13,8 @@ from streaming.base.util import wait_for_file_to_exist
 
 from electra_composer.errors import UserError
 from electra_composer.shard_folder import META, TOKENIZER, Meta, is_inside
+
+T = TypeVar("T")
 
 START_SECONDS = 30.0  # at most, for meta.json or a file of the tokenizer to come
 
@@ -34,27 +38,39 @@ ADDRESS = {"s3": "S3_ENDPOINT_URL, if it is not Amazon's"}
 def fetch(downloader: CloudDownloader, remote: str, local: str, seconds: float) -> None:
     """Download one file, or give up.
 
+    Raises:
+        UserError: see :func:`answer`.
+    """
+    answer(remote, seconds, lambda: downloader.download(remote, local, seconds))
+
+
+def answer(remote: str, seconds: float, ask: Callable[[], T]) -> T:
+    """What a storage client answers, or give up.
+
     The clients' own patience is minutes where a server does not answer at all, whatever timeout Streaming gives them:
-    so a thread does it, which is left behind then.
+    so a thread asks, which is left behind then.
 
     Raises:
-        UserError: in a line: no such bucket or file, credentials missing or refused, no answer, …
+        UserError: in a line: no such bucket or file, credentials missing or refused, no answer, …; with the client's
+            own error as its cause.
     """
+    answers: list[T] = []
     failure: list[Exception] = []
 
-    def download() -> None:
+    def run() -> None:
         try:
-            downloader.download(remote, local, seconds)
+            answers.append(ask())
         except Exception as error:  # every storage client has errors of its own
             failure.append(error)
 
-    thread = threading.Thread(target=download, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
         raise UserError(f"{remote}: no answer within {seconds:g} s; {_check(remote, 'the address', ADDRESS)}")
     if failure:
         raise UserError(f"{remote}: {explain(failure[0], remote)}") from failure[0]
+    return answers[0]
 
 
 def fetch_meta(path: str, remote: str, timeout: float) -> None:
@@ -131,7 +147,8 @@ def _words(error: BaseException) -> set[str]:
         if isinstance(response, dict):  # botocore
             words.add(str(response.get("Error", {}).get("Code")))
         words |= {str(code) for name in ("code", "status_code", "status") if (code := getattr(current, name, None))}
-        current = current.__cause__
+        # Of an upload, boto3 does not say that one error is due to the other.
+        current = current.__context__ if type(current).__name__ == "S3UploadFailedError" else current.__cause__
     return words
 
 

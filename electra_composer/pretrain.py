@@ -15,8 +15,10 @@ from electra_composer.electra import ElectraForPretraining
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.faults import faults_named
 from electra_composer.kernels.masked_lm import resolve_implementation
+from electra_composer.remote_checkpoints import remote_copy
 from electra_composer.resuming import alone_in
 from electra_composer.runs import (
+    LATEST,
     build_trainer,
     check_run_folder,
     checkpoint_to_load,
@@ -83,7 +85,12 @@ def main(config: PretrainConfig) -> Trainer:
     loss_to_beat = loss_without_context(config.data, meta, config.objective)
     if dist.get_global_rank() == 0 and loss_to_beat is not None:
         print(f"MLM loss without context: {loss_to_beat:.2f} (word frequencies, and copying kept tokens)", flush=True)
-    with faults_named(), alone_in(config.checkpoints.folder), compile_errors_named():
+    with (
+        faults_named(),
+        alone_in(config.checkpoints.folder),
+        remote_copy(config.checkpoints, config.run_name, LATEST.format(rank=0)) as copy,
+        compile_errors_named(),
+    ):
         trainer = build_trainer(
             config,
             model,
@@ -95,13 +102,14 @@ def main(config: PretrainConfig) -> Trainer:
                 LearningWatch(loss_to_beat),
                 RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(tokenizer)),
             ],
+            copy=copy,
         )
         try:
             trainer.fit()
         except BaseException:  # a signal that ended the run is one: loggers get their last word, and let go of files
             trainer.close()
             raise
-    trainer.close()
+        trainer.close()
     return trainer
 
 

@@ -22,6 +22,7 @@ from electra_composer.errors import UserError
 from electra_composer.interrupts import StopOnSignal
 from electra_composer.optim import parse_time
 from electra_composer.parallelism import compile_model, fsdp_config, recompute_activations
+from electra_composer.remote_checkpoints import RemoteCopy, fetch_newest
 from electra_composer.resuming import mend_latest
 from electra_composer.saving import IntervalSaver, WholeSaver
 from electra_composer.sharded_checkpoint import is_sharded
@@ -142,6 +143,7 @@ def build_trainer(
     max_duration: str,
     callbacks: Sequence[Callback] = (),
     static_shapes: bool = True,
+    copy: RemoteCopy | None = None,
 ) -> Trainer:
     """Composer's `Trainer` for one run.
 
@@ -153,13 +155,14 @@ def build_trainer(
         max_duration: a Composer time.
         callbacks: in addition to the configuration's.
         static_shapes: whether all batches of a loader have one length.
+        copy: of the checkpoints, in an object store.
 
     Raises:
         UserError: what the builders find wrong.
     """
     trainer, checkpoints = config.trainer, config.checkpoints
     device, precision, _ = resolve_device(trainer)
-    savers = checkpoint_savers(config)
+    savers = checkpoint_savers(config, copy)
     stop = StopOnSignal(savers[-1] if savers else None)
     microbatch = trainer.device_train_microbatch_size
     guard = NumericalGuard(checkpoints.folder, trainer.gradient_clip, trainer.on_nonfinite)
@@ -205,7 +208,7 @@ def build_trainer(
         )
 
 
-def checkpoint_savers(config: RunConfig) -> list[WholeSaver]:
+def checkpoint_savers(config: RunConfig, copy: RemoteCopy | None = None) -> list[WholeSaver]:
     """Savers for milestones (kept for good) and intervals (the newest `keep`); none if the run keeps neither.
 
     The last one also saves when a signal ends the run. `latest-rank0.pt` points to the newest of either, where a run
@@ -221,6 +224,7 @@ def checkpoint_savers(config: RunConfig) -> list[WholeSaver]:
         "latest_filename": LATEST,
         "overwrite": True,
         "replace_run": checkpoints.overwrite,
+        "copy": copy,
     }
     savers: list[WholeSaver] = []
     if checkpoints.milestones:
@@ -244,11 +248,13 @@ def checkpoint_savers(config: RunConfig) -> list[WholeSaver]:
 def checkpoint_to_load(config: RunConfig) -> str | None:
     """The checkpoint that the trainer will start from: the run's newest, else `checkpoints.load_path`, else none.
 
-    A file, or the folder of a sharded one; to be checked before anything is built. If the run's newest is broken, the
-    link to it is moved to the one before it (see resuming.py).
+    A file, or the folder of a sharded one; to be checked before anything is built. If the copy of the run in an object
+    store has a newer one, it is fetched. If the run's newest is broken, the link to it is moved to the one before it
+    (see resuming.py).
     """
     checkpoints = config.checkpoints
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
+    fetch_newest(checkpoints, config.run_name, LATEST.format(rank=0))
     if checkpoints.resume and not checkpoints.overwrite:
         mend_latest(checkpoints.folder, LATEST.format(rank=0))
     if checkpoints.resume and not checkpoints.overwrite and os.path.lexists(latest):
@@ -288,7 +294,7 @@ def check_run_folder(config: RunConfig) -> None:
         # Nothing can be renamed there, so that nothing would be whole or absent.
         raise UserError(
             f"checkpoints.folder={checkpoints.folder}: checkpoints are written to a folder of this machine, or of a "
-            "file system that its nodes share; give one, and copy it with the store's own tool, such as aws s3 sync"
+            "file system that its nodes share; give one, and the object store as checkpoints.remote, for copies of them"
         )
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
     if os.path.lexists(latest) and not checkpoints.resume and not checkpoints.overwrite:

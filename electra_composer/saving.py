@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from composer.callbacks import CheckpointSaver
 from composer.core import State
@@ -22,7 +22,11 @@ from torch.distributed.checkpoint import CheckpointException
 
 from electra_composer.errors import UserError
 
+if TYPE_CHECKING:
+    from electra_composer.remote_checkpoints import RemoteCopy
+
 UNFINISHED = ".unfinished-"  # before the name of what is being written
+KINDS = "(?:batch-|milestone-ba)"  # how the names of checkpoints begin: a regular expression
 REPLACED = ".replaced-"  # before the name of a folder that makes room for its successor
 
 
@@ -33,20 +37,25 @@ class SavedCheckpoint(NamedTuple):
     path: str
 
 
-def checkpoints_in(folder: str, kind: str = "(?:batch-|milestone-ba)") -> list[SavedCheckpoint]:
+def checkpoints_in(folder: str, kind: str = KINDS) -> list[SavedCheckpoint]:
     """The checkpoints of a run's folder by their names, oldest first; those that are being written are not among them.
 
     Args:
         folder: of the run.
         kind: how their names begin, up to the number of the batch: a regular expression.
     """
-    pattern = re.compile(rf"{kind}(\d+)(?:-rank0\.pt)?")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(
-        SavedCheckpoint(int(match[1]), os.path.join(folder, name))
+        SavedCheckpoint(batch, os.path.join(folder, name))
         for name in names
-        if (match := pattern.fullmatch(name))
+        if (batch := checkpoint_batch(name, kind)) is not None
     )
+
+
+def checkpoint_batch(path: str, kind: str = KINDS) -> int | None:
+    """The number of the batch in a checkpoint's name; None: it is not the name of one."""
+    match = re.fullmatch(rf"{kind}(\d+)(?:-rank0\.pt)?", os.path.basename(path))
+    return int(match[1]) if match else None
 
 
 def aside(path: str, prefix: str) -> str:
@@ -68,6 +77,7 @@ class WholeSaver(CheckpointSaver):
         kind: how the names begin.
         latest_filename: a symbolic link that is to point to the newest, such as `latest-rank{rank}.pt`.
         replace_run: delete another run's checkpoints of this kind when training starts: none may be resumed from later.
+        copy: uploads each checkpoint that is in its place.
         arguments: Composer's.
 
     Raises:
@@ -76,7 +86,13 @@ class WholeSaver(CheckpointSaver):
     """
 
     def __init__(
-        self, folder: str, kind: str, latest_filename: str | None = None, replace_run: bool = False, **arguments: Any
+        self,
+        folder: str,
+        kind: str,
+        latest_filename: str | None = None,
+        replace_run: bool = False,
+        copy: RemoteCopy | None = None,
+        **arguments: Any,
     ) -> None:
         super().__init__(
             folder=folder,
@@ -90,6 +106,7 @@ class WholeSaver(CheckpointSaver):
         self.saved_checkpoints: list[str] = []
         self.kind = kind
         self.replace_run = replace_run
+        self.copy = copy
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # what there is, the folder says
@@ -127,6 +144,8 @@ class WholeSaver(CheckpointSaver):
         path = self._path(state)
         sharded = state.fsdp_sharded_state_dict_enabled
         unfinished = aside(path, UNFINISHED)
+        if self.copy is not None:
+            self.copy.wait()  # it may be of one that is deleted now
         _refuse_full_disk(state, path)
         with _write_errors_named(path, unfinished):
             # A sharded checkpoint goes into a folder that Composer names, beside this file name.
@@ -134,13 +153,15 @@ class WholeSaver(CheckpointSaver):
             dist.barrier()  # Composer looks for what each rank has written
             if dist.get_global_rank() == 0:
                 assert written is not None
-                _put_in_place(os.path.dirname(written) if sharded else written, path)
+                put_in_place(os.path.dirname(written) if sharded else written, path)
                 if sharded:
                     os.rmdir(unfinished)
                 if self.latest_filename is not None:
                     point(self.latest_filename.format(state), path)
                 self.saved_checkpoints.append(path)
                 self._remove_old(os.path.dirname(path), state.timestamp.batch.value)
+                if self.copy is not None:
+                    self.copy.upload(path)
         dist.barrier()  # whoever goes on sees it
         self.last_checkpoint_batch = state.timestamp.batch
 
@@ -217,8 +238,8 @@ def _write_errors_named(path: str, unfinished: str) -> Iterator[None]:
         ) from error
 
 
-def _put_in_place(unfinished: str, path: str) -> None:
-    """Give what is written its name, once it is on the disk."""
+def put_in_place(unfinished: str, path: str) -> None:
+    """Give what is written, a file or a folder, its name, once it is on the disk."""
     for folder, _, names in os.walk(unfinished):
         for name in names:
             _sync(os.path.join(folder, name))

@@ -172,11 +172,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help=f"the data.path for glue.py; {TASK.folder}/ is made in it")
     parser.add_argument("--train", type=int, default=600, help="training examples (%(default)s)")
     parser.add_argument("--dev", type=int, default=1000, help="dev examples (%(default)s)")
+    parser.add_argument("--max-documents", type=int, default=MAX_DOCUMENTS, help="read at most (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if os.path.exists(os.path.join(options.out, TASK.folder)):  # before the text is read, not after
         raise UserError(f"{os.path.join(options.out, TASK.folder)}: exists already; remove it, or give another --out")
-    sources = Sources.of(options.source, max_documents=MAX_DOCUMENTS)
+    sources = Sources.of(options.source, max_documents=options.max_documents)
     documents = tqdm(read_documents(sources, ReadStats()), desc="reading", unit="doc", leave=False, disable=None)
     train, dev = build(documents, options.train, options.dev, options.seed)
     write(options.out, train, dev, {"source": options.source, "seed": options.seed})

@@ -266,11 +266,23 @@ def long_text(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def undisturbed(corpus, long_text, tmp_path_factory):
+    """Its conversion by one process."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    whole = [str(SCRIPT), *arguments(corpus, out)[2:], "--source", str(long_text)]
+    assert start_with_small_parts(*whole).wait(timeout=60) == 0
+    return out
+
+
 @pytest.mark.slow
+@pytest.mark.xdist_group("undisturbed")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_an_interrupted_conversion_goes_on_after_its_last_whole_part(corpus, long_text, tmp_path, number, code):
+def test_an_interrupted_conversion_goes_on_after_its_last_whole_part(
+    corpus, long_text, undisturbed, tmp_path, number, code
+):
     command = [str(SCRIPT), *arguments(corpus, tmp_path / "out")[2:], "--source", str(long_text), "--workers", "2"]
     process = start_with_small_parts(*command)
     try:
@@ -304,11 +316,9 @@ def test_an_interrupted_conversion_goes_on_after_its_last_whole_part(corpus, lon
     new = tmp_path / "out"
     for path, written in times.items():  # kept, not written again
         assert (new / path).stat().st_mtime_ns == written
-    whole = [str(SCRIPT), *arguments(corpus, tmp_path / "whole")[2:], "--source", str(long_text)]
-    assert start_with_small_parts(*whole).wait(timeout=60) == 0
-    names = files_of(tmp_path / "whole")
+    names = files_of(undisturbed)
     assert files_of(new) == names
-    assert filecmp.cmpfiles(new, tmp_path / "whole", names, shallow=False)[1:] == ([], [])
+    assert filecmp.cmpfiles(new, undisturbed, names, shallow=False)[1:] == ([], [])
 
 
 @pytest.mark.slow

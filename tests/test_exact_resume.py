@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_YAML
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
@@ -28,7 +25,6 @@ from electra_composer.config import ShardsConfig
 from electra_composer.row_reader import RowReader
 from electra_composer.shards import build_dataloader, read_meta
 
-TESTS = Path(__file__).parent
 CLOCKS = ("time/", "throughput/", "memory/")
 
 
@@ -70,32 +66,15 @@ def test_one_process(tiny_yaml, tmp_path, overrides, interruptions):
     assert epochs == {0, 1}
 
 
-@pytest.fixture(scope="module")
-def on_two(shards, tmp_path_factory) -> Path:
-    """The folder of the runs of `resumed_runs.py`."""
-    folder = tmp_path_factory.mktemp("resumed")
-    yaml = folder / "tiny.yaml"
-    yaml.write_text(TINY_YAML.replace("SHARDS", str(shards)).replace("FOLDER", str(folder / "none")))
-    assert run(str(yaml), folder / "elastic", *signal_at(4, signal.SIGTERM, 0)) == 143
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("composer")), "-n", "2", str(TESTS / "resumed_runs.py"), str(yaml), folder],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return folder
-
-
 @pytest.mark.distributed
+@pytest.mark.xdist_group("resumed")
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes(on_two, kind):
     assert_same_run(on_two / f"{kind}-whole", on_two / f"{kind}-interrupted")
 
 
 @pytest.mark.distributed
+@pytest.mark.xdist_group("resumed")
 def test_another_number_of_processes(on_two):
     """1, then 2, then 1: every batch has the rows that it would have had, whichever process they are dealt to."""
     yaml, folder = str(on_two / "tiny.yaml"), on_two / "elastic"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,38 +55,15 @@ def test_checkpoint_run_folder_and_export_are_one_source(run_folder: Path, tmp_p
     assert_same(load_source(str(tmp_path / "exported" / "discriminator")), expected)
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """The folder of a run on two processes whose checkpoints are sharded, and whole ones of the same weights."""
-    from conftest import TINY_YAML
-
-    folder = tmp_path_factory.mktemp("sharded")
-    (folder / "tiny.yaml").write_text(TINY_YAML.replace("SHARDS", str(shards)).replace("FOLDER", str(folder / "run")))
-    for kind in ("sharded", "full"):
-        done = subprocess.run(
-            [
-                *(str(Path(sys.executable).with_name("composer")), "-n", "2"),
-                *(str(TESTS.parent / "electra_composer" / "pretrain.py"), str(folder / "tiny.yaml")),
-                *("trainer.max_duration=2ba", "schedule.warmup=1ba", "checkpoints.milestones=[1.0]"),
-                *(f"trainer.fsdp.state_dict_type={kind}", f"checkpoints.folder={folder / kind}"),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return folder
-
-
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_sharded_checkpoint_is_the_whole_one(sharded: Path, tmp_path: Path) -> None:
-    """Two processes, two batches, the same seed: sharded or whole, the same numbers."""
-    expected = load_source(str(sharded / "full"))
-    assert_same(load_source(str(sharded / "sharded")), expected)
-    latest = os.path.realpath(sharded / "sharded" / "latest-rank0.pt")
+@pytest.mark.xdist_group("resumed")
+def test_a_sharded_checkpoint_is_the_whole_one(on_two: Path, tmp_path: Path) -> None:
+    """Two processes, the same seed: sharded or whole, the same numbers."""
+    expected = load_source(str(on_two / "fsdp-whole" / "run"))
+    sharded = shutil.copytree(on_two / "sharded-whole" / "run", tmp_path / "run", symlinks=True)
+    assert_same(load_source(str(sharded)), expected)
+    latest = os.path.realpath(sharded / "latest-rank0.pt")
     assert os.path.isdir(latest)
     assert_same(load_source(latest), expected)
     read_checkpoint(latest).build_model()

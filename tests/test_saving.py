@@ -208,5 +208,5 @@ def test_a_small_disk(pretrain, small_disk, monkeypatch):
 
 
 def test_an_object_store_is_no_folder(pretrain):
-    with pytest.raises(UserError, match=r"checkpoints.folder=s3://bucket/run: .* folder of this machine.*aws s3 sync"):
+    with pytest.raises(UserError, match=r"checkpoints.folder=s3://bucket/run: .* of this machine.*checkpoints.remote"):
         pretrain("checkpoints.folder=s3://bucket/run")

@@ -1,0 +1,460 @@
+"""A run's checkpoints in an object store as well: it goes on where its machine, and its disk, do not come back.
+
+Nothing can be renamed in an object store, and deleting needs rights that writing does not. So what is there is whole or
+not named: files are uploaded first, then `latest.json`, a single object, names them with their sizes. Interval
+checkpoints take the places `newest-0`, `newest-1`, … in turn, one more than are kept, so that none is written over
+while it is named. Composer's own object stores do the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
+
+from composer.utils import ObjectStore, dist, maybe_create_object_store_from_uri
+from tqdm import tqdm
+
+from electra_composer.config import CheckpointConfig
+from electra_composer.errors import UserError
+from electra_composer.object_store import answer, explain
+from electra_composer.resuming import why_broken
+from electra_composer.saving import UNFINISHED, aside, checkpoint_batch, checkpoints_in, point, put_in_place
+from electra_composer.shard_folder import is_inside
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+POINTER = "latest.json"
+WHOLE = "checkpoint.pt"  # the object of a checkpoint that is one file
+FILES = "files"  # what a run's folder has beside checkpoints: configuration, metrics, records of trouble
+SECONDS = 60.0  # for the store's first answer
+NOT_OURS = ("wandb",)  # folders with a server of their own
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint in the store.
+
+    Attributes:
+        name: of the file or folder in the run's folder.
+        place: before the names of its objects.
+        files: names of its objects there → bytes: those of the files in its folder, or `checkpoint.pt`.
+    """
+
+    name: str
+    place: str
+    files: dict[str, int]
+
+    @property
+    def batch(self) -> int:
+        batch = checkpoint_batch(self.name)
+        assert batch is not None
+        return batch
+
+    @property
+    def is_milestone(self) -> bool:
+        return self.name.startswith("milestone-")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """`latest.json`: a run, its checkpoints from the newest on, and its other files (name → bytes)."""
+
+    run_name: str
+    checkpoints: list[Stored] = field(default_factory=list)
+    files: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps({"format_version": 1, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Contents:
+        """Raises KeyError, TypeError or ValueError on what `to_json` would not write, or names outside of a folder."""
+        values = json.loads(text)
+        if values["format_version"] != 1:
+            raise ValueError(f"format_version is {values['format_version']}; this program reads 1")
+        contents = cls(
+            str(values["run_name"]),
+            [Stored(**stored) for stored in values["checkpoints"]],
+            {name: int(size) for name, size in values["files"].items()},
+        )
+        for stored in contents.checkpoints:
+            for name in (stored.name, stored.place):
+                if not is_inside(name) or os.path.basename(name) != name:
+                    raise ValueError(f"{name!r} is no plain name")
+            if checkpoint_batch(stored.name) is None:
+                raise ValueError(f"{stored.name!r} is no name of a checkpoint")
+        for name in [*contents.files, *(name for stored in contents.checkpoints for name in stored.files)]:
+            if not is_inside(name):
+                raise ValueError(f"{name!r} leads out of the folder")
+        return contents
+
+
+class RemoteRun:
+    """A run's folder in an object store. The first process of the run reads and writes it.
+
+    Args:
+        remote: `s3://bucket/folder`, or what else Composer has an object store for.
+
+    Raises:
+        UserError: no such kind of store, its client's package is missing, no credentials.
+    """
+
+    def __init__(self, remote: str) -> None:
+        self.remote = remote.rstrip("/")
+        self._store = self._answer(lambda: _store_of(self.remote))
+        self._prefix = _prefix_of(self._store, self.remote)
+
+    def read(self) -> Contents | None:
+        """What is there; None: nothing yet.
+
+        Raises:
+            UserError: no answer, access refused, no such bucket; or a `latest.json` that is not ours.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, POINTER)
+            try:
+                self._answer(lambda: self._store.download_object(self._prefix + POINTER, path))
+            except UserError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    return None
+                raise
+            try:
+                with open(path, encoding="utf-8") as file:
+                    return Contents.from_json(file.read())
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"checkpoints.remote: {self.remote}/{POINTER} is not one that pretrain.py wrote "
+                    f"({type(error).__name__}: {error}); give another place"
+                ) from error
+
+    def write(self, contents: Contents) -> None:
+        """Name what is there. Raises what the store's client raises."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, POINTER)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(contents.to_json())
+            self._store.upload_object(self._prefix + POINTER, path)
+
+    def claim(self, contents: Contents) -> None:
+        """`write`, before training, so that a place that does not take anything is known at once.
+
+        Raises:
+            UserError: it does not.
+        """
+        self._answer(lambda: self.write(contents))
+
+    def upload(self, name: str, path: str) -> None:
+        """Raises what the store's client raises."""
+        self._store.upload_object(self._prefix + name, path)
+
+    def download(self, name: str, path: str) -> int:
+        """Fetch an object into a file; its size in bytes.
+
+        Raises:
+            UserError: it is not there, access is refused, …
+        """
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            self._store.download_object(self._prefix + name, path, overwrite=True)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                raise  # of the disk here
+            raise self._says(error) from error
+        except Exception as error:  # every storage client has errors of its own
+            raise self._says(error) from error
+        return os.path.getsize(path)
+
+    def _answer(self, ask: Callable[[], T]) -> T:
+        try:
+            return answer(self.remote, SECONDS, ask)
+        except UserError as error:
+            raise UserError(f"checkpoints.remote: {error}") from error.__cause__
+
+    def _says(self, error: Exception) -> UserError:
+        return UserError(f"checkpoints.remote: {self.remote}: {explain(error, self.remote)}")
+
+
+def _store_of(remote: str) -> ObjectStore:
+    store = maybe_create_object_store_from_uri(remote)
+    if store is None:
+        raise ValueError("it is no URL of an object store, such as s3://bucket/folder")
+    return store
+
+
+def _prefix_of(store: ObjectStore, remote: str) -> str:
+    """What stands before the names of a folder's objects. Composer's S3 store has the folder in it, others may not."""
+    if store.get_uri(POINTER) == f"{remote}/{POINTER}":
+        return ""
+    return remote.partition("://")[2].partition("/")[2] + "/"
+
+
+def fetch_newest(checkpoints: CheckpointConfig, run_name: str, link_name: str) -> None:
+    """See to it that the run's folder has the newest checkpoint of its copy in the object store.
+
+    It is fetched, with the run's other files, if it is newer than the folder's own newest, or if that one is broken; a
+    broken copy gives way to the one before it, with a warning. Every process of the run calls this, and the first does
+    it. Nothing is done where `checkpoints.remote` is null.
+
+    Raises:
+        UserError: on every process: the store does not answer or holds another run; a run that is neither to be
+            continued nor replaced; no whole checkpoint; no room here.
+    """
+    if checkpoints.remote is None:
+        return
+    with _first_process_does_it():
+        if dist.get_global_rank() == 0:
+            _fetch_newest(checkpoints, run_name, os.path.join(checkpoints.folder, link_name))
+
+
+@contextlib.contextmanager
+def _first_process_does_it() -> Iterator[None]:
+    """A `UserError` or an error of the disk on the first process becomes a `UserError` on every process."""
+    message: list[str | None] = [None]
+    try:
+        yield
+    except UserError as error:
+        message = [str(error)]
+    except OSError as error:
+        message = [f"checkpoints.remote: {error.filename or 'a file'} cannot be written here: {error.strerror}"]
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
+
+
+def _fetch_newest(checkpoints: CheckpointConfig, run_name: str, link: str) -> None:
+    assert checkpoints.remote is not None
+    run = RemoteRun(checkpoints.remote)
+    contents = run.read()
+    if contents is None or not contents.checkpoints or checkpoints.overwrite:
+        return
+    if not checkpoints.resume:
+        raise UserError(
+            f"checkpoints.remote: {run.remote} holds the checkpoints of a run; set checkpoints.resume=true to continue "
+            "it, checkpoints.overwrite=true to replace it, or another checkpoints.remote"
+        )
+    if contents.run_name != run_name:
+        raise UserError(
+            f"checkpoints.remote: {run.remote} holds the run {contents.run_name!r}, and this is {run_name!r}; give "
+            "another place, or checkpoints.overwrite=true to replace it"
+        )
+    here = _newest_whole(link)
+    reasons = []
+    for stored in contents.checkpoints:
+        if here is not None and here >= stored.batch:
+            break
+        try:
+            _fetch(run, stored, os.path.dirname(link))
+        except UserError as error:
+            reasons.append(f"{stored.name} in {run.remote} cannot be used: {error}")
+            continue
+        for reason in reasons:
+            log.warning(f"{reason}; the run goes on from {stored.name}")
+        _fetch_files(run, contents, os.path.dirname(link))
+        point(link, os.path.join(os.path.dirname(link), stored.name))
+        return
+    if here is None:
+        raise UserError("checkpoints.remote: " + "; ".join(reasons))
+    for reason in reasons:
+        log.warning(f"{reason}; the run goes on from the folder's own newest, of batch {here}")
+
+
+def _newest_whole(link: str) -> int | None:
+    """The batch of the checkpoint that a link leads to, if it is whole."""
+    path = os.path.realpath(link)
+    return checkpoint_batch(path) if os.path.lexists(link) and why_broken(path) is None else None
+
+
+def _fetch(run: RemoteRun, stored: Stored, folder: str) -> None:
+    """Fetch a checkpoint to its place in the folder.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    path = os.path.join(folder, stored.name)
+    unfinished = aside(path, UNFINISHED)
+    is_file = list(stored.files) == [WHOLE]
+    total = sum(stored.files.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {run.remote}: {stored.name}") as bar:
+        for name, size in stored.files.items():
+            found = run.download(f"{stored.place}/{name}", unfinished if is_file else f"{unfinished}/{name}")
+            if found != size:
+                raise UserError(f"{name} has {found} bytes, where {size} were uploaded")
+            bar.update(size)
+    reason = why_broken(unfinished)
+    if reason is not None:
+        raise UserError(f"it is not whole ({reason})")
+    put_in_place(unfinished, path)
+
+
+def _fetch_files(run: RemoteRun, contents: Contents, folder: str) -> None:
+    with tqdm(total=sum(contents.files.values()), unit="B", unit_scale=True, desc="its other files") as bar:
+        for name in contents.files:
+            # It may be longer than when it was named: a metrics file is uploaded while it grows.
+            bar.update(run.download(f"{FILES}/{name}", os.path.join(folder, name)))
+
+
+class RemoteCopy:
+    """Uploads a run's checkpoints while it trains on, one at a time. It does nothing but on the first process.
+
+    A checkpoint that cannot be uploaded is warned of, and the next is tried; only at the end of the run is it an error.
+
+    Args:
+        checkpoints: of the configuration, with `remote`.
+        run_name: of the configuration.
+
+    Raises:
+        UserError: the store does not answer, or does not take anything.
+    """
+
+    def __init__(self, checkpoints: CheckpointConfig, run_name: str) -> None:
+        assert checkpoints.remote is not None
+        self.folder = checkpoints.folder
+        self.keep = checkpoints.keep
+        self.thread: threading.Thread | None = None
+        self.failure: str | None = None  # of the newest upload
+        self._uploaded: dict[str, tuple[int, int]] = {}  # other files: name → time and size when they were uploaded
+        with _first_process_does_it():
+            if dist.get_global_rank() == 0:
+                self.run = RemoteRun(checkpoints.remote)
+                found = None if checkpoints.overwrite else self.run.read()
+                self.contents = found or Contents(run_name)
+                self.run.claim(self.contents)
+
+    def catch_up(self, link: str) -> None:
+        """Begin to upload the folder's newest checkpoint, to which a link leads, if the copy lacks it."""
+        newest = _newest_whole(link)
+        copied = [stored.batch for stored in self.contents.checkpoints[:1]]
+        if newest is not None and copied < [newest]:
+            self.upload(os.path.realpath(link))
+
+    def upload(self, path: str) -> None:
+        """Begin to upload a checkpoint that is in its place; `wait` must have been called since the last one."""
+        self.thread = threading.Thread(target=self._try, args=(path,), daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being uploaded: a checkpoint may be deleted from then on."""
+        if self.thread is None:
+            return
+        start = time.monotonic()
+        self.thread.join()
+        self.thread = None
+        if (seconds := time.monotonic() - start) > 1:
+            log.info(f"waited {seconds:.1f} s for {self.run.remote} to take the checkpoint before")
+
+    def finish(self) -> str | None:
+        """Wait, upload what has changed since in the run's other files, and say what has failed, if anything."""
+        self.wait()
+        if self.contents.checkpoints:
+            self._try(None)
+        return self.failure
+
+    def _try(self, path: str | None) -> None:
+        try:
+            self._upload(path)
+            if path is not None:
+                self.failure = None
+        except Exception as error:  # every storage client has errors of its own
+            what = os.path.basename(path) if path is not None else "the run's newest files"
+            self.failure = f"{what} could not be copied to {self.run.remote}: {explain(error, self.run.remote)}"
+            log.warning(f"checkpoints.remote: {self.failure}")
+
+    def _upload(self, path: str | None) -> None:
+        checkpoints = self.contents.checkpoints
+        if path is not None:
+            stored = self._store(path)
+            # What is newer is of another time: the run went on from before it.
+            others = [other for other in checkpoints if other.batch <= stored.batch and other.name != stored.name]
+            checkpoints = self._kept([stored, *others])
+        self._upload_files()
+        self.contents = Contents(
+            self.contents.run_name, checkpoints, {name: size for name, (_, size) in self._uploaded.items()}
+        )
+        self.run.write(self.contents)
+
+    def _store(self, path: str) -> Stored:
+        name = os.path.basename(path)
+        if name.startswith("milestone-") or self.keep < 0:
+            place = name.removesuffix("-rank0.pt")
+        else:
+            taken = {stored.place for stored in self.contents.checkpoints}
+            place = next(place for n in range(self.keep + 1) if (place := f"newest-{n}") not in taken)
+        paths = {WHOLE: path}
+        if os.path.isdir(path):
+            paths = {file: os.path.join(path, file) for file in sorted(os.listdir(path))}
+        for file, file_path in paths.items():
+            self.run.upload(f"{place}/{file}", file_path)
+        return Stored(name, place, {file: os.path.getsize(file_path) for file, file_path in paths.items()})
+
+    def _kept(self, checkpoints: list[Stored]) -> list[Stored]:
+        """Without the interval checkpoints that are more than are to be kept."""
+        intervals = [stored for stored in checkpoints if not stored.is_milestone]
+        dropped = intervals[self.keep :] if self.keep >= 0 else []
+        return [stored for stored in checkpoints if stored not in dropped]
+
+    def _upload_files(self) -> None:
+        for name in other_files(self.folder):
+            path = os.path.join(self.folder, name)
+            status = os.stat(path)
+            state = (status.st_mtime_ns, status.st_size)
+            if self._uploaded.get(name) != state:
+                self.run.upload(f"{FILES}/{name}", path)
+                self._uploaded[name] = state
+
+
+def other_files(folder: str) -> list[str]:
+    """Names of what a run's folder holds beside checkpoints; hidden and unfinished files are not among them."""
+    checkpoints = {os.path.basename(saved.path) for saved in checkpoints_in(folder)}
+    found = []
+    for place, folders, names in os.walk(folder):
+        inner = os.path.relpath(place, folder)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and name not in checkpoints and name not in NOT_OURS
+        )
+        for name in sorted(names):
+            path = os.path.join(place, name)
+            if not name.startswith(".") and name not in checkpoints and not os.path.islink(path):
+                found.append(os.path.normpath(os.path.join(inner, name)))
+    return found
+
+
+@contextlib.contextmanager
+def remote_copy(checkpoints: CheckpointConfig, run_name: str, link_name: str) -> Iterator[RemoteCopy | None]:
+    """The copy of a run, complete when the block ends; None if there is to be none. All processes enter it.
+
+    A run that ends by a signal or an error keeps its exit status.
+
+    Raises:
+        UserError: see :class:`RemoteCopy`; or at the end of a run, when its copy lacks the newest checkpoint.
+    """
+    if checkpoints.remote is None:
+        yield None
+        return
+    copy = RemoteCopy(checkpoints, run_name)
+    if dist.get_global_rank() == 0 and not checkpoints.overwrite:
+        copy.catch_up(os.path.join(checkpoints.folder, link_name))
+    try:
+        yield copy
+    except BaseException as error:
+        if dist.get_global_rank() == 0:
+            copy.finish()
+        if isinstance(error, SystemExit):  # of all processes; a launcher ends the others when the first one is done
+            dist.barrier()
+        raise
+    message = [copy.finish() if dist.get_global_rank() == 0 else None]
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(
+            f"checkpoints.remote: the run is complete in {checkpoints.folder}, but its copy is not: {message[0]}; the "
+            "same command tries again"
+        )
