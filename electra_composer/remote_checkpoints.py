@@ -350,7 +350,10 @@ class RemoteCopy:
         self.thread.join()
         self.thread = None
         if (seconds := time.monotonic() - start) > 1:
-            log.info(f"waited {seconds:.1f} s for {self.run.remote} to take the checkpoint before")
+            log.warning(
+                f"checkpoints.remote: training waited {seconds:.1f} s for {self.run.remote} to take a checkpoint; "
+                "a longer checkpoints.interval avoids it"
+            )
 
     def finish(self) -> str | None:
         """Wait, upload what has changed since in the run's other files, and say what has failed, if anything."""

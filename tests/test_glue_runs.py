@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -232,6 +233,7 @@ def scores(folder: Path) -> dict[str, Any]:
 def reference(tiny: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """`reference(*overrides)`: the scores of one undisturbed process."""
 
+    @functools.cache
     def make(*overrides: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("reference")
         command = [sys.executable, GLUE, YAML, *settings(*tiny, folder), *overrides]
@@ -246,6 +248,7 @@ TWO_TASKS = ("tasks=[sst2, stsb]", "seeds=[1, 2, 3]", "trainer.max_duration=1ep"
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("glue")
 def test_killed_five_times_the_table_is_the_same(
     tiny: tuple[str, str], tmp_path: Path, reference: Callable[..., dict[str, Any]]
 ) -> None:
@@ -281,6 +284,7 @@ def composer(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.xdist_group("glue")
 def test_two_processes_give_the_results_of_one(
     tiny: tuple[str, str], tmp_path: Path, reference: Callable[..., dict[str, Any]]
 ) -> None:
