@@ -10,8 +10,9 @@ STAMP  := $(VENV)/.installed
 quickstart: $(STAMP)
 	$(BIN)/python -m electra_composer.quickstart
 
+# A file's tests go to one process, since many share what takes long to make.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,9 +9,6 @@ import atexit
 import os
 import random
 import resource
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -245,20 +242,3 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         for item in page.get("Contents", []):
             client.delete_object(Bucket="corpus", Key=item["Key"])
     client.delete_bucket(Bucket="corpus")
-
-
-@pytest.fixture(scope="session")
-def on_two(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the runs of `resumed_runs.py` on two processes; who takes it is in the xdist_group `resumed`."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-    from resumed_runs import run, signal_at
-
-    folder = tmp_path_factory.mktemp("resumed")
-    yaml = folder / "tiny.yaml"
-    yaml.write_text(TINY_YAML.replace("SHARDS", str(shards)).replace("FOLDER", str(folder / "none")))
-    assert run(str(yaml), folder / "elastic", *signal_at(4, signal.SIGTERM, 0)) == 143
-    launcher, script = Path(sys.executable).with_name("composer"), Path(__file__).parent / "resumed_runs.py"
-    command = [str(launcher), "-n", "2", str(script), str(yaml), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return folder

@@ -276,7 +276,6 @@ def undisturbed(corpus, long_text, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("undisturbed")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )

@@ -53,7 +53,6 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize(
     ("processes", "kind", "microbatch"), [(1, "ddp", 2), (2, "ddp", 4), (2, "ddp", 2), (2, "fsdp", 4), (2, "fsdp", 2)]
 )

@@ -25,7 +25,7 @@ from electra_composer.checkpoint import read_checkpoint
 from electra_composer.export import export
 from electra_composer.sharded_checkpoint import is_sharded
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("equality")]  # one process makes the runs for all
+pytestmark = pytest.mark.distributed
 
 YAML = """
 run_name: equal

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_YAML
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
@@ -20,9 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from recorded_run import read_record
 from resumed_runs import KINDS, run, signal_at
 
-from electra_composer.checkpoint import read_checkpoint
+from electra_composer.checkpoint import load_source, read_checkpoint
 from electra_composer.config import ShardsConfig
+from electra_composer.errors import UserError
 from electra_composer.row_reader import RowReader
+from electra_composer.sharded_checkpoint import read_sharded
 from electra_composer.shards import build_dataloader, read_meta
 
 CLOCKS = ("time/", "throughput/", "memory/")
@@ -66,15 +73,66 @@ def test_one_process(tiny_yaml, tmp_path, overrides, interruptions):
     assert epochs == {0, 1}
 
 
+@pytest.fixture(scope="module")
+def on_two(shards, tmp_path_factory) -> Path:
+    """The folder of the runs of `resumed_runs.py` on two processes."""
+    folder = tmp_path_factory.mktemp("resumed")
+    yaml = folder / "tiny.yaml"
+    yaml.write_text(TINY_YAML.replace("SHARDS", str(shards)).replace("FOLDER", str(folder / "none")))
+    assert run(str(yaml), folder / "elastic", *signal_at(4, signal.SIGTERM, 0)) == 143
+    launcher, script = Path(sys.executable).with_name("composer"), Path(__file__).parent / "resumed_runs.py"
+    command = [str(launcher), "-n", "2", str(script), str(yaml), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
 @pytest.mark.distributed
-@pytest.mark.xdist_group("resumed")
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes(on_two, kind):
     assert_same_run(on_two / f"{kind}-whole", on_two / f"{kind}-interrupted")
 
 
 @pytest.mark.distributed
-@pytest.mark.xdist_group("resumed")
+def test_a_sharded_checkpoint_is_the_whole_one(on_two, tmp_path):
+    """Two processes, the same seed: sharded or whole, the same numbers; and a sharded one that is spoilt."""
+    expected = load_source(str(on_two / "fsdp-whole" / "run"))
+    sharded = shutil.copytree(on_two / "sharded-whole" / "run", tmp_path / "run", symlinks=True)
+    latest = os.path.realpath(sharded / "latest-rank0.pt")
+    assert os.path.isdir(latest)
+    for place in (str(sharded), latest):
+        found = load_source(place)
+        assert (found.encoder, found.tokenizer.get_vocab()) == (expected.encoder, expected.tokenizer.get_vocab())
+        assert found.weights.keys() == expected.weights.keys()
+        assert all(torch.equal(found.weights[name], tensor) for name, tensor in expected.weights.items())
+    read_checkpoint(latest).build_model()
+
+    # A table of contents that would run code when it is unpickled; and one that is cut off.
+    contents = Path(latest) / ".metadata"
+    whole = contents.read_bytes()
+    ran = tmp_path / "ran"
+    contents.write_bytes(pickle.dumps(Evil(ran)))
+    with pytest.raises(UserError, match=r"was not loaded, since that could run code .*unsupported class .*system"):
+        read_sharded(latest)
+    assert not ran.exists()
+    contents.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="not a readable sharded checkpoint"):
+        read_sharded(latest)
+    contents.write_bytes(whole)
+    next(Path(latest).glob("*.distcp")).unlink()
+    with pytest.raises(UserError, match="not a readable sharded checkpoint"):
+        read_sharded(latest)
+
+
+class Evil:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.distributed
 def test_another_number_of_processes(on_two):
     """1, then 2, then 1: every batch has the rows that it would have had, whichever process they are dealt to."""
     yaml, folder = str(on_two / "tiny.yaml"), on_two / "elastic"

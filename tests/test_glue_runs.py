@@ -248,7 +248,6 @@ TWO_TASKS = ("tasks=[sst2, stsb]", "seeds=[1, 2, 3]", "trainer.max_duration=1ep"
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("glue")
 def test_killed_five_times_the_table_is_the_same(
     tiny: tuple[str, str], tmp_path: Path, reference: Callable[..., dict[str, Any]]
 ) -> None:
@@ -284,7 +283,6 @@ def composer(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.xdist_group("glue")
 def test_two_processes_give_the_results_of_one(
     tiny: tuple[str, str], tmp_path: Path, reference: Callable[..., dict[str, Any]]
 ) -> None:

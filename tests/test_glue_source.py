@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from electra_composer.config import PretrainConfig, load_config
 from electra_composer.errors import UserError
 from electra_composer.export import export
 from electra_composer.pretrain import main
-from electra_composer.sharded_checkpoint import read_sharded
 
 TESTS = Path(__file__).parent
 
@@ -53,44 +49,6 @@ def test_checkpoint_run_folder_and_export_are_one_source(run_folder: Path, tmp_p
     assert_same(load_source(str(run_folder)), expected)
     assert_same(load_source(str(tmp_path / "exported")), expected)
     assert_same(load_source(str(tmp_path / "exported" / "discriminator")), expected)
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.xdist_group("resumed")
-def test_a_sharded_checkpoint_is_the_whole_one(on_two: Path, tmp_path: Path) -> None:
-    """Two processes, the same seed: sharded or whole, the same numbers."""
-    expected = load_source(str(on_two / "fsdp-whole" / "run"))
-    sharded = shutil.copytree(on_two / "sharded-whole" / "run", tmp_path / "run", symlinks=True)
-    assert_same(load_source(str(sharded)), expected)
-    latest = os.path.realpath(sharded / "latest-rank0.pt")
-    assert os.path.isdir(latest)
-    assert_same(load_source(latest), expected)
-    read_checkpoint(latest).build_model()
-
-    # A table of contents that would run code when it is unpickled; and one that is cut off.
-    contents = Path(latest) / ".metadata"
-    whole = contents.read_bytes()
-    ran = tmp_path / "ran"
-    contents.write_bytes(pickle.dumps(_Evil(ran)))
-    with pytest.raises(UserError, match=r"was not loaded, since that could run code .*unsupported class .*system"):
-        read_sharded(latest)
-    assert not ran.exists()
-    contents.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="not a readable sharded checkpoint"):
-        read_sharded(latest)
-    contents.write_bytes(whole)
-    next(Path(latest).glob("*.distcp")).unlink()
-    with pytest.raises(UserError, match="not a readable sharded checkpoint"):
-        read_sharded(latest)
-
-
-class _Evil:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.path}",)
 
 
 # --- transformers'

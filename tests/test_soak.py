@@ -28,7 +28,6 @@ def short(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("soak")
 def test_a_short_soak(short):
     status, line, _ = short
     assert (line["failed"], line["passed"], status) == ([], True, 0)
@@ -41,7 +40,6 @@ def test_a_short_soak(short):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("soak")
 def test_differences_are_found(short, tmp_path):
     """One row of one batch twice instead of another, one loss another, one row of metrics missing."""
     *_, folder = short
