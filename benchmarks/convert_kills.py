@@ -70,8 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
         start = time.monotonic()
+        subprocess.run([sys.executable, str(SCRIPT), "--help"], check=True, stdout=subprocess.DEVNULL)
+        start_up = time.monotonic() - start
         subprocess.run(command(options, options.workers[0], whole), check=True, stdout=subprocess.DEVNULL)
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - start - 2 * start_up
         for workers in options.workers:
             out = Path(scratch) / f"out-{workers}"
             kills: dict[str, int] = {}
@@ -81,8 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
                 process = subprocess.Popen(
                     command(options, workers, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
                 )
-                try:  # a tenth of the whole and the start of Python, so that most kills find it at work
-                    process.wait(timeout=rng.uniform(0, 5 + seconds / 10))
+                try:  # the start of Python, and so much of the whole that most kills find it at work
+                    process.wait(timeout=rng.uniform(0, start_up + seconds / 4))
                     early += 1  # done before the kill: begin anew
                     shutil.rmtree(out, ignore_errors=True)
                     continue
