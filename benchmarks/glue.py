@@ -32,7 +32,8 @@ from composer.utils import reproducibility
 from machine import describe
 
 from electra_composer.checkpoint import Pretrained, load_source
-from electra_composer.config import GlueConfig, load_config
+from electra_composer.config import GlueConfig
+from electra_composer.config_loading import load_config
 from electra_composer.devices import choose_attention
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.glue_data import build_loader, encode, training_examples

@@ -18,7 +18,8 @@ import torch
 from streaming import LocalDataset
 from transformers import PreTrainedTokenizerFast
 
-from electra_composer.config import PretrainConfig, ShardsConfig, load_config
+from electra_composer.config import PretrainConfig, ShardsConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.examples import Row
 from electra_composer.folder_writer import ShardFolder

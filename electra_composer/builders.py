@@ -26,7 +26,8 @@ from composer.core import Callback
 from composer.loggers import LoggerDestination, TensorboardLogger
 from composer.utils import MissingConditionalImportError
 
-from electra_composer.config import OptimizerConfig, ScheduleConfig, nearest
+from electra_composer.config import OptimizerConfig, ScheduleConfig
+from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
 from electra_composer.loggers import MetricsFile, RunConsole, RunProgressBar, RunWandB
 from electra_composer.monitors import DataWait, RunMemoryMonitor, ThroughputMonitor

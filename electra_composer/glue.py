@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from electra_composer.checkpoint import Pretrained, load_source
-from electra_composer.config import GlueConfig, TaskSettings, load_config_from_command_line, nearest
+from electra_composer.config import GlueConfig, TaskSettings
+from electra_composer.config_loading import load_config_from_command_line, nearest
 from electra_composer.devices import choose_attention, resolve_device
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.glue_data import encode_split

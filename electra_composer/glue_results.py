@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from electra_composer.checkpoint import Pretrained
-from electra_composer.config import GlueConfig, to_dict
+from electra_composer.config import GlueConfig
+from electra_composer.config_loading import to_dict
 from electra_composer.errors import UserError
 from electra_composer.glue_picture import picture
 from electra_composer.glue_published import published_rows

@@ -18,7 +18,7 @@ from torchmetrics import Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import BinaryConfusionMatrix, BinaryF1Score, MulticlassAccuracy
 from torchmetrics.utilities.data import dim_zero_cat
 
-from electra_composer.config import nearest
+from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
 
 

@@ -9,7 +9,8 @@ from electra_composer.baselines import loss_without_context
 from electra_composer.callbacks import RunRecord, TrainMetrics
 from electra_composer.checkpoint import check_state_fits, read_checkpoint, special_ids, tokenizer_files
 from electra_composer.composer_model import ElectraPretraining
-from electra_composer.config import PretrainConfig, load_config_from_command_line, to_dict, to_yaml
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config_from_command_line, to_dict, to_yaml
 from electra_composer.devices import choose_attention, fsdp_gradient_factor, resolve_device
 from electra_composer.electra import ElectraForPretraining
 from electra_composer.errors import UserError, report_user_errors

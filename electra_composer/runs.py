@@ -286,8 +286,8 @@ def check_run_folder(config: RunConfig) -> None:
     """Refuse to start anew in a folder that holds another run's checkpoints, or in an object store.
 
     Raises:
-        UserError: there are checkpoints, and the configuration says neither to continue nor to replace them; or no
-            folder at all.
+        UserError: there are checkpoints, and the configuration says neither to continue nor to replace them; no
+            folder at all; or copies of checkpoints that are not made.
     """
     checkpoints = config.checkpoints
     if "://" in checkpoints.folder:
@@ -295,6 +295,11 @@ def check_run_folder(config: RunConfig) -> None:
         raise UserError(
             f"checkpoints.folder={checkpoints.folder}: checkpoints are written to a folder of this machine, or of a "
             "file system that its nodes share; give one, and the object store as checkpoints.remote, for copies of them"
+        )
+    if checkpoints.remote is not None and not checkpoints.interval and not checkpoints.milestones:
+        raise UserError(
+            f"checkpoints.remote={checkpoints.remote}: there will be no checkpoints to copy; set checkpoints.interval, "
+            "such as 1000ba, or checkpoints.milestones"
         )
     latest = os.path.join(checkpoints.folder, LATEST.format(rank=0))
     if os.path.lexists(latest) and not checkpoints.resume and not checkpoints.overwrite:

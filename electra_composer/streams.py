@@ -16,7 +16,8 @@ from streaming import Stream
 from streaming.base.util import number_abbrev_to_int
 from streaming.base.world import World
 
-from electra_composer.config import ShardsConfig, StreamConfig, nearest
+from electra_composer.config import ShardsConfig, StreamConfig
+from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
 from electra_composer.shard_folder import Meta, SplitCounts
 

@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 
 from electra_composer import parallelism, pretrain, runs
 from electra_composer.composer_model import ElectraPretraining
-from electra_composer.config import PretrainConfig, load_config
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config
 
 
 class LostUpdates(Callback):

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import recorded_run
 
 from electra_composer.builders import CALLBACKS
-from electra_composer.config import PretrainConfig, load_config
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config
 from electra_composer.pretrain import main
 
 KINDS = {

@@ -149,7 +149,8 @@ def trained(tmp_path_factory, shards) -> Path:
     """The folder of a run of two batches."""
     from conftest import TINY_YAML
 
-    from electra_composer.config import PretrainConfig, load_config
+    from electra_composer.config import PretrainConfig
+    from electra_composer.config_loading import load_config
     from electra_composer.pretrain import main
 
     folder = tmp_path_factory.mktemp("trained")

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from electra_composer import row_reader
 from electra_composer.builders import CALLBACKS
-from electra_composer.config import PretrainConfig, ShardsConfig, load_config
+from electra_composer.config import PretrainConfig, ShardsConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.faults import explain, faults_named
 from electra_composer.pretrain import main

@@ -20,7 +20,8 @@ from transformers import ElectraForPreTraining, ElectraModel
 from electra_composer import devices, glue
 from electra_composer.builders import build_optimizer
 from electra_composer.checkpoint import load_source
-from electra_composer.config import GlueConfig, GlueModelConfig, load_config
+from electra_composer.config import GlueConfig, GlueModelConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.glue_data import Example, build_loader, collate, encode, encode_split
 from electra_composer.glue_finetune import config_of_task

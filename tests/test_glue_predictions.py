@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from electra_composer import glue, glue_finetune
 from electra_composer.checkpoint import load_source
-from electra_composer.config import GlueConfig, load_config
+from electra_composer.config import GlueConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.glue_data import collate, encode_split
 from electra_composer.glue_finetune import RunFiles, TaskData, finetune

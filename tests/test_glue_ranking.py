@@ -13,7 +13,8 @@ from glue_tiny import ROOT, WORDS, settings, write_source
 from transformers import BertTokenizerFast, ElectraModel
 
 from electra_composer.checkpoint import load_source
-from electra_composer.config import GlueConfig, GlueModelConfig, load_config
+from electra_composer.config import GlueConfig, GlueModelConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.glue import main
 from electra_composer.glue_files import Example

@@ -16,7 +16,8 @@ import matplotlib.figure
 import pytest
 
 from electra_composer import glue_report
-from electra_composer.config import GlueConfig, load_config
+from electra_composer.config import GlueConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.glue_picture import picture
 from electra_composer.glue_published import PUBLISHED, PUBLISHED_MODELS, published_rows

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from electra_composer.config import GlueConfig, load_config
+from electra_composer.config import GlueConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.glue_results import check_results_path, group_of, open_store, summary, write_reports
 from electra_composer.glue_store import RunStore, store_path

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import ElectraForMaskedLM, ElectraForPreTraining, ElectraForSequenceClassification, ElectraModel
 
 from electra_composer.checkpoint import Pretrained, load_source, read_checkpoint
-from electra_composer.config import PretrainConfig, load_config
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.export import export
 from electra_composer.pretrain import main

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
-from electra_composer.config import PretrainConfig, load_config
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config
 from electra_composer.export import main as export
 from electra_composer.pretrain import main as pretrain
 from electra_composer.row_reader import reader_of_split

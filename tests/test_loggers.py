@@ -11,7 +11,8 @@ import pytest
 import torch
 from composer.core import Time, Timestamp
 
-from electra_composer.config import PretrainConfig, load_config
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config
 from electra_composer.loggers import BAR_METRICS, BAR_WIDTH, RunProgressBar
 from electra_composer.pretrain import main
 

@@ -14,7 +14,8 @@ from composer.core import Callback
 
 from electra_composer import devices, runs
 from electra_composer.checkpoint import load_source, read_checkpoint
-from electra_composer.config import PretrainConfig, load_config
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.export import export
 from electra_composer.finetuning import ElectraForClassification

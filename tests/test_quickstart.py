@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from electra_composer.config import GlueConfig, PretrainConfig, load_config
+from electra_composer.config import GlueConfig, PretrainConfig
+from electra_composer.config_loading import load_config
 from electra_composer.quickstart import pretraining_summary, table
 
 ROOT = Path(__file__).parent.parent

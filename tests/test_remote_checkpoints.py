@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from resumed_runs import run, signal_at
 
-from electra_composer import remote_checkpoints
 from electra_composer.config import CheckpointConfig
 from electra_composer.errors import UserError
-from electra_composer.remote_checkpoints import Contents, RemoteRun, Stored, fetch_newest, other_files
+from electra_composer.remote_checkpoints import fetch_newest, other_files
+from electra_composer.remote_run import Contents, RemoteRun, Stored
 from electra_composer.saving import checkpoints_in
 
 REMOTE = "s3://corpus/my/run"
@@ -185,6 +185,11 @@ def test_a_place_that_takes_nothing_is_known_before_training(copied, tmp_path, r
     assert not (tmp_path / "record" / "rank0.jsonl").exists()
 
 
+def test_nothing_to_copy_is_a_mistake(copied):
+    with pytest.raises(UserError, match=r"checkpoints.remote=s3://corpus/my/run: there will be no checkpoints to copy"):
+        copied("checkpoints.interval=null", "checkpoints.milestones=[]")
+
+
 def test_a_store_that_is_away(copied, monkeypatch):
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"checkpoints.remote: .*the server does not answer"):
@@ -257,4 +262,3 @@ def test_what_goes_with_the_checkpoints(tmp_path):
         (tmp_path / name).write_text("x")
     (tmp_path / "latest-rank0.pt").symlink_to("batch-4-rank0.pt")
     assert other_files(str(tmp_path)) == ["config.yaml", "trouble/batch-3/batch.pt"]
-    assert remote_checkpoints.POINTER not in other_files(str(tmp_path))

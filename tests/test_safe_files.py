@@ -22,7 +22,8 @@ from composer.utils import checkpoint as composer_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from electra_composer.checkpoint_forms import in_form
-from electra_composer.config import PretrainConfig, ShardsConfig, load_config
+from electra_composer.config import PretrainConfig, ShardsConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.pretrain import main
 from electra_composer.safe_loading import SafeLoadPlanner, composer_loads_safely

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from resumed_runs import run
 
 from electra_composer import saving
-from electra_composer.config import PretrainConfig, load_config
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.pretrain import main
 from electra_composer.resuming import why_broken
@@ -75,7 +76,8 @@ def test_keeping_none_is_refused(pretrain, keep):
 
 DIES_WHILE_WRITING = """
 import os, sys, torch
-from electra_composer.config import PretrainConfig, load_config
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config
 from electra_composer.pretrain import main
 
 torch.set_num_threads(1)

@@ -22,7 +22,8 @@ from test_shards import LENGTH, WORDS, make_tokenizer, open_files
 
 from electra_composer import runs
 from electra_composer.baselines import unigram_counts
-from electra_composer.config import PretrainConfig, ShardsConfig, StreamConfig, load_config
+from electra_composer.config import PretrainConfig, ShardsConfig, StreamConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.pretrain import main as pretrain
 from electra_composer.row_reader import reader_of_split

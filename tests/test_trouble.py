@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from electra_composer import runs, trouble
 from electra_composer.composer_model import ElectraPretraining
-from electra_composer.config import PretrainConfig, load_config
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.pretrain import main
 from electra_composer.trouble import NumericalGuard, SpikeWatch

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torchmetrics import MeanMetric
 
-from electra_composer.config import PretrainConfig, load_config
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config
 from electra_composer.pretrain import main
 from electra_composer.watch import LearningWatch
 
