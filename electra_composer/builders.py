@@ -29,9 +29,10 @@ from composer.utils import MissingConditionalImportError
 from electra_composer.config import OptimizerConfig, ScheduleConfig
 from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
-from electra_composer.loggers import MetricsFile, RunConsole, RunProgressBar, RunWandB
+from electra_composer.loggers import MetricsFile, RunConsole, RunWandB
 from electra_composer.monitors import DataWait, RunMemoryMonitor, ThroughputMonitor
 from electra_composer.optim import AdamW, Schedule, parameter_groups
+from electra_composer.progress_bar import RunProgressBar
 
 CALLBACKS: dict[str, type[Callback]] = {
     "data_wait": DataWait,

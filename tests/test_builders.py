@@ -26,8 +26,9 @@ from electra_composer.builders import (
 )
 from electra_composer.config import OptimizerConfig, ScheduleConfig
 from electra_composer.errors import UserError
-from electra_composer.loggers import MetricsFile, RunConsole, RunProgressBar
+from electra_composer.loggers import MetricsFile, RunConsole
 from electra_composer.optim import SCHEDULES
+from electra_composer.progress_bar import RunProgressBar
 
 
 class Tiny(ComposerModel):

@@ -1,4 +1,4 @@
-"""What stands in the progress bar, and that it stays within the terminal. The rest of loggers.py: test_builders.py."""
+"""What stands in the progress bar, and that it stays within the terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from composer.core import Time, Timestamp
 
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
-from electra_composer.loggers import BAR_METRICS, BAR_WIDTH, RunProgressBar
 from electra_composer.pretrain import main
+from electra_composer.progress_bar import BAR_METRICS, BAR_WIDTH, RunProgressBar
 
 METRICS = {
     "loss/train/total": 12.3456,
