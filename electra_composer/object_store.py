@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -41,7 +42,27 @@ def fetch(downloader: CloudDownloader, remote: str, local: str, seconds: float) 
     Raises:
         UserError: see :func:`answer`.
     """
-    answer(remote, seconds, lambda: downloader.download(remote, local, seconds))
+    answer(remote, seconds, lambda: download_whole(downloader, remote, local, seconds))
+
+
+def download_whole(downloader: CloudDownloader, remote: str, local: str, seconds: float) -> None:
+    """Download a file, unless it is there; it gets its name when it is whole.
+
+    Of Streaming's downloaders only the one for S3 does so. The others write under the final name, where a reader sees
+    half a file, and what a kill has left passes for the file from then on. Raises what the client raises.
+    """
+    if os.path.exists(local):
+        return
+    unfinished = f"{local}.{os.getpid()}.unfinished"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(unfinished)
+    try:
+        downloader.download(remote, unfinished, seconds)
+        os.replace(unfinished, local)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(unfinished)
+        raise
 
 
 def answer(remote: str, seconds: float, ask: Callable[[], T]) -> T:

@@ -11,7 +11,9 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.storage.upload import UPLOADERS, CloudUploader
 
 from electra_composer.errors import UserError
-from electra_composer.object_store import explain
+from electra_composer.object_store import download_whole, explain
+
+SECONDS = 60.0  # for a file of a conversion to come
 
 
 def is_remote(out: str) -> bool:
@@ -54,7 +56,7 @@ class RemoteFolder:
         path = os.path.join(folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            self._downloader.download(f"{self._remote}/{name}", path)
+            download_whole(self._downloader, f"{self._remote}/{name}", path, SECONDS)
         except Exception:  # not there, which each client says in its own words
             return False
         return True

@@ -18,11 +18,12 @@ from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
 from streaming.base.shared import SharedMemory
+from streaming.base.util import retry
 from streaming.base.world import World
 
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
-from electra_composer.object_store import explain
+from electra_composer.object_store import download_whole, explain
 from electra_composer.row_reader import RowReader, Rows
 from electra_composer.shard_folder import HASH
 from electra_composer.shared_memory import all_shared_memory, choosing_a_prefix, release, shared_memory_of
@@ -39,8 +40,20 @@ PICKS = 1_000_000  # of a stream of which a part is taken; Streaming draws them 
 
 def stream_of(folder: Folder, split: str) -> Stream:
     """One split of a folder as Streaming reads it."""
-    kind = Stream if folder.remote is not None else _FolderStream
+    kind = _RemoteStream if folder.remote is not None else _FolderStream
     return kind(local=folder.path, remote=folder.remote, split=split, **folder.weight)
+
+
+class _RemoteStream(Stream):
+    """A cache whose files are whole as soon as they have their names: readers look for nothing else."""
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        remote = os.path.join(self.remote, self.split, from_basename)
+        local = os.path.join(self.local, self.split, to_basename or from_basename)
+        retry(clean_up_fn=self._downloader.clean_up, num_attempts=self.download_retry)(
+            lambda: download_whole(self._downloader, remote, local, self.download_timeout)
+        )()
+        return local
 
 
 class _FolderStream(Stream):

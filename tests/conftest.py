@@ -242,3 +242,19 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         for item in page.get("Contents", []):
             client.delete_object(Bucket="corpus", Key=item["Key"])
     client.delete_bucket(Bucket="corpus")
+
+
+@pytest.fixture
+def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The bucket `corpus` of a server that speaks Google Cloud Storage's language; its own client's object."""
+    server = pytest.importorskip("gcp_storage_emulator.server").create_server("localhost", 0, in_memory=True)
+    server.start()
+    host, port = server._api._httpd.server_address[:2]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import storage
+
+    # Where an account's key would be looked for: the server asks for none.
+    monkeypatch.setattr("google.auth.default", lambda *_, **__: (AnonymousCredentials(), "test"))
+    yield storage.Client(project="test", credentials=AnonymousCredentials()).create_bucket("corpus")
+    server.stop()

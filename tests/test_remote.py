@@ -19,7 +19,7 @@ from streaming import LocalDataset, MDSWriter
 
 from electra_composer.config import ShardsConfig, StreamConfig
 from electra_composer.errors import UserError
-from electra_composer.object_store import explain
+from electra_composer.object_store import download_whole, explain
 from electra_composer.shards import build_data_spec, read_data, read_meta
 
 BUCKET = "corpus"
@@ -76,6 +76,36 @@ def test_the_same_rows_as_from_the_disk(remote, many_shards, tmp_path, workers):
     assert rows_of(loader) == expected
     assert len(rows_of(loader)) == len(expected)  # the next epoch, from the cache
     assert len(list((tmp_path / "cache/train").glob("*.mds"))) == len(list((many_shards / "train").glob("*.mds")))
+
+
+class WritesInPlace:
+    """As Streaming's downloaders of Google's, Microsoft's and Oracle's stores do."""
+
+    def __init__(self, *pieces):
+        self.pieces, self.seen = pieces, []
+
+    def download(self, remote, local, timeout):
+        with open(local, "xb", buffering=0) as file:
+            for piece in self.pieces:
+                if isinstance(piece, Exception):
+                    raise piece
+                file.write(piece)
+                self.seen.append(os.path.exists(remote))
+
+
+def test_a_download_has_its_name_when_it_is_whole(tmp_path):
+    path = str(tmp_path / "shard")
+    with pytest.raises(ConnectionError):
+        download_whole(WritesInPlace(b"half", ConnectionError()), path, path, 1.0)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / f"shard.{os.getpid()}.unfinished").write_text("of a process that was killed")
+    downloader = WritesInPlace(b"half", b" and half")
+    download_whole(downloader, path, path, 1.0)
+    assert downloader.seen == [False, False]
+    assert os.listdir(tmp_path) == ["shard"]
+    assert (tmp_path / "shard").read_bytes() == b"half and half"
+    download_whole(WritesInPlace(b"other"), path, path, 1.0)  # it is there
+    assert (tmp_path / "shard").read_bytes() == b"half and half"
 
 
 def test_no_more_is_kept_than_the_cache_may_hold(remote, many_shards, tmp_path):

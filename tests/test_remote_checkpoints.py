@@ -73,6 +73,20 @@ def test_a_run_whose_disks_are_lost_is_the_run_that_never_was(s3, tiny_yaml, tmp
     assert sum(name.startswith(("newest", "milestone")) for name in found) == 3
 
 
+def test_google_cloud_storage(gcs, tiny_yaml, tmp_path):
+    settings = ["checkpoints.remote=gs://corpus/my/run", *COPIED[1:], "trainer.max_duration=8ba"]
+    assert run(str(tiny_yaml), tmp_path, *settings, "callbacks.crash.batch=6") == -9
+    lose_disk(tmp_path)
+    assert run(str(tiny_yaml), tmp_path, *settings) == 0
+    lines = [json.loads(line)["batch"] for line in (tmp_path / "record/rank0.jsonl").read_text().splitlines()]
+    assert lines == [*range(6), *range(4, 8)]
+    latest = json.loads(gcs.blob("my/run/latest.json").download_as_bytes())
+    assert [stored["name"] for stored in latest["checkpoints"]] == KEPT
+    settings[0] = "checkpoints.remote=gs://no-such-bucket/run"
+    with pytest.raises(UserError, match=r"checkpoints.remote: gs://no-such-bucket/run: "):
+        run(str(tiny_yaml), tmp_path, *settings)
+
+
 @pytest.mark.distributed
 def test_two_processes(s3, tiny_yaml, tmp_path):
     """SIGTERM to one of them: both wait until the copy is complete. Then one process goes on from it elsewhere."""

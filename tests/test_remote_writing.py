@@ -106,6 +106,25 @@ def test_other_options_do_not_go_on_in_the_store_either(s3, options, monkeypatch
     assert convert(options(OUT, seed=1, restart=True)).total.documents == 900
 
 
+def test_google_cloud_storage(gcs, options, tmp_path):
+    """The same again through another of Streaming's uploaders: written, read, and gone on with."""
+    convert(options("gs://corpus/owt", workers=2))
+    convert(options(str(tmp_path / "local")))
+    found = {blob.name.removeprefix("owt/"): blob.download_as_bytes() for blob in gcs.list_blobs(prefix="owt/")}
+    expected = {
+        str(path.relative_to(tmp_path / "local")): path.read_bytes()
+        for path in (tmp_path / "local").rglob("*")
+        if path.is_file()
+    }
+    assert found.keys() >= expected.keys()
+    assert all(found[name] == expected[name] for name in expected)
+    config = ShardsConfig(path=str(tmp_path / "cache"), max_seq_length=32, remote="gs://corpus/owt", num_workers=0)
+    loader = build_data_spec(config, "train", 8, read_meta(config.path, config.remote), seed=0).dataloader
+    assert sum(len(batch["input_ids"]) for batch in loader) > 100
+    with pytest.raises(UserError, match=r"gs://no-such-bucket/owt: cannot be written to: .*the bucket"):
+        convert(options("gs://no-such-bucket/owt"))
+
+
 def test_wrong_bucket_and_wrong_scheme(s3, options):
     with pytest.raises(UserError, match=r"s3://no-such-bucket/owt: cannot be written to: .*the bucket"):
         convert(options("s3://no-such-bucket/owt"))
