@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 import urllib.parse
@@ -12,6 +13,11 @@ from streaming.base.storage.upload import UPLOADERS, CloudUploader
 
 from electra_composer.errors import UserError
 from electra_composer.object_store import download_whole, explain
+
+# Its uploaders are given folders that have files in them, on purpose; it warns of each.
+logging.getLogger("streaming.base.storage.upload").addFilter(
+    lambda record: "exists and not empty" not in record.getMessage()
+)
 
 SECONDS = 60.0  # for a file of a conversion to come
 
@@ -34,6 +40,17 @@ def workspace_of(remote: str) -> str:
     return os.path.join(tempfile.gettempdir(), f"electra_composer-{os.getuid()}-{digest}")
 
 
+def readable(remote: str) -> str:
+    """The URL by which Streaming's downloaders read what its uploaders wrote under another.
+
+    They are the same but for Azure's blobs: `azure://container/…` is written, `azure://account/container/…` is read.
+    """
+    scheme, _, rest = remote.partition("://")
+    if scheme != "azure":
+        return remote
+    return f"azure://{os.environ.get('AZURE_ACCOUNT_NAME', 'account')}/{rest}"
+
+
 class RemoteFolder:
     """A folder in an object store.
 
@@ -45,7 +62,8 @@ class RemoteFolder:
         self._remote = remote
         with tempfile.TemporaryDirectory() as scratch:
             _uploader(scratch, remote)  # asks for the bucket
-        self._downloader = CloudDownloader.get(remote)
+        self._readable = readable(remote)
+        self._downloader = CloudDownloader.get(self._readable)
 
     def has(self, name: str) -> bool:
         with tempfile.TemporaryDirectory() as scratch:
@@ -56,7 +74,7 @@ class RemoteFolder:
         path = os.path.join(folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            download_whole(self._downloader, f"{self._remote}/{name}", path, SECONDS)
+            download_whole(self._downloader, f"{self._readable}/{name}", path, SECONDS)
         except Exception:  # not there, which each client says in its own words
             return False
         return True

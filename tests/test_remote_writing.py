@@ -13,7 +13,7 @@ from electra_composer.config import ShardsConfig
 from electra_composer.conversion import Conversion, convert
 from electra_composer.engines import Processes
 from electra_composer.errors import UserError
-from electra_composer.remotes import workspace_of
+from electra_composer.remotes import readable, workspace_of
 from electra_composer.shards import build_data_spec, read_meta
 from electra_composer.sources import Sources
 
@@ -104,6 +104,14 @@ def test_other_options_do_not_go_on_in_the_store_either(s3, options, monkeypatch
     with pytest.raises(UserError, match="seed: 0 there, 1 now"):
         convert(options(OUT, seed=1))
     assert convert(options(OUT, seed=1, restart=True)).total.documents == 900
+
+
+def test_azure_is_read_under_another_url(monkeypatch):
+    """Streaming's uploader takes the container for the host, its downloader for the first folder."""
+    monkeypatch.setenv("AZURE_ACCOUNT_NAME", "account")
+    assert readable("azure://container/owt") == "azure://account/container/owt"
+    assert readable("azure-dl://container/owt") == "azure-dl://container/owt"
+    assert readable(OUT) == OUT
 
 
 def test_google_cloud_storage(gcs, options, tmp_path):

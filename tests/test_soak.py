@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import soak
 from recorded_run import read_record
 
-ARGUMENTS = ["--batches=120", "--kills=3", "--minutes=2", "--documents=200", "--workers=1", "--interval=10"]
+ARGUMENTS = ["--batches=200", "--kills=3", "--minutes=2", "--documents=200", "--workers=1", "--interval=20"]
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,10 @@ def test_a_short_soak(short):
     assert (line["failed"], line["passed"], status) == ([], True, 0)
     assert line["kills_by_signal"] == {"SIGKILL": 1, "SIGTERM": 1, "SIGINT": 1}
     assert line["resumes"] >= 2
-    assert (line["batches"], line["samples"]) == (120, 120 * 16)
+    assert (line["batches"], line["samples"]) == (200, 200 * 16)
     assert line["epochs"] > 1
     assert all(line[name] == 0 for name in soak.MUST_BE_ZERO)
-    assert line["metric_rows"] == 19  # 0, 7, … 119, and the last
+    assert line["metric_rows"] == 30  # 0, 7, … 196, and the last
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ class FakeRun:
 
     def __init__(self, folder):
         options = soak.argparse.Namespace(processes=1, overrides=[])
-        run = soak.Run(options, folder.parent, folder.name, 120)
+        run = soak.Run(options, folder.parent, folder.name, 200)
         self.folder, self.rows, self.weights = folder, run.metrics(), run.weights
 
     def metrics(self):
