@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -187,6 +188,9 @@ class RemoteCopy:
 
     def finish(self) -> str | None:
         """Wait, upload what has changed since in the run's other files, and say what has failed, if anything."""
+        if self.thread is not None and self.thread.is_alive():
+            print(f"copying the last checkpoint to {self.run.remote} …", file=sys.stderr, flush=True)
+            self.thread.join()
         self.wait()
         if self.contents.checkpoints:
             self._try(None)
