@@ -113,7 +113,8 @@ def leave_signals_to_parent(_: int = 0) -> None:
     """Let a loader's worker live until its parent ends it: it is needed for the batch that is to be finished.
 
     Ctrl-C and many schedulers signal every process of a run. SIGINT is ignored here, and of SIGTERM only the parent's
-    is heard, by which PyTorch ends a worker that does not end by itself.
+    is heard, by which PyTorch ends a worker that does not end by itself. (One that comes in the same instant as
+    another's is lost: the kernel keeps one signal of a kind.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
