@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-long lint format clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m electra_composer.quickstart
@@ -13,6 +13,10 @@ quickstart: $(STAMP)
 # A file's tests go to one process, since many share what takes long to make.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# What `test` leaves out: torch's C++ code generator, and the script for a GPU machine.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -87,7 +87,7 @@ def all_runs(yaml: str, folder: Path) -> None:
         broken = folder / f"{kind}-interrupted"
         # One process alone is told; both stop after the batch that is running.
         assert run(yaml, broken, *overrides, *signal_at(6, SIGNALS[kind], rank=1)) == 128 + SIGNALS[kind]
-        if kind != "fsdp":
+        if kind == "sharded":
             assert run(yaml, broken, *overrides, "callbacks.crash.batch=14") == -9
         assert run(yaml, broken, *overrides) == 0
     # Begun and ended by one process, in the test itself.

@@ -220,7 +220,7 @@ def test_report_refuses_other_lines(tmp_path: Path, text: str) -> None:
         report.main([str(path)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
     """Every program of benchmarks/gpu.sh, tiny; the report has all that the results have."""
     done = subprocess.run(

@@ -100,7 +100,7 @@ def test_batches_of_one_shape_are_one_compilation(make_model: Make, make_batch: 
     assert len(compiled) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_code_generator_takes_it(make_model: Make, make_batch: Make, tiny_model_config: Make) -> None:
     try:
         runs.check_compile(TrainerConfig(compile=True, precision="fp32", device="cpu"))
