@@ -48,8 +48,8 @@ def fetch(downloader: CloudDownloader, remote: str, local: str, seconds: float) 
 def download_whole(downloader: CloudDownloader, remote: str, local: str, seconds: float) -> None:
     """Download a file, unless it is there; it gets its name when it is whole.
 
-    Of Streaming's downloaders only the one for S3 does so. The others write under the final name, where a reader sees
-    half a file, and what a kill has left passes for the file from then on. Raises what the client raises.
+    Streaming's downloader for Google's store writes under the final name, where a reader sees half a file, and what a
+    kill has left passes for the file from then on. Raises what the client raises.
     """
     if os.path.exists(local):
         return

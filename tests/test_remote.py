@@ -79,7 +79,7 @@ def test_the_same_rows_as_from_the_disk(remote, many_shards, tmp_path, workers):
 
 
 class WritesInPlace:
-    """As Streaming's downloaders of Google's, Microsoft's and Oracle's stores do."""
+    """As Streaming's downloader for Google's store does."""
 
     def __init__(self, *pieces):
         self.pieces, self.seen = pieces, []
