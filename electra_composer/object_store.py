@@ -158,6 +158,11 @@ def explain(error: Exception, remote: str) -> str:
     return _one_line(error)
 
 
+def is_not_there(error: Exception) -> bool:
+    """Whether a storage client's error says that there is no such file."""
+    return bool(_words(error) & set(NOT_THERE))
+
+
 def _words(error: BaseException) -> set[str]:
     """The names of an error's classes and of those that caused it, and the codes that the server gave."""
     words: set[str] = set()

@@ -12,7 +12,7 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.storage.upload import UPLOADERS, CloudUploader
 
 from electra_composer.errors import UserError
-from electra_composer.object_store import download_whole, explain
+from electra_composer.object_store import download_whole, explain, is_not_there
 
 # Its uploaders are given folders that have files in them, on purpose; it warns of each.
 logging.getLogger("streaming.base.storage.upload").addFilter(
@@ -70,13 +70,19 @@ class RemoteFolder:
             return self.fetch(name, scratch)
 
     def fetch(self, name: str, folder: str) -> bool:
-        """Fetch a file to its place in a local folder; whether it was there."""
+        """Fetch a file to its place in a local folder; whether it was there.
+
+        Raises:
+            UserError: whether it is there could not be found out.
+        """
         path = os.path.join(folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
             download_whole(self._downloader, f"{self._readable}/{name}", path, SECONDS)
-        except Exception:  # not there, which each client says in its own words
-            return False
+        except Exception as error:  # every storage client has errors of its own
+            if is_not_there(error):
+                return False
+            raise UserError(f"{self._remote}/{name}: {explain(error, self._remote)}") from error
         return True
 
 

@@ -133,6 +133,18 @@ def test_google_cloud_storage(gcs, options, tmp_path):
         convert(options("gs://no-such-bucket/owt"))
 
 
+def test_a_store_that_fails_is_not_an_empty_one(s3, options, monkeypatch):
+    """Else a conversion that is there would be made, and written over, again."""
+    convert(options(OUT))
+
+    def fails(self, remote, local, timeout):
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr("streaming.base.storage.download.S3Downloader._download_file_impl", fails)
+    with pytest.raises(UserError, match=r"s3://corpus/owt/meta.json: the server does not answer \(reset\)"):
+        convert(options(OUT))
+
+
 def test_wrong_bucket_and_wrong_scheme(s3, options):
     with pytest.raises(UserError, match=r"s3://no-such-bucket/owt: cannot be written to: .*the bucket"):
         convert(options("s3://no-such-bucket/owt"))
