@@ -21,7 +21,7 @@ from electra_composer.config import CheckpointConfig
 from electra_composer.errors import UserError
 from electra_composer.object_store import explain
 from electra_composer.remote_run import FILES, WHOLE, Contents, RemoteRun, Stored
-from electra_composer.resuming import why_broken
+from electra_composer.resuming import errors_on_all_processes, why_broken
 from electra_composer.saving import UNFINISHED, aside, checkpoint_batch, checkpoints_in, point, put_in_place
 
 log = logging.getLogger(__name__)
@@ -42,24 +42,9 @@ def fetch_newest(checkpoints: CheckpointConfig, run_name: str, link_name: str) -
     """
     if checkpoints.remote is None:
         return
-    with _first_process_does_it():
+    with errors_on_all_processes("checkpoints.remote"):
         if dist.get_global_rank() == 0:
             _fetch_newest(checkpoints, run_name, os.path.join(checkpoints.folder, link_name))
-
-
-@contextlib.contextmanager
-def _first_process_does_it() -> Iterator[None]:
-    """A `UserError` or an error of the disk on the first process becomes a `UserError` on every process."""
-    message: list[str | None] = [None]
-    try:
-        yield
-    except UserError as error:
-        message = [str(error)]
-    except OSError as error:
-        message = [f"checkpoints.remote: {error.filename or 'a file'} cannot be written here: {error.strerror}"]
-    dist.broadcast_object_list(message)
-    if message[0] is not None:
-        raise UserError(message[0])
 
 
 def _fetch_newest(checkpoints: CheckpointConfig, run_name: str, link: str) -> None:
@@ -154,7 +139,7 @@ class RemoteCopy:
         self.thread: threading.Thread | None = None
         self.failure: str | None = None  # of the newest upload
         self._uploaded: dict[str, tuple[int, int]] = {}  # other files: name → time and size when they were uploaded
-        with _first_process_does_it():
+        with errors_on_all_processes("checkpoints.remote"):
             if dist.get_global_rank() == 0:
                 self.run = RemoteRun(checkpoints.remote)
                 found = None if checkpoints.overwrite else self.run.read()

@@ -80,12 +80,25 @@ def mend_latest(folder: str, link_name: str) -> None:
     Raises:
         UserError: on every process: a broken checkpoint, and no whole one before it.
     """
-    message: list[str | None] = [None]
-    if dist.get_global_rank() == 0:
-        try:
+    with errors_on_all_processes("checkpoints.folder"):
+        if dist.get_global_rank() == 0:
             _mend(os.path.join(folder, link_name))
-        except (UserError, OSError) as error:
-            message = [str(error)]
+
+
+@contextlib.contextmanager
+def errors_on_all_processes(key: str) -> Iterator[None]:
+    """What goes wrong with what the first process does in the block becomes a `UserError` on every process.
+
+    Args:
+        key: of the configuration, named where a file is the matter.
+    """
+    message: list[str | None] = [None]
+    try:
+        yield
+    except UserError as error:
+        message = [str(error)]
+    except OSError as error:
+        message = [f"{key}: {error.filename or 'a file'} cannot be read or written here: {error.strerror or error}"]
     dist.broadcast_object_list(message)
     if message[0] is not None:
         raise UserError(message[0])
