@@ -259,9 +259,7 @@ def test_a_disk_that_is_full_here(copied, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", path)
 
     monkeypatch.setattr(RemoteRun, "download", full)
-    with pytest.raises(
-        UserError, match=r"checkpoints.remote: .*cannot be .*written here: No space left on device"
-    ):
+    with pytest.raises(UserError, match=r"checkpoints.remote: .*cannot be .*written here: No space left on device"):
         copied()
 
 
