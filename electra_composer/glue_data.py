@@ -23,7 +23,7 @@ from electra_composer.glue_cache import cache_file, file_sha256, read_cache, tok
 from electra_composer.glue_files import HUB, Example, find_file, read_examples
 from electra_composer.glue_sampler import LengthGroupedSampler
 from electra_composer.glue_tasks import Task
-from electra_composer.interrupts import leave_signals_to_parent
+from electra_composer.interrupts import loader_workers
 
 PAD_MULTIPLE = 8  # tensor cores want lengths that are multiples of it
 TOKENIZER_CHUNK = 4096  # sentences per call of the tokenizer, so that a progress bar can move
@@ -301,10 +301,9 @@ def build_loader(
         batch_size=device_batch_size,
         sampler=LengthGroupedSampler(examples, examples.lengths, device_batch_size, shuffle_seed),
         collate_fn=functools.partial(collate, pad_id=pad_id),
-        num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals_to_parent if num_workers > 0 else None,
+        **loader_workers(num_workers),
     )
     return DataSpec(
         loader,

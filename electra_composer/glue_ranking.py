@@ -31,7 +31,7 @@ from electra_composer.glue_files import Example, read_examples
 from electra_composer.glue_model import ElectraClassifier, load_body, sizes_of
 from electra_composer.glue_sampler import LengthGroupedSampler
 from electra_composer.glue_tasks import Task
-from electra_composer.interrupts import leave_signals_to_parent
+from electra_composer.interrupts import loader_workers
 
 log = logging.getLogger(__name__)
 
@@ -155,9 +155,8 @@ def build_ranking_loader(
         batch_size=device_batch_size,
         sampler=LengthGroupedSampler(examples, examples.lengths, device_batch_size, shuffle_seed),
         collate_fn=functools.partial(collate_ranked, pad_id=pad_id),
-        num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals_to_parent if num_workers > 0 else None,
+        **loader_workers(num_workers),
     )
     return DataSpec(
         loader,

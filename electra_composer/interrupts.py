@@ -8,11 +8,15 @@ same batch: what each has received goes along with the counts that they add up f
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.popen_fork import Popen
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
@@ -24,6 +28,8 @@ from electra_composer.saving import WholeSaver
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+END_OF_WORKER = signal.SIGUSR2
+ENDS_WORKERS = sys.platform.startswith("linux")  # where PyTorch forks them
 LAUNCHED = "LOCAL_RANK" in os.environ  # asked now: Composer sets it later for a process that starts by itself, too
 
 
@@ -109,20 +115,41 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def leave_signals_to_parent(_: int = 0) -> None:
-    """Let a loader's worker live until its parent ends it: it is needed for the batch that is to be finished.
+def loader_workers(number: int) -> dict[str, Any]:
+    """Arguments of a `DataLoader` for `number` processes that live until their parent ends them.
 
-    Ctrl-C and many schedulers signal every process of a run. SIGINT is ignored here, and of SIGTERM only the parent's
-    is heard, by which PyTorch ends a worker that does not end by itself. (One that comes in the same instant as
-    another's is lost: the kernel keeps one signal of a kind.)
+    Ctrl-C and many schedulers signal every process of a run, but the batch that is to be finished needs its workers:
+    they ignore SIGINT and, on Linux, SIGTERM. PyTorch ends by SIGTERM what does not end by itself, and so does Python
+    at its exit: there, these processes get :data:`END_OF_WORKER` instead, and leave with the status 0 that PyTorch
+    expects of them.
     """
+    if number == 0:
+        return {"num_workers": 0}
+    context = _WorkerContext() if ENDS_WORKERS else None
+    return {"num_workers": number, "multiprocessing_context": context, "worker_init_fn": leave_signals_to_parent}
+
+
+def leave_signals_to_parent(_: int = 0) -> None:
+    """What a process of :func:`loader_workers` does first."""
+    # What a worker has a copy of is its parent's to close: no garbage collection is to do it here.
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
+    if ENDS_WORKERS:
+        signal.signal(END_OF_WORKER, lambda number, frame: os._exit(0))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+class _WorkerPopen(Popen):
+    def terminate(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, END_OF_WORKER)
+
+
+class _WorkerProcess(ForkProcess):
+    @staticmethod
+    def _Popen(process: BaseProcess) -> Popen:
+        return _WorkerPopen(process)
+
+
+class _WorkerContext(ForkContext):
+    Process = _WorkerProcess

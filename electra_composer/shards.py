@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
-from electra_composer.interrupts import leave_signals_to_parent
+from electra_composer.interrupts import loader_workers
 from electra_composer.object_store import explain, fetch_meta, wait_for_leader
 from electra_composer.row_dataset import Batch, RowDataset, RowLoader, stream_of
 from electra_composer.shard_folder import META, Meta, is_inside
@@ -229,12 +229,11 @@ def build_dataloader(
     return RowLoader(
         dataset,
         batch_size=batch_size,
-        num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
         collate_fn=dataset.collate,
-        worker_init_fn=leave_signals_to_parent if config.num_workers > 0 else None,
+        **loader_workers(config.num_workers),
     )
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,12 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from resumed_runs import run, signal_at
 
-from electra_composer.interrupts import StopOnSignal, leave_signals_to_parent
+from electra_composer.interrupts import StopOnSignal, loader_workers
 from electra_composer.resuming import why_broken
 
 
@@ -102,31 +101,44 @@ def test_the_end_of_the_launcher_is_a_sigterm_and_sigint_then_ends_at_once():
                 os.kill(left, signal.SIGKILL)
 
 
-def worker(ready) -> None:
-    leave_signals_to_parent()
-    ready.set()
-    time.sleep(600)
+def squares_that_take_long(index: int) -> int:
+    time.sleep(600 * (index == 2))
+    return index * index
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere PyTorch does not fork its workers")
 def test_a_loaders_worker_hears_its_parent_alone():
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    process = context.Process(target=worker, args=(ready,))
-    process.start()
-    assert ready.wait(60)
-    for number in ("INT", "TERM"):
-        subprocess.run(["/bin/sh", "-c", f"kill -{number} {process.pid}"], check=True)
-    # Two signals of a kind that wait at the same time are one to the kernel, and the sender is that of the first.
-    status = Path(f"/proc/{process.pid}/status")
-    deadline = time.monotonic() + 60
-    while int(re.search(r"ShdPnd:\s*(\w+)", status.read_text())[1], 16):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.join(0.2)
-    assert process.is_alive()
-    process.terminate()
-    process.join(60)
-    assert process.exitcode == 0
+    """Signals from elsewhere change nothing; its parent's ends it with 0, whatever it is about."""
+    loader = DataLoader(range(4), collate_fn=lambda rows: squares_that_take_long(*rows), **loader_workers(1))
+    batches = iter(loader)
+    assert next(batches) == 0
+    (worker,) = batches._workers
+    for number in ("INT", "TERM", "TERM"):
+        subprocess.run(["/bin/sh", "-c", f"kill -{number} {worker.pid}"], check=True)
+    assert next(batches) == 1
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()  # in the middle of the third batch
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+AT_EXIT = """
+from torch.utils.data import DataLoader
+from electra_composer.interrupts import loader_workers
+
+batches = iter(DataLoader(range(9), persistent_workers=True, **loader_workers(2)))
+next(batches)
+"""
+
+
+def test_workers_end_with_their_parent_without_a_word():
+    ended = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_a_loader_without_workers_takes_no_arguments_of_theirs():
+    assert list(DataLoader(range(3), batch_size=None, **loader_workers(0))) == [0, 1, 2]
 
 
 def test_a_signal_in_the_last_batch_lets_the_run_end(tiny_yaml, tmp_path):
