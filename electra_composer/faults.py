@@ -42,6 +42,25 @@ def faults_named() -> Iterator[None]:
         raise UserError(f"{message}; {GOES_ON}") from error
 
 
+@contextlib.contextmanager
+def errors_on_all_processes(key: str) -> Iterator[None]:
+    """What goes wrong with what the first process does in the block becomes a `UserError` on every process.
+
+    Args:
+        key: of the configuration, named where a file is the matter.
+    """
+    message: list[str | None] = [None]
+    try:
+        yield
+    except UserError as error:
+        message = [str(error)]
+    except OSError as error:
+        message = [f"{key}: {error.filename or 'a file'} cannot be read or written here: {error.strerror or error}"]
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
+
+
 def _while_handed_over(error: BaseException) -> bool:
     """Whether an error comes from fetching what a loader's worker shares, whose socket is gone with the worker."""
     return any("resource_sharer" in frame.filename for frame in traceback.extract_tb(error.__traceback__))

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from electra_composer.config import CheckpointConfig
 from electra_composer.errors import UserError
+from electra_composer.faults import errors_on_all_processes
 from electra_composer.object_store import explain
 from electra_composer.remote_run import FILES, WHOLE, Contents, RemoteRun, Stored
-from electra_composer.resuming import errors_on_all_processes, why_broken
+from electra_composer.resuming import why_broken
 from electra_composer.saving import UNFINISHED, aside, checkpoint_batch, checkpoints_in, point, put_in_place
 
 log = logging.getLogger(__name__)

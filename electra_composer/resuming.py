@@ -14,10 +14,12 @@ import os
 import zipfile
 from collections.abc import Iterator
 from io import BytesIO
+from typing import IO
 
 from composer.utils import dist
 
 from electra_composer.errors import UserError
+from electra_composer.faults import errors_on_all_processes
 from electra_composer.safe_loading import CONTENTS, read_contents
 from electra_composer.saving import REPLACED, aside, checkpoints_in, point
 
@@ -37,29 +39,30 @@ def alone_in(folder: str) -> Iterator[None]:
     Raises:
         UserError: on every process: another one is at work there.
     """
-    message: list[str | None] = [None]
     with contextlib.ExitStack() as stack:
-        if dist.get_global_rank() == 0:
-            try:
+        with errors_on_all_processes("checkpoints.folder"):
+            if dist.get_global_rank() == 0:
                 os.makedirs(folder, exist_ok=True)
                 file = stack.enter_context(open(os.path.join(folder, LOCK), "a", encoding="utf-8"))
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    message = [
-                        f"checkpoints.folder={folder}: another process trains in this folder; wait for its end, or "
-                        "give another folder"
-                    ]
-                elif error.errno != errno.ENOLCK:  # a file system without locks
-                    message = [f"checkpoints.folder={folder}: {os.strerror(error.errno or 0)}"]
-        dist.broadcast_object_list(message)
-        if message[0] is not None:
-            raise UserError(message[0])
+                _lock(file, folder)
         try:
             yield
         finally:
             if dist.get_global_rank() == 0:
                 _remove_if_unused(folder)
+
+
+def _lock(file: IO[str], folder: str) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"checkpoints.folder={folder}: another process trains in this folder; wait for its end, or give "
+                "another folder"
+            ) from None
+        if error.errno != errno.ENOLCK:  # a file system without locks
+            raise
 
 
 def _remove_if_unused(folder: str) -> None:
@@ -83,25 +86,6 @@ def mend_latest(folder: str, link_name: str) -> None:
     with errors_on_all_processes("checkpoints.folder"):
         if dist.get_global_rank() == 0:
             _mend(os.path.join(folder, link_name))
-
-
-@contextlib.contextmanager
-def errors_on_all_processes(key: str) -> Iterator[None]:
-    """What goes wrong with what the first process does in the block becomes a `UserError` on every process.
-
-    Args:
-        key: of the configuration, named where a file is the matter.
-    """
-    message: list[str | None] = [None]
-    try:
-        yield
-    except UserError as error:
-        message = [str(error)]
-    except OSError as error:
-        message = [f"{key}: {error.filename or 'a file'} cannot be read or written here: {error.strerror or error}"]
-    dist.broadcast_object_list(message)
-    if message[0] is not None:
-        raise UserError(message[0])
 
 
 def _mend(link: str) -> None:

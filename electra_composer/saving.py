@@ -21,6 +21,7 @@ from composer.utils import checkpoint, dist, format_name_with_dist, format_name_
 from torch.distributed.checkpoint import CheckpointException
 
 from electra_composer.errors import UserError
+from electra_composer.faults import errors_on_all_processes
 
 if TYPE_CHECKING:
     from electra_composer.remote_checkpoints import RemoteCopy
@@ -184,18 +185,15 @@ class MilestoneSaver(WholeSaver):
 
 def _refuse_full_disk(state: State, path: str) -> None:
     """Raise on every rank when the disk of `path` has no room for the checkpoint, as the first rank sees it."""
-    message: list[str | None] = [None]
-    if dist.get_global_rank() == 0:
-        folder = os.path.dirname(path)
-        needed, free = checkpoint_bytes(state), shutil.disk_usage(folder).free
-        if needed > free:
-            message = [
-                f"checkpoints.folder: {path} needs about {_megabytes(needed)}, and {_megabytes(free)} are free; it was "
-                f"not written, and {_last_good(folder)}. Free some space; the same command goes on from there"
-            ]
-    dist.broadcast_object_list(message)
-    if message[0] is not None:
-        raise UserError(message[0])
+    with errors_on_all_processes("checkpoints.folder"):
+        if dist.get_global_rank() == 0:
+            folder = os.path.dirname(path)
+            needed, free = checkpoint_bytes(state), shutil.disk_usage(folder).free
+            if needed > free:
+                raise UserError(
+                    f"checkpoints.folder: {path} needs about {_megabytes(needed)}, and {_megabytes(free)} are free; it "
+                    f"was not written, and {_last_good(folder)}. Free some space; the same command goes on from there"
+                )
 
 
 def checkpoint_bytes(state: State) -> int:
