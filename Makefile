@@ -12,7 +12,7 @@ quickstart: $(STAMP)
 
 # A file's tests go to one process, since many share what takes long to make.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests
 
 # What `test` leaves out: torch's C++ code generator, and the script for a GPU machine.
 test-long: $(STAMP)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,10 +30,10 @@ from electra_composer.shared_memory import all_shared_memory, choosing_a_prefix,
 from electra_composer.stale_memory import own
 from electra_composer.streams import Folder
 
+log = logging.getLogger(__name__)
+
 Batch = dict[str, Any]
 COLUMNS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")  # of a batch
-
-
 MIX = "rows_of_streams"  # in the state of a loader
 PICKS = 1_000_000  # of a stream of which a part is taken; Streaming draws them one by one
 
@@ -190,20 +190,29 @@ class RowDataset(StreamingDataset):
         num_tokens = int(rows.row_lengths.sum())
         return {"packed": torch.from_numpy(packed), "num_tokens": num_tokens, "rows": [int(row) for row in numbers]}
 
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Streaming's, for which a shard that could not be fetched is on its way for ever, and who wants it waits.
+
+        It may also leave the cache locked. Here the next one tries again, and has an error of its own.
+        """
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception:
+            lock = self._cache_filelock
+            if not lock.is_locked:
+                lock.acquire()
+            self._shard_states[shard_id] = _ShardState.REMOTE if self._is_cache[shard_id] else _ShardState.LOCAL
+            lock.release()
+            raise
+
     def _wait_for_shard(self, shard: int) -> None:
-        """Fetch or unpack a shard, or wait for whichever process is at it.
+        """Fetch or unpack a shard, or wait for whoever is at it; it may have failed, and the shard not be there then.
 
         Raises:
             UserError: it is not there, not what was written (by its hash), or its server does not answer.
         """
         try:
-            while True:
-                if self._ahead is not None and self._ahead.error is not None:
-                    raise self._ahead.error
-                if self._shard_states[shard] != _ShardState.PREPARING:
-                    self.prepare_shard(shard)
-                    return
-                time.sleep(TICK)
+            self.prepare_shard(shard)
         except Exception as error:  # every storage client has errors of its own
             stream = self.streams[self.stream_per_shard[shard]]
             name = self.shards[shard].raw_data.basename
@@ -262,18 +271,18 @@ class RowDataset(StreamingDataset):
 class _FetchAhead:
     """Fetches the shards of an epoch in the order of their first row, so many rows ahead of the reader.
 
+    What it cannot fetch, the reader tries again when it gets there, and has the error if it still fails.
+
     Args:
         dataset: whose `prepare_shard` it calls, and whose `predownload` is how many rows it may be ahead.
         numbers: the rows that will be read.
 
     Attributes:
         position: how many of them have been read.
-        error: what ended it early. The shard's state says "being prepared" for ever then, so who waits has to look.
     """
 
     def __init__(self, dataset: RowDataset, numbers: NDArray[np.int64]) -> None:
         self.position = 0
-        self.error: Exception | None = None
         self._dataset = weakref.proxy(dataset)
         self._limit = dataset.predownload or len(numbers)
         ends = np.cumsum([shard.samples for shard in dataset.shards])
@@ -287,18 +296,18 @@ class _FetchAhead:
         self._stopped.set()
 
     def _run(self) -> None:
-        try:
-            for shard, first in self._plan:
+        for shard, first in self._plan:
+            try:
                 while first > self.position + self._limit:
                     if self._stopped.wait(TICK):
                         return
                 if self._stopped.is_set():
                     return
                 self._dataset.prepare_shard(shard, blocking=False)
-        except ReferenceError:  # the data set is gone
-            return
-        except Exception as error:
-            self.error = error
+            except ReferenceError:  # the data set is gone
+                return
+            except Exception as error:  # every storage client has errors of its own
+                log.info(f"shard {shard} could not be fetched ahead: {error}")
 
 
 class RowLoader(StreamingDataLoader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import http.server
 import json
@@ -132,15 +133,70 @@ def test_shards_are_fetched_no_further_ahead_than_said(remote, tmp_path):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_missing_shard_is_named(s3, remote, tmp_path, workers):
     s3.delete_object(Bucket=BUCKET, Key="owt/train/shard.00003.mds")
     start = time.monotonic()
-    with pytest.raises(
-        UserError if not workers else Exception, match=r"owt/train/shard\.000\d+\.mds: the shard cannot"
-    ):
+    with pytest.raises(UserError if not workers else Exception, match=r"owt/train/shard\.00003\.mds: the shard cannot"):
         rows_of(loader_of(tmp_path / "cache", remote, num_workers=workers))
     assert time.monotonic() - start < 30
+
+
+def test_what_fails_while_the_cache_is_locked_leaves_it_open(remote, tmp_path):
+    dataset = loader_of(tmp_path / "cache", remote).dataset
+    dataset.cache_limit = 1  # less than anything needs, which is refused at the start otherwise
+    with pytest.raises(UserError, match=r"that could make room; raise data\.cache_limit"):
+        dataset.collate([0, 1])
+    dataset.cache_limit = None
+    assert len(in_thread(dataset.collate, [0, 1]).result(60)["rows"]) == 2  # for which the lock is another's
+
+
+def in_thread(function, *arguments):
+    """What will become of a call in another thread, which does not keep a test that fails from ending."""
+    future = concurrent.futures.Future()
+
+    def call():
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def test_who_waits_for_a_shard_hears_that_it_did_not_come(remote, tmp_path, monkeypatch):
+    """One thread fetches it, and fails while another waits; with a server that is away, and one that comes back."""
+    dataset = loader_of(tmp_path / "cache", remote).dataset
+    (stream,) = dataset.streams
+    fetch, failures = stream.prepare_shard, []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def fail(shard):
+        begun.set()
+        assert go_on.wait(60)
+        failures.append(shard)
+        raise ConnectionError("the server is away")
+
+    for comes_back in (False, True):
+        monkeypatch.setattr(stream, "prepare_shard", fail)
+        begun.clear(), go_on.clear(), failures.clear()
+        fetching = in_thread(dataset.prepare_shard, 0, False)
+        assert begun.wait(60)
+        waiting = in_thread(dataset.collate, [0, 1])
+        with pytest.raises(concurrent.futures.TimeoutError):
+            waiting.result(0.3)
+        if comes_back:
+            monkeypatch.setattr(stream, "prepare_shard", fetch)
+        go_on.set()
+        with pytest.raises(ConnectionError):
+            fetching.result(60)
+        if comes_back:
+            assert len(waiting.result(60)["rows"]) == 2
+        else:
+            with pytest.raises(UserError, match=r"shard\.00000\.mds: the shard cannot be fetched .*server is away"):
+                waiting.result(60)
+        assert len(failures) == (1 if comes_back else 2)
 
 
 def test_a_corrupt_shard_is_found_by_its_hash(s3, remote, many_shards, tmp_path):
@@ -370,12 +426,13 @@ def test_a_server_that_comes_back_is_asked_again(proxy, remote, tmp_path):
     assert rows_of([first, *rest]) == expected
 
 
-def test_a_server_that_stays_away_ends_the_run(proxy, remote, tmp_path):
-    loader = loader_of(tmp_path / "cache", remote, predownload=1)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_server_that_stays_away_ends_the_run(proxy, remote, tmp_path, workers):
+    loader = loader_of(tmp_path / "cache", remote, predownload=1, num_workers=workers)
     batches = iter(loader)
     next(batches)
     proxy.closed = True
-    with pytest.raises(UserError, match="the shard cannot be fetched"):
+    with pytest.raises(UserError if not workers else Exception, match="the shard cannot be fetched"):
         list(batches)
 
 
