@@ -143,14 +143,14 @@ class _Pool:
 
     def __init__(self, workers: int, context: Any, plan: Plan | None = None, done: Any = None) -> None:
         self._waiting = 2 * workers
-        self._stop = context.Event()
+        self._stop = context.Value("b", 0, lock=False)  # not an Event, whose lock a worker that is killed may have
         self._pool = ProcessPoolExecutor(workers, context, _start_worker, (plan, done, self._stop))
 
     def __enter__(self) -> _Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop.set()  # nobody waits for a part that is of no use any more
+        self._stop.value = 1  # nobody waits for a part that is of no use any more
         self._pool.shutdown(cancel_futures=True)
 
     def ordered(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -207,7 +207,8 @@ class _following:
             self._update()
 
     def _update(self) -> None:
-        self._bar.update(self._done.value - self._bar.n)
+        # Not `.value`, which waits for a lock: a worker that is killed may have it.
+        self._bar.update(self._done.get_obj().value - self._bar.n)
 
 
 _worker: tuple[Plan, Tokenizer] | None = None  # of this worker process
@@ -247,7 +248,7 @@ def _convert(job: Job) -> dict[str, Any]:
 
 
 def _add(size: int) -> None:
-    if _stop.is_set():
+    if _stop.value:
         raise InterruptedError("the conversion was stopped")
     with _done.get_lock():
         _done.value += size

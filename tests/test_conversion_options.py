@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from streaming import LocalDataset
 
-from electra_composer import part_conversion, source_parts
+from electra_composer import engines, part_conversion, source_parts
 from electra_composer.conversion import Conversion, convert
 from electra_composer.errors import UserError
 from electra_composer.part_conversion import copies
@@ -241,6 +241,17 @@ def test_a_worker_that_dies_is_told(tmp_path, vocabulary, monkeypatch):
     with pytest.raises(UserError, match="a worker process ended abruptly"):
         run(Sources.of(str(tmp_path / "a.jsonl")), tmp_path / "out", vocabulary)
     assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_a_worker_that_dies_while_it_counts_holds_nobody_up(tmp_path, vocabulary, monkeypatch):
+    def die(size):
+        engines._done.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write_source(tmp_path / "a.jsonl", 30, "word1")
+    monkeypatch.setattr(engines, "_add", die)
+    with pytest.raises(UserError, match="a worker process ended abruptly"):
+        run(Sources.of(str(tmp_path / "a.jsonl")), tmp_path / "out", vocabulary)
 
 
 # Spark.
