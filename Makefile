@@ -31,9 +31,8 @@ clean:
 	rm -rf runs data exports .pytest_cache .mypy_cache .ruff_cache
 
 # The stamp is written last, so that an install that was cut off is done again. 6.5 GB on disk, mostly CUDA libraries.
-# What is imported is compiled then; to compile all of it here would take half as long again.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
