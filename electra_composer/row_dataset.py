@@ -127,6 +127,9 @@ class RowDataset(StreamingDataset):
                 download_timeout=config.download_timeout,
                 validate_hash=HASH,
             )
+            # The client that fetched the indices has connections, which processes that are forked would all talk over.
+            for stream in streams:
+                stream._downloader.clean_up()
             mine = shared_memory_of(self)
             release([block for block in all_shared_memory() if block not in before + mine])
             if World.detect().is_local_leader:

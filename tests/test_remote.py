@@ -142,6 +142,13 @@ def test_a_missing_shard_is_named(s3, remote, tmp_path, workers):
     assert time.monotonic() - start < 30
 
 
+def test_no_connection_is_shared_with_the_workers(remote, tmp_path):
+    """They are forked, and requests of several over one connection would get each other's answers."""
+    (stream,) = loader_of(tmp_path / "cache", remote, num_workers=2).dataset.streams
+    assert (tmp_path / "cache/train/index.json").is_file()
+    assert stream._downloader._s3_client is None
+
+
 def test_what_fails_while_the_cache_is_locked_leaves_it_open(remote, tmp_path):
     dataset = loader_of(tmp_path / "cache", remote).dataset
     dataset.cache_limit = 1  # less than anything needs, which is refused at the start otherwise
