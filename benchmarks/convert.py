@@ -27,15 +27,15 @@ import numpy as np
 from machine import describe, interleave
 from transformers import PreTrainedTokenizerFast
 
-from electra_composer.chunks import document_lines
-from electra_composer.conversion import Conversion, Summary, convert
-from electra_composer.documents import ReadStats, read_documents
+from electra_composer.batches.row_reader import reader_of_split
+from electra_composer.corpus.chunks import document_lines
+from electra_composer.corpus.conversion import Conversion, Summary, convert
+from electra_composer.corpus.documents import ReadStats, read_documents
+from electra_composer.corpus.examples import ExampleBuilder, Packer
+from electra_composer.corpus.folder_writer import ShardFolder
+from electra_composer.corpus.sources import Sources
 from electra_composer.errors import report_user_errors
-from electra_composer.examples import ExampleBuilder, Packer
-from electra_composer.folder_writer import ShardFolder
-from electra_composer.row_reader import reader_of_split
-from electra_composer.shard_folder import Meta, SplitCounts, describe_tokenizer, id_dtype
-from electra_composer.sources import Sources
+from electra_composer.storage.shard_folder import Meta, SplitCounts, describe_tokenizer, id_dtype
 from electra_composer.vocabulary import load_tokenizer, special_ids
 
 LENGTH = 128

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from machine import describe
 
+from electra_composer.corpus.sources import find_files
 from electra_composer.errors import report_user_errors
-from electra_composer.sources import find_files
 
 SCRIPT = Path(__file__).parents[1] / "data_prep/convert_owt.py"
 

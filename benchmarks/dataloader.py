@@ -24,12 +24,12 @@ import torch
 from machine import describe, interleave
 from streaming import StreamingDataLoader, StreamingDataset
 
+from electra_composer.batches.row_dataset import COLUMNS, Batch, collate_rows
+from electra_composer.batches.row_reader import Rows, reader_of_split
+from electra_composer.batches.shards import build_dataloader, read_meta
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.row_dataset import COLUMNS, Batch, collate_rows
-from electra_composer.row_reader import Rows, reader_of_split
-from electra_composer.shard_folder import Meta
-from electra_composer.shards import build_dataloader, read_meta
+from electra_composer.storage.shard_folder import Meta
 
 SEED = 0
 

@@ -31,16 +31,16 @@ from composer.loggers import Logger
 from composer.utils import reproducibility
 from machine import describe
 
-from electra_composer.checkpoint import Pretrained, load_source
+from electra_composer.checkpoints.weights import Pretrained, load_source
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config
-from electra_composer.devices import choose_attention
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.glue_data import build_loader, encode, training_examples
-from electra_composer.glue_files import Example, read_examples
-from electra_composer.glue_model import build_classifier
-from electra_composer.glue_tasks import Task, build_metrics, find_task
-from electra_composer.runs import build_trainer, start
+from electra_composer.finetune.data import build_loader, encode, training_examples
+from electra_composer.finetune.files import Example, read_examples
+from electra_composer.finetune.model import build_classifier
+from electra_composer.finetune.tasks import Task, build_metrics, find_task
+from electra_composer.training.devices import choose_attention
+from electra_composer.training.runs import build_trainer, start
 from electra_composer.vocabulary import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

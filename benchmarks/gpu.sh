@@ -61,7 +61,7 @@ step() { # step NAME LIMIT OPTIONS… of pretrain_step.py, with a profile if PRO
 
 if $smoke; then
     export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
-    part tests 60 "$python" -m pytest -p no:cacheprovider -q tests/test_masking.py
+    part tests 60 "$python" -m pytest -p no:cacheprovider -q tests/model/test_masking.py
     part masked-lm 60 "$python" benchmarks/masked_lm.py --device cpu --precision fp32 --rows 24 --vocab 199 --hidden 16 \
         --repeats 2
     PROFILE=1 step step-tiny 150 --device cpu --size tiny --batch 2 --vocab 199 --repeats 1 --segment 2 --warmup 1 \

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 
-from electra_composer.checkpoint import read_checkpoint
+from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.errors import UserError
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -21,7 +21,8 @@ from machine import PeakMemory, describe, interleave, median_ms
 from torch import Tensor
 
 from electra_composer.errors import report_user_errors
-from electra_composer.kernels.masked_lm import SAMPLING_BLOCK, masked_lm, resolve_implementation
+from electra_composer.model.kernels.masked_lm import masked_lm, resolve_implementation
+from electra_composer.model.kernels.sampling import SAMPLING_BLOCK
 
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}

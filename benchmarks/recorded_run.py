@@ -16,11 +16,11 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from electra_composer.builders import CALLBACKS
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config_from_command_line
 from electra_composer.errors import report_user_errors
 from electra_composer.pretrain import main
+from electra_composer.training.builders import CALLBACKS
 
 
 class Record(Callback):

@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_composer.config import OptimizerConfig
-from electra_composer.electra import ElectraForPretraining
-from electra_composer.optim import parameter_groups
-from electra_composer.weight_maps import discriminator_to_transformers, generator_to_transformers, transformers_config
+from electra_composer.model.electra import ElectraForPretraining
+from electra_composer.model.weight_maps import (
+    discriminator_to_transformers,
+    generator_to_transformers,
+    transformers_config,
+)
+from electra_composer.training.optim import parameter_groups
 
 IGNORED = -100
 """Label of a position that the masked-LM loss skips (transformers' convention)."""

@@ -27,9 +27,9 @@ from killed_run import Run
 from machine import describe
 from recorded_run import read_record
 
-from electra_composer.conversion import Conversion, convert
+from electra_composer.corpus.conversion import Conversion, convert
+from electra_composer.corpus.sources import Sources
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.sources import Sources
 
 LENGTH = 64
 CALIBRATION = 200  # batches

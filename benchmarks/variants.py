@@ -20,13 +20,15 @@ from composer.loggers import Logger
 from torch import Tensor
 from workload import Workload
 
-from electra_composer import masking
-from electra_composer.builders import build_optimizer
-from electra_composer.callbacks import TrainMetrics
-from electra_composer.checkpoint import special_ids
-from electra_composer.composer_model import ElectraPretraining
+from electra_composer.batches.shards import build_data_spec
+from electra_composer.checkpoints.weights import special_ids
 from electra_composer.config import PretrainConfig
-from electra_composer.devices import (
+from electra_composer.model import masking
+from electra_composer.model.electra import ElectraForPretraining
+from electra_composer.model.pretraining import ElectraPretraining
+from electra_composer.training.builders import build_optimizer
+from electra_composer.training.callbacks import TrainMetrics
+from electra_composer.training.devices import (
     M_MMAP_MAX,
     M_MMAP_THRESHOLD,
     M_TOP_PAD,
@@ -34,10 +36,8 @@ from electra_composer.devices import (
     keep_freed_memory,
     set_malloc,
 )
-from electra_composer.electra import ElectraForPretraining
-from electra_composer.parallelism import compile_config
-from electra_composer.runs import build_trainer
-from electra_composer.shards import build_data_spec
+from electra_composer.training.parallelism import compile_config
+from electra_composer.training.runs import build_trainer
 
 NAMES = {"a": "reference", "b": "ours", "c": "trainer", "d": "trainer_without_callbacks"}
 TOLERANCE = {"fp32": 1e-4, "amp_bf16": 2e-2, "amp_fp16": 2e-2}

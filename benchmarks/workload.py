@@ -18,13 +18,13 @@ import torch
 from streaming import LocalDataset
 from transformers import PreTrainedTokenizerFast
 
+from electra_composer.batches.shards import build_data_spec, check_split, read_meta
 from electra_composer.config import PretrainConfig, ShardsConfig
 from electra_composer.config_loading import load_config
+from electra_composer.corpus.examples import Row
+from electra_composer.corpus.folder_writer import ShardFolder
 from electra_composer.errors import UserError
-from electra_composer.examples import Row
-from electra_composer.folder_writer import ShardFolder
-from electra_composer.shard_folder import Meta, SplitCounts, describe_tokenizer, id_dtype
-from electra_composer.shards import build_data_spec, check_split, read_meta
+from electra_composer.storage.shard_folder import Meta, SplitCounts, describe_tokenizer, id_dtype
 from electra_composer.vocabulary import SPECIAL_TOKENS, load_tokenizer
 
 YAMLS = Path(__file__).resolve().parent.parent / "yamls"

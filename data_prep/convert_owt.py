@@ -18,10 +18,10 @@ from typing import Any
 
 from streaming.base.util import bytes_to_int
 
-from electra_composer.conversion import TRAIN, Conversion, Summary, convert
-from electra_composer.dry_run import DryRun, dry_run
+from electra_composer.corpus.conversion import TRAIN, Conversion, Summary, convert
+from electra_composer.corpus.dry_run import DryRun, dry_run
+from electra_composer.corpus.sources import DOCSTRINGS, HUB, Source, Sources, read_mixture
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.sources import DOCSTRINGS, HUB, Source, Sources, read_mixture
 
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # as its makers count them
 MUCH_DROPPED = 0.25

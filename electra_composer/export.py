@@ -10,10 +10,10 @@ import torch
 from transformers import ElectraForMaskedLM, PreTrainedModel
 from transformers import ElectraForPreTraining as ElectraDiscriminator
 
-from electra_composer.checkpoint import Checkpoint, read_checkpoint
-from electra_composer.encoder import EncoderConfig
+from electra_composer.checkpoints.weights import Checkpoint, read_checkpoint
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.weight_maps import (
+from electra_composer.model.encoder import EncoderConfig
+from electra_composer.model.weight_maps import (
     State,
     discriminator_to_transformers,
     generator_to_transformers,

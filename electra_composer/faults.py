@@ -26,7 +26,7 @@ PEER_IS_GONE = (
 
 
 @contextlib.contextmanager
-def faults_named() -> Iterator[None]:
+def explain_failures() -> Iterator[None]:
     """Raise what the surroundings did to a run as a :class:`UserError` that says what it was and what to do.
 
     Everything else passes through as it is.
@@ -43,7 +43,7 @@ def faults_named() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def errors_on_all_processes(key: str) -> Iterator[None]:
+def raise_on_all_ranks(key: str) -> Iterator[None]:
     """What goes wrong with what the first process does in the block becomes a `UserError` on every process.
 
     Args:

@@ -8,14 +8,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from electra_composer.checkpoint import Pretrained, load_source
+from electra_composer.checkpoints.weights import Pretrained, load_source
 from electra_composer.config import GlueConfig, TaskSettings
 from electra_composer.config_loading import load_config_from_command_line, nearest
-from electra_composer.devices import choose_attention, resolve_device
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.glue_data import encode_split
-from electra_composer.glue_finetune import Encoded, RunFiles, TaskData, examples_seen, finetune, rehearse, test_sets
-from electra_composer.glue_predictions import (
+from electra_composer.finetune.data import encode_split
+from electra_composer.finetune.one_run import Encoded, RunFiles, TaskData, examples_seen, finetune, rehearse, test_sets
+from electra_composer.finetune.predictions import (
     check_indices,
     check_select,
     load_logits,
@@ -23,14 +22,15 @@ from electra_composer.glue_predictions import (
     submission_files,
     write_submission,
 )
-from electra_composer.glue_ranking import rank_split
-from electra_composer.glue_report import markdown
-from electra_composer.glue_results import describe_source, group_of, open_store, summary, write_reports
-from electra_composer.glue_runs import PlannedRun, Processes, do_all, duration, key_of, make_plan, seconds_left
-from electra_composer.glue_store import RunStore, store_path
-from electra_composer.glue_tasks import TASKS, Task, find_task
-from electra_composer.optim import parse_time
-from electra_composer.runs import microbatch_size, start
+from electra_composer.finetune.ranking import rank_split
+from electra_composer.finetune.report import markdown
+from electra_composer.finetune.results import describe_source, group_of, open_store, summary, write_reports
+from electra_composer.finetune.runs import PlannedRun, Processes, do_all, duration, key_of, make_plan, seconds_left
+from electra_composer.finetune.store import RunStore, store_path
+from electra_composer.finetune.tasks import TASKS, Task, find_task
+from electra_composer.training.devices import choose_attention, resolve_device
+from electra_composer.training.optim import parse_time
+from electra_composer.training.runs import microbatch_size, start
 from electra_composer.versions import check_versions
 
 

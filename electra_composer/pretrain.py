@@ -5,20 +5,22 @@ from __future__ import annotations
 from composer import Trainer
 from composer.utils import dist
 
-from electra_composer.baselines import loss_without_context
-from electra_composer.callbacks import RunRecord, TrainMetrics
-from electra_composer.checkpoint import check_state_fits, read_checkpoint, special_ids, tokenizer_files
-from electra_composer.composer_model import ElectraPretraining
+from electra_composer.batches.baselines import loss_without_context
+from electra_composer.batches.shards import build_data_spec, check_shards, describe_streams, read_data
+from electra_composer.checkpoints.remote import remote_copy
+from electra_composer.checkpoints.resuming import exclusive_lock
+from electra_composer.checkpoints.weights import check_state_fits, read_checkpoint, special_ids, tokenizer_files
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config_from_command_line, to_dict, to_yaml
-from electra_composer.devices import choose_attention, fsdp_gradient_factor, resolve_device
-from electra_composer.electra import ElectraForPretraining
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.faults import faults_named
-from electra_composer.kernels.masked_lm import resolve_implementation
-from electra_composer.remote_checkpoints import remote_copy
-from electra_composer.resuming import alone_in
-from electra_composer.runs import (
+from electra_composer.faults import explain_failures
+from electra_composer.model.electra import ElectraForPretraining
+from electra_composer.model.kernels.masked_lm import resolve_implementation
+from electra_composer.model.pretraining import ElectraPretraining
+from electra_composer.training.callbacks import RunRecord, TrainMetrics
+from electra_composer.training.devices import choose_attention, fsdp_gradient_factor, resolve_device
+from electra_composer.training.learning_watch import LearningWatch
+from electra_composer.training.runs import (
     LATEST,
     build_trainer,
     check_run_folder,
@@ -28,10 +30,8 @@ from electra_composer.runs import (
     microbatch_size,
     start,
 )
-from electra_composer.shards import build_data_spec, check_shards, describe_streams, read_data
 from electra_composer.versions import check_versions
 from electra_composer.vocabulary import load_tokenizer
-from electra_composer.watch import LearningWatch
 
 
 def main(config: PretrainConfig) -> Trainer:
@@ -87,8 +87,8 @@ def main(config: PretrainConfig) -> Trainer:
     if dist.get_global_rank() == 0 and loss_to_beat is not None:
         print(f"MLM loss without context: {loss_to_beat:.2f} (word frequencies, and copying kept tokens)", flush=True)
     with (
-        faults_named(),
-        alone_in(config.checkpoints.folder),
+        explain_failures(),
+        exclusive_lock(config.checkpoints.folder),
         remote_copy(config.checkpoints, config.run_name, LATEST.format(rank=0)) as copy,
         compile_errors_named(),
     ):

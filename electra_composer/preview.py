@@ -19,15 +19,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from electra_composer import masking
-from electra_composer.checkpoint import read_checkpoint
+from electra_composer.batches.row_dataset import COLUMNS, collate_rows
+from electra_composer.batches.row_reader import RowReader, Rows, reader_of_split
+from electra_composer.batches.shards import check_shards, check_split, read_meta
+from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.config import ObjectiveConfig, ShardsConfig
-from electra_composer.electra import ElectraForPretraining
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.row_dataset import COLUMNS, collate_rows
-from electra_composer.row_reader import RowReader, Rows, reader_of_split
-from electra_composer.shard_folder import Meta
-from electra_composer.shards import check_shards, check_split, read_meta
+from electra_composer.model import masking
+from electra_composer.model.electra import ElectraForPretraining
+from electra_composer.storage.shard_folder import Meta
 from electra_composer.vocabulary import load_tokenizer
 
 SAMPLE = 20_000  # rows that the histogram counts, evenly spaced

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining
 
-from electra_composer.baselines import loss_without_context
-from electra_composer.checkpoint import read_checkpoint
+from electra_composer.batches.baselines import loss_without_context
+from electra_composer.batches.shards import read_meta
+from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.config import ObjectiveConfig, ShardsConfig
-from electra_composer.devices import cpu_multiplies_bfloat16
-from electra_composer.kernels.attention import pattern_of
-from electra_composer.shards import read_meta
+from electra_composer.model.kernels.attention import pattern_of
+from electra_composer.training.devices import cpu_multiplies_bfloat16
 
 FOLDER = "runs/quickstart"
 SHARDS, GLUE_DATA = f"{FOLDER}/shards", f"{FOLDER}/synthetic_glue"
@@ -70,7 +70,7 @@ def commands(size: Size) -> list[tuple[str, list[str]]]:
     composer = [os.path.join(os.path.dirname(python), "composer"), "-n", "1"] if size.launcher else [python]
     convert = [python, "data_prep/convert_owt.py", "--source", "docstrings", "--tokenizer", "train", "--out", SHARDS]
     convert += ["--max-seq-length", "32", "--lines", "sentence"]
-    synthetic = [python, "-m", "electra_composer.synthetic", "--source", "docstrings", "--out", GLUE_DATA]
+    synthetic = [python, "-m", "electra_composer.finetune.synthetic", "--source", "docstrings", "--out", GLUE_DATA]
     finetune = [*composer, "electra_composer/glue.py", "yamls/quickstart_glue.yaml", *size.finetune]
     return [
         (

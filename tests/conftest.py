@@ -20,12 +20,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and sta
 import pytest
 import torch
 from composer.core import Engine
+from tiny import TINY_YAML
 from torch.distributed.checkpoint import state_dict
 
 from electra_composer.config import ModelConfig, ObjectiveConfig
-from electra_composer.conversion import Conversion, convert
-from electra_composer.electra import ElectraForPretraining, SpecialIds
-from electra_composer.sources import Sources
+from electra_composer.corpus.conversion import Conversion, convert
+from electra_composer.corpus.sources import Sources
+from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 
 VOCAB_SIZE = 99  # not a multiple of 64: the padded rows of the embedding table are there
 LENGTH = 32
@@ -151,23 +152,6 @@ def _perturb(model: ElectraForPretraining) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("word.weight") or name == "mlm_head.bias":
                 parameter[model.vocab_size :] = 0.0
-
-
-TINY_YAML = """
-run_name: tiny
-seed: 1
-data: {path: SHARDS, max_seq_length: 32, num_workers: 0}
-model:
-  {num_layers: 1, hidden_size: 32, num_heads: 2, embedding_size: 16, generator_size: 0.5, max_positions: 40,
-   dropout: 0.1, attention_dropout: 0.1}
-optimizer: {lr: 5.0e-3}
-schedule: {warmup: 2ba}
-trainer: {max_duration: 16ba, global_train_batch_size: 8, device_eval_batch_size: 8, eval_interval: 16ba,
-          precision: fp32, log_interval: 1ba, progress_bar: false}
-checkpoints: {folder: FOLDER, interval: 4ba, keep: 1, milestones: [0.0625, 0.125, 0.25, 0.5, 1.0]}
-callbacks: {speed_monitor: {window_size: 2}, runtime_estimator: {}, lr_monitor: {}}
-loggers: {metrics_file: {}}
-"""
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Three steps of plain gradient descent in Composer's `Trainer`, for `test_distributed.py`, on one process or two.
+"""Three steps of plain gradient descent in Composer's `Trainer`, on one or two ranks, for test_distributed.py.
 
 Plain gradient descent, no clipping: unlike Adam it shows a gradient that is off by a factor. Every row carries its own
 noise, so that the masks and samples are the same however the batch is split.
@@ -18,10 +18,10 @@ from composer.utils import dist, get_device
 from composer.utils.parallelism import FSDP2Config
 from torch.utils.data import DataLoader, Dataset
 
-from electra_composer.composer_model import ElectraPretraining
 from electra_composer.config import FSDPConfig, ModelConfig, ObjectiveConfig, TrainerConfig
-from electra_composer.devices import fsdp_gradient_factor
-from electra_composer.electra import ElectraForPretraining, SpecialIds
+from electra_composer.model.electra import ElectraForPretraining, SpecialIds
+from electra_composer.model.pretraining import ElectraPretraining
+from electra_composer.training.devices import fsdp_gradient_factor
 
 LENGTH, VOCAB, BATCH = 32, 100, 8
 

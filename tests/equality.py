@@ -27,10 +27,11 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
-from electra_composer import parallelism, pretrain, runs
-from electra_composer.composer_model import ElectraPretraining
+from electra_composer import pretrain
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
+from electra_composer.model.pretraining import ElectraPretraining
+from electra_composer.training import parallelism, runs
 
 
 class LostUpdates(Callback):

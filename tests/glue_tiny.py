@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from transformers import ElectraConfig, ElectraForPreTraining, ElectraTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["good", "bad", "film", "the", "a", "dull", "fine", "plot", "is", "was", "very", "and"]
 ENTRIES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 SIZES = {"train": 64, "dev": 23, "test": 11}

@@ -1,4 +1,4 @@
-"""Runs that are interrupted and continued, beside ones that are not; `test_exact_resume.py` starts it with 2 processes.
+"""Interrupted and resumed runs beside uninterrupted ones; test_exact_resume.py starts this on two ranks.
 
     composer -n 2 tests/resumed_runs.py YAML FOLDER
 
@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import recorded_run
 
-from electra_composer.builders import CALLBACKS
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.pretrain import main
+from electra_composer.training.builders import CALLBACKS
 
 KINDS = {
     "ddp": [],

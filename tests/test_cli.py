@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import ROOT, TINY_YAML
 
-ROOT = Path(__file__).parents[1]
 PRETRAIN, GLUE, EXPORT = (f"electra_composer/{name}.py" for name in ("pretrain", "glue", "export"))
 CONVERT = "data_prep/convert_owt.py"
 
@@ -147,8 +147,6 @@ def test_a_gpu_that_is_not_there(refused, tiny_yaml):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, shards) -> Path:
     """The folder of a run of two batches."""
-    from conftest import TINY_YAML
-
     from electra_composer.config import PretrainConfig
     from electra_composer.config_loading import load_config
     from electra_composer.pretrain import main
@@ -258,7 +256,7 @@ def test_finetuning_a_checkpoint_whose_sizes_are_not_its_weights(finetune, run_f
 
 
 def test_finetuning_a_hugging_face_folder_whose_sizes_are_not_its_weights(finetune, run_folder, tmp_path):
-    from electra_composer.checkpoint import read_checkpoint
+    from electra_composer.checkpoints.weights import read_checkpoint
     from electra_composer.export import export
 
     export(read_checkpoint(str(run_folder)), str(tmp_path / "exported"), False)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny import ROOT
 
 from electra_composer.config import FSDPConfig, GlueConfig, PretrainConfig, RunConfig
 from electra_composer.config_loading import load_config, load_config_from_command_line, nearest, to_dict, to_yaml
 from electra_composer.errors import UserError, report_user_errors
 
-ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "yamls").rglob("*.yaml"))
 
 COMPLETE = """

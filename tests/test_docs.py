@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from composer.cli.launcher import _get_parser
+from tiny import ROOT
 
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 
-ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
@@ -78,7 +77,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tests_that_are_named_are_there(page):
     file = None
-    for name, function in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::)?(test_\w+)?`", PAGES[page]):
+    for name, function in re.findall(r"`(?:tests/)?((?:\w+/)*test_\w+\.py)?(?:::)?(test_\w+)?`", PAGES[page]):
         file = ROOT / "tests" / name if name else file
         if name:
             assert file.is_file(), name

@@ -18,21 +18,18 @@ import pytest
 import torch
 from composer.core import Callback
 from streaming import LocalDataset, MDSWriter
+from tiny import ROOT
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-from electra_composer import row_reader
-from electra_composer.builders import CALLBACKS
+from electra_composer.batches import row_reader
+from electra_composer.batches.shards import build_data_spec, read_meta
+from electra_composer.batches.stale_memory import SHARED_MEMORY
+from electra_composer.checkpoints.resuming import why_broken
 from electra_composer.config import PretrainConfig, ShardsConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
-from electra_composer.faults import explain, faults_named
+from electra_composer.faults import explain, explain_failures
 from electra_composer.pretrain import main
-from electra_composer.resuming import why_broken
-from electra_composer.shards import build_data_spec, read_meta
-from electra_composer.stale_memory import SHARED_MEMORY
-
-TESTS = Path(__file__).parent
+from electra_composer.training.builders import CALLBACKS
 
 
 @pytest.fixture
@@ -58,7 +55,7 @@ def pretrain(tiny_yaml):
     ],
 )
 def test_in_words(error, words):
-    with pytest.raises(UserError, match=words) as caught, faults_named():
+    with pytest.raises(UserError, match=words) as caught, explain_failures():
         raise error
     assert str(caught.value).endswith("the same command goes on from the last checkpoint")
 
@@ -66,7 +63,7 @@ def test_in_words(error, words):
 def test_everything_else_passes_through():
     assert explain(RuntimeError("shapes do not fit")) is None
     for kind in (ZeroDivisionError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(kind), faults_named():
+        with pytest.raises(kind), explain_failures():
             raise kind
 
 
@@ -94,7 +91,7 @@ def test_a_dead_rank_ends_the_others_within_a_minute(tiny_yaml, tmp_path):
         str(Path(sys.executable).with_name("composer")),
         "-n",
         "2",
-        str(TESTS.parent / "benchmarks/recorded_run.py"),
+        str(ROOT / "benchmarks/recorded_run.py"),
     ]
     command += [str(tiny_yaml), f"callbacks.record.folder={tmp_path / 'record'}", "trainer.max_duration=100000ba"]
     command += [f"callbacks.signal_at.{setting}" for setting in settings]
@@ -155,7 +152,7 @@ def test_a_shard_that_goes_bad_while_it_is_needed(pretrain, many_shards, tmp_pat
 BUILDS_AND_DIES = """
 import os, sys, time
 from electra_composer.config import ShardsConfig
-from electra_composer.shards import build_dataloader, read_meta
+from electra_composer.batches.shards import build_dataloader, read_meta
 
 config = ShardsConfig(path=sys.argv[1], max_seq_length=32, num_workers=0)
 loader = build_dataloader(config, read_meta(sys.argv[1]), "train", 8, shuffle=True, drop_last=True, seed=1)
@@ -213,7 +210,7 @@ def test_a_locale_that_lacks_the_letters(tiny_yaml, tmp_path):
     locale = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     settings = [f"checkpoints.folder={run}", "run_name=größe", "trainer.max_duration=2ba", "schedule.warmup=1ba"]
     done = subprocess.run(
-        [sys.executable, str(TESTS.parent / "electra_composer/pretrain.py"), str(tiny_yaml), *settings],
+        [sys.executable, str(ROOT / "electra_composer/pretrain.py"), str(tiny_yaml), *settings],
         capture_output=True,
         env={**os.environ, **locale},
         check=False,

@@ -14,19 +14,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from composer.utils import reproducibility
-from glue_tiny import ROOT, settings, write_data, write_source
+from glue_tiny import settings, write_data, write_source
+from tiny import ROOT
 from transformers import ElectraForPreTraining, ElectraModel
 
-from electra_composer import devices, glue
-from electra_composer.builders import build_optimizer
-from electra_composer.checkpoint import load_source
+from electra_composer import glue
+from electra_composer.checkpoints.weights import load_source
 from electra_composer.config import GlueConfig, GlueModelConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
-from electra_composer.glue_data import Example, build_loader, collate, encode, encode_split
-from electra_composer.glue_finetune import config_of_task
-from electra_composer.glue_model import build_classifier
-from electra_composer.glue_tasks import TASKS, Task
+from electra_composer.finetune.data import Example, build_loader, collate, encode, encode_split
+from electra_composer.finetune.model import build_classifier
+from electra_composer.finetune.one_run import config_of_task
+from electra_composer.finetune.tasks import TASKS, Task
+from electra_composer.training import devices
+from electra_composer.training.builders import build_optimizer
 
 
 @pytest.fixture(scope="module")

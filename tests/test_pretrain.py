@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from composer.core import Callback
+from comparison import Kill, weights
+from tiny import ROOT
 
-from electra_composer import devices, runs
-from electra_composer.checkpoint import load_source, read_checkpoint
+from electra_composer.checkpoints.weights import load_source, read_checkpoint
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.export import export
-from electra_composer.finetuning import ElectraForClassification
+from electra_composer.model.finetuning import ElectraForClassification
 from electra_composer.pretrain import main
+from electra_composer.training import devices, runs
 
 
 @pytest.fixture
@@ -36,10 +37,6 @@ def metrics(folder: Path, having: str = "loss/train/mlm") -> list[dict]:
     """Rows of the metrics file that have a value. Row n: after n batches; Composer logs losses before it counts up."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if having in row]
-
-
-def weights(trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.state.model.state_dict().items()}
 
 
 def test_a_run_leaves_what_the_configuration_says(make_config, tmp_path):
@@ -61,17 +58,6 @@ def test_a_run_leaves_what_the_configuration_says(make_config, tmp_path):
     assert (first["step"], last["step"]) == (0, 15)
     assert last["loss/train/mlm"] < first["loss/train/mlm"]
     assert last["loss/train/total"] == pytest.approx(last["loss/train/mlm"] + 50 * last["loss/train/rtd"], rel=1e-5)
-
-
-class Kill(Callback):
-    """A run that ends without warning after a batch."""
-
-    def __init__(self, after: int):
-        self.after = after
-
-    def batch_end(self, state, logger):
-        if state.timestamp.batch.value == self.after:
-            raise KeyboardInterrupt
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(make_config, tmp_path, monkeypatch):
@@ -211,8 +197,8 @@ def test_a_run_starts_from_the_weights_of_another(make_config, tmp_path):
         )
     )
     assert again.state.timestamp.batch.value == 2
-    for name, weights in first.state.model.state_dict().items():
-        torch.testing.assert_close(again.state.model.state_dict()[name], weights, rtol=0, atol=1e-6)
+    for name, tensor in first.state.model.state_dict().items():
+        torch.testing.assert_close(again.state.model.state_dict()[name], tensor, rtol=0, atol=1e-6)
 
 
 def test_a_checkpoint_of_other_sizes_is_refused(make_config, tmp_path):
@@ -234,7 +220,7 @@ def test_a_checkpoint_of_other_sizes_is_refused(make_config, tmp_path):
     ],
 )
 def test_the_command_line_says_in_one_line_what_is_wrong_with_it(script, arguments, message):
-    path = Path(__file__).parent.parent / "electra_composer" / f"{script}.py"
+    path = ROOT / "electra_composer" / f"{script}.py"
     yaml = path.parent.parent / "yamls" / "glue.yaml"
     arguments = [str(yaml) if argument == "YAML" else argument for argument in arguments]
     done = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, check=False)

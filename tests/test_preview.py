@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from electra_composer.batches.row_reader import reader_of_split
+from electra_composer.batches.shards import read_meta
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.pretrain import main as pretrain
 from electra_composer.preview import Token, describe_pieces, example_lengths, histogram, main, render, tokens_of
-from electra_composer.row_reader import reader_of_split
-from electra_composer.shards import read_meta
 from electra_composer.vocabulary import load_tokenizer
 
 

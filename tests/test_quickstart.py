@@ -7,15 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tiny import ROOT
 
 from electra_composer.config import GlueConfig, PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.quickstart import pretraining_summary, table
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import pathlib
 
 import pytest
+from tiny import ROOT
 
 from electra_composer.errors import UserError
 from electra_composer.versions import FIX, LIBRARIES, check_versions
@@ -75,6 +75,6 @@ def test_a_missing_library_is_named(installed):
 
 
 def test_tested_is_what_the_constraints_pin():
-    constraints = (pathlib.Path(__file__).parent.parent / "constraints.txt").read_text()
+    constraints = (ROOT / "constraints.txt").read_text()
     for package, library in LIBRARIES.items():
         assert f"\n{package}=={library.tested}\n" in constraints

@@ -6,17 +6,17 @@ import hashlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tiny import SHARED_DATA
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ElectraTokenizerFast, PreTrainedTokenizerFast, XLMRobertaTokenizerFast
 
-from electra_composer.checkpoint import tokenizer_files
+from electra_composer.checkpoints.weights import tokenizer_files
 from electra_composer.errors import UserError
 from electra_composer.vocabulary import load_tokenizer, special_ids, train_tokenizer, vocabulary_sha256
 
-BERT = Path(__file__).parents[1] / "../shared/data/bert-base-uncased-vocab.txt"
+BERT = SHARED_DATA / "bert-base-uncased-vocab.txt"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXT = [
     "The cat sat on the mat; the bat sat on the cat's hat. Éclair!",

@@ -1,0 +1,155 @@
+"""Rows out of MDS shards, a batch at a time.
+
+Streaming opens a shard's file anew for every sample and decodes it column by column, some 100 µs a row. Here shards
+stay mapped, and all headers of a batch's rows are decoded at once; the format is Streaming's (`format/mds`), unchanged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming import LocalDataset
+from streaming.base.format.mds.reader import MDSReader
+
+from electra_composer.errors import UserError
+
+_PLACES = np.arange(4)  # of the bytes of a length
+OPEN_SHARDS = 64  # at most, each a file descriptor; a shuffled epoch reads some 16 large ones at a time
+
+
+class Rows(NamedTuple):
+    """Some rows, one after another; what :func:`electra_composer.batches.shards.collate_rows` takes."""
+
+    input_ids: NDArray[np.integer]  # [tokens of all rows]
+    row_lengths: NDArray[np.int64]  # [rows]
+    segment_lengths: NDArray[np.uint16]  # [2 × examples of all rows]
+    examples_per_row: NDArray[np.int64]  # [rows]
+
+
+def reader_of_split(path: str, split: str) -> RowReader | None:
+    """A reader of the rows on this machine; None where shards are still in an object store, or compressed."""
+    shards = LocalDataset(local=path, split=split).shards
+    reader = RowReader(shards, _vanished)
+    return reader if all(os.path.isfile(reader.name(shard)) for shard in range(len(shards))) else None
+
+
+def _vanished(shard: int) -> None:
+    raise UserError(f"shard {shard} is gone while it is read; copy the shards again or make them anew")
+
+
+class RowReader:
+    """Reads rows by their numbers in a list of shards.
+
+    Args:
+        shards: of Streaming, in the order of their rows; columns as `shard_folder.py` writes them.
+        prepare: called with a shard's number when its file is not there; returns when it is.
+
+    Attributes:
+        rows: how many there are.
+    """
+
+    def __init__(self, shards: list[MDSReader], prepare: Callable[[int], None]) -> None:
+        self._shards = shards
+        self._prepare = prepare
+        self._ends = np.cumsum([shard.samples for shard in shards])
+        self.rows = int(self._ends[-1])
+        self._open: OrderedDict[int, tuple[NDArray[np.uint8], NDArray[np.uint32]]] = OrderedDict()
+        self._id_dtype = np.dtype(shards[0].column_encodings[0].removeprefix("ndarray:"))
+        expected = ["input_ids", "segment_lengths"], [f"ndarray:{self._id_dtype.name}", "ndarray:uint16"]
+        for number, shard in enumerate(shards):
+            found = shard.column_names, shard.column_encodings
+            if self._id_dtype not in ("uint16", "uint32") or found != expected:
+                raise UserError(
+                    f"{self.name(number)}: its columns are {dict(zip(*found, strict=True))}, those of "
+                    f"{self.name(0)} {dict(zip(*expected, strict=True))}; expected ids of uint16 or uint32, the "
+                    "same in all shards: make them anew"
+                )
+
+    def read(self, numbers: NDArray[np.int64]) -> Rows:
+        """Rows in the order of their numbers.
+
+        Raises:
+            UserError: a shard whose bytes are not what was written.
+        """
+        shard_of = np.searchsorted(self._ends, numbers, side="right")
+        pieces: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = [None] * len(numbers)  # type: ignore[list-item]
+        for shard in np.unique(shard_of):
+            chosen = np.flatnonzero(shard_of == shard)
+            first = self._ends[shard] - self._shards[shard].samples
+            for place, piece in zip(chosen.tolist(), self._slices(int(shard), numbers[chosen] - first), strict=True):
+                pieces[place] = piece
+        ids, segments = zip(*pieces, strict=True)
+        sizes = np.array([(len(row), len(lengths)) for row, lengths in pieces], np.int64)
+        return Rows(
+            np.concatenate(ids).view(self._id_dtype),
+            sizes[:, 0] // self._id_dtype.itemsize,
+            np.concatenate(segments).view(np.uint16),
+            sizes[:, 1] // 4,
+        )
+
+    def _slices(self, shard: int, rows: NDArray[np.int64]) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """The bytes of both columns of some rows of a shard.
+
+        A sample is the sizes of its two columns, four bytes each, and the columns. A column is a byte (number of
+        dimensions × 4 + code of the type of the shape), the shape, and the values.
+        """
+        data, offsets = self._file(shard)
+        begins, ends = offsets[rows].astype(np.int64), offsets[rows + 1].astype(np.int64)
+        if (ends - begins < 8).any() or ends.max() > len(data):
+            raise self._corrupt(shard)
+        sizes = data[begins[:, None] + np.arange(8)].view("<u4").astype(np.int64)
+        first = begins + 8
+        second = first + sizes[:, 0]
+        columns = np.stack([first, second], axis=1)
+        if (second + sizes[:, 1] != ends).any() or (sizes < 3).any() or (columns >= ends[:, None]).any():
+            raise self._corrupt(shard)
+        heads = data[np.minimum(columns[:, :, None] + np.arange(5), len(data) - 1)].astype(np.int64)
+        shape_bytes = 1 << (heads[:, :, 0] & 3)
+        starts, lasts = columns + 1 + shape_bytes, columns + sizes
+        lengths = np.where(shape_bytes[:, :, None] > _PLACES, heads[:, :, 1:] << 8 * _PLACES, 0).sum(2)
+        if (
+            (heads[:, :, 0] >> 2 != 1).any()
+            or (shape_bytes > 4).any()
+            or (lasts - starts != lengths * (self._id_dtype.itemsize, 2)).any()
+            or (lengths < 1).any()
+            or (lengths[:, 1] % 2 != 0).any()
+        ):
+            raise self._corrupt(shard)
+        return [(data[a:b], data[c:d]) for (a, c), (b, d) in zip(starts.tolist(), lasts.tolist(), strict=True)]
+
+    def _file(self, shard: int) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+        """The bytes of a shard and where its samples begin in them."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while True:
+            try:
+                data = np.memmap(self.name(shard), np.uint8, "r")
+                break
+            except FileNotFoundError:
+                self._prepare(shard)
+            except ValueError as error:  # an empty file
+                raise self._corrupt(shard) from error
+        samples = self._shards[shard].samples
+        if len(data) < 4 * (samples + 2) or int(data[:4].view("<u4")[0]) != samples:
+            raise self._corrupt(shard)
+        self._open[shard] = np.asarray(data), data[4 : 4 * (samples + 2)].view("<u4")
+        if len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return self._open[shard]
+
+    def name(self, shard: int) -> str:
+        """Path of a shard's file, whether it is there or not."""
+        reader = self._shards[shard]
+        return os.path.join(reader.dirname, reader.split, reader.raw_data.basename)
+
+    def _corrupt(self, shard: int) -> UserError:
+        return UserError(
+            f"{self.name(shard)}: the shard is corrupt: its bytes are not those that were written; "
+            "copy the shards again or make them anew"
+        )

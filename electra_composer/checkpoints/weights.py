@@ -1,0 +1,236 @@
+"""Checkpoints and pretrained weights, loaded strictly and safely.
+
+Composer's checkpoints are pickles. They are read without running code of the file's (safe_loading.py); a checkpoint
+that needs more is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import ElectraForPreTraining as TransformersElectraForPreTraining
+from transformers.utils import logging as transformers_logging
+
+from electra_composer.checkpoints.safe_loading import read_file
+from electra_composer.checkpoints.sharded import is_sharded, read_sharded
+from electra_composer.config import ModelConfig, ObjectiveConfig
+from electra_composer.errors import UserError
+from electra_composer.model.electra import ElectraForPretraining, SpecialIds, discriminator_config, generator_config
+from electra_composer.model.encoder import EncoderConfig
+from electra_composer.model.weight_maps import (
+    State,
+    encoder_config_of,
+    encoder_from_transformers,
+    rtd_head_from_transformers,
+    under,
+)
+
+LATEST = "latest-rank0.pt"  # in a run's folder; points to the newest checkpoint
+
+
+@dataclass
+class Checkpoint:
+    """What is read of one of our checkpoints."""
+
+    path: str
+    state: State  # of ElectraForPretraining
+    config: dict[str, Any]  # the resolved configuration of the run
+    tokenizer: PreTrainedTokenizerFast
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(**self.config["model"])
+
+    @property
+    def discriminator(self) -> EncoderConfig:
+        return discriminator_config(self.model_config, len(self.tokenizer))
+
+    @property
+    def generator(self) -> EncoderConfig:
+        return generator_config(self.model_config, len(self.tokenizer))
+
+    def build_model(self) -> ElectraForPretraining:
+        """The pretraining model with these weights, ready for evaluation."""
+        model = ElectraForPretraining(
+            self.model_config,
+            ObjectiveConfig(**self.config["objective"]),
+            len(self.tokenizer),
+            special_ids(self.tokenizer),
+            self.config["data"]["max_seq_length"],
+        )
+        check_state_fits(self.state, model.state_dict(), self.path)
+        model.load_state_dict(self.state)
+        return model.eval()
+
+
+@dataclass
+class Pretrained:
+    """A discriminator's body, ready to be finetuned."""
+
+    name: str
+    encoder: EncoderConfig
+    weights: State  # embeddings.… and encoder.… of ElectraForClassification
+    tokenizer: PreTrainedTokenizerFast
+    rtd_head: State | None = None  # of the discriminator's head; None: the source has none
+
+
+def read_checkpoint(path: str) -> Checkpoint:
+    """Read a Composer checkpoint that `pretrain.py` wrote, without running code of the file's.
+
+    Args:
+        path: a .pt file, the folder of a sharded checkpoint, or the run folder of either.
+
+    Raises:
+        UserError: no such file, cut short, not a checkpoint of ours, or one that only unsafe loading could read.
+    """
+    if os.path.isdir(path) and os.path.exists(os.path.join(path, LATEST)):
+        path = os.path.join(path, LATEST)
+    if is_sharded(path):
+        model_state, record = read_sharded(path)
+    else:
+        content = read_file(path)
+        try:
+            model_state, record = content["state"]["model"], content["state"]["callbacks"]["RunRecord"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise _not_ours(path, error) from error
+    try:
+        config, tokenizer_files = record["config"], record["tokenizer_files"]
+        state = {name.removeprefix("model.").replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise _not_ours(path, error) from error
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name, text in tokenizer_files.items():
+                with open(os.path.join(folder, os.path.basename(name)), "w", encoding="utf-8") as file:
+                    file.write(text)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: the tokenizer in it cannot be read: {_one_line(error)}") from error
+    return Checkpoint(path, state, config, tokenizer)
+
+
+def _not_ours(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: not a checkpoint of pretrain.py: no model weights, configuration and tokenizer where they belong "
+        f"({type(error).__name__}: {_one_line(error)})"
+    )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
+    """The ids that masking needs, of a tokenizer that has them all (vocabulary.py sees to it)."""
+    return SpecialIds(tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """The files that make up a tokenizer, name → text, as they go into a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        # One file says all of a fast tokenizer; the others are BERT's vocab.txt, or binary ones of slow tokenizers.
+        has_text = os.path.splitext(tokenizer.vocab_files_names.get("vocab_file", ""))[1] == ".txt"
+        tokenizer.save_pretrained(folder, legacy_format=None if has_text else False)
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+
+
+def load_source(source: str) -> Pretrained:
+    """A discriminator to finetune.
+
+    Args:
+        source: one of our checkpoints (a .pt, a sharded one's folder, or the run folder of either), a folder of
+            `export.py`, a folder of transformers' `ElectraForPreTraining` or `ElectraModel`, or the name of one on the
+            hub. Weights are safetensors, or a pickle that `torch.load(weights_only=True)` reads.
+
+    Raises:
+        UserError: nothing there, or not an ELECTRA discriminator: weights missing or too many, the head's aside.
+    """
+    exported = os.path.join(source, "discriminator")
+    if not os.path.isfile(os.path.join(source, "config.json")) and os.path.isfile(
+        os.path.join(exported, "config.json")
+    ):
+        return load_source(exported)
+    if source.endswith(".pt") or is_sharded(source) or os.path.exists(os.path.join(source, LATEST)):
+        checkpoint = read_checkpoint(source)
+        weights = {name: t for name, t in checkpoint.state.items() if name.startswith("embeddings.")}
+        weights |= {f"encoder.{name}": t for name, t in under(checkpoint.state, "discriminator.").items()}
+        head = under(checkpoint.state, "rtd_head.")
+        return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer, head)
+    if not os.path.exists(source) and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
+        raise UserError(f"{source}: no such file or folder; expected a checkpoint, a Hugging Face folder or a hub name")
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        raise UserError(f"{source}: a folder with neither latest-rank0.pt (ours) nor config.json (Hugging Face)")
+    return _load_transformers(source)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _load_transformers(source: str) -> Pretrained:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        # An `ElectraModel` is one without a head: its weights are found by the prefix that they lack.
+        with _quiet_transformers():  # what is missing or too many is judged below
+            model, loading = TransformersElectraForPreTraining.from_pretrained(source, output_loading_info=True)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{source}: neither a checkpoint, nor a Hugging Face folder, nor a model the hub gave: {_one_line(error)}"
+        ) from error
+    # position_ids: a table of 0, 1, 2, … that transformers kept among the weights before 4.31, as in google/electra-*
+    unexpected = sorted(name for name in loading["unexpected_keys"] if not name.endswith("embeddings.position_ids"))
+    missing = sorted(name for name in loading["missing_keys"] if name.startswith("electra."))
+    if missing or unexpected:
+        raise UserError(
+            f"{source}: not an ELECTRA discriminator: "
+            + (f"it has no {missing[0]} ({len(missing)} weights missing)" if missing else "")
+            + ("; " if missing and unexpected else "")
+            + (f"it has {unexpected[0]} ({len(unexpected)} weights too many)" if unexpected else "")
+            + "; expected an ElectraForPreTraining or ElectraModel"
+        )
+    config = encoder_config_of(model.config)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{source}: its tokenizer has {len(tokenizer)} tokens, its model embeddings for {config.vocab_size}; "
+            "they do not belong together"
+        )
+    state = {name: tensor.float() for name, tensor in model.state_dict().items()}  # some are kept in half precision
+    embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
+    weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
+    weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    head = None if loading["missing_keys"] else rtd_head_from_transformers(state)
+    return Pretrained(source, config, weights, tokenizer, head)
+
+
+def check_state_fits(state: State, expected: State, origin: str) -> None:
+    """Refuse a state whose names or shapes are not exactly `expected`'s, naming the first that differs."""
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unexpected:
+        raise UserError(
+            f"{origin}: weights of another model: "
+            + (f"{len(missing)} missing, such as {missing[0]}" if missing else "")
+            + ("; " if missing and unexpected else "")
+            + (f"{len(unexpected)} that this model has not, such as {unexpected[0]}" if unexpected else "")
+            + "; set the sizes under model: to those it was trained with"
+        )
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise UserError(
+                f"{origin}: {name} has shape {list(state[name].shape)}, this model expects {list(tensor.shape)}; "
+                "set the sizes under model: to those it was trained with"
+            )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

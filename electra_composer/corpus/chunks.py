@@ -1,0 +1,162 @@
+"""Documents to tokens to examples, a chunk at a time, apart for each split."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from electra_composer.corpus.documents import Document
+from electra_composer.corpus.examples import Example, ExampleBuilder, Overflow, split_sentences
+
+SPLITS = ("train", "val")
+_MAX_LINE = 100_000  # characters that the tokenizer gets at a time of a longer line
+CHUNK_CHARACTERS = 1 << 20  # of text that is tokenized and held at a time
+CHUNK_DOCUMENTS = 4096
+
+
+class Task(NamedTuple):
+    """How documents become examples."""
+
+    tokenizer_json: str
+    max_seq_length: int
+    cls_id: int
+    sep_id: int
+    lines: str
+    overflow: Overflow
+    val_fraction: float
+    seed: int
+    dtype: str  # of the ids in the shards
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return SPLITS if self.val_fraction > 0 else SPLITS[:1]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer as a conversion uses it: "[MASK]" in the text is the text that it is."""
+        tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+
+class Examples(NamedTuple):
+    """The examples that one chunk gives one split; flat arrays, which cost less than an object for each."""
+
+    documents: int
+    ids: NDArray[np.integer]
+    lengths: NDArray[np.int64]  # [examples, 2]: length_a and length_b
+    dropped_tokens: int
+
+    def examples(self) -> Iterator[Example]:
+        ends = np.cumsum(self.lengths.sum(1))
+        start = 0
+        for end, (length_a, length_b) in zip(ends.tolist(), self.lengths.tolist(), strict=True):
+            yield Example(self.ids[start:end], length_a, length_b)
+            start = end
+
+
+def group_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in chunks of a size that is worth a call of the tokenizer."""
+    chunk: list[Document] = []
+    characters = 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if characters >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_DOCUMENTS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def convert_documents(task: Task, tokenizer: Tokenizer, name: str, documents: list[Document]) -> list[Examples]:
+    """The examples of some documents, apart for each split.
+
+    Args:
+        name: of the chunk; the random draws depend on it.
+    """
+    found: list[Examples] = []
+    in_val = [is_validation(task.seed, document.digest, task.val_fraction) for document in documents]
+    for split in task.splits:
+        chosen = [document.text for document, val in zip(documents, in_val, strict=True) if val == (split == "val")]
+        rng = Random(f"{task.seed} {split} {name}")
+        builder = ExampleBuilder(task.max_seq_length, task.cls_id, task.sep_id, rng, task.overflow)
+        examples = list(_examples(builder, tokenizer, chosen, task.lines))
+        ids = [example.ids for example in examples]
+        lengths = [(example.length_a, example.length_b) for example in examples]
+        found.append(
+            Examples(
+                len(chosen),
+                np.concatenate(ids).astype(task.dtype) if ids else np.zeros(0, task.dtype),
+                np.array(lengths, np.int64).reshape(-1, 2),
+                builder.dropped_tokens,
+            )
+        )
+    return found
+
+
+def is_validation(seed: int, digest: int, fraction: float) -> bool:
+    """Whether a document is in the validation split: decided by its text, so that copies of it are not in both."""
+    return share_of(f"{seed} {digest}") < fraction
+
+
+def share_of(key: str) -> float:
+    """A number in [0, 1) that follows from a text, evenly spread over texts."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def _examples(builder: ExampleBuilder, tokenizer: Tokenizer, documents: list[str], lines: str) -> Iterator[Example]:
+    split = [document_lines(document, lines) for document in documents]
+    encoded = encode_lines(tokenizer, (line for document in split for line in document))
+    for document in split:
+        for ids in itertools.islice(encoded, len(document)):
+            yield from builder.add_line(ids)
+        yield from builder.end_document()
+
+
+def document_lines(document: str, ends: str) -> list[str]:
+    lines = [stripped for line in document.split("\n") if (stripped := line.strip())]
+    if ends == "sentence":
+        lines = [sentence for line in lines for sentence in split_sentences(line)]
+    return lines
+
+
+def encode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[list[int] | NDArray[np.int32]]:
+    """Token ids of each line, in batches; a line too long for one go is cut at white space and joined again."""
+    batch: list[str] = []
+    characters = 0
+    for line in lines:
+        if len(line) > _MAX_LINE:
+            yield from _encode(tokenizer, batch)
+            batch, characters = [], 0
+            pieces = [np.array(_encode(tokenizer, [piece])[0], np.int32) for piece in cut_line(line, _MAX_LINE)]
+            yield np.concatenate(pieces)
+            continue
+        batch.append(line)
+        characters += len(line)
+        if characters > _MAX_LINE:
+            yield from _encode(tokenizer, batch)
+            batch, characters = [], 0
+    yield from _encode(tokenizer, batch)
+
+
+def _encode(tokenizer: Tokenizer, lines: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
+
+
+def cut_line(line: str, length: int) -> Iterator[str]:
+    """Pieces of at most `length` characters, cut before white space where there is any."""
+    start = 0
+    while len(line) - start > length:
+        end = start + length
+        cut = max(line.rfind(space, start + 1, end) for space in (" ", "\t", "\u3000"))
+        end = cut if cut > start else end
+        yield line[start:end]
+        start = end
+    yield line[start:]

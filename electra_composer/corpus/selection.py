@@ -1,0 +1,124 @@
+"""Which documents are converted where that depends on all others: deduplication, and limits on the whole.
+
+Every part is read once before the conversion, by the same processes; what comes back of a document is its size and 64
+bits of its text's hash. Without deduplication and limits nothing is read twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from electra_composer.corpus.documents import ReadStats, not_wanted, part_documents
+from electra_composer.corpus.source_parts import Part
+from electra_composer.corpus.sources import Sources
+
+FILE = "selection.npz"
+
+
+class PartScan(NamedTuple):
+    """What is known of the documents of a part, in their order."""
+
+    sizes: NDArray[np.uint32]  # bytes
+    digests: NDArray[np.uint64]
+
+
+class Selection(NamedTuple):
+    """What is taken of one part."""
+
+    chosen: NDArray[np.bool_] | None  # [documents]; None: all
+    duplicates: int = 0  # left out because they were there before
+
+    @property
+    def is_empty(self) -> bool:
+        return self.chosen is not None and not self.chosen.any()
+
+
+def is_needed(sources: Sources) -> bool:
+    return sources.deduplicate or sources.max_documents is not None or sources.max_bytes is not None
+
+
+def scan_part(sources: Sources, part: Part) -> PartScan:
+    """Read a part; without deduplication no further than a limit on the whole could need."""
+    sizes: list[int] = []
+    digests: list[int] = []
+    total = 0
+    for document in part_documents(part, sources, ReadStats()):
+        if not sources.deduplicate and not_wanted(sources, len(sizes), total):
+            break
+        sizes.append(document.size)
+        digests.append(document.digest)
+        total += document.size
+    return PartScan(np.array(sizes, np.uint32), np.array(digests, np.uint64))
+
+
+def select(
+    parts: list[Part], sources: Sources, scan: Callable[[Iterable[Part]], Iterator[PartScan]]
+) -> list[Selection]:
+    """What is taken of each part: of documents that come again the first, and the first so many of these.
+
+    Args:
+        parts: all of the sources, in their order.
+        scan: gives :func:`scan_part` of each part in this order; it is not asked for more than the limits need.
+    """
+    if not is_needed(sources):
+        return [Selection(None)] * len(parts)
+    selections: list[Selection] = []
+    seen = np.zeros(0, np.uint64)  # sorted
+    documents = size = 0
+    for sizes, digests in scan(parts):
+        chosen = np.ones(len(sizes), np.bool_)
+        if sources.deduplicate:
+            chosen[:] = False
+            chosen[np.unique(digests, return_index=True)[1]] = True  # the first of each here
+            chosen &= ~_is_in(digests, seen)
+            seen = np.union1d(seen, digests[chosen])
+        duplicates = int(len(chosen) - chosen.sum())
+        places = np.flatnonzero(chosen)
+        before = size + np.cumsum(sizes[places], dtype=np.int64) - sizes[places]  # bytes before each of them
+        enough = np.array([not_wanted(sources, documents + i, b) for i, b in enumerate(before.tolist())], np.bool_)
+        chosen[places[enough]] = False
+        documents += int(chosen.sum())
+        size += int(sizes[chosen].sum())
+        selections.append(Selection(chosen, duplicates))
+        if not_wanted(sources, documents, size):
+            break
+    nothing = Selection(np.zeros(0, np.bool_))
+    return selections + [nothing] * (len(parts) - len(selections))
+
+
+def _is_in(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    if not len(ordered):
+        return np.zeros(len(values), np.bool_)
+    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return ordered[places] == values
+
+
+def save(folder: str, selections: list[Selection]) -> None:
+    """Keep it for a conversion that goes on, whole or not at all."""
+    path = os.path.join(folder, FILE)
+    arrays = {f"{index:06}": part.chosen for index, part in enumerate(selections) if part.chosen is not None}
+    with open(f"{path}.tmp", "wb") as file:
+        np.savez_compressed(
+            file,
+            allow_pickle=False,
+            duplicates=np.array([part.duplicates for part in selections], np.int64),
+            **arrays,
+        )
+    os.replace(f"{path}.tmp", path)
+
+
+def load(folder: str) -> list[Selection] | None:
+    """What :func:`save` kept, if it did."""
+    path = os.path.join(folder, FILE)
+    if not os.path.isfile(path):
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        return [
+            Selection(arrays[name] if (name := f"{index:06}") in arrays else None, int(duplicates))
+            for index, duplicates in enumerate(arrays["duplicates"])
+        ]

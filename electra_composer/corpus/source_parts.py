@@ -1,0 +1,174 @@
+"""How sources are divided into parts, which processes convert on their own.
+
+A part is a list of slices of files: of text (plain or compressed) a range of bytes, of parquet a range of row groups,
+of an archive or a data set on the hub every n-th member or file. The division depends on the files alone, so that what
+is made of them does not depend on how many processes, or machines, work on it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from electra_composer.corpus.sources import (
+    DOCSTRINGS,
+    HUB,
+    Source,
+    Sources,
+    compression_of,
+    find_files,
+    format_of,
+    open_hub,
+)
+
+# A part gives shards of its own, of half its size, and is what an interrupted conversion loses.
+PARTS = 64  # about as many, between these sizes in bytes of text
+MIN_PART, MAX_PART = 2 << 20, 1 << 27
+# What cannot be entered in the middle is read from its start for each of its slices, which costs time by their number.
+MAX_SLICES = 16
+_TAR_RATIO = 4  # text to compressed archive; a rough guess is enough to choose a number of slices
+
+
+class Slice(NamedTuple):
+    """A stretch of one file.
+
+    Text: bytes `begin` to `end` of what the file holds, uncompressed; whole documents, see `documents.py` for whose
+    is one that lies on a border. Parquet: row groups. Archive, hub: members or files number `begin`, `begin + end`, ….
+    """
+
+    path: str
+    begin: int = 0
+    end: int | None = None  # None: all the rest
+
+
+class Part(NamedTuple):
+    """What one process converts at a time."""
+
+    source: int  # in Sources.sources
+    copy: int  # of a source with a weight above 1, all parts come again
+    slices: tuple[Slice, ...]
+
+
+def list_parts(sources: Sources, docstrings: list[str]) -> list[Part]:
+    """The parts of the first copy of all sources, in the order of the sources and of their files.
+
+    Args:
+        sources: checked.
+        docstrings: files of what the source `docstrings` stands for.
+
+    Raises:
+        UserError: a data set that the hub does not give.
+    """
+    files: list[list[tuple[str, float]]] = []  # of each source: path and bytes of text
+    for source in sources.sources:
+        paths = docstrings if source.path == DOCSTRINGS else [] if source.path == HUB else find_files(source.path)
+        files.append([(path, _text_size(path)) for path in paths])
+    total = sum(size for found in files for _, size in found)
+    target = min(max(total / PARTS, MIN_PART), MAX_PART)
+    parts = []
+    for number, (source, found) in enumerate(zip(sources.sources, files, strict=True)):
+        if source.path == HUB:
+            parts += [Part(number, 0, (piece,)) for piece in _hub_slices(source)]
+        else:
+            slices = [piece for path, size in found for piece in _slices(path, size, target, source)]
+            parts += [Part(number, 0, group) for group in _groups(slices, target)]
+    return parts
+
+
+def mix(parts: list[Part], sources: Sources) -> list[Part]:
+    """All parts of all copies in the order in which they are numbered: each source evenly spread over the whole."""
+    placed: list[tuple[float, Part]] = []
+    for number, source in enumerate(sources.sources):
+        mine = [part for part in parts if part.source == number]
+        copies = [part._replace(copy=copy) for copy in range(math.ceil(source.weight)) for part in mine]
+        placed += [((index + 0.5) / len(copies), part) for index, part in enumerate(copies)]
+    return [part for _, part in sorted(placed, key=lambda place: place[0])]
+
+
+def _groups(slices: list[tuple[Slice, float]], target: float) -> list[tuple[Slice, ...]]:
+    """Neighbours together until they are about the size of a part: a corpus may be millions of small files."""
+    groups: list[tuple[Slice, ...]] = []
+    group: list[Slice] = []
+    size = 0.0
+    for piece, length in slices:
+        group.append(piece)
+        size += length
+        if size >= 0.75 * target:
+            groups.append(tuple(group))
+            group, size = [], 0.0
+    return [*groups, tuple(group)] if group else groups
+
+
+def _text_size(path: str) -> float:
+    """About how many bytes of text a file holds; of a compressed one by what its first megabyte gives."""
+    size = os.path.getsize(path)
+    kind, codec = format_of(path), compression_of(path)
+    if kind == ".tar":
+        return size if path.lower().endswith(".tar") else size * _TAR_RATIO
+    if codec is None or size < MIN_PART // 16:  # not worth a look
+        return size if codec is None else 3.0 * size
+    with open(path, "rb") as file:
+        head = file.read(1 << 20)
+    return size * _uncompressed(head, codec) / len(head)
+
+
+def _uncompressed(head: bytes, codec: str) -> int:
+    """How many bytes the start of a compressed file gives; all of it, where it is not compressed at all."""
+    length = 0
+    try:
+        with pa.CompressedInputStream(pa.BufferReader(head), codec) as stream:
+            while data := stream.read(1 << 16):
+                length += len(data)
+    except (OSError, EOFError):  # it ends in the middle; what is wrong with a file is told when it is read
+        pass
+    return length or len(head)
+
+
+def _slices(path: str, size: float, target: float, source: Source) -> list[tuple[Slice, float]]:
+    """A file in slices of about the size of a part, each with its size."""
+    kind = format_of(path)
+    count = max(1, round(size / target))
+    if kind == ".parquet":
+        return _parquet_slices(path, target, source.text_column)
+    if kind == ".tar":
+        count = min(count, MAX_SLICES)
+        return [(Slice(path, index, count), size / count) for index in range(count)]
+    if kind == ".txt" and source.txt_documents == "file":
+        count = 1
+    if compression_of(path) is not None:
+        count = min(count, MAX_SLICES)
+    length = math.ceil(size / count)
+    ends: list[int | None] = [length * index for index in range(1, count)]
+    begins = [0, *ends]
+    return [(Slice(path, begin or 0, end), size / count) for begin, end in zip(begins, [*ends, None], strict=True)]
+
+
+def _parquet_slices(path: str, target: float, column: str) -> list[tuple[Slice, float]]:
+    try:
+        metadata = pq.read_metadata(path)
+    except (OSError, pa.ArrowException):  # told when it is read
+        return [(Slice(path), 0.0)]
+    names = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
+    if column not in names:
+        return [(Slice(path), 0.0)]
+    index = names.index(column)
+    sizes = [
+        metadata.row_group(group).column(index).total_uncompressed_size for group in range(metadata.num_row_groups)
+    ]
+    slices: list[tuple[Slice, float]] = []
+    begin, size = 0, 0.0
+    for end, length in enumerate(sizes, 1):
+        size += length
+        if size >= 0.75 * target or end == len(sizes):
+            slices.append((Slice(path, begin, end), size))
+            begin, size = end, 0.0
+    return slices or [(Slice(path), 0.0)]
+
+
+def _hub_slices(source: Source) -> list[Slice]:
+    count = max(1, open_hub(source).num_shards)
+    return [Slice(HUB, index, count) for index in range(count)]

@@ -1,0 +1,274 @@
+"""What finetuning runs add up to, and the files that say so.
+
+`results.json`, `.md`, `.csv` and `.png` are made anew from the record of runs (glue_store.py) after each run. Runs
+whose settings differ are in different groups: one record may hold many, a report shows one and names the others. All
+scores are multiplied by 100, as papers print them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from electra_composer.checkpoints.weights import Pretrained
+from electra_composer.config import GlueConfig
+from electra_composer.config_loading import to_dict
+from electra_composer.errors import UserError
+from electra_composer.finetune.picture import picture
+from electra_composer.finetune.published import published_rows
+from electra_composer.finetune.report import csv_text, markdown
+from electra_composer.finetune.store import RunStore, store_path
+from electra_composer.finetune.tasks import TASKS
+from electra_composer.vocabulary import vocabulary_sha256
+
+# What may change between runs of one group: it changes no score.
+FREE_KEYS = ("run_name", "tasks", "seeds", "results", "checkpoints", "callbacks", "loggers", "predict")
+FREE_SUBKEYS = (
+    ("trainer", "progress_bar"),
+    ("trainer", "log_interval"),
+    ("trainer", "eval_interval"),
+    ("trainer", "device_eval_batch_size"),
+    ("data", "num_workers"),
+    ("data", "cache"),
+)
+
+OF_GROUP = ("group", "settings", "source")  # the same in all runs of a group: once in results.json, not in each run
+
+
+def describe_source(source: Pretrained, random_init: bool) -> dict[str, Any]:
+    """What was finetuned: the weights by their SHA-256, since a path such as `latest-rank0.pt` moves on."""
+    digest = hashlib.sha256()
+    for name in sorted(source.weights):
+        digest.update(name.encode())
+        digest.update(source.weights[name].detach().cpu().float().contiguous().numpy().data)
+    return {
+        "name": source.name,
+        "random_init": random_init,
+        "sizes": vars(source.encoder),
+        "weights_sha256": None if random_init else digest.hexdigest(),
+        "vocabulary_sha256": vocabulary_sha256(source.tokenizer),
+    }
+
+
+def group_of(config: GlueConfig, source: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Which runs may stand in one table.
+
+    Args:
+        source: of :func:`describe_source`.
+
+    Returns:
+        The group's key, 12 hexadecimal digits, and the settings it is made of, flat: `optimizer.lr`, …,
+        `weights_sha256 of model.source`, ….
+    """
+    flat: dict[str, Any] = {}
+    for key, value in to_dict(config).items():
+        for subkey, subvalue in value.items() if isinstance(value, dict) else [(None, value)]:
+            if key not in FREE_KEYS and (key, subkey) not in FREE_SUBKEYS:
+                flat[f"{key}.{subkey}" if subkey else key] = subvalue
+    # The sizes too: random weights have no hash, and dropout is taken from them.
+    described = {**source["sizes"], **{key: source[key] for key in ("weights_sha256", "vocabulary_sha256")}}
+    flat.update({f"{key} of model.source": value for key, value in described.items()})
+    text = json.dumps(flat, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12], json.loads(text)
+
+
+def open_store(config: GlueConfig, group: str) -> RunStore:
+    """The record of `config.results`, ready for runs of `group`. For one process, before the others look.
+
+    Raises:
+        UserError: a file of another kind is in the way; or runs of the group are there and `checkpoints.resume` is
+            off, unless they may be overwritten.
+    """
+    check_results_path(config.results)
+    store = RunStore(store_path(config.results))
+    if store.runs(group):
+        if config.checkpoints.overwrite:
+            store.restart(group)
+        elif not config.checkpoints.resume:
+            raise UserError(
+                f"results {config.results}: holds runs of these settings, and checkpoints.resume is false; "
+                "set another results=…, or checkpoints.overwrite=true to replace them"
+            )
+    return store
+
+
+def check_results_path(path: str) -> None:
+    """Refuse a results file that would replace something else.
+
+    Raises:
+        UserError: there is a file, and not one of :func:`write_reports`.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        ours = isinstance(found["tasks"], dict) and isinstance(found["group"], str)
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"results {path}: exists, but is not a results file; move it away or set results=…")
+
+
+def summary(
+    runs: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
+    group: str = "",
+    failures: Sequence[dict[str, Any]] = (),
+    others: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """What the results file holds.
+
+    Args:
+        runs: of one group, as :meth:`RunStore.runs` gives them.
+        settings: of the group.
+        failures: of :meth:`RunStore.failures`.
+        others: runs of other groups in the same record.
+
+    Returns:
+        `tasks`: by name, each with `mean`, `std` (of a sample), `median` and `best` of its score, `n`, `collapsed` (how
+        many did), `metrics` (the mean of each) and `runs`; None where a score is undefined.
+        `average`: over `tasks`, the names of those of the eight that are there, of `mean`, `median` and `best`.
+        `average_without_wnli`: its `mean`, or None while one of the eight is missing.
+        Also `group`, `settings`, `source`, `versions`, `published`, `failures`, `other_groups`.
+    """
+    for run in (*runs, *others):
+        if run["task"] not in TASKS:
+            raise UserError(f"the record has runs of a task called {run['task']!r}, which this version does not know")
+    tasks = {}
+    for name in TASKS:
+        if mine := [run for run in runs if run["task"] == name]:
+            tasks[name] = _task_summary(name, sorted(mine, key=lambda run: run["seed"]))
+    eight = [name for name, task in TASKS.items() if task.in_average]
+    averaged = [name for name in eight if name in tasks]
+    average = {key: _mean([tasks[name][key] for name in averaged]) for key in ("mean", "median", "best")}
+    return {
+        "group": group,
+        "source": runs[0]["source"] if runs else None,
+        "tasks": tasks,
+        "average_without_wnli": average["mean"] if averaged == eight else None,
+        "average": {"tasks": averaged, **average},
+        "published": published_rows(settings.get("hidden_size of model.source")),
+        "failures": list(failures),
+        "other_groups": _other_groups(settings, others),
+        "versions": _all_versions(runs),
+        "settings": settings,
+    }
+
+
+def write_reports(store: RunStore, group: str, path: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write `results.json`, `.md`, `.csv` and `.png` from the record; each replaces the former in one move.
+
+    Args:
+        path: of `results.json`; the others are beside it, under the same name.
+        settings: of the group; needed only while it has no finished run.
+
+    Returns:
+        What `results.json` holds; see :func:`summary`.
+
+    Raises:
+        UserError: a file of another kind is in the way, or a full disk: the record and the former files are whole.
+    """
+    folder, stem = os.path.dirname(path) or ".", os.path.splitext(path)[0]
+    check_results_path(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        # Between reading the record and the last move no other process may do the same: it could put back older files.
+        with _locked(folder):
+            every = store.runs()
+            runs = [run for run in every if run["group"] == group]
+            others = [run for run in every if run["group"] != group]
+            if runs:
+                settings = runs[0]["settings"]
+            results = summary(runs, settings or {}, group, store.failures(group), others)
+            if results["tasks"]:
+                _replace(f"{stem}.png", picture(results))
+            _replace(f"{stem}.csv", csv_text(results).encode())
+            _replace(f"{stem}.md", markdown(results).encode())
+            _replace(path, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(
+            f"results {path}: cannot be written: {error.strerror}; all finished runs are kept in {store.path}: free "
+            "some space and start again"
+        ) from error
+    return results
+
+
+def _task_summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    scores = [run["score"] for run in runs]
+    known = [score for score in scores if score is not None]
+    defined = len(known) == len(scores)
+    metrics = list(dict.fromkeys(metric for run in runs for metric in run["metrics"]))
+    return {
+        "task": TASKS[name].folder,
+        "metric": TASKS[name].metrics[0],
+        "mean": statistics.fmean(known) if defined else None,
+        "std": statistics.stdev(known) if defined and len(known) > 1 else None,
+        "median": statistics.median(known) if defined else None,
+        "best": max(known, default=None),
+        "n": len(runs),
+        "collapsed": sum(run["collapsed"] for run in runs),
+        "metrics": {metric: _mean([run["metrics"].get(metric) for run in runs]) for metric in metrics},
+        "runs": [{key: value for key, value in run.items() if key not in OF_GROUP} for run in runs],
+    }
+
+
+def _other_groups(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each other group of the record: its key, how many runs it has, and what differs: key → [there, here]."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in others:
+        groups.setdefault(run["group"], []).append(run)
+    rows = []
+    for key, runs in sorted(groups.items()):
+        there = runs[0]["settings"]
+        differs = {
+            name: [there.get(name), settings.get(name)]
+            for name in sorted(there.keys() | settings.keys())
+            if there.get(name) != settings.get(name)
+        }
+        rows.append({"group": key, "runs": len(runs), "source": runs[0]["source"], "differs": differs})
+    return rows
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def _all_versions(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Package → the versions that the runs were made with."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        for package, number in run.get("versions", {}).items():
+            found.setdefault(package, set()).add(str(number))
+    return {package: sorted(numbers) for package, numbers in found.items()}
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: str, content: bytes) -> None:
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash could leave an empty file under the final name
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

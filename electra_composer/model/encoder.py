@@ -1,0 +1,125 @@
+"""The Transformer encoder that generator and discriminator share the shape of.
+
+Post-LayerNorm BERT layers (Devlin et al. 2018) as in google-research/electra `model/modeling.py`, with a fused
+query-key-value projection. A row may hold several examples; attention never crosses from one to another
+(kernels/attention.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from electra_composer.model.kernels.attention import AttentionPattern, attention
+from electra_composer.model.kernels.dropout import Dropout
+
+EMBEDDING_ROWS_MULTIPLE = 64
+"""Embedding tables are padded to a multiple of this many rows: tensor cores want it, and FSDP2 shards that are even on
+every rank keep clear of lost updates to tied parameters (pytorch#176076)."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of one encoder. Derived by :mod:`electra_composer.model.electra`, not written by hand."""
+
+    vocab_size: int
+    embedding_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    max_positions: int
+    dropout: float
+    attention_dropout: float
+    initializer_range: float
+    layer_norm_eps: float
+    type_vocab_size: int = 2
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding table; those beyond `vocab_size` are zero, never looked up, never predicted."""
+        return -(-self.vocab_size // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
+
+
+class Embeddings(nn.Module):
+    """Sum of token, position and token-type embeddings, LayerNorm, dropout."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.word = nn.Embedding(config.padded_vocab_size, config.embedding_size)
+        self.position = nn.Embedding(config.max_positions, config.embedding_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.embedding_size)
+        self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Integers `[rows, length]`, three times → floats `[rows, length, embedding_size]`."""
+        embedded = self.word(input_ids) + self.position(position_ids) + self.token_type(token_type_ids)
+        return self.dropout(self.norm(embedded))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one matrix for queries, keys and values."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, pattern: AttentionPattern) -> Tensor:
+        """`hidden [rows, length, hidden_size]` → the same; `pattern` says which tokens attend to which."""
+        return self.out(attention(self.qkv(hidden), pattern, self.num_heads, self.dropout if self.training else 0.0))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each followed by dropout, residual and LayerNorm; GELU is the exact one (erf)."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.attention = SelfAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, hidden: Tensor, pattern: AttentionPattern) -> Tensor:
+        hidden = self.attention_norm(self.dropout(self.attention(hidden, pattern), residual=hidden))
+        return self.mlp_norm(self.dropout(self.down(F.gelu(self.up(hidden))), residual=hidden))
+
+
+class Encoder(nn.Module):
+    """Projection from embedding size to hidden size, where they differ, then the layers."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.project = (
+            nn.Linear(config.embedding_size, config.hidden_size)
+            if config.embedding_size != config.hidden_size
+            else None
+        )
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+
+    def forward(self, embedded: Tensor, pattern: AttentionPattern) -> Tensor:
+        """`embedded [rows, length, embedding_size]` → last hidden state `[rows, length, hidden_size]`."""
+        hidden = embedded if self.project is None else self.project(embedded)
+        for layer in self.layers:
+            hidden = layer(hidden, pattern)
+        return hidden
+
+
+def init_weights(module: nn.Module, initializer_range: float) -> None:
+    """Normal, truncated at two standard deviations, for weights; zero for biases; identity for LayerNorm.
+
+    Source: `create_initializer` in google-research/electra `model/modeling.py`.
+    """
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.trunc_normal_(part.weight, std=initializer_range, a=-2 * initializer_range, b=2 * initializer_range)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)

@@ -1,0 +1,172 @@
+"""Masked-LM loss, sample and gradients in plain PyTorch, over chunks of rows that fit into a cache.
+
+Gradients are computed in the forward pass, while a chunk's logits are in the cache. This is the implementation for
+CPUs, and the reference for masked_lm_triton.py.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from electra_composer.model.kernels.sampling import inverse_cdf, sum_blocks
+
+CHUNK_BYTES = 16 * 2**20
+"""Size of a chunk's fp32 logits: small enough for a last-level cache, large enough for products at full speed."""
+
+
+# An opaque operator: `torch.compile` calls it instead of unrolling its loop, and gradients stay where they were made.
+@torch.library.custom_op(
+    "electra_composer::masked_lm_chunked",
+    mutates_args=(),
+    schema="(Tensor features, Tensor weight, Tensor bias, Tensor targets, Tensor row_weights, Tensor noise, "
+    "int vocab_size, float temperature, bool disallow_correct, float label_smoothing, bool gumbel, "
+    "bool with_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def masked_lm_chunked(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    row_weights: Tensor,
+    noise: Tensor,
+    vocab_size: int,
+    temperature: float,
+    disallow_correct: bool,
+    label_smoothing: float,
+    gumbel: bool,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`loss`, `token_losses`, `sampled`, `correct`; the fp32 gradients of `loss` (empty without `with_gradients`)."""
+    count, padded = features.shape[0], weight.shape[0]
+    token_losses = features.new_empty(count, dtype=torch.float32)
+    sampled, correct = torch.empty_like(targets), torch.empty_like(targets, dtype=torch.bool)
+    gradients = _empty_gradients(features, weight, bias, with_gradients)
+    grad_features, grad_weight, grad_bias = (gradient.zero_() for gradient in gradients)
+    # Padding rows of the table are no tokens: minus infinity keeps them out of everything below.
+    offsets = bias.float().masked_fill(torch.arange(padded, device=bias.device) >= vocab_size, -math.inf)
+    table = weight.to(features.dtype)
+    mean_row = table[:vocab_size].mean(0, dtype=torch.float32) if label_smoothing else None
+    mean_bias = bias[:vocab_size].mean(dtype=torch.float32)
+    rows = max(16, CHUNK_BYTES // (4 * padded))
+    buffer = features.new_empty(min(rows, count), padded, dtype=torch.float32)
+    with torch.autocast(features.device.type, enabled=False):
+        for start in range(0, count, rows):
+            piece = slice(start, min(start + rows, count))
+            chunk, target = features[piece], targets[piece, None]
+            logits = buffer[: chunk.shape[0]]
+            if chunk.dtype == torch.float32:
+                torch.addmm(offsets, chunk, table.t(), out=logits)
+            else:
+                torch.add(chunk @ table.t(), offsets, out=logits)
+            of_target, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
+            correct[piece] = (of_target >= largest).squeeze(1)
+            drawn = _draw(logits, largest, target, noise[piece], temperature, disallow_correct, gumbel)
+            # From here on the buffer holds probabilities before their division by `total`.
+            weights = logits.sub_(largest).exp_()
+            block_sums = sum_blocks(weights)
+            total = block_sums.sum(-1, keepdim=True)
+            sampled[piece] = inverse_cdf(weights, block_sums, noise[piece]) if drawn is None else drawn
+            normalizer = largest + total.log()
+            losses = normalizer - of_target
+            if mean_row is not None:
+                mean_logits = chunk.float() @ mean_row[:, None] + mean_bias
+                losses = (1 - label_smoothing) * losses + label_smoothing * (normalizer - mean_logits)
+            token_losses[piece] = losses.squeeze(1)
+            if not with_gradients:
+                continue
+            # d loss / d logits = row_weight × (probability - target); the division goes to the thin side.
+            scale = row_weights[piece, None] / total
+            thin = torch.cat([chunk.float() * scale, scale], dim=1)
+            thick = weights.to(chunk.dtype)
+            grad_features[piece] = (thick @ table).float().mul_(scale)
+            if chunk.dtype == torch.float32:
+                grad_weight.addmm_(thick.t(), thin[:, :-1])
+                grad_bias.addmv_(thick.t(), thin[:, -1])
+            else:
+                grad_weight.add_(thick.t() @ thin[:, :-1].to(chunk.dtype))
+                grad_bias.add_(thick.t() @ thin[:, -1].to(chunk.dtype))
+        if with_gradients:
+            _subtract_targets(gradients, features, table, targets, row_weights, vocab_size, label_smoothing, mean_row)
+    return (token_losses * row_weights).sum(), token_losses, sampled, correct, *gradients
+
+
+def _empty_gradients(
+    features: Tensor, weight: Tensor, bias: Tensor, with_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of all three, fp32: they are scaled by the loss's gradient before they are rounded."""
+    features, weight, bias = (
+        tensor.new_empty(tensor.shape if with_gradients else 0, dtype=torch.float32)
+        for tensor in (features, weight, bias)
+    )
+    return features, weight, bias
+
+
+def _subtract_targets(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    features: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    row_weights: Tensor,
+    vocab_size: int,
+    label_smoothing: float,
+    mean_row: Tensor | None,
+) -> None:
+    """The target's part of d loss / d logits, which is sparse, and flat over the vocabulary where it is smoothed."""
+    grad_features, grad_weight, grad_bias = gradients
+    kept = (row_weights * (1 - label_smoothing))[:, None]
+    grad_features.sub_(table[targets].float().mul_(kept))
+    grad_weight.index_add_(0, targets, features.float() * -kept)
+    grad_bias.index_add_(0, targets, -kept.squeeze(1))
+    if mean_row is not None:
+        spread = row_weights[:, None] * label_smoothing
+        grad_features.sub_(spread * mean_row)
+        grad_weight[:vocab_size] -= (features.float() * spread).sum(0) / vocab_size
+        grad_bias[:vocab_size] -= spread.sum() / vocab_size
+
+
+@masked_lm_chunked.register_fake
+def _(features, weight, bias, targets, row_weights, noise, *options):
+    return (
+        features.new_empty((), dtype=torch.float32),
+        features.new_empty(features.shape[0], dtype=torch.float32),
+        torch.empty_like(targets),
+        torch.empty_like(targets, dtype=torch.bool),
+        *_empty_gradients(features, weight, bias, options[-1]),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*output[4:])
+    ctx.dtypes = [tensor.dtype for tensor in inputs[:3]]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad_loss, *_):
+    gradients = [(saved * grad_loss).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+    return (*gradients, *[None] * 9)
+
+
+masked_lm_chunked.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _draw(
+    logits: Tensor,
+    largest: Tensor,
+    target: Tensor,
+    noise: Tensor,
+    temperature: float,
+    disallow_correct: bool,
+    gumbel: bool,
+) -> Tensor | None:
+    """A draw that needs weights of its own; none where the loss's own probabilities serve."""
+    if temperature == 1.0 and not disallow_correct and not gumbel:
+        return None
+    if disallow_correct:
+        logits = logits.scatter(1, target, -math.inf)
+        largest = logits.amax(1, keepdim=True)
+    weights = (logits - largest).mul_(1.0 / temperature).exp_()
+    if gumbel:
+        # The largest of logits + Gumbel noise in its ratio form, which needs no logarithm of a uniform zero.
+        return weights.div_(torch.empty_like(weights).exponential_()).argmax(1)
+    return inverse_cdf(weights, sum_blocks(weights), noise)

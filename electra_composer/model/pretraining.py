@@ -1,0 +1,223 @@
+"""ELECTRA pretraining as a `ComposerModel`: what Composer's `Trainer` needs to know of it, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from composer.utils import dist
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import BinaryAUROC
+
+from electra_composer.config import ObjectiveConfig
+from electra_composer.model.electra import ElectraForPretraining
+from electra_composer.model.encoder import EncoderConfig, Layer
+
+MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids", "noise")
+
+EVAL_NOISE_SEED = 20200311
+"""Validation masks are drawn from this seed and the batch's own tokens, never from the training stream: checkpoints are
+compared on the same masks, and how often one evaluates changes nothing in training."""
+
+RATIOS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "mlm_loss": ("mlm_loss_sum", ("masked",)),
+    "mlm_accuracy": ("mlm_correct", ("masked",)),
+    "sampled_accuracy": ("sampled_correct", ("masked",)),
+    "rtd_loss": ("rtd_loss_sum", ("tokens",)),
+    "rtd_accuracy": ("rtd_correct", ("tokens",)),
+    "rtd_precision": ("true_positive", ("true_positive", "false_positive")),
+    "rtd_recall": ("true_positive", ("true_positive", "false_negative")),
+    "replaced_share": ("replaced", ("tokens",)),
+}
+"""Every metric but AUC is a ratio of sums that the forward returns: name → (numerator, terms of the denominator)."""
+
+
+class ElectraPretraining(ComposerModel):
+    """Joint loss over a whole batch, however it is split.
+
+    `1.0 × MLM + 50.0 × RTD` (paper, section 2.2): MLM is a mean over the masked tokens, RTD over the non-padding tokens
+    **of the whole batch**, all microbatches and processes together. Composer weighs a microbatch by its rows alone, so
+    :meth:`count_batch` counts both denominators before the batch is split and :meth:`loss` divides by them.
+
+    Args:
+        model: the only child, so that sharding sees one container and tied parameters stay in one group.
+        cpu_autocast: run the forward under bfloat16 autocast on the CPU (see devices.py).
+        gradient_factor: what the gradients, and only they, are multiplied by (see `devices.fsdp_gradient_factor`).
+    """
+
+    def __init__(self, model: ElectraForPretraining, cpu_autocast: bool = False, gradient_factor: float = 1.0):
+        super().__init__()
+        self.gradient_factor = gradient_factor
+        self.model = model
+        self.cpu_autocast = cpu_autocast
+        # Composer asks the child, not the ComposerModel: FSDP shards (and checkpoints the activations of) each
+        # Transformer layer as a unit, and keeps the rest, tied parameters included, in the container's group.
+        model.fsdp_wrap_fn = _is_layer  # type: ignore[assignment]
+        model.activation_checkpointing_fn = _is_layer  # type: ignore[assignment]
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """`batch`: the integers of shards.py, `[rows, length]` each; optionally `noise` (see masking.py)."""
+        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        autocast = torch.autocast("cpu", torch.bfloat16) if self.cpu_autocast else contextlib.nullcontext()
+        with autocast:
+            return self.model(**inputs)
+
+    def count_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Add `loss_scale [rows, 2]`, fp32, the same in every row: what a sum of losses is multiplied by.
+
+        To be used as Composer's `batch_transforms`: it sees the whole batch of this process before it is split. The
+        factors hold the global denominators, undo that DDP and FSDP average over processes, and carry the rows of the
+        batch, by which Composer's weighting of microbatches is undone in :meth:`loss`.
+        """
+        input_ids, sequence_ids = batch["input_ids"], batch["sequence_ids"]
+        rows = input_ids.shape[0]
+        counts = torch.stack(
+            [
+                self.model.mask_counts(input_ids, sequence_ids).sum(),
+                (sequence_ids > 0).sum(),
+                torch.tensor(rows, device=input_ids.device),
+            ]
+        ).double()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(counts, reduce_operation="SUM")  # between the hosts: the batch is not on the device yet
+        masked, tokens, all_rows = counts.unbind()
+        # Gradients are averaged over processes: × world_size; Composer multiplies by rows of the microbatch over the
+        # rows of a process's batch: × the latter, and `loss` divides by the former.
+        scale = torch.stack([all_rows / masked.clamp(min=1), all_rows / tokens.clamp(min=1)]).float()
+        return {**batch, "loss_scale": scale.expand(rows, 2).contiguous()}
+
+    def loss(self, outputs: dict[str, Any], batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """`total`, `mlm`, `rtd`: fp32 scalars, means over the whole batch once Composer has summed the microbatches."""
+        if "loss_scale" not in batch:
+            raise KeyError("the batch has no loss_scale: pass it through count_batch before it is split")
+        scale = batch["loss_scale"][0] / batch["input_ids"].shape[0]
+        mlm, rtd = outputs["mlm_loss"] * scale[0], outputs["rtd_loss"] * scale[1]
+        total = self.model.objective.gen_weight * mlm + self.model.objective.disc_weight * rtd
+        if self.gradient_factor != 1.0:
+            total = total.detach() + self.gradient_factor * (total - total.detach())  # the same value
+        return {"total": total, "mlm": mlm, "rtd": rtd}
+
+    def eval_forward(self, batch: dict[str, Any], outputs: Any = None) -> dict[str, Any]:
+        """A forward whose masks and samples depend on the batch alone."""
+        if "noise" not in batch:
+            generator = torch.Generator(batch["input_ids"].device)
+            generator.manual_seed(EVAL_NOISE_SEED + int(batch["input_ids"].sum()))
+            batch = {**batch, "noise": self.model.draw_noise(batch["input_ids"], generator)}
+        return self.forward(batch)
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        """Validation metrics; training metrics are summed up by a callback, without waiting for the device."""
+        if is_train:
+            return {}
+        metrics: dict[str, Metric] = {name: NamedMean(name) for name in RATIOS}
+        metrics["total_loss"] = TotalLoss(self.model.objective)
+        # Fixed thresholds keep memory constant; even steps in logit space resolve the low probabilities RTD lives on.
+        metrics["rtd_auc"] = BinaryAUROC(thresholds=torch.sigmoid(torch.linspace(-12, 12, 961)))
+        return metrics
+
+    def update_metric(self, batch: dict[str, Any], outputs: dict[str, Any], metric: Metric) -> None:
+        """Feed one batch to one metric of :meth:`get_metrics`."""
+        if isinstance(metric, BinaryAUROC):
+            tokens = batch["sequence_ids"] > 0
+            metric.update(outputs["rtd_logits"][tokens].sigmoid(), outputs["replaced"][tokens].long())
+            return
+        stats = {**outputs["stats"]}
+        stats["rtd_correct"] = stats["true_positive"] + stats["true_negative"]
+        if isinstance(metric, TotalLoss):
+            metric.update(stats)
+            return
+        assert isinstance(metric, NamedMean)
+        numerator, terms = RATIOS[metric.of]
+        denominator = sum((stats[term] for term in terms), torch.zeros_like(stats["tokens"]))
+        metric.update(stats[numerator] / denominator.clamp(min=1), denominator)
+
+    def flops_per_batch(self, batch: dict[str, Any]) -> int:
+        """Floating-point operations that one training step on `batch` needs: what MFU is counted from.
+
+        They are model FLOPs in the sense of PaLM (arXiv 2204.02311, appendix B): those of the model, however it is
+        computed. Generator and discriminator are counted apart, each with its own hidden size h, feed-forward size f
+        and layers n. With e the embedding size, v the vocabulary, T the non-padding tokens of the batch, M the masked
+        ones, S the sum over its examples of their length squared::
+
+            encoder   6 · T · (n · (4h² + 2hf) + eh)  +  12 · n · h · S      (eh: only where e and h differ)
+            MLM head  6 · M · (h · e + e · v)                                (h of the generator)
+            RTD head  6 · T · (h · h + h)                                    (h of the discriminator)
+
+        A multiply-add is two operations, and backward twice the forward: hence 6 for every weight of a matrix product,
+        and 12 for the two products of attention. What computes more gets no credit for it: padding, attention to the
+        other examples of a row, unused slots, recomputation. Embeddings are looked up and cost nothing; LayerNorm,
+        softmax, sampling and the optimizer are left out, as usual.
+
+        Args:
+            batch: as for :meth:`forward`. Its tokens are counted: if it is on a GPU, that waits for the device.
+        """
+        sequence_ids = batch["sequence_ids"]
+        tokens = int((sequence_ids > 0).sum())
+        masked = int(self.model.mask_counts(batch["input_ids"], sequence_ids).sum())
+        # Positions count from 0 in every example and are 0 in padding: an example's sum to length · (length - 1) / 2.
+        squared_lengths = 2 * int(batch["position_ids"].sum()) + tokens
+        generator, discriminator = self.model.encoder_of_generator.config, self.model.discriminator.config
+        mlm_weights = generator.embedding_size * (generator.hidden_size + generator.vocab_size)
+        rtd_weights = discriminator.hidden_size * (discriminator.hidden_size + 1)
+        return (
+            encoder_flops(generator, tokens, squared_lengths)
+            + encoder_flops(discriminator, tokens, squared_lengths)
+            + 6 * masked * mlm_weights
+            + 6 * tokens * rtd_weights
+        )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, Layer)
+
+
+class NamedMean(MeanMetric):
+    """A weighted mean that knows which ratio of :data:`RATIOS` it is the mean of."""
+
+    def __init__(self, of: str):
+        super().__init__()
+        self.of = of
+
+    def compute(self) -> Tensor:
+        """0, not NaN, where nothing was counted: the precision before anything is called replaced."""
+        return self.mean_value / self.weight.clamp(min=1.0)
+
+
+class TotalLoss(Metric):
+    """The joint loss over a whole evaluation: each of its two means with its own denominator."""
+
+    SUMS = ("mlm_loss_sum", "masked", "rtd_loss_sum", "tokens")
+
+    def __init__(self, objective: ObjectiveConfig):
+        super().__init__()
+        self.weights = (objective.gen_weight, objective.disc_weight)
+        self.add_state("sums", torch.zeros(len(self.SUMS), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, stats: dict[str, Tensor]) -> None:
+        """Add the sums of one batch."""
+        self.sums += torch.stack([stats[name] for name in self.SUMS])
+
+    def compute(self) -> Tensor:
+        """fp64 scalar."""
+        mlm, masked, rtd, tokens = self.sums
+        return self.weights[0] * mlm / masked.clamp(min=1) + self.weights[1] * rtd / tokens.clamp(min=1)
+
+
+def encoder_flops(config: EncoderConfig, tokens: int, squared_lengths: int) -> int:
+    """Forward and backward of one encoder: see `ElectraPretraining.flops_per_batch`.
+
+    Args:
+        config: its sizes.
+        tokens: without padding.
+        squared_lengths: sum over the examples of their length squared, which is what attention grows with.
+    """
+    hidden = config.hidden_size
+    layer_weights = 4 * hidden * hidden + 2 * hidden * config.intermediate_size
+    projection = config.embedding_size * hidden if config.embedding_size != hidden else 0
+    products = 6 * tokens * (config.num_layers * layer_weights + projection)
+    # Scores and weighted values of a layer: two products of 2 · length² · hidden operations, three times over.
+    attention = 12 * config.num_layers * hidden * squared_lengths
+    return products + attention

@@ -1,0 +1,205 @@
+"""Weight maps to and from transformers' ELECTRA modules, both ways and strict.
+
+Queries, keys and values are three matrices there and one here; the vocabulary is padded here (see encoder.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import ElectraConfig
+
+from electra_composer.config import ModelConfig
+from electra_composer.errors import UserError
+from electra_composer.model.electra import discriminator_config, generator_config
+from electra_composer.model.encoder import EncoderConfig
+
+State = dict[str, Tensor]
+
+# (ours, transformers') of the modules that map one to one; `.weight` and `.bias` follow.
+_EMBEDDINGS = (
+    ("word.weight", "word_embeddings.weight"),
+    ("position.weight", "position_embeddings.weight"),
+    ("token_type.weight", "token_type_embeddings.weight"),
+    ("norm.weight", "LayerNorm.weight"),
+    ("norm.bias", "LayerNorm.bias"),
+)
+_LAYER = (
+    ("attention.out", "attention.output.dense"),
+    ("attention_norm", "attention.output.LayerNorm"),
+    ("up", "intermediate.dense"),
+    ("down", "output.dense"),
+    ("mlp_norm", "output.LayerNorm"),
+)
+_QKV = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
+_RTD_HEAD = (("dense", "discriminator_predictions.dense"), ("out", "discriminator_predictions.dense_prediction"))
+_MLM_HEAD = (("dense", "generator_predictions.dense"), ("norm", "generator_predictions.LayerNorm"))
+
+
+def transformers_config(config: EncoderConfig, pad_id: int) -> ElectraConfig:
+    """The `ElectraConfig` of one encoder."""
+    return ElectraConfig(
+        vocab_size=config.vocab_size,
+        embedding_size=config.embedding_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.intermediate_size,
+        hidden_act="gelu",
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.attention_dropout,
+        max_position_embeddings=config.max_positions,
+        type_vocab_size=config.type_vocab_size,
+        initializer_range=config.initializer_range,
+        layer_norm_eps=config.layer_norm_eps,
+        pad_token_id=pad_id,
+    )
+
+
+def encoder_config_of(config: ElectraConfig) -> EncoderConfig:
+    """Our sizes from an `ElectraConfig`.
+
+    Raises:
+        UserError: something our encoder does not compute.
+    """
+    for name, found, expected in (
+        ("model_type", config.model_type, ("electra",)),
+        ("hidden_act", config.hidden_act, ("gelu",)),
+        ("position_embedding_type", getattr(config, "position_embedding_type", "absolute"), ("absolute",)),
+    ):
+        if found not in expected:
+            raise UserError(f"the transformers model has {name} {found!r}; only {expected[0]!r} can be loaded")
+    return EncoderConfig(
+        vocab_size=config.vocab_size,
+        embedding_size=config.embedding_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        max_positions=config.max_position_embeddings,
+        type_vocab_size=config.type_vocab_size,
+        dropout=config.hidden_dropout_prob,
+        attention_dropout=config.attention_probs_dropout_prob,
+        initializer_range=config.initializer_range,
+        layer_norm_eps=config.layer_norm_eps,
+    )
+
+
+def encoder_to_transformers(embeddings: State, encoder: State, config: EncoderConfig) -> State:
+    """Our embeddings and encoder as an `ElectraModel`'s state.
+
+    Args:
+        embeddings: state of our `Embeddings`.
+        encoder: state of our `Encoder`.
+        config: its sizes.
+
+    Returns:
+        Keys `embeddings.…`, `embeddings_project.…`, `encoder.layer.…`; the rows that pad the vocabulary are cut off.
+    """
+    result = {f"embeddings.{theirs}": embeddings[ours] for ours, theirs in _EMBEDDINGS}
+    result["embeddings.word_embeddings.weight"] = embeddings["word.weight"][: config.vocab_size]
+    for kind in ("weight", "bias"):
+        if config.embedding_size != config.hidden_size:
+            result[f"embeddings_project.{kind}"] = encoder[f"project.{kind}"]
+        for index in range(config.num_layers):
+            ours_layer, theirs_layer = f"layers.{index}", f"encoder.layer.{index}"
+            for ours, theirs in _LAYER:
+                result[f"{theirs_layer}.{theirs}.{kind}"] = encoder[f"{ours_layer}.{ours}.{kind}"]
+            for theirs, part in zip(_QKV, encoder[f"{ours_layer}.attention.qkv.{kind}"].chunk(3), strict=True):
+                result[f"{theirs_layer}.{theirs}.{kind}"] = part
+    return {name: tensor.clone().contiguous() for name, tensor in result.items()}
+
+
+def encoder_from_transformers(state: State, config: EncoderConfig) -> tuple[State, State]:
+    """An `ElectraModel`'s state as the states of our `Embeddings` and `Encoder`: the inverse of the map above."""
+    embeddings = {ours: _take(state, f"embeddings.{theirs}") for ours, theirs in _EMBEDDINGS}
+    embeddings["word.weight"] = _pad_rows(embeddings["word.weight"], config)
+    encoder: State = {}
+    for kind in ("weight", "bias"):
+        if config.embedding_size != config.hidden_size:
+            encoder[f"project.{kind}"] = _take(state, f"embeddings_project.{kind}")
+        for index in range(config.num_layers):
+            ours_layer, theirs_layer = f"layers.{index}", f"encoder.layer.{index}"
+            for ours, theirs in _LAYER:
+                encoder[f"{ours_layer}.{ours}.{kind}"] = _take(state, f"{theirs_layer}.{theirs}.{kind}")
+            encoder[f"{ours_layer}.attention.qkv.{kind}"] = torch.cat(
+                [_take(state, f"{theirs_layer}.{theirs}.{kind}") for theirs in _QKV]
+            )
+    return embeddings, encoder
+
+
+def discriminator_to_transformers(state: State, config: EncoderConfig) -> State:
+    """Our pretraining state as the state of `ElectraForPreTraining`."""
+    body = encoder_to_transformers(under(state, "embeddings."), under(state, "discriminator."), config)
+    result = {f"electra.{name}": tensor for name, tensor in body.items()}
+    for ours, theirs in _RTD_HEAD:
+        for kind in ("weight", "bias"):
+            result[f"{theirs}.{kind}"] = state[f"rtd_head.{ours}.{kind}"].clone()
+    return result
+
+
+def generator_to_transformers(state: State, config: EncoderConfig) -> State:
+    """Our pretraining state as the state of `ElectraForMaskedLM`; output weights are the token embeddings.
+
+    Where embeddings or layers are tied, the generator's are the discriminator's.
+    """
+    embeddings = under(state, "generator_embeddings.") or under(state, "embeddings.")
+    body = encoder_to_transformers(embeddings, under(state, "generator.") or under(state, "discriminator."), config)
+    result = {f"electra.{name}": tensor for name, tensor in body.items()}
+    for ours, theirs in _MLM_HEAD:
+        for kind in ("weight", "bias"):
+            result[f"{theirs}.{kind}"] = state[f"mlm_head.{ours}.{kind}"].clone()
+    result["generator_lm_head.weight"] = result["electra.embeddings.word_embeddings.weight"]
+    result["generator_lm_head.bias"] = state["mlm_head.bias"][: config.vocab_size].clone()
+    return result
+
+
+def pretraining_from_transformers(discriminator: State, generator: State, model: ModelConfig, vocab_size: int) -> State:
+    """States of `ElectraForPreTraining` and `ElectraForMaskedLM` as our pretraining state.
+
+    Tied, the embeddings (and layers) are the discriminator's; the generator's must equal them.
+
+    Raises:
+        UserError: embeddings or layers that differ although `model.tie_embeddings` or `tie_encoder` says they are one.
+    """
+    sizes = discriminator_config(model, vocab_size), generator_config(model, vocab_size)
+    embeddings, encoder = encoder_from_transformers(under(discriminator, "electra."), sizes[0])
+    generator_embeddings, generator_encoder = encoder_from_transformers(under(generator, "electra."), sizes[1])
+    result = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
+    if not model.tie_embeddings:
+        result |= {f"generator_embeddings.{name}": tensor for name, tensor in generator_embeddings.items()}
+    elif any(not torch.equal(embeddings[name], tensor) for name, tensor in generator_embeddings.items()):
+        raise UserError("generator and discriminator have different embeddings; set model.tie_embeddings=false")
+    result |= {f"discriminator.{name}": tensor for name, tensor in encoder.items()}
+    if not model.tie_encoder:
+        result |= {f"generator.{name}": tensor for name, tensor in generator_encoder.items()}
+    elif any(not torch.equal(encoder[name], tensor) for name, tensor in generator_encoder.items()):
+        raise UserError("generator and discriminator have different layers; set model.tie_encoder=false")
+    for kind in ("weight", "bias"):
+        result |= {f"mlm_head.{ours}.{kind}": _take(generator, f"{theirs}.{kind}") for ours, theirs in _MLM_HEAD}
+    result |= {f"rtd_head.{name}": tensor for name, tensor in rtd_head_from_transformers(discriminator).items()}
+    result["mlm_head.bias"] = _pad_rows(_take(generator, "generator_lm_head.bias"), sizes[1])
+    return result
+
+
+def rtd_head_from_transformers(state: State) -> State:
+    """The head of an `ElectraForPreTraining`'s state as the state of our `ReplacedTokenHead`."""
+    return {
+        f"{ours}.{kind}": _take(state, f"{theirs}.{kind}") for ours, theirs in _RTD_HEAD for kind in ("weight", "bias")
+    }
+
+
+def under(state: State, prefix: str) -> State:
+    """The part of a state below a prefix, which is taken off."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _take(state: State, name: str) -> Tensor:
+    if name not in state:
+        raise UserError(f"the transformers model has no weight {name}; expected that of an ELECTRA of these sizes")
+    return state[name].detach().clone()
+
+
+def _pad_rows(table: Tensor, config: EncoderConfig) -> Tensor:
+    padding = table.new_zeros(config.padded_vocab_size - table.shape[0], *table.shape[1:])
+    return torch.cat([table, padding])

@@ -1,0 +1,210 @@
+"""What the names in a configuration stand for: optimizer, schedule, callbacks, loggers.
+
+Everything is checked here, before training starts; nothing is written or sent until the trainer starts it.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import os
+import types
+import warnings
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from composer.callbacks import (
+    EarlyStopper,
+    LRMonitor,
+    NaNMonitor,
+    OptimizerMonitor,
+    RuntimeEstimator,
+    SystemMetricsMonitor,
+    ThresholdStopper,
+)
+from composer.core import Callback
+from composer.loggers import LoggerDestination, TensorboardLogger
+from composer.utils import MissingConditionalImportError
+
+from electra_composer.config import OptimizerConfig, ScheduleConfig
+from electra_composer.config_loading import nearest
+from electra_composer.errors import UserError
+from electra_composer.training.loggers import MetricsFile, RunConsole, RunWandB
+from electra_composer.training.monitors import DataWait, RunMemoryMonitor, ThroughputMonitor
+from electra_composer.training.optim import AdamW, Schedule, parameter_groups
+from electra_composer.training.progress_bar import RunProgressBar
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "data_wait": DataWait,
+    "early_stopper": EarlyStopper,
+    "lr_monitor": LRMonitor,
+    "memory_monitor": RunMemoryMonitor,
+    "nan_monitor": NaNMonitor,
+    "optimizer_monitor": OptimizerMonitor,
+    "runtime_estimator": RuntimeEstimator,
+    "speed_monitor": ThroughputMonitor,
+    "system_metrics_monitor": SystemMetricsMonitor,
+    "threshold_stopper": ThresholdStopper,
+}
+
+LOGGERS: dict[str, type[LoggerDestination]] = {
+    "console": RunConsole,
+    "metrics_file": MetricsFile,
+    "tensorboard": TensorboardLogger,
+    "wandb": RunWandB,
+}
+
+
+def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> AdamW:
+    """AdamW over the trainable parameters of `model`, with its weight decay and layerwise learning rates.
+
+    Raises:
+        UserError: a value out of its range, named by its key.
+    """
+    ranges = {
+        "lr": config.lr > 0,
+        "betas": len(config.betas) == 2 and all(0 <= beta < 1 for beta in config.betas),
+        "eps": config.eps > 0,
+        "weight_decay": config.weight_decay >= 0,
+        "layerwise_decay": config.layerwise_decay is None or 0 < config.layerwise_decay <= 1,
+    }
+    expected = {"betas": "two numbers from 0 to below 1", "layerwise_decay": "a number above 0, at most 1, or null"}
+    for key, is_fine in ranges.items():
+        if not is_fine:
+            value = getattr(config, key)
+            raise UserError(
+                f"optimizer.{key}: {value} is out of range; expected {expected.get(key, 'a number above 0')}"
+            )
+    groups = parameter_groups(
+        model.named_parameters(), config.weight_decay, config.lr, config.layerwise_decay, config.layerwise_variant
+    )
+    return AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        bias_correction=config.bias_correction,
+    )
+
+
+def build_scheduler(config: ScheduleConfig, max_duration: str) -> Schedule:
+    """The learning rate over training: a **callback** of the trainer (see :class:`Schedule` for why).
+
+    Raises:
+        UserError: times that cannot be read, compared or fitted into `max_duration`.
+    """
+    return Schedule(config.name, config.warmup, max_duration, config.decay)
+
+
+def build_callbacks(config: dict[str, Any]) -> list[Callback]:
+    """The callbacks under `callbacks:`, each `name: {argument: value}` or `name: null`.
+
+    Raises:
+        UserError: unknown name or argument (with the nearest valid one), missing argument, or a value that the
+            callback does not take.
+    """
+    return [_build("callbacks", name, CALLBACKS, arguments, {}) for name, arguments in config.items()]
+
+
+def build_loggers(
+    config: dict[str, Any], run_folder: str, log_interval: str, progress_bar: bool = True
+) -> list[LoggerDestination]:
+    """The loggers under `loggers:`, and the progress bar.
+
+    Args:
+        config: each `name: {argument: value}` or `name: null`.
+        run_folder: where TensorBoard's, Weights & Biases' and the metrics file go, if not told otherwise.
+        log_interval: how often the console prints and the metrics file gets a row, if not told otherwise.
+        progress_bar: whether to show one.
+
+    Raises:
+        UserError: as :func:`build_callbacks`; also a package that is not installed.
+    """
+    defaults: dict[str, dict[str, Any]] = {
+        "console": {"log_interval": log_interval},
+        "metrics_file": {"path": os.path.join(run_folder, "metrics.jsonl"), "interval": log_interval},
+        "tensorboard": {"log_dir": os.path.join(run_folder, "tensorboard")},
+    }
+    loggers = []
+    for name, arguments in config.items():
+        if name == "wandb":
+            arguments = _with_folder(arguments, run_folder)
+        if name == "console":
+            # Composer warns that trainer arguments which are never given here would be ignored.
+            warnings.filterwarnings("ignore", message="Specifying the ConsoleLogger via `loggers`")
+        loggers.append(_build("loggers", name, LOGGERS, arguments, defaults.get(name, {})))
+    if progress_bar:
+        loggers.append(RunProgressBar())
+    return loggers
+
+
+def _with_folder(arguments: Any, run_folder: str) -> Any:
+    """Weights & Biases' arguments, with the run's folder as the place of its files unless they name one."""
+    if not isinstance(arguments, dict | types.NoneType):
+        return arguments  # refused by _build
+    arguments = dict(arguments or {})
+    init_kwargs = arguments.get("init_kwargs")
+    if isinstance(init_kwargs, dict | types.NoneType):
+        arguments["init_kwargs"] = {"dir": run_folder, **(init_kwargs or {})}
+    return arguments
+
+
+def _build(section: str, name: str, table: dict[str, Any], arguments: Any, defaults: dict[str, Any]) -> Any:
+    """One object of a table, its arguments checked against the signature of its class."""
+    key = f"{section}.{name}"
+    if name not in table:
+        raise UserError(f"unknown {key}; {nearest(key, [f'{section}.{valid}' for valid in table])}")
+    if not isinstance(arguments, dict | types.NoneType):
+        raise UserError(f"{key}: expected its arguments, such as {{name: value}}, or null; found {arguments!r}")
+    cls = table[name]
+    parameters = {
+        parameter: details
+        for parameter, details in inspect.signature(cls).parameters.items()
+        if details.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    }
+    annotations = _annotations(cls)
+    for argument, value in (arguments or {}).items():
+        full_key = f"{key}.{argument}"
+        if argument not in parameters:
+            hint = nearest(full_key, [f"{key}.{valid}" for valid in parameters]) if parameters else "it takes none"
+            raise UserError(f"unknown argument {full_key}; {hint}")
+        if argument in annotations and not _fits(value, annotations[argument]):
+            raise UserError(f"{full_key}: {value!r} is not what it takes ({parameters[argument].annotation})")
+    arguments = {**defaults, **(arguments or {})}
+    required = [p for p, details in parameters.items() if details.default is inspect.Parameter.empty]
+    if missing := [parameter for parameter in required if parameter not in arguments]:
+        raise UserError(f"{key}: no value for {', '.join(f'{key}.{parameter}' for parameter in missing)}")
+    try:
+        return cls(**arguments)
+    except MissingConditionalImportError as error:
+        fix = f"pip install 'electra-composer[{name}]'" if name == "wandb" else f"pip install {error.name or name}"
+        raise UserError(f"{key}: a package it needs is not installed: {fix}") from error
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def _annotations(cls: type) -> dict[str, Any]:
+    """Resolved annotations of a constructor; none where they name what is imported for type checkers only."""
+    try:
+        return get_type_hints(cls.__init__)  # type: ignore[misc]
+    except NameError:
+        return {}
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value from YAML can be of the annotated type: true where this cannot be told."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, candidate) for candidate in get_args(annotation))
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (dict, list, collections.abc.Sequence):
+        return isinstance(value, origin) and not isinstance(value, str)
+    if origin is collections.abc.Callable:
+        return False  # a YAML holds none
+    return not isinstance(annotation, type) or isinstance(value, annotation)

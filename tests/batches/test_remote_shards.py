@@ -1,0 +1,449 @@
+"""Training from an object store, against a real S3 server on this machine; and what it does when that fails."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import http.server
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from streaming import LocalDataset, MDSWriter
+
+from electra_composer.batches.shards import build_data_spec, read_data, read_meta
+from electra_composer.config import ShardsConfig, StreamConfig
+from electra_composer.errors import UserError
+from electra_composer.storage.object_store import download_whole, explain
+
+BUCKET = "corpus"
+
+
+@pytest.fixture(scope="module")
+def many_shards(shards, tmp_path_factory):
+    """The shards of the small language again, in a dozen files."""
+    folder = tmp_path_factory.mktemp("many") / "shards"
+    shutil.copytree(shards, folder)
+    for split in ("train", "val"):
+        rows = list(LocalDataset(local=str(shards), split=split))
+        shutil.rmtree(folder / split)
+        columns = {"input_ids": "ndarray:uint16", "segment_lengths": "ndarray:uint16"}
+        with MDSWriter(columns=columns, out=str(folder / split), size_limit=1500, hashes=["xxh64"]) as writer:
+            for row in rows:
+                writer.write(row)
+    assert len(list((folder / "train").glob("*.mds"))) > 10
+    return folder
+
+
+@pytest.fixture
+def remote(s3, many_shards):
+    for path in sorted(many_shards.rglob("*")):
+        if path.is_file():
+            s3.upload_file(str(path), BUCKET, f"owt/{path.relative_to(many_shards)}")
+    return f"s3://{BUCKET}/owt"
+
+
+def size_of_shards(folder):
+    """Bytes of the shards that are there, of which any may be dropped at this moment."""
+    total = 0
+    for path in folder.glob("*.mds"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
+def loader_of(cache, remote, split="train", **changes):
+    options = {"num_workers": 0, "download_attempts": 1, "download_timeout": 10.0, **changes}
+    config = ShardsConfig(path=str(cache), max_seq_length=32, remote=remote, **options)
+    return build_data_spec(config, split, 8, read_meta(str(cache), remote), seed=3).dataloader
+
+
+def rows_of(loader):
+    return [row for batch in loader for row in batch["input_ids"].tolist()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_rows_as_from_the_disk(remote, many_shards, tmp_path, workers):
+    local = ShardsConfig(path=str(many_shards), max_seq_length=32, num_workers=workers)
+    expected = rows_of(build_data_spec(local, "train", 8, read_meta(str(many_shards)), seed=3).dataloader)
+    loader = loader_of(tmp_path / "cache", remote, num_workers=workers)
+    assert rows_of(loader) == expected
+    assert len(rows_of(loader)) == len(expected)  # the next epoch, from the cache
+    assert len(list((tmp_path / "cache/train").glob("*.mds"))) == len(list((many_shards / "train").glob("*.mds")))
+
+
+class WritesInPlace:
+    """As Streaming's downloader for Google's store does."""
+
+    def __init__(self, *pieces):
+        self.pieces, self.seen = pieces, []
+
+    def download(self, remote, local, timeout):
+        with open(local, "xb", buffering=0) as file:
+            for piece in self.pieces:
+                if isinstance(piece, Exception):
+                    raise piece
+                file.write(piece)
+                self.seen.append(os.path.exists(remote))
+
+
+def test_a_download_has_its_name_when_it_is_whole(tmp_path):
+    path = str(tmp_path / "shard")
+    with pytest.raises(ConnectionError):
+        download_whole(WritesInPlace(b"half", ConnectionError()), path, path, 1.0)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / f"shard.{os.getpid()}.unfinished").write_text("of a process that was killed")
+    downloader = WritesInPlace(b"half", b" and half")
+    download_whole(downloader, path, path, 1.0)
+    assert downloader.seen == [False, False]
+    assert os.listdir(tmp_path) == ["shard"]
+    assert (tmp_path / "shard").read_bytes() == b"half and half"
+    download_whole(WritesInPlace(b"other"), path, path, 1.0)  # it is there
+    assert (tmp_path / "shard").read_bytes() == b"half and half"
+
+
+def test_no_more_is_kept_than_the_cache_may_hold(remote, many_shards, tmp_path):
+    loader = loader_of(tmp_path / "cache", remote, cache_limit="12kb", predownload=8)
+    seen, most = 0, 0
+    for batch in loader:
+        seen += len(batch["input_ids"])
+        most = max(most, size_of_shards(tmp_path / "cache/train"))
+    assert seen == 8 * (read_meta(str(many_shards)).splits["train"].rows // 8)
+    assert most <= 12 * 1024
+    assert sum(path.stat().st_size for path in (many_shards / "train").glob("*.mds")) > 12 * 1024
+
+
+def test_shards_are_fetched_no_further_ahead_than_said(remote, tmp_path):
+    loader = loader_of(tmp_path / "cache", remote, predownload=1)
+    next(iter(loader))
+    time.sleep(0.5)
+    few = len(list((tmp_path / "cache/train").glob("*.mds")))
+    eager = loader_of(tmp_path / "eager", remote)
+    next(iter(eager))
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "eager/train").glob("*.mds"))) <= few:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_missing_shard_is_named(s3, remote, tmp_path, workers):
+    s3.delete_object(Bucket=BUCKET, Key="owt/train/shard.00003.mds")
+    start = time.monotonic()
+    with pytest.raises(UserError if not workers else Exception, match=r"owt/train/shard\.00003\.mds: the shard cannot"):
+        rows_of(loader_of(tmp_path / "cache", remote, num_workers=workers))
+    assert time.monotonic() - start < 30
+
+
+def test_no_connection_is_shared_with_the_workers(remote, tmp_path):
+    """They are forked, and requests of several over one connection would get each other's answers."""
+    (stream,) = loader_of(tmp_path / "cache", remote, num_workers=2).dataset.streams
+    assert (tmp_path / "cache/train/index.json").is_file()
+    assert stream._downloader._s3_client is None
+
+
+def test_what_fails_while_the_cache_is_locked_leaves_it_open(remote, tmp_path):
+    dataset = loader_of(tmp_path / "cache", remote).dataset
+    dataset.cache_limit = 1  # less than anything needs, which is refused at the start otherwise
+    with pytest.raises(UserError, match=r"that could make room; raise data\.cache_limit"):
+        dataset.collate([0, 1])
+    dataset.cache_limit = None
+    assert len(in_thread(dataset.collate, [0, 1]).result(60)["rows"]) == 2  # for which the lock is another's
+
+
+def in_thread(function, *arguments):
+    """What will become of a call in another thread, which does not keep a test that fails from ending."""
+    future = concurrent.futures.Future()
+
+    def call():
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def test_who_waits_for_a_shard_hears_that_it_did_not_come(remote, tmp_path, monkeypatch):
+    """One thread fetches it, and fails while another waits; with a server that is away, and one that comes back."""
+    dataset = loader_of(tmp_path / "cache", remote).dataset
+    (stream,) = dataset.streams
+    fetch, failures = stream.prepare_shard, []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def fail(shard):
+        begun.set()
+        assert go_on.wait(60)
+        failures.append(shard)
+        raise ConnectionError("the server is away")
+
+    for comes_back in (False, True):
+        monkeypatch.setattr(stream, "prepare_shard", fail)
+        begun.clear(), go_on.clear(), failures.clear()
+        fetching = in_thread(dataset.prepare_shard, 0, False)
+        assert begun.wait(60)
+        waiting = in_thread(dataset.collate, [0, 1])
+        with pytest.raises(concurrent.futures.TimeoutError):
+            waiting.result(0.3)
+        if comes_back:
+            monkeypatch.setattr(stream, "prepare_shard", fetch)
+        go_on.set()
+        with pytest.raises(ConnectionError):
+            fetching.result(60)
+        if comes_back:
+            assert len(waiting.result(60)["rows"]) == 2
+        else:
+            with pytest.raises(UserError, match=r"shard\.00000\.mds: the shard cannot be fetched .*server is away"):
+                waiting.result(60)
+        assert len(failures) == (1 if comes_back else 2)
+
+
+def test_a_corrupt_shard_is_found_by_its_hash(s3, remote, many_shards, tmp_path):
+    data = bytearray((many_shards / "train/shard.00002.mds").read_bytes())
+    data[-3] ^= 1
+    s3.put_object(Bucket=BUCKET, Key="owt/train/shard.00002.mds", Body=bytes(data))
+    with pytest.raises(UserError, match=r"(?i)the shard cannot be fetched or unpacked: .*checksum"):
+        rows_of(loader_of(tmp_path / "cache", remote))
+
+
+def complaint(seconds, make, *arguments, **options):
+    """The error that is raised within so many seconds."""
+    start = time.monotonic()
+    with pytest.raises(UserError) as raised:
+        make(*arguments, **options)
+    assert time.monotonic() - start < seconds
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("place", ["s3://no-such-bucket/owt", f"s3://{BUCKET}/nothing"])
+def test_a_wrong_place_is_said(s3, tmp_path, place):
+    said = complaint(20, loader_of, tmp_path / "cache", place)
+    assert f"no shards could be fetched from {place}" in said
+    assert "the bucket or the folder is another" in said
+    assert not (tmp_path / "cache/meta.json").exists()
+
+
+def demand_credentials(s3_endpoint, after):
+    """Let moto check credentials, once so many calls were answered without."""
+    request = urllib.request.Request(
+        f"{s3_endpoint}/moto-api/reset-auth", data=after, method="POST", headers={"Content-Type": "text/plain"}
+    )
+    urllib.request.urlopen(request).close()
+
+
+@pytest.fixture
+def guarded(s3_endpoint, remote):
+    """The remote shards, behind credentials that nobody here has."""
+    demand_credentials(s3_endpoint, b"0")
+    yield remote
+    demand_credentials(s3_endpoint, b"inf")
+
+
+def test_wrong_credentials_are_said(guarded, tmp_path):
+    said = complaint(20, loader_of, tmp_path / "cache", guarded)
+    assert "the server refuses access" in said
+    assert "AWS_ACCESS_KEY_ID" in said
+
+
+def test_credentials_that_no_longer_hold_are_said_at_a_shard(s3_endpoint, remote, tmp_path):
+    loader = loader_of(tmp_path / "cache", remote, predownload=1, download_attempts=3)
+    batches = iter(loader)
+    next(batches)
+    demand_credentials(s3_endpoint, b"0")
+    try:
+        said = complaint(60, list, batches)
+    finally:
+        demand_credentials(s3_endpoint, b"inf")
+    assert "the server refuses access" in said
+    assert "shard.000" in said
+
+
+def test_no_credentials_are_said(remote, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    said = complaint(20, loader_of, tmp_path / "cache", remote)
+    assert "no credentials were found" in said
+    assert "AWS_ACCESS_KEY_ID" in said
+
+
+def test_a_server_that_is_not_there_is_said(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    said = complaint(30, loader_of, tmp_path / "cache", "s3://corpus/owt")
+    assert "the server does not answer" in said
+    assert "S3_ENDPOINT_URL" in said
+
+
+def test_a_server_that_says_nothing_is_given_up(s3, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "5")
+        config = ShardsConfig(path=str(tmp_path / "c"), max_seq_length=32, remote="s3://a/b", download_timeout=1.0)
+        assert "no answer within 1 s" in complaint(15, read_data, config)
+
+
+def test_a_split_that_was_not_copied_is_said(s3, remote, tmp_path):
+    s3.delete_object(Bucket=BUCKET, Key="owt/train/index.json")
+    said = complaint(30, loader_of, tmp_path / "cache", remote)
+    assert "the shards of split 'train' cannot be opened: there is no such file" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        (type("DefaultCredentialsError", (Exception,), {})("long text"), "no credentials were found"),
+        (type("Forbidden", (Exception,), {"code": 403})("no"), "the server refuses access"),
+        (type("HttpResponseError", (Exception,), {"status_code": 404})("no"), "there is no such file"),
+        (ModuleNotFoundError("No module named 'oci'"), "install that package to read from gs://"),
+        (ValueError("something\n else"), "something else"),
+    ],
+)
+def test_errors_of_other_stores(error, meaning):
+    assert meaning in explain(error, "gs://bucket/owt")
+
+
+def streams_of(cache, remote, folder, **changes):
+    streams = {
+        "far": StreamConfig(path=str(cache), remote=remote, proportion=3),
+        "near": StreamConfig(path=str(folder), proportion=1),
+    }
+    options = {"num_workers": 0, "download_attempts": 1, "download_timeout": 10.0, "predownload": 8, **changes}
+    config = ShardsConfig(path="", max_seq_length=32, streams=streams, **options)
+    return build_data_spec(config, "train", 8, read_data(config), seed=3).dataloader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_remote_stream_beside_a_folder(remote, many_shards, tmp_path, workers):
+    """The cache limit is the remote's: what is in the folder is neither counted nor deleted to make room."""
+    near, copy = tmp_path / "near", tmp_path / "copy"
+    shutil.copytree(many_shards, near)
+    shutil.copytree(many_shards, copy)
+    before = sorted(path.name for path in (near / "train").iterdir())
+    near_bytes = sum(path.stat().st_size for path in (near / "train").iterdir())
+    assert near_bytes > 12 * 1024
+    loader = streams_of(tmp_path / "cache", remote, near, cache_limit="12kb", num_workers=workers)
+    rows, most = [], 0
+    for batch in loader:
+        rows += batch["input_ids"].tolist()
+        most = max(most, size_of_shards(tmp_path / "cache/train"))
+    at_once = 2 * max(1, workers)  # shards under way, which Streaming counts only once they are here
+    assert most <= 12 * 1024 + at_once * 1500
+    assert sorted(path.name for path in (near / "train").iterdir()) == before
+    assert rows == rows_of(streams_of(copy, None, near))
+    assert loader.dataset.cache_usage == sum(path.stat().st_size for path in (tmp_path / "cache/train").iterdir())
+
+
+def test_shards_in_subfolders_are_fetched(s3, many_shards, tmp_path):
+    index = json.loads((many_shards / "train/index.json").read_text())
+    for number, shard in enumerate(index["shards"]):
+        name = shard["raw_data"]["basename"]
+        shard["raw_data"]["basename"] = f"{number // 3:05}/shard.{number % 3:05}.mds"
+        s3.upload_file(str(many_shards / "train" / name), BUCKET, f"owt/train/{shard['raw_data']['basename']}")
+    s3.put_object(Bucket=BUCKET, Key="owt/train/index.json", Body=json.dumps(index).encode())
+    for path in [many_shards / "meta.json", *sorted((many_shards / "tokenizer").iterdir())]:
+        s3.upload_file(str(path), BUCKET, f"owt/{path.relative_to(many_shards)}")
+    config = ShardsConfig(path=str(many_shards), max_seq_length=32, num_workers=0)
+    expected = rows_of(build_data_spec(config, "train", 8, read_data(config), seed=3).dataloader)
+    loader = loader_of(tmp_path / "cache", f"s3://{BUCKET}/owt", cache_limit="12kb", predownload=8)
+    assert rows_of(loader) == expected
+    assert list((tmp_path / "cache/train").glob("0000*/*.mds"))
+
+
+def test_a_cache_that_is_the_remote_itself(many_shards):
+    config = ShardsConfig(path=str(many_shards), max_seq_length=32, remote=f"{many_shards}/")
+    with pytest.raises(UserError, match="is its cache, and must be another folder"):
+        read_data(config)
+
+
+class Proxy:
+    """Between a client and the server: may be slow, or closed for a time."""
+
+    def __init__(self, target):
+        outer = self
+        self.delay, self.closed, self.refused = 0.0, False, 0
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                time.sleep(outer.delay)
+                if outer.closed:
+                    outer.refused += 1
+                    self.send_error(503)
+                    return
+                request = urllib.request.Request(target + self.path, method=self.command, headers=dict(self.headers))
+                try:
+                    with urllib.request.urlopen(request) as answer:
+                        status, headers, body = answer.status, answer.headers, answer.read()
+                except urllib.error.HTTPError as error:
+                    status, headers, body = error.code, error.headers, error.read()
+                self.send_response(status)
+                for name, value in headers.items():
+                    if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
+                        self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def proxy(s3_endpoint, s3, monkeypatch):
+    proxy = Proxy(s3_endpoint)
+    monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
+    yield proxy
+    proxy.server.shutdown()
+    proxy.server.server_close()
+
+
+def test_a_slow_server_is_waited_for(proxy, remote, many_shards, tmp_path):
+    proxy.delay = 0.1
+    assert len(rows_of(loader_of(tmp_path / "cache", remote))) > 50
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_back_is_asked_again(proxy, remote, tmp_path):
+    loader = loader_of(tmp_path / "cache", remote, download_attempts=5, predownload=1)
+    batches = iter(loader)
+    first = next(batches)
+    proxy.closed = True
+    threading.Timer(2.0, lambda: setattr(proxy, "closed", False)).start()
+    rest = list(batches)
+    assert proxy.refused > 0
+    expected = rows_of(loader_of(tmp_path / "other", remote))
+    assert rows_of([first, *rest]) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_server_that_stays_away_ends_the_run(proxy, remote, tmp_path, workers):
+    loader = loader_of(tmp_path / "cache", remote, predownload=1, num_workers=workers)
+    batches = iter(loader)
+    next(batches)
+    proxy.closed = True
+    with pytest.raises(UserError if not workers else Exception, match="the shard cannot be fetched"):
+        list(batches)
+
+
+def test_no_temporary_file_is_left(remote, tmp_path):
+    rows_of(loader_of(tmp_path / "cache", remote))
+    assert not [name for _, _, names in os.walk(tmp_path) for name in names if name.endswith(".tmp")]
+    assert Path(tmp_path / "cache/tokenizer").is_dir()

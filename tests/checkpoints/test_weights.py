@@ -1,0 +1,412 @@
+"""Weight maps there and back, and reading of files that may be missing, cut, foreign or hostile."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    ElectraForPreTraining,
+)
+
+from electra_composer.checkpoints.weights import check_state_fits, load_source, read_checkpoint
+from electra_composer.config import ModelConfig
+from electra_composer.errors import UserError
+from electra_composer.model.finetuning import ElectraForClassification
+from electra_composer.model.weight_maps import (
+    discriminator_to_transformers,
+    encoder_config_of,
+    generator_to_transformers,
+    pretraining_from_transformers,
+    transformers_config,
+)
+
+Make = Callable[..., Any]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(94))]  # 99
+
+
+# Weight maps
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tied"),
+    [
+        *itertools.product([{}, {"embedding_size": 32}, {"generator_size": 1.0, "embedding_size": 32}], [True, False]),
+        ({"tie_encoder": True, "generator_size": 1.0, "num_heads": 1}, True),
+    ],
+)
+def test_maps_fit_transformers_strictly_and_come_back_as_they_went(
+    make_model: Make, tiny_model_config: Make, sizes: dict[str, Any], tied: bool
+) -> None:
+    config = tiny_model_config(**sizes, tie_embeddings=tied)
+    ours = make_model(config)
+    state = ours.state_dict()
+    discriminator = ElectraForPreTraining(transformers_config(ours.discriminator.config, pad_id=0))
+    generator = ElectraForMaskedLM(transformers_config(ours.encoder_of_generator.config, pad_id=0))
+    discriminator.load_state_dict(discriminator_to_transformers(state, ours.discriminator.config), strict=True)
+    generator.load_state_dict(generator_to_transformers(state, ours.encoder_of_generator.config), strict=True)
+    back = pretraining_from_transformers(discriminator.state_dict(), generator.state_dict(), config, 99)
+    assert back.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_maps_copy(make_model: Make) -> None:
+    """What is exported does not change when training goes on, nor the other way round."""
+    model = make_model()
+    exported = discriminator_to_transformers(model.state_dict(), model.discriminator.config)
+    before = {name: tensor.clone() for name, tensor in exported.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(exported[name], before[name]) for name in before)
+
+
+def test_exported_embeddings_of_both_sides_are_equal(make_model: Make) -> None:
+    """Tying holds in what transformers is given: embeddings of both models, and the generator's output weights."""
+    model = make_model()
+    state = model.state_dict()
+    discriminator = discriminator_to_transformers(state, model.discriminator.config)
+    generator = generator_to_transformers(state, model.generator.config)
+    shared = [name for name in discriminator if name.startswith("electra.embeddings.")]
+    assert len(shared) == 5
+    for name in shared:
+        assert torch.equal(discriminator[name], generator[name]), name
+    words = generator["electra.embeddings.word_embeddings.weight"]
+    assert words.shape == (99, 16)  # without the rows that pad ours
+    assert torch.equal(generator["generator_lm_head.weight"], words)
+    assert generator["generator_lm_head.bias"].shape == (99,)
+
+
+def test_different_embeddings_are_not_tied_silently(make_model: Make, tiny_model_config: Make) -> None:
+    config = tiny_model_config(tie_embeddings=False)
+    model = make_model(config)
+    parts = (
+        discriminator_to_transformers(model.state_dict(), model.discriminator.config),
+        generator_to_transformers(model.state_dict(), model.generator.config),
+    )
+    with pytest.raises(UserError, match="tie_embeddings=false"):
+        pretraining_from_transformers(*parts, tiny_model_config(), 99)
+    back = pretraining_from_transformers(*parts, config, 99)
+    assert not torch.equal(back["embeddings.word.weight"], back["generator_embeddings.word.weight"])
+
+
+def test_different_layers_are_not_tied_silently(make_model: Make, tiny_model_config: Make) -> None:
+    sizes = {"generator_size": 1.0, "num_heads": 1}
+    model = make_model(tiny_model_config(**sizes))
+    parts = (
+        discriminator_to_transformers(model.state_dict(), model.discriminator.config),
+        generator_to_transformers(model.state_dict(), model.encoder_of_generator.config),
+    )
+    with pytest.raises(UserError, match="tie_encoder=false"):
+        pretraining_from_transformers(*parts, tiny_model_config(**sizes, tie_encoder=True), 99)
+
+
+def test_a_missing_weight_is_named(make_model: Make, tiny_model_config: Make) -> None:
+    model = make_model()
+    discriminator = discriminator_to_transformers(model.state_dict(), model.discriminator.config)
+    generator = generator_to_transformers(model.state_dict(), model.generator.config)
+    del discriminator["electra.encoder.layer.1.attention.self.key.bias"]
+    with pytest.raises(UserError, match=r"encoder\.layer\.1\.attention\.self\.key\.bias"):
+        pretraining_from_transformers(discriminator, generator, tiny_model_config(), 99)
+
+
+def test_sizes_there_and_back(make_model: Make) -> None:
+    sizes = make_model().discriminator.config
+    assert encoder_config_of(transformers_config(sizes, pad_id=0)) == sizes
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_act": "relu"}, {"position_embedding_type": "relative_key"}, {"hidden_act": "gelu_new"}]
+)
+def test_what_our_encoder_does_not_compute_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="only"):
+        encoder_config_of(ElectraConfig(**change))
+
+
+def test_a_state_must_fit_exactly(make_model: Make, tiny_model_config: Make) -> None:
+    expected = make_model().state_dict()
+    check_state_fits(make_model(seed=1).state_dict(), expected, "x.pt")
+    deeper = make_model(tiny_model_config(num_layers=3)).state_dict()
+    with pytest.raises(UserError, match=r"x\.pt: weights of another model: \d+ that this model has not"):
+        check_state_fits(deeper, expected, "x.pt")
+    with pytest.raises(UserError, match=r"\d+ missing, such as discriminator\.layers\.2"):
+        check_state_fits(expected, deeper, "x.pt")
+    wider = make_model(vocab_size=200).state_dict()
+    with pytest.raises(UserError, match=r"has shape \[256.*\], this model expects \[128.*\]"):
+        check_state_fits(wider, expected, "x.pt")
+
+
+# Our own checkpoints
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8")
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
+def content_of(state: dict[str, torch.Tensor], tokenizer_files: dict[str, str], config: ModelConfig) -> dict[str, Any]:
+    """The part of a Composer checkpoint that is read."""
+    record = {"config": {"model": dict(vars(config))}, "tokenizer_files": tokenizer_files}
+    return {"state": {"model": {f"model.{n}": t for n, t in state.items()}, "callbacks": {"RunRecord": record}}}
+
+
+@pytest.fixture
+def checkpoint(
+    tmp_path: Path, make_model: Make, tiny_model_config: Make, tokenizer_files: dict[str, str]
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    state = make_model().state_dict()
+    path = tmp_path / "latest-rank0.pt"
+    torch.save(content_of(state, tokenizer_files, tiny_model_config()), path)
+    return path, state
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_a_checkpoint_of_ours(
+    checkpoint: tuple[Path, dict[str, torch.Tensor]], make_model: Make, as_folder: bool
+) -> None:
+    """Given as the file or as its run folder."""
+    path, state = checkpoint
+    found = read_checkpoint(str(path.parent if as_folder else path))
+    assert found.state.keys() == state.keys()
+    assert all(torch.equal(found.state[name], state[name]) for name in state)
+    assert found.discriminator == make_model().discriminator.config
+    assert found.generator == make_model().generator.config
+    assert found.tokenizer.convert_tokens_to_ids(["[MASK]", "w0"]) == [4, 5]
+
+
+def test_a_checkpoint_of_a_compiled_model(tmp_path: Path, make_model: Make, checkpoint: Any) -> None:
+    path, state = checkpoint
+    content = torch.load(path)
+    model = {name.replace("model.", "model._orig_mod.", 1): t for name, t in content["state"]["model"].items()}
+    content["state"]["model"] = model
+    torch.save(content, tmp_path / "compiled.pt")
+    assert read_checkpoint(str(tmp_path / "compiled.pt")).state.keys() == state.keys()
+
+
+def test_the_discriminator_of_a_checkpoint_fits_the_classifier(checkpoint: tuple[Path, Any], make_batch: Make) -> None:
+    """All of its body and nothing else; its hidden states are those of pretraining."""
+    path, state = checkpoint
+    source = load_source(str(path))
+    classifier = ElectraForClassification(source.encoder, 2)
+    missing, unexpected = classifier.load_state_dict(source.weights, strict=False)
+    assert missing == ["head.weight", "head.bias"]
+    assert unexpected == []
+    assert torch.equal(classifier.encoder.layers[1].up.weight, state["discriminator.layers.1.up.weight"])
+
+
+class Evil:
+    """Unpickled the usual way, it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("how", ["torch", "torch_legacy", "pickle", "beside the weights"])
+def test_a_pickle_that_would_run_code_does_not_run(checkpoint: tuple[Path, Any], tmp_path: Path, how: str) -> None:
+    ran, path = tmp_path / "ran", tmp_path / "evil.pt"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(Evil(ran)))
+    elif how == "beside the weights":
+        torch.save({**torch.load(checkpoint[0]), "rng": [Evil(ran)]}, path)
+    else:
+        torch.save({"state": Evil(ran)}, path, _use_new_zipfile_serialization=how == "torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a pickle protocol
+        with pytest.raises(UserError, match=r"not loaded, since that could run|not a readable checkpoint"):
+            read_checkpoint(str(path))
+        assert not ran.exists()
+        if how == "torch":  # the test's own check: unsafe loading does run it
+            torch.load(path, weights_only=False)
+            assert ran.exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_cut_checkpoint(checkpoint: tuple[Path, Any], tmp_path: Path, share: float) -> None:
+    whole = checkpoint[0].read_bytes()
+    path = tmp_path / "cut.pt"
+    path.write_bytes(whole[: int(len(whole) * share)])
+    assert_refused(path, "not a readable checkpoint")
+
+
+def assert_refused(path: Path, message: str, read: Callable[[str], Any] = read_checkpoint) -> None:
+    """One line that begins with the path."""
+    with pytest.raises(UserError, match=message) as caught:
+        read(str(path))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_no_such_checkpoint(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "none.pt", "no such checkpoint")
+    assert_refused(tmp_path, "no such checkpoint; expected a .pt file that pretrain.py wrote, or its run folder")
+
+
+def test_bytes_of_another_kind(tmp_path: Path) -> None:
+    """Text, and 300 files of random bytes: whatever the reader stumbles over, it is a line and no traceback."""
+    path = tmp_path / "foreign.pt"
+    dice = random.Random(0)
+    foreign = [b"hello world\n" * 10, b"PK\x03\x04" + dice.randbytes(500), b"{}"]
+    foreign += [dice.randbytes(dice.randint(1, 60)) for _ in range(300)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for content in foreign:
+            path.write_bytes(content)
+            assert_refused(path, "not a")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.ones(3),
+        [1, 2],
+        "text",
+        None,
+        {"weight": torch.ones(2)},
+        {"state": {"model": {"model.x": torch.ones(1)}}},
+        {"state": {"model": {}, "callbacks": {"RunRecord": {}}}},
+        {"state": {"model": {}, "callbacks": {"RunRecord": None}}},
+        {"state": {"model": 3, "callbacks": {"RunRecord": {"config": {}, "tokenizer_files": {}}}}},
+    ],
+)
+def test_a_file_of_torchs_that_is_no_checkpoint_of_ours(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    assert_refused(tmp_path / "other.pt", "not a checkpoint of pretrain.py")
+
+
+def test_a_checkpoint_without_its_tokenizer(tmp_path: Path, make_model: Make, tiny_model_config: Make) -> None:
+    torch.save(content_of(make_model().state_dict(), {"notes.txt": "x"}, tiny_model_config()), tmp_path / "x.pt")
+    assert_refused(tmp_path / "x.pt", "tokenizer")
+
+
+def test_tokenizer_files_stay_in_their_folder(
+    tmp_path: Path, make_model: Make, tiny_model_config: Make, tokenizer_files: dict[str, str]
+) -> None:
+    """A file name in a checkpoint may not lead out of the folder that is made for it."""
+    outside = tmp_path / "outside.txt"
+    files = {**tokenizer_files, str(outside): "x", "../../outside.txt": "x"}
+    torch.save(content_of(make_model().state_dict(), files, tiny_model_config()), tmp_path / "x.pt")
+    read_checkpoint(str(tmp_path / "x.pt"))
+    assert not outside.exists()
+
+
+# Sources in the form of transformers
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.fixture
+def hugging_face(tmp_path: Path, tokenizer_files: dict[str, str]) -> Callable[..., Path]:
+    """`hugging_face(**changes)`: a folder with model and tokenizer."""
+
+    def make(model: Any = ElectraForPreTraining, config: Any = ElectraConfig, **changes: Any) -> Path:
+        folder = tmp_path / "source"
+        model(config(**{**SIZES, **changes})).save_pretrained(folder)
+        for name, text in tokenizer_files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        return folder
+
+    return make
+
+
+def test_a_hugging_face_folder(hugging_face: Callable[..., Path], make_batch: Make) -> None:
+    """Its hidden states are ours."""
+    folder = hugging_face(embedding_size=8)
+    source = load_source(str(folder))
+    ours = ElectraForClassification(source.encoder, 2).eval()
+    assert ours.load_state_dict(source.weights, strict=False).missing_keys == ["head.weight", "head.bias"]
+    theirs = ElectraForPreTraining.from_pretrained(folder).eval()
+    batch = make_batch([[(6, 4)], [(12, 0)]], length=16)
+    present = (batch["sequence_ids"] > 0).long()
+    seen: list[torch.Tensor] = []
+    ours.encoder.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.no_grad():
+        ours(**batch)
+        expected = theirs.electra(batch["input_ids"], present, batch["token_type_ids"]).last_hidden_state
+    torch.testing.assert_close(seen[0][present > 0], expected[present > 0], rtol=1e-5, atol=1e-5)
+
+
+def test_no_source(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "none.pt", "no such checkpoint", load_source)
+    assert_refused(tmp_path / "nothing_here", "no such file or folder", load_source)
+    with pytest.raises(UserError, match="neither a checkpoint, nor a Hugging Face folder"):
+        load_source("nobody/nothing")
+    assert_refused(tmp_path, "neither latest-rank0.pt .* nor config.json", load_source)
+
+
+def _cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def _bad_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{", encoding="utf-8")
+
+
+def _other_sizes(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 32}), encoding="utf-8")
+
+
+def _no_tokenizer(folder: Path) -> None:
+    for path in folder.iterdir():
+        if "token" in path.name or "vocab" in path.name:
+            path.unlink()
+
+
+def _no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("spoil", [_cut, _bad_json, _other_sizes, _no_tokenizer, _no_weights])
+def test_a_spoilt_hugging_face_folder(hugging_face: Callable[..., Path], spoil: Callable[[Path], None]) -> None:
+    folder = hugging_face()
+    spoil(folder)
+    assert_refused(folder, "neither a checkpoint, nor a Hugging Face folder", load_source)
+
+
+def test_a_hugging_face_pickle_that_would_run_code_does_not_run(
+    hugging_face: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = hugging_face()
+    _no_weights(folder)
+    torch.save({"electra.weight": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    assert_refused(folder, "neither", load_source)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_architecture(hugging_face: Callable[..., Path]) -> None:
+    folder = hugging_face(model=BertForMaskedLM, config=BertConfig)
+    assert_refused(folder, "not an ELECTRA discriminator", load_source)
+
+
+def test_a_tokenizer_larger_than_the_embeddings(hugging_face: Callable[..., Path]) -> None:
+    """Its last words would have no embedding."""
+    assert_refused(hugging_face(vocab_size=50), "tokenizer has 99 tokens, its model embeddings for 50", load_source)

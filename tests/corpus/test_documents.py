@@ -1,0 +1,323 @@
+"""Documents of every kind that people keep, and one clear line for each that cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import os
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from electra_composer.corpus import docstrings
+from electra_composer.corpus.docstrings import find_docstrings, prose, read_docstrings
+from electra_composer.corpus.documents import ReadStats, read_documents
+from electra_composer.corpus.sources import Sources, check_sources, find_files
+from electra_composer.errors import UserError
+
+TEXTS = ["First document.\nTwo lines, naïve.", "Second.", "Third, 漢字."]
+
+
+def read(*sources, **options):
+    stats = ReadStats()
+    texts = list(read_documents(Sources.of(*map(str, sources), **options), stats))
+    assert stats.documents == len(texts)
+    assert stats.bytes == sum(len(text.encode()) for text in texts)
+    return texts, stats
+
+
+def jsonl(texts):
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("a.jsonl", lambda data: data),
+        ("a.json", lambda data: b"\xef\xbb\xbf" + data),
+        ("a.jsonl.gz", gzip.compress),
+        ("a.jsonl.gz", lambda data: gzip.compress(data[:30]) + gzip.compress(data[30:])),
+        ("a.jsonl.zst", zstandard.compress),
+        ("a.jsonl.zst", lambda data: zstandard.compress(data[:30]) + zstandard.compress(data[30:])),
+    ],
+)
+def test_json_lines(tmp_path, name, pack):
+    (tmp_path / name).write_bytes(pack(jsonl(TEXTS)))
+    assert read(tmp_path / name)[0] == TEXTS
+
+
+@pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet(tmp_path, type_):
+    table = pa.table({"id": [0, 1, 2, 3], "body": pa.array([*TEXTS, None]).cast(type_)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    assert read(tmp_path / "a.parquet", text_column="body")[0] == TEXTS
+
+
+def test_text_with_blank_lines_or_one_document_a_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf\r\nOne.\r\nStill one.\r\n \t\r\n\r\nTwo.")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"Three."))
+    texts = ["One.\r\nStill one.\r\n", "Two.", "Three."]
+    assert read(tmp_path)[0] == texts
+    whole, _ = read(tmp_path, txt_documents="file")
+    assert [text.split() for text in whole] == [["One.", "Still", "one.", "Two."], ["Three."]]
+
+
+def test_folders_and_globs_in_order(tmp_path):
+    for name in ("b/2.jsonl", "a/1.txt", "a/10.txt", "a/notes.md", "a/.hidden.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl([name]) if name.endswith("jsonl") else name.encode())
+    assert read(tmp_path)[0] == ["a/1.txt", "a/10.txt", "b/2.jsonl"]
+    assert read(tmp_path / "**/*.jsonl", tmp_path / "a")[0] == ["b/2.jsonl", "a/1.txt", "a/10.txt"]
+
+
+def test_limits(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["x" * 10] * 20))
+    assert len(read(tmp_path, max_documents=3)[0]) == 3
+    assert len(read(tmp_path, max_bytes=45)[0]) == 5  # the one that reaches the limit is the last
+
+
+def test_invalid_utf8_is_replaced_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good\n\nb\xffd\n\ngood")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "b\xc3d"}\n{"text": "half \\ud83d pair"}\n')
+    raw = pa.array([b"b\xfed", b"good"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": raw}), tmp_path / "c.parquet")
+    texts, stats = read(tmp_path)
+    assert texts == ["good\n", "b\ufffdd\n", "good", "b\ufffdd", "half ? pair", "b\ufffdd", "good"]
+    assert stats.invalid == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "b", "id": 1}\n', r"line 2: no column 'text'; there are 'body', 'id'"),
+        ("a.jsonl", b'["a"]\n', r"line 1: expected an object, found a list"),
+        ("a.jsonl", b'{"text": 3}\n', r"line 1: 'text' is a int; expected text"),
+        ("a.jsonl.gz", gzip.compress(jsonl(TEXTS * 100))[:-50], r"a.jsonl.gz: cannot be read as .jsonl: Truncated"),
+        ("a.jsonl.gz", b"not gzip at all", r"a.jsonl.gz: cannot be read as .jsonl"),
+        (
+            "a.txt.zst",
+            zstandard.compress(b"text " * 5000 + os.urandom(500))[:-90],
+            r"a.txt.zst: cannot be read as .txt",
+        ),
+        ("a.parquet", b"PAR1 not parquet PAR1", r"a.parquet: cannot be read as .parquet"),
+        ("a.parquet", b"", r"a.parquet: cannot be read as .parquet"),
+        ("a.jsonl", b"", r"no text in .*a.jsonl; expected at least one document"),
+        ("a.txt", b" \n\n\t\n", r"no text in .*a.txt"),
+        ("a.csv", b"text\n", r"a.csv: cannot tell what this file is; expected .parquet, .jsonl"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_parquet_without_the_column_or_with_another_type(tmp_path):
+    pq.write_table(pa.table({"body": ["a"], "number": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="no column 'text'; there are 'body', 'number': choose by --text-column"):
+        read(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="'number' holds int64; expected text"):
+        read(tmp_path / "a.parquet", text_column="number")
+
+
+def test_sources_that_are_not_there(tmp_path):
+    for source in ("nothing", "*.jsonl"):
+        with pytest.raises(UserError, match="no such file or folder, and no file matches"):
+            check_sources(Sources.of(str(tmp_path / source)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no file that can be read"):
+        find_files(str(tmp_path / "empty"))
+
+
+class FakeStream:
+    """What `datasets.load_dataset(…, streaming=True)` gives, as far as it is used."""
+
+    column_names = ("id", "text")
+
+    def __init__(self, tables, error=None):
+        self.tables, self.error = tables, error
+
+    def select_columns(self, names):
+        assert names == ["text"]
+        return self
+
+    def with_format(self, name):
+        assert name == "arrow"
+        return self
+
+    def iter(self, size):
+        yield from self.tables
+        if self.error:
+            raise self.error
+
+
+def test_hub(monkeypatch):
+    calls = []
+
+    def load(*args, **options):
+        calls.append((args, options))
+        return FakeStream([pa.table({"text": TEXTS[:2]}), pa.table({"text": TEXTS[2:]})])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert read("hub")[0] == TEXTS
+    options = {"revision": "refs/convert/parquet", "split": "train", "streaming": True}
+    assert calls == [(("Skylion007/openwebtext", None), options)]
+    with pytest.raises(
+        UserError, match=r"data set Skylion007/openwebtext .*: no column 'body'; there are 'id', 'text'"
+    ):
+        read("hub", text_column="body")
+
+
+def test_hub_out_of_reach_or_breaking_off(monkeypatch):
+    def load(*args, **options):
+        raise RuntimeError("Dataset scripts are no longer supported, but found a.py")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(
+        UserError, match=r"data set a/b at revision c cannot be read .*scripts are no longer .*--revision"
+    ):
+        read("hub", dataset="a/b", revision="c")
+    stream = FakeStream([pa.table({"text": TEXTS})], ConnectionError("reset by peer"))
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: stream)
+    with pytest.raises(UserError, match="reading from the hub broke off: reset by peer"):
+        read("hub")
+
+
+# Docstrings.
+
+SOURCE = '''
+"""Module: what it is for, in one sentence."""
+# """a comment that is no docstring"""
+code = "a string with \\"\\"\\" in it"
+template = """not a docstring but a template of code"""
+class A:
+    r"""Raw text with a \\backslash inside."""
+    def f(self):
+        \'\'\'Single quotes do as well, with "double" ones inside.\'\'\'
+        f"""{self} is a formatted string, no docstring"""
+THING_INPUTS_DOCSTRING = r"""
+    Documentation that is assigned to a name.
+"""
+'''
+
+
+def test_docstrings_of_a_source():
+    assert [text.strip() for text in find_docstrings(SOURCE)] == [
+        "Module: what it is for, in one sentence.",
+        "Raw text with a \\backslash inside.",
+        'Single quotes do as well, with "double" ones inside.',
+        "Documentation that is assigned to a name.",
+    ]
+
+
+def test_prose_of_a_docstring():
+    docstring = """Compute the thing that :class:`~torch.Tensor` users want.
+
+    This paragraph is long enough and
+    goes over two lines.
+
+    Args:
+        size (int): How many of the things there are to compute.
+        x : array_like
+            The values that the computation is to begin with.
+
+    Example::
+
+        >>> compute(3)
+        this output of the code is left out too
+
+    >>> another(1) + some(more) + code(here)
+    and the output of that is also left out
+
+    .. code-block:: python
+
+        compute the thing in code that reads like text
+
+    .. note:: Notes are prose as well, so they stay.
+
+    References
+    ----------
+    ```python
+    fenced = "code that is left out of the prose"
+    ```
+    - A list item with enough words to stay.
+
+    x = a[i] + b[j] * 2 - 3 ** 4
+    """
+    assert prose(docstring) == [
+        "Compute the thing that torch.Tensor users want.",
+        "This paragraph is long enough and goes over two lines.",
+        "How many of the things there are to compute.",
+        "The values that the computation is to begin with.",
+        "Notes are prose as well, so they stay.",
+        "A list item with enough words to stay.",
+    ]
+
+
+def test_docstrings_are_the_same_from_any_number_of_workers(monkeypatch):
+    files = docstrings._module_files()
+    assert files == docstrings._module_files()
+    monkeypatch.setattr(docstrings, "_module_files", lambda: files[:150])
+    one = list(read_docstrings(1))
+    assert one == list(read_docstrings(2))
+    assert sum(map(len, one)) > 200_000
+    paragraphs = [paragraph for document in one for paragraph in document.split("\n")]
+    assert max(map(paragraphs.count, set(paragraphs))) <= docstrings.MAX_COPIES
+
+
+def tar_of(files, mode="w"):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [(".tar", "w"), (".tar.xz", "w:xz"), (".tar.gz", "w:gz"), (".tgz", "w:gz")]
+)
+def test_archives_like_that_of_openwebtext(tmp_path, suffix, mode):
+    inner = [tar_of({f"{i}-{j}.txt": f"document {i} {j}".encode() for j in range(3)}, "w:xz") for i in range(2)]
+    files = {"openwebtext/a.xz": inner[0], "../../outside.txt": b"outside", "b.xz": inner[1], "readme.md": b"no"}
+    (tmp_path / f"owt{suffix}").write_bytes(tar_of(files, mode))
+    texts, _ = read(tmp_path)
+    assert texts == [*(f"document 0 {j}" for j in range(3)), "outside", *(f"document 1 {j}" for j in range(3))]
+    assert not (tmp_path.parent.parent / "outside.txt").exists()
+
+
+@pytest.mark.parametrize("cut", [10, 700, 3000])
+def test_archives_that_are_cut_short(tmp_path, cut):
+    words = os.urandom(3000).hex().encode()
+    whole = tar_of({"a.txt": words, "b.xz": tar_of({"c.txt": words}, "w:xz")}, "w:xz")
+    (tmp_path / "owt.tar.xz").write_bytes(whole[:cut])
+    with pytest.raises(UserError, match=r"owt\.tar\.xz: cannot be read as \.tar"):
+        read(tmp_path / "owt.tar.xz")
+
+
+def test_an_archive_in_an_archive_that_is_damaged(tmp_path):
+    (tmp_path / "owt.tar").write_bytes(tar_of({"a.xz": lzma.compress(b"no archive")}))
+    with pytest.raises(UserError, match="cannot be read as"):
+        read(tmp_path / "owt.tar")
+
+
+def test_documents_that_are_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a long one", "b", "a long one", "another", "b", "a long one "]))
+    texts, stats = read(tmp_path / "a.jsonl", deduplicate=True, min_characters=2)
+    assert texts == ["a long one", "another", "a long one "]
+    assert (stats.short, stats.duplicates) == (2, 1)
+    texts, stats = read(tmp_path / "a.jsonl", deduplicate=True, max_documents=2)
+    assert texts == ["a long one", "b"]
+
+
+def test_unicode_forms(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["cafe\u0301 \ufb01", "caf\u00e9 fi"]))
+    assert read(tmp_path / "a.jsonl", normalize="NFC")[0] == ["caf\u00e9 \ufb01", "caf\u00e9 fi"]
+    assert read(tmp_path / "a.jsonl", normalize="NFKC", deduplicate=True)[0] == ["caf\u00e9 fi"]

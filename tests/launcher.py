@@ -1,0 +1,25 @@
+"""Start scripts under Composer's launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+COMPOSER = Path(sys.executable).with_name("composer")
+
+
+def launch(processes: int, *arguments: str) -> str:
+    """Run a script under Composer's launcher, or plainly for one process; its output, if it succeeds."""
+    command = [str(COMPOSER), "-n", str(processes)] if processes > 1 else [sys.executable]
+    done = subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr

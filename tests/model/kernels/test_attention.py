@@ -1,0 +1,169 @@
+"""kernels/attention.py: each path against attention written out, one example at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from electra_composer.model.kernels import attention as kernel
+from electra_composer.model.kernels import dropout
+from electra_composer.model.kernels.attention import attention, boundaries_of, pattern_of
+
+IDS = torch.tensor(
+    [
+        [1, 1, 1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 2, 2, 2, 2, 2],
+        [1, 1, 2, 2, 3, 3, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 2, 2, 3, 3, 4, 4],
+    ]
+)
+
+
+def written_out(qkv: Tensor, ids: Tensor, heads: int, factors: Tensor | None = None) -> Tensor:
+    """Per row, example and head; `factors [rows, heads, length, length]` multiply the probabilities."""
+    rows, length, width = qkv.shape
+    size = width // (3 * heads)
+    out = torch.zeros(rows, length, heads, size, dtype=qkv.dtype)
+    for row in range(rows):
+        for example in ids[row].unique():
+            places = (ids[row] == example).nonzero().squeeze(1)
+            for head in range(heads):
+                q, k, v = (qkv[row, places, part * heads * size + head * size :][:, :size] for part in range(3))
+                chances = torch.softmax(q @ k.T / math.sqrt(size), -1)
+                if factors is not None:
+                    chances = chances * factors[row, head][places][:, places]
+                out[row, places, head] = chances @ v
+    return out.reshape(rows, length, heads * size)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_sdpa_is_attention_within_examples(heads: int) -> None:
+    qkv = torch.randn(5, 8, 48, dtype=torch.float64)
+    torch.testing.assert_close(attention(qkv, pattern_of(IDS), heads), written_out(qkv, IDS, heads))
+
+
+@pytest.mark.parametrize("piece_numbers", [1, 2**19])
+def test_without_dropout_the_products_and_their_gradient_are_the_same(
+    piece_numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What bf16 takes on a CPU, in double precision, where the comparison is exact; it draws nothing."""
+    monkeypatch.setattr(kernel, "PIECE_NUMBERS", piece_numbers)
+    monkeypatch.setattr(kernel, "_is_short_bf16", lambda qkv: True)
+    qkv = torch.randn(5, 8, 48, dtype=torch.float64, requires_grad=True)
+    state = torch.get_rng_state()
+    out = attention(qkv, pattern_of(IDS), 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert out.grad_fn is not None
+    upstream = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, qkv, upstream)
+    expected = written_out(qkv, IDS, 4)
+    torch.testing.assert_close(out, expected)
+    (expected_gradient,) = torch.autograd.grad(expected, qkv, upstream)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize(("length", "written"), [(32, True), (kernel.SHORT + 8, False)])
+def test_bf16_on_a_cpu(length: int, written: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near the same in fp32, by either path: short rows by products, long ones by torch's."""
+    taken = []
+    apply = kernel._WrittenAttention.apply
+    monkeypatch.setattr(kernel._WrittenAttention, "apply", lambda *inputs: taken.append(1) or apply(*inputs))
+    ids = torch.ones(2, length, dtype=torch.long)
+    ids[0, length // 3 :] = 2
+    qkv = torch.randn(2, length, 48)
+    out = attention(qkv.bfloat16(), pattern_of(ids), 4)
+    assert bool(taken) == written
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), attention(qkv, pattern_of(ids), 4), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("piece_numbers", [1, 2**19])
+def test_dropout_attention_and_its_gradient(heads: int, piece_numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits that were drawn, put into the formula; in one piece and row by row."""
+    monkeypatch.setattr(kernel, "PIECE_NUMBERS", piece_numbers)
+    drawn = []
+
+    def remember(shape: torch.Size) -> Tensor:
+        drawn.append(torch.randint(-(2**15), 2**15, tuple(shape), dtype=torch.int16))
+        return drawn[-1]
+
+    monkeypatch.setattr(dropout, "draw_bits", remember)
+    qkv = torch.randn(5, 8, 48, dtype=torch.float64, requires_grad=True)
+    out = attention(qkv, pattern_of(IDS), heads, dropout_p=0.3)
+    (bits,) = drawn
+    factors = (bits >= round(0.3 * 2**16) - 2**15).double().view(5, heads, 8, 8) / (1 - round(0.3 * 2**16) / 2**16)
+    upstream = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, qkv, upstream)
+    expected = written_out(qkv, IDS, heads, factors)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, qkv, upstream)[0])
+
+
+def test_dropout_attention_in_bfloat16() -> None:
+    """Under CPU autocast: its dtype in, its dtype out; the mean over many draws is attention without dropout."""
+    qkv = torch.randn(1, 8, 48).repeat(4000, 1, 1).bfloat16().requires_grad_()
+    out = attention(qkv, pattern_of(IDS[2:3].expand(4000, -1)), 4, dropout_p=0.1)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert qkv.grad is not None
+    assert qkv.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float().mean(0), written_out(qkv[:1].float(), IDS[2:3], 4)[0], atol=0.05, rtol=0.05)
+
+
+def test_without_dropout_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation, and training at probability 0, draw nothing."""
+    monkeypatch.setattr(dropout, "draw_bits", None)
+    qkv = torch.randn(5, 8, 48)
+    torch.testing.assert_close(attention(qkv, pattern_of(IDS), 4), written_out(qkv, IDS, 4))
+
+
+@pytest.mark.parametrize("length", [2, 7, 32])
+def test_boundaries_against_numpy(length: int) -> None:
+    generator = np.random.default_rng(length)
+    ids = np.zeros((6, length), dtype=np.int64)
+    for row in ids[:5]:
+        place, example = 0, 1
+        while place < length and generator.random() < 0.9:
+            size = int(generator.integers(2, 9))
+            row[place : place + size] = example
+            place, example = place + size, example + 1
+    starts = [
+        row * length + place
+        for row in range(6)
+        for place in range(length)
+        if place == 0 or ids[row, place] != ids[row, place - 1]
+    ]
+    boundaries = boundaries_of(torch.from_numpy(ids))
+    assert boundaries.dtype == torch.int32
+    assert boundaries.shape == (6 * (length // 2 + 1) + 1,)
+    assert boundaries[: len(starts)].tolist() == starts
+    assert (boundaries[len(starts) :] == 6 * length).all()
+
+
+def test_boundaries_hold_the_most_examples_there_can_be() -> None:
+    """Rows of examples of two tokens and one token of padding: every place is taken."""
+    ids = torch.tensor([[1, 1, 2, 2, 3, 3, 0]] * 3)
+    assert boundaries_of(ids).tolist() == [0, 2, 4, 6, 7, 9, 11, 13, 14, 16, 18, 20, 21]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("make_ids", [lambda: IDS, lambda: torch.ones(4, 128, dtype=torch.long)])
+def test_flash_agrees_with_sdpa(make_ids: Callable[[], Tensor]) -> None:
+    """Values and gradients in bf16, where an example or padding stands."""
+    ids = make_ids().cuda()
+    qkv = torch.randn(*ids.shape, 3 * 64, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for path in ("sdpa", "varlen"):
+        leaf = qkv.clone().requires_grad_()
+        out = attention(leaf, pattern_of(ids, path), 2)
+        out.float().square().sum().backward()
+        results.append((out, leaf.grad))
+    torch.testing.assert_close(results[0], results[1], atol=2e-2, rtol=2e-2)

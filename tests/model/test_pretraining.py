@@ -1,0 +1,476 @@
+"""The joint loss over a whole batch however it is split, validation metrics, and the count of operations."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from composer import Trainer
+from composer.core import DataSpec, Evaluator
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from electra_composer.config import ModelConfig, ObjectiveConfig
+from electra_composer.model.electra import ElectraForPretraining, SpecialIds
+from electra_composer.model.encoder import Layer
+from electra_composer.model.pretraining import ElectraPretraining
+
+Batch = dict[str, torch.Tensor]
+Make = Callable[..., Any]
+LENGTH = 32
+VOCAB_SIZE = 99
+
+FULL = [[(12, 20)], [(32, 0)], [(16, 16)]]  # one example of 32 tokens in every row
+# 32, 2, 6, 32, 3, 12, 30 and 20 tokens, masked 5 to none: a mean of the microbatches' means would be far off.
+VERY_UNEVEN = [[(12, 20)], [(2, 0)], [(6, 0)], [(8, 4), (20, 0)], [(3, 0)], [(7, 5)], [(10, 10), (10, 0)], [(20, 0)]]
+
+
+def noisy(model: ElectraForPretraining, batch: Batch, seed: int = 3) -> Batch:
+    return {**batch, "noise": model.draw_noise(batch["input_ids"], torch.Generator().manual_seed(seed))}
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    rows = len(batch["input_ids"]) // parts
+    return [{name: t[i * rows : (i + 1) * rows] for name, t in batch.items()} for i in range(parts)]
+
+
+def gradients(model: torch.nn.Module) -> Batch:
+    return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: Batch, expected: Batch) -> None:
+    """To 1e-5 of the largest entry, or absolutely where that is below one."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() <= 1e-5 * max(1.0, tensor.abs().max().item()), name
+
+
+def reference(model: ElectraForPretraining, batch: Batch) -> tuple[Batch, dict[str, float]]:
+    """Gradients and losses of the whole batch at once, from the definition: two means over the whole batch."""
+    model.zero_grad()
+    outputs = model(**batch)
+    mlm = outputs["mlm_loss"] / outputs["masked_weights"].sum()
+    rtd = outputs["rtd_loss"] / (batch["sequence_ids"] > 0).sum()
+    total = 1.0 * mlm + 50.0 * rtd
+    total.backward()
+    found = gradients(model)
+    model.zero_grad()
+    return found, {"total": total.item(), "mlm": mlm.item(), "rtd": rtd.item()}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_microbatches_give_the_gradient_of_the_whole_batch(make_model: Make, make_batch: Make, parts: int) -> None:
+    """Composer weighs a microbatch's loss by its rows over the batch's rows."""
+    model = ElectraPretraining(make_model())
+    batch = noisy(model.model, make_batch(VERY_UNEVEN))
+    expected, losses = reference(model.model, batch)
+    counted = model.count_batch(batch)
+    sums = dict.fromkeys(losses, 0.0)
+    for micro in split(counted, parts):
+        loss = model.loss(model(micro), micro)
+        weight = len(micro["input_ids"]) / len(batch["input_ids"])
+        (loss["total"] * weight).backward()
+        for name in sums:
+            sums[name] += loss[name].item() * weight
+    assert sums == pytest.approx(losses, rel=1e-5)
+    assert_same(gradients(model.model), expected)
+
+
+def test_weights_of_the_losses_come_from_the_objective(make_model: Make, make_batch: Make) -> None:
+    model = ElectraPretraining(make_model(objective=ObjectiveConfig(gen_weight=2.0, disc_weight=7.0)))
+    batch = model.count_batch(noisy(model.model, make_batch(VERY_UNEVEN)))
+    loss = model.loss(model(batch), batch)
+    assert loss["total"].item() == pytest.approx(2.0 * loss["mlm"].item() + 7.0 * loss["rtd"].item(), rel=1e-6)
+
+
+def test_count_batch_changes_nothing_else(make_model: Make, make_batch: Make) -> None:
+    """And counts by hand: masked 5, 0, 1, 5 (slots allow no more than int(0.155 × 32) = 4), …"""
+    model = ElectraPretraining(make_model())
+    batch = make_batch(VERY_UNEVEN)
+    before = {name: tensor.clone() for name, tensor in batch.items()}
+    counted = model.count_batch(batch)
+    assert counted.keys() == {*before, "loss_scale"}
+    assert all(torch.equal(counted[name], before[name]) for name in before)
+    masked = 4 + 0 + 1 + 4 + 1 + 2 + 4 + 3
+    tokens = 32 + 2 + 6 + 32 + 3 + 12 + 30 + 20
+    assert counted["loss_scale"].shape == (8, 2)
+    torch.testing.assert_close(counted["loss_scale"], torch.tensor([8 / masked, 8 / tokens]).expand(8, 2))
+
+
+def test_a_batch_that_was_not_counted_is_refused(make_model: Make, make_batch: Make) -> None:
+    model = ElectraPretraining(make_model())
+    batch = make_batch(VERY_UNEVEN)
+    with pytest.raises(KeyError, match="count_batch"):
+        model.loss(model(batch), batch)
+
+
+def test_a_batch_without_words_has_finite_losses(make_model: Make, make_batch: Make) -> None:
+    model = ElectraPretraining(make_model())
+    batch = model.count_batch(make_batch([[(2, 0)], [(2, 0)]]))
+    loss = model.loss(model(batch), batch)
+    assert loss["mlm"] == 0
+    assert torch.isfinite(loss["total"])
+
+
+def test_cpu_autocast_computes_in_bfloat16_and_keeps_losses_in_fp32(make_model: Make, make_batch: Make) -> None:
+    plain, cast = ElectraPretraining(make_model()), ElectraPretraining(make_model(), cpu_autocast=True)
+    batch = plain.count_batch(noisy(plain.model, make_batch(VERY_UNEVEN)))
+    seen = []
+    cast.model.discriminator.layers[0].up.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    expected, outputs = plain(batch), cast(batch)
+    assert seen == [torch.bfloat16]
+    for name in ("mlm_loss", "rtd_loss", "rtd_logits"):
+        assert outputs[name].dtype == torch.float32, name
+    assert outputs["mlm_loss"].item() == pytest.approx(expected["mlm_loss"].item(), rel=0.05)
+
+
+# Through Composer
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch["input_ids"])
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: tensor[index] for name, tensor in self.batch.items()}
+
+
+def one_step(model: ElectraPretraining, batch: Batch, microbatch: int | None) -> Trainer:
+    rows = len(batch["input_ids"])
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataSpec(DataLoader(Rows(batch), batch_size=rows), batch_transforms=model.count_batch),
+        optimizers=torch.optim.SGD(model.parameters(), lr=1.0),
+        max_duration="1ba",
+        device="cpu",
+        precision="fp32",
+        device_train_microbatch_size=microbatch or rows,
+        progress_bar=False,
+        log_to_console=False,
+    )
+    trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize("microbatch", [8, 4, 2, 1])
+def test_a_step_of_composers_trainer_is_the_same_however_the_batch_is_split(
+    make_model: Make, make_batch: Make, microbatch: int
+) -> None:
+    """SGD at learning rate 1: what the weights move by is the gradient."""
+    model = ElectraPretraining(make_model())
+    batch = noisy(model.model, make_batch(VERY_UNEVEN))
+    expected, _ = reference(model.model, batch)
+    before = {name: parameter.detach().clone() for name, parameter in model.model.named_parameters()}
+    trainer = one_step(model, batch, microbatch)
+    moved = {name: before[name] - parameter.detach() for name, parameter in model.model.named_parameters()}
+    for name, tensor in expected.items():
+        # A difference of weights carries their own rounding: 6e-8 of a weight that may have moved by tens.
+        assert (moved[name] - tensor).abs().max() <= 2e-5 * max(1.0, tensor.abs().max().item()), name
+    trainer.close()
+
+
+def test_composers_evaluation_is_repeatable(make_model: Make, make_batch: Make) -> None:
+    model = ElectraPretraining(make_model())
+    batch = make_batch(VERY_UNEVEN)
+    trainer = Trainer(model=model, device="cpu", precision="fp32", progress_bar=False)
+    found = []
+    for _ in range(2):
+        loader = DataSpec(DataLoader(Rows(batch), batch_size=4))
+        trainer.eval(Evaluator(label="eval", dataloader=loader))
+        found.append({name: metric.compute().item() for name, metric in trainer.state.eval_metrics["eval"].items()})
+    trainer.close()
+    assert found[0] == found[1]
+    assert {"mlm_loss", "rtd_loss", "total_loss", "rtd_auc", "rtd_precision", "rtd_recall"} <= found[0].keys()
+    sums = [model.eval_forward(part)["stats"] for part in split(batch, 2)]
+    for name in ("masked", "tokens"):
+        assert sum(part[name] for part in sums) > 0
+    mlm = sum(part["mlm_loss_sum"] for part in sums) / sum(part["masked"] for part in sums)
+    rtd = sum(part["rtd_loss_sum"] for part in sums) / sum(part["tokens"] for part in sums)
+    assert found[0]["mlm_loss"] == pytest.approx(mlm.item(), rel=1e-5)
+    assert found[0]["rtd_loss"] == pytest.approx(rtd.item(), rel=1e-5)
+    # A mean over batches of 50 × rtd + mlm, which the two means over all tokens need not give exactly.
+    assert found[0]["total_loss"] == pytest.approx(mlm.item() + 50 * rtd.item(), rel=0.05)
+
+
+def _process(rank: int, port: int, config: ModelConfig, state: Batch, batch: Batch, out: str) -> None:
+    """One of two processes: its rows, in two microbatches, under DDP, with Composer's weighting."""
+    # Composer reads these, and leaves those of a run in one process behind in the process that started this one.
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = ElectraPretraining(
+        ElectraForPretraining(config, ObjectiveConfig(), 99, SpecialIds(pad=0, cls=2, sep=3, mask=4), LENGTH)
+    )
+    model.model.load_state_dict(state)
+    wrapped = DistributedDataParallel(model)
+    for first_rows in SHARES:
+        model.zero_grad()
+        mine = {name: t[:first_rows] if rank == 0 else t[first_rows:] for name, t in batch.items()}
+        counted = model.count_batch(mine)
+        halves = [{name: tensor[half::2] for name, tensor in counted.items()} for half in range(2)]
+        for half, context in zip(halves, (wrapped.no_sync(), contextlib.nullcontext()), strict=True):
+            with context:
+                weight = len(half["input_ids"]) / (len(batch["input_ids"]) / 2)  # over the mean of the processes' rows
+                (model.loss(wrapped(half), half)["total"] * weight).backward()
+        torch.save(gradients(model.model), f"{out}/{first_rows}_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+SHARES = (4, 6)  # of the eight rows, how many the first process has
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_give_the_gradient_of_one(
+    make_model: Make, make_batch: Make, tiny_model_config: Make, tmp_path: Path
+) -> None:
+    """Four rows each, and six against two, under DDP over gloo."""
+    model = make_model()
+    batch = noisy(model, make_batch(VERY_UNEVEN))
+    expected, _ = reference(model, batch)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (port, tiny_model_config(), model.state_dict(), batch, str(tmp_path))
+    torch.multiprocessing.start_processes(_process, args=arguments, nprocs=2, start_method="spawn")
+    for first_rows in SHARES:
+        for rank in range(2):
+            assert_same(torch.load(tmp_path / f"{first_rows}_{rank}.pt"), expected)
+
+
+# Metrics
+
+
+def outputs_of(logits: list[list[float]], truth: list[list[int]], **stats: float) -> dict[str, Any]:
+    """Outputs as the forward gives them, their counts made by hand in the test."""
+    return {
+        "rtd_logits": torch.tensor(logits),
+        "replaced": torch.tensor(truth).bool(),
+        "stats": {name: torch.tensor(value) for name, value in stats.items()},
+    }
+
+
+def computed(model: ElectraPretraining, updates: list[tuple[Batch, dict[str, Any]]]) -> dict[str, float]:
+    metrics = model.get_metrics(is_train=False)
+    for batch, outputs in updates:
+        for metric in metrics.values():
+            model.update_metric(batch, outputs, metric)
+    return {name: metric.compute().item() for name, metric in metrics.items()}
+
+
+def test_metrics_of_two_batches_counted_by_hand(make_model: Make) -> None:
+    """Seven tokens in the first batch (one padding), three in the second.
+
+    First: logits + + + - - - -, truth R O R R O O O: 2 true and 1 false positives, 1 false and 3 true negatives.
+    Second: + - -, truth O O R: 1 false positive, 1 true and 1 false negative.
+    Together: precision 2/4, recall 2/4, accuracy 6/10, replaced 4/10.
+    """
+    first = outputs_of(
+        [[3.0, 2.0, 1.0, -1.0], [-2.0, -3.0, -4.0, 9.0]],
+        [[1, 0, 1, 1], [0, 0, 0, 0]],
+        masked=5.0,
+        mlm_correct=2.0,
+        sampled_correct=2.0,
+        tokens=7.0,
+        replaced=3.0,
+        true_positive=2.0,
+        false_positive=1.0,
+        false_negative=1.0,
+        true_negative=3.0,
+        mlm_loss_sum=10.0,
+        rtd_loss_sum=3.5,
+    )
+    second = outputs_of(
+        [[5.0, -0.5, -2.5, 0.0]],
+        [[0, 0, 1, 0]],
+        masked=1.0,
+        mlm_correct=1.0,
+        sampled_correct=0.0,
+        tokens=3.0,
+        replaced=1.0,
+        true_positive=0.0,
+        false_positive=1.0,
+        false_negative=1.0,
+        true_negative=1.0,
+        mlm_loss_sum=1.0,
+        rtd_loss_sum=6.0,
+    )
+    updates = [
+        ({"sequence_ids": torch.tensor([[1, 1, 1, 2], [1, 1, 1, 0]])}, first),
+        ({"sequence_ids": torch.tensor([[1, 1, 1, 0]])}, second),
+    ]
+    found = computed(ElectraPretraining(make_model()), updates)
+    assert found.pop("total_loss") == pytest.approx(11 / 6 + 50 * 9.5 / 10)
+    # Positives 3, 1, -1, -2.5 against negatives 2, -2, -3, -4, 5, -0.5: of 24 pairs 5 + 4 + 3 + 2 are in order.
+    assert found.pop("rtd_auc") == pytest.approx(14 / 24, abs=1e-3)
+    assert found == pytest.approx(
+        {
+            "mlm_loss": 11 / 6,
+            "mlm_accuracy": 3 / 6,
+            "sampled_accuracy": 2 / 6,
+            "rtd_loss": 9.5 / 10,
+            "rtd_accuracy": 6 / 10,
+            "rtd_precision": 2 / 4,
+            "rtd_recall": 2 / 4,
+            "replaced_share": 4 / 10,
+        }
+    )
+
+
+@pytest.mark.parametrize("shift", [0.0, -6.0])
+def test_auc_against_the_rank_statistic(make_model: Make, shift: float) -> None:
+    """The share of (replaced, original) pairs in the right order, ties half; also at low probabilities."""
+    model = ElectraPretraining(make_model())
+    generator = torch.Generator().manual_seed(5)
+    metric = model.get_metrics(is_train=False)["rtd_auc"]
+    positives, negatives = [], []
+    for _ in range(2):
+        replaced = torch.rand(20, 50, generator=generator) < 0.1
+        logits = torch.randn(20, 50, generator=generator) + shift + replaced * 1.5
+        present = torch.rand(20, 50, generator=generator) < 0.9
+        logits[~present] = 30.0  # would spoil the curve if padding were counted
+        outputs = {"rtd_logits": logits, "replaced": replaced & present}
+        model.update_metric({"sequence_ids": present.long()}, outputs, metric)
+        positives.append(logits[replaced & present])
+        negatives.append(logits[~replaced & present])
+    pairs = torch.cat(positives)[:, None] - torch.cat(negatives)[None]
+    expected = ((pairs > 0).double() + 0.5 * (pairs == 0).double()).mean().item()
+    assert 0.8 < expected < 0.9
+    assert metric.compute().item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_metrics_are_numbers_when_nothing_was_called_replaced(make_model: Make, make_batch: Make) -> None:
+    """Early in training the discriminator calls nothing replaced: precision is 0 then, not NaN."""
+    model = ElectraPretraining(make_model())
+    with torch.no_grad():
+        model.model.rtd_head.out.bias.fill_(-100.0)
+    batch = make_batch(VERY_UNEVEN)
+    found = computed(model, [(batch, model.eval_forward(batch))])
+    assert found["rtd_precision"] == 0.0
+    assert found["rtd_recall"] == 0.0
+
+
+def test_training_metrics_are_left_to_the_callback(make_model: Make) -> None:
+    assert ElectraPretraining(make_model()).get_metrics(is_train=True) == {}
+
+
+@pytest.mark.parametrize("sampling", ["gumbel", "inverse_cdf"])
+def test_evaluation_masks_depend_on_the_batch_alone(make_model: Make, make_batch: Make, sampling: str) -> None:
+    """The same twice, whatever was drawn in between; other rows, other masks; torch's own stream is not touched."""
+    model = ElectraPretraining(make_model(objective=ObjectiveConfig(sampling=sampling))).eval()
+    batch, other = make_batch(VERY_UNEVEN), make_batch(VERY_UNEVEN, seed=1)
+    before = torch.get_rng_state()
+    first = model.eval_forward(batch)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(17)
+    second = model.eval_forward(batch)
+    for name in ("masked_positions", "corrupted_ids", "rtd_logits", "mlm_loss"):
+        assert torch.equal(first[name], second[name]), name
+    assert not torch.equal(first["masked_positions"], model.eval_forward(other)["masked_positions"])
+    assert "noise" not in batch
+
+
+# Operations
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"embedding_size": 32, "generator_layers": 1}, {"hidden_size": 64, "embedding_size": 64}]
+)
+def test_operations_against_torchs_counter(
+    make_model: Make, make_batch: Make, tiny_model_config: Make, sizes: dict[str, Any]
+) -> None:
+    """Torch's counter adds up every matrix product of forward and backward; attention on its plain path, so that its
+    products are counted like any other and none is computed twice. Rows are full of one example, so that all that is
+    computed is needed. The masked-LM head is one operator to the counter, of three products: logits, gradient of the
+    features, gradient of the embeddings; none with the padded rows of the table."""
+
+    def head_operations(features: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return 3 * 2 * features[0] * features[1] * VOCAB_SIZE
+
+    model = ElectraPretraining(make_model(tiny_model_config(**sizes)))
+    batch = model.count_batch(make_batch(FULL))
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        FlopCounterMode(
+            display=False, custom_mapping={torch.ops.electra_composer.masked_lm_chunked: head_operations}
+        ) as counter,
+    ):
+        model.loss(model(batch), batch)["total"].backward()
+    assert model.flops_per_batch(batch) == counter.get_total_flops()
+
+
+def test_operations_by_hand(make_model: Make, make_batch: Make) -> None:
+    """Two layers of 32 (generator: 16), feed-forward 128 (64), embeddings of 16, vocabulary of 99; rows of 20 tokens in
+    two examples of 12 and 8, and of 6 tokens: 26 tokens, squared lengths 144 + 64 + 36 = 244, 3 + 1 masked."""
+    discriminator = 6 * 26 * (2 * (4 * 1_024 + 2 * 4_096) + 512) + 12 * 2 * 32 * 244  # projection from 16 to 32
+    generator = 6 * 26 * (2 * (4 * 256 + 2 * 1_024)) + 12 * 2 * 16 * 244  # no projection
+    mlm_head = 6 * 4 * (16 * 16 + 16 * 99)
+    rtd_head = 6 * 26 * (32 * 32 + 32)
+    assert (discriminator, generator, mlm_head, rtd_head) == (4_101_120, 1_052_160, 44_160, 164_736)
+    model = ElectraPretraining(make_model())
+    assert model.flops_per_batch(make_batch([[(5, 7), (8, 0)], [(6, 0)]])) == 5_362_176
+
+
+def test_padding_and_other_examples_of_a_row_are_no_operations(make_model: Make, make_batch: Make) -> None:
+    model = ElectraPretraining(make_model())
+    short, long = make_batch([[(6, 0)]], length=8), make_batch([[(6, 0)]], length=32)
+    assert model.flops_per_batch(short) == model.flops_per_batch(long)
+    packed, apart = make_batch([[(20, 0), (10, 0)]]), make_batch([[(20, 0)], [(10, 0)]])
+    head = 6 * 16 * (16 + 99)  # 4 of the 30 tokens of a row are masked (its slots), 3 + 2 of those of two rows
+    assert model.flops_per_batch(apart) - model.flops_per_batch(packed) == head
+
+
+# What compilation and sharding see
+
+
+@pytest.mark.parametrize("cpu_autocast", [False, True])
+def test_the_composer_forward_compiles_without_a_graph_break(
+    make_model: Make, make_batch: Make, cpu_autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Composer compiles the forward of the `ComposerModel`, its batch a dictionary."""
+    torch.compiler.reset()
+    # Compiled, attention in bf16 is torch's, which rounds otherwise than the products that are faster without.
+    monkeypatch.setattr("electra_composer.model.kernels.attention._is_short_bf16", lambda qkv: False)
+    model = ElectraPretraining(make_model(), cpu_autocast=cpu_autocast)
+    batch = model.count_batch(noisy(model.model, make_batch(VERY_UNEVEN)))
+    found = torch.compile(model.forward, fullgraph=True, backend="eager")(batch)
+    expected = model(batch)
+    assert torch.equal(found["corrupted_ids"], expected["corrupted_ids"])
+    torch.testing.assert_close(found["rtd_loss"], expected["rtd_loss"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_only_child_wraps_layers_and_nothing_else(make_model: Make) -> None:
+    model = ElectraPretraining(make_model())
+    assert [name for name, _ in model.named_children()] == ["model"]
+    wrapped = {type(module) for module in model.modules() if model.model.fsdp_wrap_fn(module)}
+    assert wrapped == {Layer}
+
+
+def test_every_field_of_the_objective_is_read(make_model: Make) -> None:
+    """A switch that changes nothing would be worse than none."""
+    source = "".join(
+        Path(path).read_text(encoding="utf-8")
+        for path in (_source("electra"), _source("composer_model"), _source("masking"))
+    )
+    for field in dataclasses.fields(ObjectiveConfig):
+        assert f"objective.{field.name}" in source, field.name
+
+
+def _source(module: str) -> str:
+    import importlib
+
+    file = importlib.import_module(f"electra_composer.{module}").__file__
+    assert file is not None
+    return file

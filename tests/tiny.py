@@ -1,0 +1,25 @@
+"""Paths and the tiny pretraining configuration shared by the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+SHARED_DATA = ROOT.parent / "shared" / "data"  # real text and GLUE files, where they are at hand
+
+TINY_YAML = """
+run_name: tiny
+seed: 1
+data: {path: SHARDS, max_seq_length: 32, num_workers: 0}
+model:
+  {num_layers: 1, hidden_size: 32, num_heads: 2, embedding_size: 16, generator_size: 0.5, max_positions: 40,
+   dropout: 0.1, attention_dropout: 0.1}
+optimizer: {lr: 5.0e-3}
+schedule: {warmup: 2ba}
+trainer: {max_duration: 16ba, global_train_batch_size: 8, device_eval_batch_size: 8, eval_interval: 16ba,
+          precision: fp32, log_interval: 1ba, progress_bar: false}
+checkpoints: {folder: FOLDER, interval: 4ba, keep: 1, milestones: [0.0625, 0.125, 0.25, 0.5, 1.0]}
+callbacks: {speed_monitor: {window_size: 2}, runtime_estimator: {}, lr_monitor: {}}
+loggers: {metrics_file: {}}
+"""

@@ -1,0 +1,176 @@
+"""What runs where: every combination of device and precision, with and without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from electra_composer.config import TrainerConfig
+from electra_composer.errors import UserError
+from electra_composer.model.encoder import EncoderConfig
+from electra_composer.training import devices
+from electra_composer.training.devices import choose_attention, faster, resolve_device
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def bf16_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: True)
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that has no bfloat16 but in emulation."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old 1080")
+
+
+@pytest.fixture
+def new_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize(("precision", "autocast"), [("fp32", False), ("amp_bf16", True)])
+def test_cpu(no_gpu: None, bf16_cpu: None, device: str | None, precision: str, autocast: bool) -> None:
+    """Composer is told fp32, the only precision it takes there; bfloat16 is the model's own autocast."""
+    trainer = TrainerConfig(device=device, precision=precision)  # type: ignore[arg-type]
+    assert resolve_device(trainer) == ("cpu", "fp32", autocast)
+
+
+def test_cpu_may_be_asked_for_beside_a_gpu(new_gpu: None, bf16_cpu: None) -> None:
+    assert resolve_device(TrainerConfig(device="cpu", precision="amp_bf16")) == ("cpu", "fp32", True)
+
+
+@pytest.mark.parametrize("device", [None, "gpu"])
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "amp_fp16"])
+def test_gpu(new_gpu: None, device: str | None, precision: str) -> None:
+    """Composer's own default on a GPU is fp16: what it is given is always stated."""
+    trainer = TrainerConfig(device=device, precision=precision)  # type: ignore[arg-type]
+    assert resolve_device(trainer) == ("gpu", precision, False)
+
+
+def test_default_precision_is_bfloat16(new_gpu: None) -> None:
+    assert resolve_device(TrainerConfig())[1] == "amp_bf16"
+
+
+def test_gpu_without_bfloat16_is_told_of_fp16(old_gpu: None) -> None:
+    with pytest.raises(UserError, match=r"Old 1080 cannot do; set trainer\.precision=amp_fp16"):
+        resolve_device(TrainerConfig(precision="amp_bf16"))
+    assert resolve_device(TrainerConfig(precision="amp_fp16")) == ("gpu", "amp_fp16", False)
+
+
+def test_gpu_that_is_not_there(no_gpu: None) -> None:
+    with pytest.raises(UserError, match=r"no CUDA device; set trainer\.device=cpu"):
+        resolve_device(TrainerConfig(device="gpu"))
+
+
+def test_fp16_on_a_cpu(no_gpu: None) -> None:
+    with pytest.raises(UserError, match="amp_fp16, which a CPU cannot do"):
+        resolve_device(TrainerConfig(precision="amp_fp16"))
+
+
+def test_bfloat16_on_a_cpu_without_it_names_the_switch(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: False)
+    with pytest.raises(UserError, match=r"no instructions .* set trainer\.precision=fp32"):
+        resolve_device(TrainerConfig(precision="amp_bf16"))
+    assert resolve_device(TrainerConfig(precision="fp32")) == ("cpu", "fp32", False)
+
+
+def test_what_the_cpu_multiplies_is_what_the_kernel_says() -> None:
+    """Against the flags of the processor, where Linux lists them."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = {flag for line in file if line.startswith("flags") for flag in line.split(":")[1].split()}
+    except OSError:
+        flags = set()
+    if not flags:
+        pytest.skip("no list of the processor's flags")
+    assert devices.cpu_multiplies_bfloat16() == bool(flags & {"avx512_bf16", "amx_bf16", "amx_tile"})
+
+
+def test_automatic_microbatches_need_a_gpu(no_gpu: None) -> None:
+    with pytest.raises(UserError, match="device_train_microbatch_size is auto"):
+        resolve_device(TrainerConfig(precision="fp32", device_train_microbatch_size="auto"))
+
+
+ENCODER = EncoderConfig(99, 16, 32, 2, 4, 128, 40, 0.1, 0.1, 0.02, 1e-12)
+
+
+def test_varlen_attention_needs_cuda_and_half_precision(no_gpu: None) -> None:
+    with pytest.raises(UserError, match=r"varlen, which needs CUDA; set trainer\.attention=auto or sdpa"):
+        resolve_device(TrainerConfig(precision="fp32", attention="varlen"))
+
+
+def test_varlen_attention_in_fp32(new_gpu: None) -> None:
+    with pytest.raises(UserError, match=r"set trainer\.attention=sdpa or trainer\.precision=amp_bf16"):
+        resolve_device(TrainerConfig(precision="fp32", attention="varlen"))
+
+
+def test_attention_of_a_cpu_and_of_fp32(no_gpu: None) -> None:
+    for attention in ("auto", "sdpa"):
+        path, reason = choose_attention(TrainerConfig(precision="fp32", attention=attention), ENCODER, 8, 32)  # type: ignore[arg-type]
+        assert path == "sdpa"
+        assert reason
+
+
+def test_the_faster_path_is_taken_and_one_that_fails_is_named() -> None:
+    """Work that differs a hundredfold; the third path cannot run."""
+
+    def fails() -> None:
+        raise RuntimeError("no kernel for this head size\nstack")
+
+    small, large = torch.ones(8, 8), torch.ones(600, 600)
+    path, reason = faster(
+        {"slow": lambda: large @ large @ large, "fast": lambda: small @ small, "no": fails}, lambda: None
+    )
+    assert path == "fast"
+    assert "slow " in reason
+    assert "no: no kernel for this head size" in reason
+    with pytest.raises(RuntimeError, match="no path of attention runs here"):
+        faster({"no": fails}, lambda: None)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_attention_is_chosen_by_measuring() -> None:
+    path, reason = choose_attention(TrainerConfig(), ENCODER, 8, 32)
+    assert path in ("sdpa", "varlen")
+    assert reason.startswith("measured: sdpa ")
+
+
+def test_freed_memory_is_kept() -> None:
+    """In a process of its own: 256 MB that were freed are still resident, and are not after `malloc_trim`."""
+    code = """
+import ctypes, torch
+from electra_composer.training.devices import keep_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+if not keep_freed_memory():
+    print("no glibc")
+else:
+    before = resident()
+    x = torch.ones(64, 2**20)
+    del x
+    print(resident() - before)
+    ctypes.CDLL(None).malloc_trim(0)
+    print(resident() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
+    if out[0] == "no glibc":
+        pytest.skip("no glibc")
+    assert float(out[0]) > 200
+    assert float(out[1]) < 100
+
+
+def test_automatic_microbatches_on_a_gpu(new_gpu: None) -> None:
+    assert resolve_device(TrainerConfig(device_train_microbatch_size="auto"))[0] == "gpu"

@@ -1,0 +1,285 @@
+"""A run is the same run on one process and on several, replicated or sharded, compiled or not, whole or continued.
+
+Real shards and `pretrain.main`; see equality.py for the two things that are replaced. Twenty batches of twelve rows go
+beyond the end of an epoch. Three processes divide neither the embedding tables (128, 40 and 2 rows) nor the layers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equality
+import pytest
+import torch
+from launcher import COMPOSER, launch
+from tiny import ROOT
+
+from electra_composer.checkpoints.sharded import is_sharded
+from electra_composer.checkpoints.weights import read_checkpoint
+from electra_composer.export import export
+
+pytestmark = pytest.mark.distributed
+
+YAML = """
+run_name: equal
+seed: 1
+data: {path: SHARDS, max_seq_length: 32, num_workers: 0, num_canonical_nodes: 1}
+model:
+  {num_layers: 2, hidden_size: 32, num_heads: 2, embedding_size: 16, generator_size: 0.5, max_positions: 40,
+   dropout: 0.0, attention_dropout: 0.0}
+optimizer: {lr: 5.0e-4}
+schedule: {warmup: 2ba}
+trainer: {max_duration: 20ba, global_train_batch_size: 12, device_eval_batch_size: 8, eval_interval: 20ba,
+          eval_batches: 1, precision: fp32, log_interval: 1ba, progress_bar: false, device: cpu}
+checkpoints: {folder: FOLDER, milestones: [0.5, 1.0]}
+"""
+TIED = "model.tie_encoder=true model.generator_size=1.0 model.num_heads=1"
+COMPILED = "trainer.compile=true"
+FSDP = "trainer.fsdp={}"
+MICRO = "trainer.device_train_microbatch_size=5"
+SHARDED = "trainer.fsdp={} trainer.fsdp.state_dict_type=sharded"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    folder = tmp_path_factory.mktemp("equality")
+    (folder / "equal.yaml").write_text(YAML.replace("SHARDS", str(shards)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Path:
+    """Runs of one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        arrangements = [
+            "whole",
+            f"tied {TIED}",
+            f"fsdp {FSDP}",
+            f"micro_recomputed {MICRO} trainer.activation_checkpointing=true",
+            "infinite trainer.on_nonfinite=skip",
+        ]
+        equality.main(str(folder / "1"), str(folder / "equal.yaml"), arrangements)
+    return folder / "1"
+
+
+def runs_of(folder: Path, processes: int, *arrangements: str) -> Path:
+    yaml, out = folder / "equal.yaml", folder / str(processes)
+    launch(processes, str(ROOT / "tests" / "equality.py"), str(out), str(yaml), *arrangements)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, one: Path) -> Path:
+    """Runs of two processes."""
+    return runs_of(
+        folder,
+        2,
+        "ddp",
+        f"ddp_compiled {COMPILED}",
+        f"fsdp_micro_recomputed {FSDP} {MICRO} trainer.fsdp.activation_checkpointing=true",
+        f"tied_fsdp_compiled {TIED} {COMPILED} {FSDP}",
+        f"sharded {SHARDED}",
+        f"ddp_from_file@10 checkpoints.load_path={middle(one / 'whole')}",
+        f"infinite_fsdp trainer.on_nonfinite=skip {FSDP}",
+    )
+
+
+@pytest.fixture(scope="module")
+def three(folder: Path, one: Path, two: Path) -> Path:
+    """Runs of three processes."""
+    return runs_of(
+        folder,
+        3,
+        f"fsdp {FSDP}",
+        f"tied_fsdp {TIED} {FSDP}",
+        f"sharded_from_file@10 {SHARDED} checkpoints.load_path={middle(one / 'whole')}",
+        f"sharded_from_sharded@10 {SHARDED} checkpoints.load_path={middle(two / 'sharded')}",
+        f"lost_fsdp {FSDP}",
+    )
+
+
+def middle(run: Path) -> Path:
+    """The checkpoint after ten batches, of one form or the other."""
+    return run / "milestone-ba10" if (run / "milestone-ba10").is_dir() else run / "milestone-ba10-rank0.pt"
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    """The same rows in every batch, losses to 1e-5, and weights; of the batches that `run` has."""
+    seen, expected = (json.loads((path / "seen.json").read_text()) for path in (run, reference))
+    start = int(run.name.partition("@")[2] or 0)
+    assert len(seen["losses"]) == 20 - start
+    assert seen["rows"] == expected["rows"][start:]
+    assert seen["losses"] == pytest.approx(expected["losses"][start:], rel=1e-5)
+    weights, theirs = read_checkpoint(str(run)).state, read_checkpoint(str(reference)).state
+    assert weights.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        # An update of Adam is some lr × 3 = 1e-3 at first; a lost one, of one row, would be a thousand times this.
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def reference_of(run: Path, one: Path) -> Path:
+    return one / ("tied" if "tied" in run.name else "whole")
+
+
+TWO = ["ddp", "ddp_compiled", "fsdp_micro_recomputed", "tied_fsdp_compiled", "sharded"]
+
+
+@pytest.mark.parametrize("name", ["fsdp", "micro_recomputed"])
+def test_one_process(one: Path, name: str) -> None:
+    assert_same_run(one / name, one / "whole")
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_processes(one: Path, two: Path, name: str) -> None:
+    assert_same_run(two / name, reference_of(two / name, one))
+
+
+@pytest.mark.parametrize("name", ["fsdp", "tied_fsdp"])
+def test_three_processes(one: Path, three: Path, name: str) -> None:
+    assert_same_run(three / name, reference_of(three / name, one))
+
+
+def test_a_shard_that_is_not_updated_is_noticed(one: Path, three: Path) -> None:
+    """The tests above fail if the last process loses its updates of the embeddings (pytorch#176076)."""
+    with pytest.raises(AssertionError):
+        assert_same_run(three / "lost_fsdp", one / "whole")
+    weights, theirs = (read_checkpoint(str(run)).state for run in (three / "lost_fsdp", one / "whole"))
+    rows = (weights["embeddings.word.weight"] - theirs["embeddings.word.weight"]).abs().amax(1)
+    # It has rows 86 to 127, of which 99 and on are padding; it kept what they were at the start.
+    assert (rows[86:99] > 1e-4).all()
+    begin = read_checkpoint(str(middle(three / "lost_fsdp"))).state["embeddings.word.weight"]
+    assert torch.equal(weights["embeddings.word.weight"][86:99], begin[86:99])
+
+
+def test_every_parameter_moves(one: Path, three: Path) -> None:
+    """Every row of every matrix, on every shard, between the tenth batch and the last; without a reference."""
+    for run in (one / "whole", three / "fsdp", three / "tied_fsdp"):
+        before, after = read_checkpoint(str(middle(run))).state, read_checkpoint(str(run)).state
+        for name, tensor in after.items():
+            still = (tensor == before[name]).flatten(1 if tensor.ndim > 1 else 0).all(-1)
+            if name.endswith("word.weight"):
+                still = still[:99]  # the rest is padding
+            if name.endswith("position.weight"):
+                still = still[:32]  # no row is longer
+            assert not still.any(), f"{run.name}: {name}"
+
+
+def test_what_is_compiled(two: Path, one: Path) -> None:
+    """The whole forward at once under DDP, which splits it at its buckets; each layer under FSDP."""
+    graphs = {path.parent.name: json.loads(path.read_text())["graphs"] for path in two.glob("*/seen.json")}
+    assert graphs["ddp"] == 0
+    assert graphs["ddp_compiled"] >= 2  # training and evaluation
+    assert graphs["tied_fsdp_compiled"] >= 2
+
+
+# Checkpoints of one form and number of processes, loaded into others: weights, optimizer, clock, position in the data
+
+
+def test_from_one_file_to_two_replicas(one: Path, two: Path) -> None:
+    assert_same_run(two / "ddp_from_file@10", one / "whole")
+
+
+@pytest.mark.parametrize("name", ["sharded_from_file@10", "sharded_from_sharded@10"])
+def test_to_three_shards(one: Path, three: Path, name: str) -> None:
+    assert is_sharded(os.path.realpath(three / name / "latest-rank0.pt"))
+    assert_same_run(three / name, one / "whole")
+
+
+def test_from_two_shards_to_one_process(folder: Path, one: Path, two: Path) -> None:
+    """To one file and to one shard; and a run that kept shards goes on without them in its own folder."""
+    shutil.copytree(two / "sharded", folder / "own@10", symlinks=True)
+    (folder / "own@10" / "latest-rank0.pt").unlink()
+    (folder / "own@10" / "latest-rank0.pt").symlink_to("milestone-ba10")
+    load = f"checkpoints.load_path={middle(two / 'sharded')}"
+    equality.main(str(folder), str(folder / "equal.yaml"), [f"file@10 {load}", f"shard@10 {load} {SHARDED}", "own@10"])
+    for name in ("file@10", "shard@10", "own@10"):
+        assert_same_run(folder / name, one / "whole")
+
+
+def test_export_from_both_forms(folder: Path, one: Path, two: Path, three: Path) -> None:
+    from transformers import ElectraForPreTraining
+
+    exported = {}
+    for name, run in {"file": one / "whole", "two": two / "sharded", "three": three / "sharded_from_file@10"}.items():
+        export(read_checkpoint(str(run)), str(folder / f"export_{name}"))
+        exported[name] = ElectraForPreTraining.from_pretrained(folder / f"export_{name}" / "discriminator").state_dict()
+    for name in ("two", "three"):
+        for key, tensor in exported["file"].items():
+            torch.testing.assert_close(exported[name][key], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_an_infinite_loss_of_one_process_is_skipped_by_all(one: Path, two: Path) -> None:
+    """Both record it, and go on as the one process that had the whole batch does."""
+    run = two / "infinite_fsdp"
+    records = [json.loads((run / "trouble" / f"ba2-rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert [record["gradient_norm"] for record in records] == ["nan", "nan"]
+    assert isinstance(records[0]["loss_of_this_process"], float)
+    assert isinstance(records[1]["loss_of_this_process"], str)
+    rows = json.loads((run / "seen.json").read_text())["rows"]
+    assert sorted(records[0]["rows"] + records[1]["rows"]) == rows[1]
+    weights, theirs = (read_checkpoint(str(path)).state for path in (run, one / "infinite"))
+    for name, tensor in theirs.items():
+        assert tensor.isfinite().all()
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+# Several nodes
+
+
+def two_nodes(folder: Path) -> Callable[[int, int], list[str]]:
+    """The launcher of one node of two, in a name space that has its own shared memory, as another machine has.
+
+    Streaming shares state in `/dev/shm` between the processes of a node; two nodes on one machine would share it too.
+    """
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
+
+    def command(rank: int, port: int) -> list[str]:
+        place = ["--world_size", "2", "--node_rank", str(rank), "--nproc", "1"]
+        address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        script = [str(ROOT / "tests" / "equality.py"), str(folder / "nodes"), str(folder / "equal.yaml"), "ddp"]
+        return [*alone, str(COMPOSER), *place, *address, *script]
+
+    return command
+
+
+def has_name_spaces() -> bool:
+    try:
+        command = ["unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /dev/shm"]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="name spaces are Linux's")
+def test_two_nodes(folder: Path, one: Path) -> None:
+    """Two launchers with a node rank each; they share the run's folder, as on a cluster's file system."""
+    if not has_name_spaces():
+        pytest.skip("no name spaces for users here, so two nodes would share one /dev/shm")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = two_nodes(folder)
+    environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            command(rank, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for node in nodes:
+            output, _ = node.communicate(timeout=300)
+            assert node.returncode == 0, output[-4000:]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert_same_run(folder / "nodes" / "ddp", one / "whole")
