@@ -6,9 +6,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NEWEST := .venv-newest
 
-# A module's tests run in one worker, since many share fixtures that take long to make. Two workers: most tests take one
-# core. A worker that is ended by a test that hangs is replaced.
-PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 8
+# A module's tests run in one worker, since many share fixtures that take long to make. A worker that is ended by a test
+# that hangs is replaced.
+WORKERS ?= 2
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 8
 
 .PHONY: quickstart test test-fast test-long test-newest lint format clean
 
@@ -20,7 +21,7 @@ test: $(STAMP)
 
 # Less than a minute: the tests that start no program and train no model.
 test-fast: $(STAMP)
-	$(BIN)/python $(PYTEST) -m 'not long and not slow and not distributed' --fast tests
+	$(BIN)/python $(PYTEST) --fast tests
 
 # What `test` leaves out: torch's C++ code generator, and the script for a GPU machine.
 test-long: $(STAMP)

@@ -66,6 +66,28 @@ def _forget_trainers() -> Iterator[None]:
     atexit.unregister(Engine._close)
 
 
+# Fixtures whose tests convert text, train a model, start a program or a server.
+HEAVY_FIXTURES = {"shards", "write_tiny_yaml", "tiny_yaml", "s3", "s3_endpoint", "gcs"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out what takes long, for a run between two edits")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --fast, deselect the tests that are marked as slow or distributed, and those with heavy fixtures."""
+    if not config.getoption("--fast"):
+        return
+    marks = ("slow", "distributed")
+    heavy = [
+        item
+        for item in items
+        if HEAVY_FIXTURES.intersection(getattr(item, "fixturenames", ())) or any(map(item.get_closest_marker, marks))
+    ]
+    config.hook.pytest_deselected(items=heavy)
+    items[:] = [item for item in items if item not in set(heavy)]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Start the server of programs.py early and once for all workers of pytest-xdist."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
