@@ -31,7 +31,7 @@ from electra_composer import pretrain
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.model.pretraining import ElectraPretraining
-from electra_composer.training import parallelism, runs
+from electra_composer.training import compilation, startup, trainer
 
 
 class LostUpdates(Callback):
@@ -96,9 +96,9 @@ def main(out: str, yaml: str, arrangements: list[str]) -> None:
         callbacks = [losses, *(spoiler for word, spoiler in SPOILERS.items() if name.startswith(word))]
         with contextlib.ExitStack() as patches:
             for place, attribute, replacement in (
-                (parallelism, "compile_config", traced(parallelism.compile_config)),
-                (runs, "check_compile", lambda trainer: None),  # no compiler is needed
-                (runs, "build_callbacks", lambda config: callbacks),  # noqa: B023
+                (compilation, "compile_config", traced(compilation.compile_config)),
+                (startup, "check_compile", lambda trainer: None),  # no compiler is needed
+                (trainer, "build_callbacks", lambda config: callbacks),  # noqa: B023
                 (ElectraPretraining, "count_batch", lambda model, batch: noise(model, batch)),  # noqa: B023
             ):
                 patches.enter_context(mock.patch.object(place, attribute, replacement))

@@ -20,7 +20,8 @@ from electra_composer.errors import UserError
 from electra_composer.export import export
 from electra_composer.model.finetuning import ElectraForClassification
 from electra_composer.pretrain import main
-from electra_composer.training import devices, runs
+from electra_composer.training import devices
+from electra_composer.training import trainer as trainer_module
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_run_leaves_what_the_configuration_says(make_config, tmp_path):
 def test_a_killed_run_continues_as_if_nothing_had_happened(make_config, tmp_path, monkeypatch):
     whole = weights(main(make_config(f"checkpoints.folder={tmp_path / 'whole'}")))
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "build_callbacks", lambda config: [Kill(after=10)])
+        patch.setattr(trainer_module, "build_callbacks", lambda config: [Kill(after=10)])
         with pytest.raises(KeyboardInterrupt):
             main(make_config())
     continued = main(make_config())

@@ -14,7 +14,8 @@ from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
 
 from electra_composer.errors import UserError
-from electra_composer.training.callbacks import STATS, BatchSeed, RunRecord, TrainMetrics, milestone_saver, rtd_metrics
+from electra_composer.training.callbacks import STATS, BatchSeed, RunRecord, TrainMetrics, rtd_metrics
+from electra_composer.training.checkpointing import milestone_saver
 
 HAND_COUNT = {
     # 10 tokens, 4 of them masked. The generator's best guess is right once, its sample twice: 2 tokens are replaced.

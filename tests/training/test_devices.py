@@ -64,7 +64,7 @@ def test_default_precision_is_bfloat16(new_gpu: None) -> None:
 
 
 def test_gpu_without_bfloat16_is_told_of_fp16(old_gpu: None) -> None:
-    with pytest.raises(UserError, match=r"Old 1080 cannot do; set trainer\.precision=amp_fp16"):
+    with pytest.raises(UserError, match=r"Old 1080 does not support; set trainer\.precision=amp_fp16"):
         resolve_device(TrainerConfig(precision="amp_bf16"))
     assert resolve_device(TrainerConfig(precision="amp_fp16")) == ("gpu", "amp_fp16", False)
 
@@ -75,7 +75,7 @@ def test_gpu_that_is_not_there(no_gpu: None) -> None:
 
 
 def test_fp16_on_a_cpu(no_gpu: None) -> None:
-    with pytest.raises(UserError, match="amp_fp16, which a CPU cannot do"):
+    with pytest.raises(UserError, match="amp_fp16, which is not supported on a CPU"):
         resolve_device(TrainerConfig(precision="amp_fp16"))
 
 

@@ -26,7 +26,7 @@ def test_a_signal_saves_and_ends_the_run(tiny_yaml, tmp_path, capfd, number, sta
     saved = tmp_path / "run" / "batch-4-rank0.pt"
     said = capfd.readouterr().err
     assert f"{number.name}: stopping after this batch" in said
-    assert f"stopped by {number.name} after batch 4: saved {saved}; the same command goes on from there" in said
+    assert f"stopped by {number.name} after batch 4: saved {saved}; rerun the same command to resume" in said
     assert why_broken(str(saved)) is None
     assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == saved.name
     assert {one: signal.getsignal(one) for one in before} == before

@@ -15,7 +15,7 @@ from electra_composer.config import FSDPConfig, TrainerConfig
 from electra_composer.errors import UserError
 from electra_composer.model.encoder import Layer
 from electra_composer.model.pretraining import ElectraPretraining
-from electra_composer.training import parallelism, runs
+from electra_composer.training import compilation, parallelism, startup
 
 Make = Callable[..., Any]
 
@@ -60,7 +60,7 @@ def test_composer_makes_the_mesh(
         (3, "gpu", "data_parallel_replicate_degree is 3, and there are 4 processes; expected a divisor of 4"),
         (0, "gpu", "data_parallel_replicate_degree is 0"),
         (8, "gpu", "data_parallel_replicate_degree is 8"),
-        (2, "cpu", "cannot add up the gradients of replicas on a CPU"),
+        (2, "cpu", "cannot reduce the gradients of replicas on a CPU"),
     ],
 )
 def test_hybrid_sharding_that_cannot_be(replicas: int, device: str, message: str) -> None:
@@ -72,10 +72,10 @@ def test_a_microbatch_that_is_to_be_found_is_refused_with_fsdp() -> None:
     trainer = TrainerConfig(
         global_train_batch_size=8, device_train_microbatch_size="auto", device_eval_batch_size=8, fsdp=FSDPConfig()
     )
-    with pytest.raises(UserError, match="which Composer does not do under FSDP2"):
-        runs.device_batch_size(trainer)
+    with pytest.raises(UserError, match="which Composer does not support under FSDP2"):
+        startup.device_batch_size(trainer)
     trainer.fsdp = None
-    assert runs.device_batch_size(trainer) == 8
+    assert startup.device_batch_size(trainer) == 8
 
 
 def test_without_fsdp() -> None:
@@ -96,7 +96,7 @@ def test_what_is_compiled(
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **arguments: compiled.append(function.__self__) or function)
     model = ElectraPretraining(make_model())
-    parallelism.compile_model(model, trainer, static_shapes=True)
+    compilation.compile_model(model, trainer, static_shapes=True)
     assert (model in compiled) == whole
     assert [module for module in compiled if isinstance(module, Layer)] == (
         [module for module in model.modules() if isinstance(module, Layer)] if layers else []

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 from electra_composer.errors import UserError
 from electra_composer.model.pretraining import ElectraPretraining
+from electra_composer.training.devices import RunDeviceGPU
 from electra_composer.training.numerical_guard import NumericalGuard
 from electra_composer.training.optim import AdamW
-from electra_composer.training.trainer import RunDeviceGPU, RunTrainer
+from electra_composer.training.trainer import RunTrainer
 
 Make = Callable[..., Any]
 
