@@ -145,6 +145,7 @@ def test_building_loggers_writes_nothing_and_fills_in_the_runs_folder(tmp_path):
     assert metrics.path == str(folder / "metrics.jsonl")
     assert isinstance(tensorboard, TensorboardLogger)
     assert tensorboard.log_dir == str(folder / "tensorboard")
+    # Workaround (composer 0.32): WandBLogger has no public access to its arguments; goes when it has.
     assert wandb._init_kwargs["dir"] == str(folder)
     assert isinstance(bar, RunProgressBar)
     assert list(tmp_path.iterdir()) == []
@@ -159,9 +160,9 @@ def test_weights_and_biases_works_offline(tmp_path, monkeypatch):
     trainer.fit()
     trainer.close()
     (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 60  # wandb writes in a process of its own, and does not wait for it offline
+    deadline = time.monotonic() + 60  # wandb writes in its own process, and does not wait for it offline
     while b"loss/train/total" not in written.read_bytes():
-        assert time.monotonic() < deadline, f"{written.stat().st_size} bytes, no loss among them"
+        assert time.monotonic() < deadline, f"{written.stat().st_size} bytes without a loss"
         time.sleep(0.05)
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: who hears them, what is saved, how a process ends."""
+"""SIGTERM and SIGINT: which processes react, what is saved, and the exit status."""
 
 from __future__ import annotations
 
@@ -80,9 +80,11 @@ subprocess.run([sys.executable, "-c", sys.argv[1]], env={**os.environ, "LOCAL_RA
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells a process that its parent has ended")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs Linux, which signals a process when its parent ends"
+)
 def test_the_end_of_the_launcher_is_a_sigterm_and_sigint_then_ends_at_once():
-    """A launcher that dies of SIGTERM leaves no process training on; what has heard of it stops at Ctrl-C."""
+    """When the launcher dies of SIGTERM its rank receives SIGTERM too; SIGINT then ends it at once."""
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, CHILD], stdout=subprocess.PIPE, text=True)
     word, pid = launcher.stdout.readline().split()
     assert word == "ready"
@@ -91,7 +93,7 @@ def test_the_end_of_the_launcher_is_a_sigterm_and_sigint_then_ends_at_once():
         assert launcher.wait(60) == -signal.SIGTERM
         assert launcher.stdout.readline() == "received [0, 1]\n"
         os.kill(int(pid), signal.SIGINT)
-        assert launcher.stdout.read() == ""  # it has ended, and said nothing more
+        assert launcher.stdout.read() == ""  # it has ended without further output
     finally:
         for left in (launcher.pid, int(pid)):
             with contextlib.suppress(ProcessLookupError):

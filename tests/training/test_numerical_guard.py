@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: what is kept of them, and that the weights never see them; spikes."""
+"""Non-finite losses and gradients: records, and updates that never reach the weights; loss spikes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from electra_composer.training.spikes import SpikeDetector
 
 
 class Watch(Callback):
-    """Copies weights and moments, and the rows, of every batch."""
+    """Copies weights, moments and row numbers of every batch."""
 
     def __init__(self) -> None:
         self.after: dict[int, dict[str, torch.Tensor]] = {}
@@ -52,7 +52,7 @@ Spoil = Callable[[int, torch.Tensor], torch.Tensor]
 
 @pytest.fixture
 def run(tiny_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run(spoil, override, …)`: a run of six batches; `spoil(batch number, total)` gives another total loss."""
+    """`run(spoil, override, …)` runs six batches; `spoil(batch number, total)` returns a changed total loss."""
 
     def start(
         spoil: Callable[[int, torch.Tensor], torch.Tensor], *overrides: str, interval: int | None = None
@@ -79,7 +79,7 @@ def run(tiny_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def infinite_at(*numbers: int) -> Spoil:
-    """Infinite, while its gradient stays what it was."""
+    """Make the loss infinite without changing its gradient."""
     return lambda batch, total: total + math.inf if batch in numbers else total
 
 
@@ -111,7 +111,7 @@ def test_the_run_stops_and_says_what_led_to_it(run: Run, tmp_path: Path, spoil: 
 
 
 def test_a_late_look_finds_the_weights_as_they_were(run: Run, tmp_path: Path) -> None:
-    """On a GPU the host looks at every tenth batch alone: nothing was applied in between."""
+    """On a GPU the host checks only every tenth batch: no update is applied in between."""
     with pytest.raises(UserError, match="batch 3: the loss is inf"):
         run(infinite_at(3), "checkpoints.interval=null", interval=5)
     after = run.watch.after  # type: ignore[attr-defined]
@@ -149,7 +149,7 @@ def test_skipping_for_ever_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("bias_correction", ["true", "false"])
 def test_a_first_update_that_is_skipped(run: Run, bias_correction: str) -> None:
-    """The optimizer has no state yet: it is made, and stays zero."""
+    """The optimizer has no state yet: it is created and stays zero."""
     watch = run(nan_at(1), "trainer.on_nonfinite=skip", f"optimizer.bias_correction={bias_correction}")
     moments = {name: tensor for name, tensor in watch.after[1].items() if "exp_avg" in name}
     assert moments
@@ -159,7 +159,7 @@ def test_a_first_update_that_is_skipped(run: Run, bias_correction: str) -> None:
 
 def test_a_full_disk_does_not_hide_what_happened(run: Run, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "trouble").write_text("in the way of the folder")
+    (tmp_path / "run" / "trouble").write_text("a file in place of the folder")
     with pytest.raises(UserError, match="batch 4: the loss is nan"):
         run(nan_at(4))
 
@@ -220,7 +220,7 @@ def test_many_spikes_are_few_lines() -> None:
 
 
 def test_a_resumed_run_counts_on() -> None:
-    """What is reported after a resume is what would have been without."""
+    """Reports after a resume are those of an uninterrupted run."""
     dice = random.Random(0)
     losses = [5 + dice.gauss(0, 0.1) for _ in range(150)] + [9.0] + [5.0] * 20
     guard = NumericalGuard("nowhere", None)
