@@ -97,7 +97,7 @@ def test_train_metrics_sum_over_microbatches_and_batches(microbatch):
     assert [int(when.batch) for when, _ in memory.data["metrics/train/rtd_loss"]] == [
         4,
         6,
-    ]  # and at the end of training
+    ]  # the end also logs
     assert [value for _, value in memory.data["metrics/train/rtd_loss"]] == [2.0, 2.0]
     assert [value for _, value in memory.data["metrics/train/mlm_accuracy"]] == [0.25, 0.25]
     assert [value for _, value in memory.data["data/fill"]] == [10 / 16, 10 / 16]

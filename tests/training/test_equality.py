@@ -122,7 +122,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
     weights, theirs = read_checkpoint(str(run)).state, read_checkpoint(str(reference)).state
     assert weights.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        # An update of Adam is about lr × 3 = 1e-3 at first; one lost update of a row would be 1,000 times the tolerance.
+        # An update of Adam is about lr × 3 = 1e-3 at first, so one lost update of a row is 1,000 times the tolerance.
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 

@@ -80,9 +80,7 @@ subprocess.run([sys.executable, "-c", sys.argv[1]], env={**os.environ, "LOCAL_RA
 """
 
 
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="needs Linux, which signals a process when its parent ends"
-)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's signal at the end of a parent")
 def test_the_end_of_the_launcher_is_a_sigterm_and_sigint_then_ends_at_once():
     """When the launcher dies of SIGTERM its rank receives SIGTERM too; SIGINT then ends it at once."""
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, CHILD], stdout=subprocess.PIPE, text=True)

@@ -126,7 +126,7 @@ def test_an_interval_that_is_none() -> None:
 
 def test_numbers_and_flags_of_the_host_stay_there() -> None:
     device = object.__new__(RunDeviceGPU)  # without its constructor, which needs a GPU
-    # Workaround (composer 0.32): so its private attribute is set here; goes when DeviceGPU can be created without a GPU.
+    # Workaround (composer 0.32): its private attribute is set instead; goes when DeviceGPU can be built without a GPU.
     device._device = torch.device("meta")
     assert device.tensor_to_device(torch.tensor(32)).device.type == "cpu"
     assert device.tensor_to_device(torch.zeros(1, dtype=torch.uint8)).device.type == "cpu"
