@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 import numpy as np
@@ -115,8 +115,8 @@ class MetricsFile(LoggerDestination):
             self.file.close()
         with open(f"{self.path}.tmp", "w", encoding="utf-8", newline="") as file:
             if self.format == "csv":
-                file.write(_csv_line(self.columns))
-            file.writelines(self._line(row) for row in rows)
+                csv.writer(file, lineterminator="\n").writerow(self.columns)
+            self._write(file, rows)
         os.replace(f"{self.path}.tmp", self.path)
         self.file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115 (closed in `close`)
 
@@ -129,14 +129,16 @@ class MetricsFile(LoggerDestination):
             rows = self._read()
             self.columns += new
             self._rewrite(rows)
-        self.file.write(self._line(row))
+        self._write(self.file, [row])
         self.file.flush()
 
-    def _line(self, row: dict[str, Any]) -> str:
+    def _write(self, file: TextIO, rows: Iterable[dict[str, Any]]) -> None:
         if self.format == "csv":
-            return _csv_line([row.get(column, "") for column in self.columns])
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        return json.dumps(finite) + "\n"
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
+            return
+        for row in rows:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            file.write(json.dumps(finite) + "\n")
 
 
 class RunConsole(ConsoleLogger):
@@ -175,9 +177,3 @@ def plain_numbers(metrics: dict[str, Any]) -> dict[str, int | float]:
         elif isinstance(value, int | float):
             numbers[name] = value
     return numbers
-
-
-def _csv_line(values: list[Any]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(values)
-    return line.getvalue()

@@ -79,13 +79,12 @@ class NumericalGuard(Callback):
         self._in_a_row = 0
         self._pending: list[PendingBatch] = []
         self._stopped: Tensor | None = None  # scalar on the device: 1 from the first non-finite update on
-        self._state: State | None = None
-        self._logger: Logger | None = None
+        self._state: State  # set when training starts
+        self._logger: Logger
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._state, self._logger = state, logger
-        if self.interval is None:
-            self.interval = GPU_INTERVAL if state.device.name == "gpu" else 1
+        self.interval = self.interval or (GPU_INTERVAL if state.device.name == "gpu" else 1)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         batch = state.batch if isinstance(state.batch, dict) else {}
@@ -152,7 +151,6 @@ class NumericalGuard(Callback):
         if not batches:
             return
         self._pending = []
-        assert self._state is not None
         is_fp16 = self._state.precision == Precision.AMP_FP16
         for batch, loss, norm in zip(batches, *_losses_and_norms(batches), strict=True):
             if math.isfinite(loss) and (is_fp16 or math.isfinite(norm)):
@@ -163,14 +161,12 @@ class NumericalGuard(Callback):
 
     def _report_spike(self, batch: PendingBatch, loss: float) -> None:
         report = self.spikes.update(batch.number, loss)
-        if self._logger is not None and self.spikes.last == batch.number:
+        if self.spikes.last == batch.number:
             self._logger.log_metrics({"trouble/loss_spikes": self.spikes.count})
         if report is not None and dist.get_global_rank() == 0:
             log.warning(report)
 
     def _report_nonfinite(self, batch: PendingBatch, loss: float, norm: float) -> None:
-        assert self._state is not None
-        assert self._logger is not None
         self.skipped += 1
         self._in_a_row += 1
         if self.stops or self.skipped <= MAX_RECORDS:

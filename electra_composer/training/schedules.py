@@ -52,10 +52,7 @@ def _cosine(start: float, end: float, fraction: float) -> float:
 
 
 SCHEDULES: dict[str, Callable[[float, float, float, float], float]] = {
-    "electra": electra,
-    "linear": linear,
-    "one_cycle": one_cycle,
-    "constant": constant,
+    function.__name__: function for function in (electra, linear, one_cycle, constant)
 }
 
 

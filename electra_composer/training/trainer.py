@@ -8,12 +8,11 @@ the host has never go to the device (:class:`~electra_composer.training.devices.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from composer import Evaluator, Trainer
@@ -126,7 +125,11 @@ class RunTrainer(Trainer):
         self.stop = stop
         time = parse_time(log_interval, "trainer.log_interval")
         self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
-        with _signal_file_per_node():
+        # Workaround (composer 0.32): ranks of a node wait for its first rank by a signal file, whose name should contain
+        # the node's rank, but the first node's name is broadcast to all. Where nodes share the run's folder, the first
+        # node to finish removes the file of the others, and they fail. Goes when names differ between nodes.
+        shared_name = dist.get_node_signal_file_name
+        with mock.patch.object(dist, "get_node_signal_file_name", lambda: f"{shared_name()}_{dist.get_node_rank()}"):
             super().__init__(**arguments)
 
     def fit(self, **arguments: Any) -> None:
@@ -178,21 +181,3 @@ class RunTrainer(Trainer):
         if self.stop is not None:
             self.stop.agree(received)
         return round(samples), round(tokens), datetime.timedelta(seconds=time)
-
-
-@contextlib.contextmanager
-def _signal_file_per_node() -> Iterator[None]:
-    """Give the signal file, by which the ranks of a node wait for their first, a name per node."""
-    # Workaround (composer 0.32): `get_node_signal_file_name` puts the node's rank into the name, then broadcasts the
-    # first node's name to all. Where nodes share the run's folder, the first node that is done removes the file of the
-    # others, and they fail. Goes when names differ between nodes.
-    name_for_all = dist.get_node_signal_file_name
-
-    def name_for_node(rng: random.Random | None = None) -> str:
-        return f"{name_for_all(rng)}_{dist.get_node_rank()}"
-
-    dist.get_node_signal_file_name = name_for_node
-    try:
-        yield
-    finally:
-        dist.get_node_signal_file_name = name_for_all
