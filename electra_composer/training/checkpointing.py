@@ -100,18 +100,14 @@ def checkpoint_savers(config: RunConfig, copy: RemoteCopy | None = None) -> list
         raise UserError(f"checkpoints.keep is {checkpoints.keep}; expected at least 1, or -1 for all")
     if not checkpoints.interval and not checkpoints.milestones:
         return []
-    folder, milestones, interval, keep = (
-        checkpoints.folder,
-        checkpoints.milestones,
-        checkpoints.interval,
-        checkpoints.keep,
-    )
+    folder, milestones, interval = checkpoints.folder, checkpoints.milestones, checkpoints.interval
     common: Any = {"latest_filename": LATEST, "overwrite": True, "replace_run": checkpoints.overwrite, "copy": copy}
     # A milestone at 1.0 is saved at the end of training; without it the interval saver saves there.
     final_events: Any = {"final_events": set()} if 1.0 in milestones else {}
     is_due = create_interval_scheduler(interval, **final_events) if interval else lambda state, event: False
     savers: list[AtomicCheckpointSaver] = [milestone_saver(folder, milestones, **common)] if milestones else []
-    savers.append(IntervalSaver(folder, "batch-", save_interval=is_due, num_checkpoints_to_keep=keep, **common))
+    common["num_checkpoints_to_keep"] = checkpoints.keep
+    savers.append(IntervalSaver(folder, "batch-", save_interval=is_due, **common))
     return savers
 
 

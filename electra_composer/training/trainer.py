@@ -125,11 +125,15 @@ class RunTrainer(Trainer):
         self.stop = stop
         time = parse_time(log_interval, "trainer.log_interval")
         self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
-        # Workaround (composer 0.32): ranks of a node wait for its first rank by a signal file, whose name should contain
-        # the node's rank, but the first node's name is broadcast to all. Where nodes share the run's folder, the first
-        # node to finish removes the file of the others, and they fail. Goes when names differ between nodes.
+        # Workaround (composer 0.32): the ranks of a node wait for its first rank by a signal file, and the first node's
+        # name for it is broadcast to all. Where nodes share the run's folder, the first node to finish removes the file
+        # of the others, and they fail. Goes when names differ between nodes.
         shared_name = dist.get_node_signal_file_name
-        with mock.patch.object(dist, "get_node_signal_file_name", lambda: f"{shared_name()}_{dist.get_node_rank()}"):
+
+        def name_per_node(*arguments: Any) -> str:
+            return f"{shared_name(*arguments)}_{dist.get_node_rank()}"
+
+        with mock.patch.object(dist, "get_node_signal_file_name", name_per_node):
             super().__init__(**arguments)
 
     def fit(self, **arguments: Any) -> None:
