@@ -62,7 +62,7 @@ def test_a_run_leaves_what_the_configuration_says(make_config, tmp_path):
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(make_config, tmp_path, monkeypatch):
-    whole = weights(main(make_config(f"checkpoints.folder={tmp_path / 'whole'}")))
+    uninterrupted = weights(main(make_config(f"checkpoints.folder={tmp_path / 'uninterrupted'}")))
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "build_callbacks", lambda config: [Kill(after=10)])
         with pytest.raises(KeyboardInterrupt):
@@ -70,7 +70,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(make_config, tmp_path
     continued = main(make_config())
     assert continued.state.timestamp.batch.value == 16
     for name, tensor in weights(continued).items():
-        assert torch.equal(tensor, whole[name]), name
+        assert torch.equal(tensor, uninterrupted[name]), name
     steps = [row["step"] for row in metrics(tmp_path / "run")]
     assert steps == list(range(16))
 

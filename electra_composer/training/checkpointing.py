@@ -106,8 +106,9 @@ def checkpoint_savers(config: RunConfig, copy: RemoteCopy | None = None) -> list
     final_events: Any = {"final_events": set()} if 1.0 in milestones else {}
     is_due = create_interval_scheduler(interval, **final_events) if interval else lambda state, event: False
     savers: list[AtomicCheckpointSaver] = [milestone_saver(folder, milestones, **common)] if milestones else []
-    common["num_checkpoints_to_keep"] = checkpoints.keep
-    savers.append(IntervalSaver(folder, "batch-", save_interval=is_due, **common))
+    savers.append(
+        IntervalSaver(folder, "batch-", save_interval=is_due, num_checkpoints_to_keep=checkpoints.keep, **common)
+    )
     return savers
 
 

@@ -52,15 +52,15 @@ def fsdp_config(config: FSDPConfig | None, device: str) -> RunFSDP2Config | None
     replicas, ranks = settings.pop("data_parallel_replicate_degree"), dist.get_world_size()
     if replicas < 1 or ranks % replicas:
         raise UserError(
-            f"trainer.fsdp.data_parallel_replicate_degree is {replicas}, and there are {ranks} processes; expected "
-            f"a divisor of {ranks}: each replica is sharded over {ranks} / replicas processes"
+            f"trainer.fsdp.data_parallel_replicate_degree is {replicas}, and there are {ranks} ranks; expected "
+            f"a divisor of {ranks}: each replica is sharded over {ranks} / replicas ranks"
         )
     if replicas > 1 and device == "cpu":
         # Workaround (torch 2.7): gloo has no average, and FSDP2 waits for an event of a device stream, so HSDP does not
         # run on CPUs; goes when it does.
         raise UserError(
             f"trainer.fsdp.data_parallel_replicate_degree is {replicas}, and PyTorch's FSDP2 cannot reduce the "
-            "gradients of replicas on a CPU; set it to 1 (shards over all processes), or trainer.fsdp=null"
+            "gradients of replicas on a CPU; set it to 1 (shards over all ranks), or trainer.fsdp=null"
         )
     composer_config = RunFSDP2Config(**settings)
     composer_config.replicas = replicas

@@ -48,7 +48,7 @@ def device_batch_size(trainer: TrainerConfig) -> int:
     microbatch = trainer.device_train_microbatch_size
     if total < 1 or total % ranks:
         raise UserError(
-            f"trainer.global_train_batch_size is {total}; expected a multiple of {ranks}, the number of processes"
+            f"trainer.global_train_batch_size is {total}; expected a multiple of {ranks}, the number of ranks"
         )
     rows = total // ranks
     if isinstance(microbatch, str) and microbatch != "auto":
@@ -60,8 +60,8 @@ def device_batch_size(trainer: TrainerConfig) -> int:
         )
     if isinstance(microbatch, int) and not 1 <= microbatch <= rows:
         raise UserError(
-            f"trainer.device_train_microbatch_size is {microbatch}; expected 1 to {rows}, the rows per process of "
-            f"trainer.global_train_batch_size {total} on {ranks} processes"
+            f"trainer.device_train_microbatch_size is {microbatch}; expected 1 to {rows}, the rows per rank of "
+            f"trainer.global_train_batch_size {total} on {ranks} ranks"
         )
     if trainer.device_eval_batch_size < 1:
         raise UserError(f"trainer.device_eval_batch_size is {trainer.device_eval_batch_size}; expected at least 1")

@@ -61,7 +61,7 @@ def one(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         arrangements = [
-            "whole",
+            "reference",
             f"tied {TIED}",
             f"fsdp {FSDP}",
             f"micro_recomputed {MICRO} trainer.activation_checkpointing=true",
@@ -88,7 +88,7 @@ def two(folder: Path, one: Path) -> Path:
         f"fsdp_micro_recomputed {FSDP} {MICRO} trainer.fsdp.activation_checkpointing=true",
         f"tied_fsdp_compiled {TIED} {COMPILED} {FSDP}",
         f"sharded {SHARDED}",
-        f"ddp_from_file@10 checkpoints.load_path={middle(one / 'whole')}",
+        f"ddp_from_file@10 checkpoints.load_path={middle(one / 'reference')}",
         f"infinite_fsdp trainer.on_nonfinite=skip {FSDP}",
     )
 
@@ -101,7 +101,7 @@ def three(folder: Path, one: Path, two: Path) -> Path:
         3,
         f"fsdp {FSDP}",
         f"tied_fsdp {TIED} {FSDP}",
-        f"sharded_from_file@10 {SHARDED} checkpoints.load_path={middle(one / 'whole')}",
+        f"sharded_from_file@10 {SHARDED} checkpoints.load_path={middle(one / 'reference')}",
         f"sharded_from_sharded@10 {SHARDED} checkpoints.load_path={middle(two / 'sharded')}",
         f"lost_fsdp {FSDP}",
     )
@@ -127,7 +127,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
 
 
 def reference_of(run: Path, one: Path) -> Path:
-    return one / ("tied" if "tied" in run.name else "whole")
+    return one / ("tied" if "tied" in run.name else "reference")
 
 
 TWO = ["ddp", "ddp_compiled", "fsdp_micro_recomputed", "tied_fsdp_compiled", "sharded"]
@@ -135,7 +135,7 @@ TWO = ["ddp", "ddp_compiled", "fsdp_micro_recomputed", "tied_fsdp_compiled", "sh
 
 @pytest.mark.parametrize("name", ["fsdp", "micro_recomputed"])
 def test_one_process(one: Path, name: str) -> None:
-    assert_same_run(one / name, one / "whole")
+    assert_same_run(one / name, one / "reference")
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -151,8 +151,8 @@ def test_three_processes(one: Path, three: Path, name: str) -> None:
 def test_a_shard_that_is_not_updated_is_noticed(one: Path, three: Path) -> None:
     """The tests above fail if the last rank loses its updates of the embeddings (pytorch#176076)."""
     with pytest.raises(AssertionError):
-        assert_same_run(three / "lost_fsdp", one / "whole")
-    weights, theirs = (read_checkpoint(str(run)).state for run in (three / "lost_fsdp", one / "whole"))
+        assert_same_run(three / "lost_fsdp", one / "reference")
+    weights, theirs = (read_checkpoint(str(run)).state for run in (three / "lost_fsdp", one / "reference"))
     rows = (weights["embeddings.word.weight"] - theirs["embeddings.word.weight"]).abs().amax(1)
     # It has rows 86 to 127, of which those from 99 are padding; it kept their initial values.
     assert (rows[86:99] > 1e-4).all()
@@ -162,7 +162,7 @@ def test_a_shard_that_is_not_updated_is_noticed(one: Path, three: Path) -> None:
 
 def test_every_parameter_moves(one: Path, three: Path) -> None:
     """Without a reference: every row of every matrix changes between the tenth batch and the last, on every shard."""
-    for run in (one / "whole", three / "fsdp", three / "tied_fsdp"):
+    for run in (one / "reference", three / "fsdp", three / "tied_fsdp"):
         before, after = read_checkpoint(str(middle(run))).state, read_checkpoint(str(run)).state
         for name, tensor in after.items():
             still = (tensor == before[name]).flatten(1 if tensor.ndim > 1 else 0).all(-1)
@@ -185,13 +185,13 @@ def test_what_is_compiled(two: Path, one: Path) -> None:
 
 
 def test_from_one_file_to_two_replicas(one: Path, two: Path) -> None:
-    assert_same_run(two / "ddp_from_file@10", one / "whole")
+    assert_same_run(two / "ddp_from_file@10", one / "reference")
 
 
 @pytest.mark.parametrize("name", ["sharded_from_file@10", "sharded_from_sharded@10"])
 def test_to_three_shards(one: Path, three: Path, name: str) -> None:
     assert is_sharded(os.path.realpath(three / name / "latest-rank0.pt"))
-    assert_same_run(three / name, one / "whole")
+    assert_same_run(three / name, one / "reference")
 
 
 def test_from_two_shards_to_one_process(folder: Path, one: Path, two: Path) -> None:
@@ -202,14 +202,18 @@ def test_from_two_shards_to_one_process(folder: Path, one: Path, two: Path) -> N
     load = f"checkpoints.load_path={middle(two / 'sharded')}"
     equality.main(str(folder), str(folder / "equal.yaml"), [f"file@10 {load}", f"shard@10 {load} {SHARDED}", "own@10"])
     for name in ("file@10", "shard@10", "own@10"):
-        assert_same_run(folder / name, one / "whole")
+        assert_same_run(folder / name, one / "reference")
 
 
 def test_export_from_both_forms(folder: Path, one: Path, two: Path, three: Path) -> None:
     from transformers import ElectraForPreTraining
 
     exported = {}
-    for name, run in {"file": one / "whole", "two": two / "sharded", "three": three / "sharded_from_file@10"}.items():
+    for name, run in {
+        "file": one / "reference",
+        "two": two / "sharded",
+        "three": three / "sharded_from_file@10",
+    }.items():
         export(read_checkpoint(str(run)), str(folder / f"export_{name}"))
         exported[name] = ElectraForPreTraining.from_pretrained(folder / f"export_{name}" / "discriminator").state_dict()
     for name in ("two", "three"):
@@ -240,13 +244,21 @@ def two_nodes(folder: Path) -> Callable[[int, int], list[str]]:
 
     Streaming shares state between the ranks of a node in `/dev/shm`; two nodes on one machine would share it too.
     """
-    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
+    isolated = [
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs tmpfs /dev/shm && exec "$@"',
+        "sh",
+    ]
 
     def command(rank: int, port: int) -> list[str]:
         place = ["--world_size", "2", "--node_rank", str(rank), "--nproc", "1"]
         address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
         script = [str(ROOT / "tests" / "equality.py"), str(folder / "nodes"), str(folder / "equal.yaml"), "ddp"]
-        return [*alone, str(COMPOSER), *place, *address, *script]
+        return [*isolated, str(COMPOSER), *place, *address, *script]
 
     return command
 
@@ -282,4 +294,4 @@ def test_two_nodes(folder: Path, one: Path) -> None:
     finally:
         for node in nodes:
             node.kill()
-    assert_same_run(folder / "nodes" / "ddp", one / "whole")
+    assert_same_run(folder / "nodes" / "ddp", one / "reference")

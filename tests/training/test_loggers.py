@@ -158,8 +158,8 @@ class Crash(Callback):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_a_resumed_run_continues_the_file_as_if_it_had_never_stopped(tmp_path, ending):
-    whole, cut = tmp_path / f"whole.{ending}", tmp_path / f"cut.{ending}"
-    trainer = make_trainer("10ba", loggers=[MetricsFile(str(whole))])
+    uninterrupted, cut = tmp_path / f"uninterrupted.{ending}", tmp_path / f"cut.{ending}"
+    trainer = make_trainer("10ba", loggers=[MetricsFile(str(uninterrupted))])
     trainer.fit()
     trainer.close()
     saving = {
@@ -180,7 +180,7 @@ def test_a_resumed_run_continues_the_file_as_if_it_had_never_stopped(tmp_path, e
     resumed = make_trainer("10ba", loggers=[MetricsFile(str(cut))], load_path=str(tmp_path / "ba4.pt"), **saving)
     resumed.fit()
     resumed.close()
-    assert read_metrics(cut) == read_metrics(whole)
+    assert read_metrics(cut) == read_metrics(uninterrupted)
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -86,8 +86,8 @@ def test_a_saved_and_loaded_state_continues_as_if_never_saved():
             param.grad = grad.clone()
             optimizer.step()
 
-    whole = torch.nn.Parameter(torch.ones(3))
-    train(whole, AdamW([whole], lr=0.1), grads)
+    uninterrupted = torch.nn.Parameter(torch.ones(3))
+    train(uninterrupted, AdamW([uninterrupted], lr=0.1), grads)
     first = torch.nn.Parameter(torch.ones(3))
     first_optimizer = AdamW([first], lr=0.1)
     train(first, first_optimizer, grads[:2])
@@ -95,7 +95,7 @@ def test_a_saved_and_loaded_state_continues_as_if_never_saved():
     second_optimizer = AdamW([second], lr=0.1)
     second_optimizer.load_state_dict(first_optimizer.state_dict())
     train(second, second_optimizer, grads[2:])
-    torch.testing.assert_close(second, whole, rtol=0, atol=0)
+    torch.testing.assert_close(second, uninterrupted, rtol=0, atol=0)
 
 
 # --- parameter groups

@@ -58,7 +58,7 @@ def test_composer_makes_the_mesh(
 @pytest.mark.parametrize(
     ("replicas", "device", "message"),
     [
-        (3, "gpu", "data_parallel_replicate_degree is 3, and there are 4 processes; expected a divisor of 4"),
+        (3, "gpu", "data_parallel_replicate_degree is 3, and there are 4 ranks; expected a divisor of 4"),
         (0, "gpu", "data_parallel_replicate_degree is 0"),
         (8, "gpu", "data_parallel_replicate_degree is 8"),
         (2, "cpu", "cannot reduce the gradients of replicas on a CPU"),
@@ -84,7 +84,7 @@ def test_without_fsdp() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trainer", "whole", "layers"),
+    ("trainer", "forward", "layers"),
     [
         (TrainerConfig(), False, False),
         (TrainerConfig(compile=True), True, False),
@@ -92,13 +92,13 @@ def test_without_fsdp() -> None:
     ],
 )
 def test_what_is_compiled(
-    monkeypatch: pytest.MonkeyPatch, make_model: Make, trainer: TrainerConfig, whole: bool, layers: bool
+    monkeypatch: pytest.MonkeyPatch, make_model: Make, trainer: TrainerConfig, forward: bool, layers: bool
 ) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **arguments: compiled.append(function.__self__) or function)
     model = ElectraPretraining(make_model())
     compilation.compile_model(model, trainer, static_shapes=True)
-    assert (model in compiled) == whole
+    assert (model in compiled) == forward
     assert [module for module in compiled if isinstance(module, Layer)] == (
         [module for module in model.modules() if isinstance(module, Layer)] if layers else []
     )
