@@ -130,8 +130,8 @@ class RunTrainer(Trainer):
         # of the others, and they fail. Goes when names differ between nodes.
         shared_name = dist.get_node_signal_file_name
 
-        def name_per_node(*arguments: Any) -> str:
-            return f"{shared_name(*arguments)}_{dist.get_node_rank()}"
+        def name_per_node(*args: Any) -> str:
+            return f"{shared_name(*args)}_{dist.get_node_rank()}"
 
         with mock.patch.object(dist, "get_node_signal_file_name", name_per_node):
             super().__init__(**arguments)
