@@ -23,7 +23,9 @@ from electra_composer.checkpoints.saving import AtomicCheckpointSaver
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
-LAUNCHED = "LOCAL_RANK" in os.environ  # read at import: Composer sets it later in a process without a launcher too
+# Workaround (composer 0.32): `initialize_dist` sets LOCAL_RANK in a process without a launcher too, so it is read before,
+# at import; goes when Composer leaves the environment as it is.
+LAUNCHED = "LOCAL_RANK" in os.environ
 
 
 class StopOnSignal(Callback):

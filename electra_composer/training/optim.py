@@ -113,6 +113,8 @@ def layer_exponents(names: Iterable[str], variant: Literal["google", "paper"] = 
 def _place(name: str) -> tuple[str, int | Literal["head", "embeddings"]]:
     """Return the stack of a parameter, and its layer, `head`, or `embeddings` (everything below the first layer)."""
     parts = name.split(".")
+    # Workaround (torch 2.7): torch.compile of a module puts the private name `_orig_mod` into its parameters' names;
+    # goes when names stay.
     for stack in ("encoder", "generator", "discriminator"):
         if layer := re.search(rf"(?:^|\.){stack}\.(?:_orig_mod\.)?layers\.(\d+)\.", name):
             return stack, int(layer[1])

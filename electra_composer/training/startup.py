@@ -48,11 +48,12 @@ def device_batch_size(trainer: TrainerConfig) -> int:
     microbatch = trainer.device_train_microbatch_size
     if total < 1 or total % ranks:
         raise UserError(
-            f"trainer.global_train_batch_size is {total}; expected a multiple of {ranks}, the number of ranks"
+            f"trainer.global_train_batch_size is {total}; expected a positive multiple of {ranks}, the number of ranks"
         )
     rows = total // ranks
     if isinstance(microbatch, str) and microbatch != "auto":
         raise UserError(f"trainer.device_train_microbatch_size is {microbatch!r}; expected a number, auto or null")
+    # Workaround (composer 0.32): automatic microbatching fails an assertion under FSDP2; goes when it is supported.
     if microbatch == "auto" and trainer.fsdp is not None:
         raise UserError(
             "trainer.device_train_microbatch_size is auto, which Composer does not support under FSDP2; set a number, "
