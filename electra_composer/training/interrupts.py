@@ -23,8 +23,8 @@ from electra_composer.checkpoints.saving import AtomicCheckpointSaver
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
-# Workaround (composer 0.32): `initialize_dist` sets LOCAL_RANK in a process without a launcher too, so it is read before,
-# at import; goes when Composer leaves the environment as it is.
+# Workaround (composer 0.32): `initialize_dist` sets LOCAL_RANK in a process without a launcher too, so it is read at
+# import; goes when Composer leaves the environment as it is.
 LAUNCHED = "LOCAL_RANK" in os.environ
 
 
