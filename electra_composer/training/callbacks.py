@@ -161,8 +161,8 @@ class BatchSeed(Callback):
 
     def _set(self, numbers: list[int]) -> None:
         seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-        # The generators of the CPU and of this rank's GPU. `torch.manual_seed` also records a stack trace for every
-        # device type that is not in use, which takes up to 1 ms.
+        # Workaround (torch 2.7): `torch.manual_seed` records a stack trace for every device type that is not in use,
+        # which takes up to 1 ms, so only the CPU and this rank's GPU are seeded; goes when it does not.
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(seed)

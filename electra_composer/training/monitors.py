@@ -27,8 +27,7 @@ from electra_composer.training.times import IntervalCallback
 class ThroughputMonitor(SpeedMonitor):
     """SpeedMonitor that measures and logs once per window of batches.
 
-    Composer's copies the FLOPs of every batch to the device, reduces them over ranks and reads them back. This one does
-    so once per window, and logs then, under Composer's names:
+    Logs under Composer's names:
 
     - `throughput/tokens_per_sec`: tokens as counted by the loader's `DataSpec`, without padding;
       `throughput/samples_per_sec`: rows; `throughput/batches_per_sec`; each also per device, `throughput/device/…`;
@@ -50,6 +49,9 @@ class ThroughputMonitor(SpeedMonitor):
     Raises:
         UserError: a window of less than one batch.
     """
+
+    # Workaround (composer 0.32): SpeedMonitor copies the FLOPs of every batch to the device, reduces them over ranks and
+    # reads them back; goes when it does so once per window.
 
     def __init__(
         self, window_size: int = 100, gpu_flops_available: float | None = None, time_unit: str = "hours"
@@ -131,8 +133,7 @@ class RunMemoryMonitor(IntervalCallback, MemoryMonitor):
     """MemoryMonitor that logs at an interval, and also the memory of the process, in gigabytes (10⁹ bytes).
 
     Logs on a GPU `memory/…` of torch's allocator, such as `memory/peak_allocated_mem`; everywhere
-    `memory/peak_resident_mem`, the peak main memory of rank 0 without its loader workers. Composer's reads the
-    statistics of the allocator in every batch, and logs nothing on a CPU.
+    `memory/peak_resident_mem`, the peak main memory of rank 0 without its loader workers.
 
     Args:
         log_interval: a Composer time such as `10ba`; the end of training also logs.
@@ -142,15 +143,18 @@ class RunMemoryMonitor(IntervalCallback, MemoryMonitor):
         UserError: not a positive Composer time.
     """
 
+    # Workaround (composer 0.32): MemoryMonitor reads the statistics of the allocator in every batch, and logs nothing
+    # but a warning on a CPU; goes when it has an interval.
+
     def __init__(self, log_interval: str = "10ba", memory_keys: dict[str, str] | None = None) -> None:
         IntervalCallback.__init__(self, log_interval)
         MemoryMonitor.__init__(self, memory_keys)
 
     def init(self, state: State, logger: Logger) -> None:
-        pass  # Composer's warns that it logs nothing on a CPU
+        pass  # MemoryMonitor warns here
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        pass  # Composer's logs here, in every batch
+        pass  # MemoryMonitor logs here
 
     def log(self, state: State, logger: Logger) -> None:
         MemoryMonitor.after_train_batch(self, state, logger)
