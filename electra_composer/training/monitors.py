@@ -50,8 +50,8 @@ class ThroughputMonitor(SpeedMonitor):
         UserError: a window of less than one batch.
     """
 
-    # Workaround (composer 0.32): SpeedMonitor copies the FLOPs of every batch to the device, reduces them over ranks and
-    # reads them back; goes when it does so once per window.
+    # Workaround (composer 0.32): SpeedMonitor copies the FLOPs of every batch to the device, reduces them over ranks
+    # and reads them back; goes when it does so once per window.
 
     def __init__(
         self, window_size: int = 100, gpu_flops_available: float | None = None, time_unit: str = "hours"
