@@ -40,7 +40,8 @@ from electra_composer.finetune.files import Example, read_examples
 from electra_composer.finetune.model import build_classifier
 from electra_composer.finetune.tasks import Task, build_metrics, find_task
 from electra_composer.training.devices import choose_attention
-from electra_composer.training.runs import build_trainer, start
+from electra_composer.training.startup import start
+from electra_composer.training.trainer import build_trainer
 from electra_composer.vocabulary import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,7 +34,7 @@ from workload import SIZES, make_workload, read_config
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.model.electra import discriminator_config
 from electra_composer.training.devices import choose_attention, resolve_device
-from electra_composer.training.runs import start
+from electra_composer.training.startup import start
 
 MEMORY_OF = "abc"  # d is c but for callbacks, which hold nothing
 MEMORY_STEPS = 3  # the first makes the optimizer's state, the others meet it

@@ -28,6 +28,7 @@ from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.training.builders import build_optimizer
 from electra_composer.training.callbacks import TrainMetrics
+from electra_composer.training.compilation import compile_config
 from electra_composer.training.devices import (
     M_MMAP_MAX,
     M_MMAP_THRESHOLD,
@@ -36,8 +37,7 @@ from electra_composer.training.devices import (
     keep_freed_memory,
     set_malloc,
 )
-from electra_composer.training.parallelism import compile_config
-from electra_composer.training.runs import build_trainer
+from electra_composer.training.trainer import build_trainer
 
 NAMES = {"a": "reference", "b": "ours", "c": "trainer", "d": "trainer_without_callbacks"}
 TOLERANCE = {"fp32": 1e-4, "amp_bf16": 2e-2, "amp_fp16": 2e-2}

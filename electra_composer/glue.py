@@ -29,8 +29,8 @@ from electra_composer.finetune.runs import PlannedRun, Processes, do_all, durati
 from electra_composer.finetune.store import RunStore, store_path
 from electra_composer.finetune.tasks import TASKS, Task, find_task
 from electra_composer.training.devices import choose_attention, resolve_device
-from electra_composer.training.optim import parse_time
-from electra_composer.training.runs import microbatch_size, start
+from electra_composer.training.startup import microbatch_size, start
+from electra_composer.training.times import parse_time
 from electra_composer.versions import check_versions
 
 

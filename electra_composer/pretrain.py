@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from composer import Trainer
+from composer.core import DataSpec
 from composer.utils import dist
+from transformers import PreTrainedTokenizerFast
 
 from electra_composer.batches.baselines import loss_without_context
 from electra_composer.batches.shards import build_data_spec, check_shards, describe_streams, read_data
@@ -17,79 +19,47 @@ from electra_composer.faults import explain_failures
 from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.kernels.masked_lm import resolve_implementation
 from electra_composer.model.pretraining import ElectraPretraining
+from electra_composer.storage.shard_folder import Meta
 from electra_composer.training.callbacks import RunRecord, TrainMetrics
+from electra_composer.training.checkpointing import LATEST_OF_RANK_0, check_run_folder, checkpoint_to_load
+from electra_composer.training.compilation import compile_errors_named
 from electra_composer.training.devices import choose_attention, fsdp_gradient_factor, resolve_device
 from electra_composer.training.learning_watch import LearningWatch
-from electra_composer.training.runs import (
-    LATEST,
-    build_trainer,
-    check_run_folder,
-    checkpoint_to_load,
-    compile_errors_named,
-    device_batch_size,
-    microbatch_size,
-    start,
-)
+from electra_composer.training.startup import device_batch_size, microbatch_size, start
+from electra_composer.training.trainer import build_trainer
 from electra_composer.versions import check_versions
 from electra_composer.vocabulary import load_tokenizer
 
 
 def main(config: PretrainConfig) -> Trainer:
-    """Pretrain as `config` says, from the start or from where an earlier run of the same folder stopped.
+    """Pretrain from scratch, or resume an earlier run in the same folder.
 
     Args:
         config: see config.py.
 
     Returns:
-        The trainer after `fit`; `trainer.state.model` is the model, `trainer.state.eval_metrics` the last evaluation.
+        The trainer after `fit`: `trainer.state.model` is the model, `trainer.state.eval_metrics` the last evaluation.
 
     Raises:
-        UserError: anything about the configuration, the shards or the machine that the caller can mend.
+        UserError: an error in the configuration, the shards or the machine that the caller can fix.
     """
     check_versions()
     if config.trainer.max_duration is None:
-        raise UserError("trainer.max_duration is null; pretraining needs a length, such as 1000000ba")
+        raise UserError("trainer.max_duration is null; pretraining needs a duration, such as 1000000ba")
     check_run_folder(config)
     cpu_autocast = start(config)
-
     meta = read_data(config.data)
     tokenizer = load_tokenizer(config.data.tokenizer or meta.tokenizer_folder)
     check_shards(meta, tokenizer, config.data.max_seq_length)
-    model = ElectraPretraining(
-        ElectraForPretraining(
-            config.model,
-            config.objective,
-            vocab_size=len(tokenizer),
-            special_ids=special_ids(tokenizer),
-            max_seq_length=config.data.max_seq_length,
-        ),
-        cpu_autocast,
-        fsdp_gradient_factor(config.trainer),
-    )
-    sizes = model.model.discriminator.config
-    device_type = "cuda" if resolve_device(config.trainer)[0] == "gpu" else "cpu"
-    resolve_implementation(config.objective.masked_lm, device_type, sizes.padded_vocab_size, sizes.embedding_size)
-    path, reason = choose_attention(config.trainer, sizes, microbatch_size(config.trainer), config.data.max_seq_length)
-    model.model.attention_path = path
-    if dist.get_global_rank() == 0:
-        print(f"attention: {path} ({reason})", flush=True)
-    start_from = checkpoint_to_load(config)
-    if start_from is not None:
-        check_state_fits(read_checkpoint(start_from).state, model.model.state_dict(), start_from)
-    train_data = build_data_spec(
-        config.data, "train", device_batch_size(config.trainer), meta, config.seed, batch_transforms=model.count_batch
-    )
-    eval_data = build_data_spec(config.data, "eval", config.trainer.device_eval_batch_size, meta, config.seed)
-    streams = describe_streams(config.data, meta, config.seed)
-    if dist.get_global_rank() == 0 and streams is not None:
-        print(streams, flush=True)
-    loss_to_beat = loss_without_context(config.data, meta, config.objective)
-    if dist.get_global_rank() == 0 and loss_to_beat is not None:
-        print(f"MLM loss without context: {loss_to_beat:.2f} (word frequencies, and copying kept tokens)", flush=True)
+    model = build_model(config, tokenizer, cpu_autocast)
+    choose_kernels(config, model)
+    check_initial_checkpoint(config, model)
+    train_data, eval_data = build_data(config, meta, model)
+    baseline = mlm_baseline(config, meta)
     with (
         explain_failures(),
         exclusive_lock(config.checkpoints.folder),
-        remote_copy(config.checkpoints, config.run_name, LATEST.format(rank=0)) as copy,
+        remote_copy(config.checkpoints, config.run_name, LATEST_OF_RANK_0) as copy,
         compile_errors_named(),
     ):
         trainer = build_trainer(
@@ -100,18 +70,78 @@ def main(config: PretrainConfig) -> Trainer:
             config.trainer.max_duration,
             callbacks=[
                 TrainMetrics(config.trainer.log_interval),
-                LearningWatch(loss_to_beat),
+                LearningWatch(baseline),
                 RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(tokenizer)),
             ],
             copy=copy,
         )
         try:
             trainer.fit()
-        except BaseException:  # a signal that ended the run is one: loggers get their last word, and let go of files
+        finally:  # also after the SystemExit of a signal, so that loggers finish and close their files
             trainer.close()
-            raise
-        trainer.close()
     return trainer
+
+
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, cpu_autocast: bool) -> ElectraPretraining:
+    """Build generator and discriminator with their losses."""
+    electra = ElectraForPretraining(
+        config.model,
+        config.objective,
+        vocab_size=len(tokenizer),
+        special_ids=special_ids(tokenizer),
+        max_seq_length=config.data.max_seq_length,
+    )
+    return ElectraPretraining(electra, cpu_autocast, fsdp_gradient_factor(config.trainer))
+
+
+def choose_kernels(config: PretrainConfig, model: ElectraPretraining) -> None:
+    """Check the masked-LM kernel and choose the attention path.
+
+    Raises:
+        UserError: `objective.masked_lm` does not run on this machine.
+    """
+    sizes = model.model.discriminator.config
+    device_type = "cuda" if resolve_device(config.trainer)[0] == "gpu" else "cpu"
+    resolve_implementation(config.objective.masked_lm, device_type, sizes.padded_vocab_size, sizes.embedding_size)
+    path, reason = choose_attention(config.trainer, sizes, microbatch_size(config.trainer), config.data.max_seq_length)
+    model.model.attention_path = path
+    print_once(f"attention: {path} ({reason})")
+
+
+def check_initial_checkpoint(config: PretrainConfig, model: ElectraPretraining) -> None:
+    """Check that the checkpoint to start from, if any, is complete and fits the model.
+
+    Raises:
+        UserError: it is broken, or of other sizes.
+    """
+    path = checkpoint_to_load(config)
+    if path is not None:
+        check_state_fits(read_checkpoint(path).state, model.model.state_dict(), path)
+
+
+def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) -> tuple[DataSpec, DataSpec]:
+    """Build the training and the evaluation loader."""
+    data, seed, rows = config.data, config.seed, device_batch_size(config.trainer)
+    train_data = build_data_spec(data, "train", rows, meta, seed, batch_transforms=model.count_batch)
+    eval_data = build_data_spec(data, "eval", config.trainer.device_eval_batch_size, meta, seed)
+    streams = describe_streams(data, meta, seed)
+    if streams is not None:
+        print_once(streams)
+    return train_data, eval_data
+
+
+def mlm_baseline(config: PretrainConfig, meta: Meta) -> float | None:
+    """Compute the MLM loss of a generator that ignores context; None if the training rows are not on disk yet."""
+    loss = loss_without_context(config.data, meta, config.objective)
+    if loss is not None:
+        print_once(f"MLM loss without context: {loss:.2f} (word frequencies, and copying kept tokens)")
+    return loss
+
+
+def print_once(text: str) -> None:
+    """Print on rank 0."""
+    if dist.get_global_rank() == 0:
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

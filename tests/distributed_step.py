@@ -1,7 +1,7 @@
-"""Three steps of plain gradient descent in Composer's `Trainer`, on one or two ranks, for test_distributed.py.
+"""Three steps of SGD in Composer's `Trainer`, on one or two ranks, for test_distributed.py.
 
-Plain gradient descent, no clipping: unlike Adam it shows a gradient that is off by a factor. Every row carries its own
-noise, so that the masks and samples are the same however the batch is split.
+SGD without clipping shows a wrong factor of the gradient, which Adam hides. Every row has its own noise, so that masks
+and samples are the same however the batch is split.
 
     composer -n 2 tests/distributed_step.py OUT ddp:MICROBATCH fsdp:MICROBATCH …
 """
@@ -27,7 +27,7 @@ LENGTH, VOCAB, BATCH = 32, 100, 8
 
 
 class Rows(Dataset):
-    """Random rows of very different lengths, so that a mean of means would be wrong."""
+    """Random rows of very different lengths, for which a mean of means would be wrong."""
 
     def __init__(self, slots: int):
         self.slots = slots
@@ -73,8 +73,8 @@ def main(out: str, kind: str, microbatch: int) -> None:
     factor = fsdp_gradient_factor(TrainerConfig(fsdp=FSDPConfig() if fsdp else None))
     model = ElectraPretraining(electra, gradient_factor=factor)
     rows = Rows(electra.slots)
-    per_process = BATCH // dist.get_world_size()
-    loader = DataLoader(rows, per_process, sampler=dist.get_sampler(rows, shuffle=False))
+    per_rank = BATCH // dist.get_world_size()
+    loader = DataLoader(rows, per_rank, sampler=dist.get_sampler(rows, shuffle=False))
     trainer = Trainer(
         model=model,
         train_dataloader=DataSpec(loader, batch_transforms=model.count_batch),
@@ -82,7 +82,7 @@ def main(out: str, kind: str, microbatch: int) -> None:
         optimizers=torch.optim.SGD(model.parameters(), lr=0.02),
         device="cpu",
         precision="fp32",
-        device_train_microbatch_size=min(microbatch, per_process),
+        device_train_microbatch_size=min(microbatch, per_rank),
         parallelism_config={"fsdp": FSDP2Config(state_dict_type="full")} if fsdp else None,
         save_folder=f"{out}/checkpoint",
         save_interval="3ba",
@@ -90,7 +90,7 @@ def main(out: str, kind: str, microbatch: int) -> None:
     )
     trainer.fit()
     loss = {name: float(value) for name, value in trainer.state.total_loss_dict.items()}
-    # Tied, also as FSDP shards it: a change of the one table is seen on both sides.
+    # The embeddings are tied, under FSDP too: a change of the table changes the outputs of both models.
     before = evaluate(electra, rows)
     with torch.no_grad():
         electra.embeddings.word.weight.mul_(1.5)

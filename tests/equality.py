@@ -1,14 +1,14 @@
-"""Pretraining runs of one process group, one after another, that can be compared with those of another number of them.
+"""Pretraining runs in one process group, to be compared with runs on another number of ranks (test_equality.py).
 
-The project's own path (`pretrain.main`, real shards), with two things replaced. Masks and samples come from noise that
-follows from a row's number and the batch's, not from the process that has the row; so they are the same however the
-rows are dealt out. And where `torch.compile` is on, its graphs are run as they are traced, without code generation.
+Runs `pretrain.main` on real shards with two parts replaced. Masks and samples are drawn from the row number and the
+batch number instead of the rank, so that they are the same however rows are distributed. With `torch.compile`, graphs
+run as traced, without code generation.
 
     composer -n 2 tests/equality.py OUT CONFIG.yaml 'ddp' 'fsdp trainer.fsdp={}' …
 
-Each run is a name and overrides; one such as `more@10` starts from a checkpoint after 10 batches, one whose name begins
-with `lost` or `infinite` is spoilt.
-`OUT/<name>` is its folder; `OUT/<name>/seen.json` holds the loss of every batch and the numbers of its rows.
+Each run is a name and overrides. A name such as `more@10` starts from a checkpoint after 10 batches; one that begins
+with `lost` or `infinite` has a fault injected. `OUT/<name>` is the run's folder, with the loss and the row numbers of
+every batch in `seen.json`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from electra_composer import pretrain
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.model.pretraining import ElectraPretraining
-from electra_composer.training import parallelism, runs
+from electra_composer.training import compilation, startup, trainer
 
 
 class LostUpdates(Callback):
-    """The last process keeps its part of the token embeddings as it was, as in pytorch#176076."""
+    """Drops the updates of the last rank's shard of the token embeddings, as in pytorch#176076."""
 
     def _part(self, state: State) -> torch.Tensor:
         (table,) = (p for name, p in state.model.named_parameters() if name.endswith("embeddings.word.weight"))
@@ -50,7 +50,7 @@ class LostUpdates(Callback):
 
 
 class InfiniteLoss(Callback):
-    """In its second batch, the loss of the last process is infinite, with a gradient that is not."""
+    """Makes the loss of the last rank infinite in the second batch, with a finite gradient."""
 
     def before_loss(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch == 1 and dist.get_global_rank() == dist.get_world_size() - 1:
@@ -58,7 +58,7 @@ class InfiniteLoss(Callback):
 
 
 class Losses(Callback):
-    """Keeps the loss of every batch, that of all processes."""
+    """Records the loss of every batch over all ranks."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -68,7 +68,7 @@ class Losses(Callback):
 
 
 class Noise:
-    """`ElectraPretraining.count_batch`, which also gives every row of a batch its noise, and records their numbers."""
+    """`ElectraPretraining.count_batch` that also adds noise to every row of a batch, and records the row numbers."""
 
     def __init__(self, start: int) -> None:
         self.start = start
@@ -84,7 +84,7 @@ class Noise:
         return self.count_batch(model, {**batch, "noise": torch.cat(noise)})
 
 
-SPOILERS = {"lost": LostUpdates(), "infinite": InfiniteLoss()}
+FAULTS = {"lost": LostUpdates(), "infinite": InfiniteLoss()}
 
 
 def main(out: str, yaml: str, arrangements: list[str]) -> None:
@@ -93,12 +93,12 @@ def main(out: str, yaml: str, arrangements: list[str]) -> None:
         name, *overrides = arrangement.split()
         folder = os.path.join(out, name)
         noise, losses = Noise(start=int(name.partition("@")[2] or 0)), Losses()
-        callbacks = [losses, *(spoiler for word, spoiler in SPOILERS.items() if name.startswith(word))]
+        callbacks = [losses, *(fault for word, fault in FAULTS.items() if name.startswith(word))]
         with contextlib.ExitStack() as patches:
             for place, attribute, replacement in (
-                (parallelism, "compile_config", traced(parallelism.compile_config)),
-                (runs, "check_compile", lambda trainer: None),  # no compiler is needed
-                (runs, "build_callbacks", lambda config: callbacks),  # noqa: B023
+                (compilation, "compile_config", traced(compilation.compile_config)),
+                (startup, "check_compile", lambda trainer: None),  # no compiler is needed
+                (trainer, "build_callbacks", lambda config: callbacks),  # noqa: B023
                 (ElectraPretraining, "count_batch", lambda model, batch: noise(model, batch)),  # noqa: B023
             ):
                 patches.enter_context(mock.patch.object(place, attribute, replacement))
@@ -108,22 +108,22 @@ def main(out: str, yaml: str, arrangements: list[str]) -> None:
             with open(os.path.join(folder, "seen.json"), "w", encoding="utf-8") as file:
                 json.dump(seen, file)
         GRAPHS.clear()
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
-GRAPHS: list[Any] = []  # that were compiled
+GRAPHS: list[Any] = []  # compiled graphs
 
 
 def traced(compile_config: Callable[..., Any]) -> Callable[..., Any]:
-    """Our arguments of `torch.compile`, with a backend that runs a graph as it is traced, and counts it."""
+    """Add a backend to the arguments of `torch.compile` that runs each graph as traced, and counts it."""
 
     def backend(graph: Any, inputs: Any) -> Any:
         GRAPHS.append(graph)
-        return torch._dynamo.lookup_backend("eager")(graph, inputs)
+        return graph.forward
 
     def config(*arguments: Any) -> Any:
-        made = compile_config(*arguments)
-        return made and {**made, "backend": backend}
+        original = compile_config(*arguments)
+        return original and {**original, "backend": backend}
 
     return config
 

@@ -1,4 +1,4 @@
-"""Pretraining end to end on tiny shards: what a run leaves behind, how it resumes, what it refuses."""
+"""Pretraining end to end on tiny shards: the files of a run, resuming, and refused input."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from electra_composer.errors import UserError
 from electra_composer.export import export
 from electra_composer.model.finetuning import ElectraForClassification
 from electra_composer.pretrain import main
-from electra_composer.training import devices, runs
+from electra_composer.training import devices
+from electra_composer.training import trainer as trainer_module
 
 
 @pytest.fixture
 def make_config(tiny_yaml):
-    """`make_config("key=value", …)` for a run in `tmp_path / "run"`."""
+    """`make_config("key=value", …)` returns the configuration of a run in `tmp_path / "run"`."""
 
     def make(*overrides: str) -> PretrainConfig:
         return load_config(str(tiny_yaml), list(overrides), PretrainConfig)
@@ -34,7 +35,7 @@ def make_config(tiny_yaml):
 
 
 def metrics(folder: Path, having: str = "loss/train/mlm") -> list[dict]:
-    """Rows of the metrics file that have a value. Row n: after n batches; Composer logs losses before it counts up."""
+    """Return the rows of the metrics file that have a metric. Row n has the loss of the batch after n batches."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if having in row]
 
@@ -61,15 +62,15 @@ def test_a_run_leaves_what_the_configuration_says(make_config, tmp_path):
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(make_config, tmp_path, monkeypatch):
-    whole = weights(main(make_config(f"checkpoints.folder={tmp_path / 'whole'}")))
+    uninterrupted = weights(main(make_config(f"checkpoints.folder={tmp_path / 'uninterrupted'}")))
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "build_callbacks", lambda config: [Kill(after=10)])
+        patch.setattr(trainer_module, "build_callbacks", lambda config: [Kill(after=10)])
         with pytest.raises(KeyboardInterrupt):
             main(make_config())
     continued = main(make_config())
     assert continued.state.timestamp.batch.value == 16
     for name, tensor in weights(continued).items():
-        assert torch.equal(tensor, whole[name]), name
+        assert torch.equal(tensor, uninterrupted[name]), name
     steps = [row["step"] for row in metrics(tmp_path / "run")]
     assert steps == list(range(16))
 
@@ -88,7 +89,7 @@ def test_checkpoint_export_and_finetuning_hold_the_same_weights(make_config, tmp
     generator = ElectraForMaskedLM.from_pretrained(tmp_path / "export" / "generator")
     word = trainer.state.model.model.embeddings.word.weight[: checkpoint.discriminator.vocab_size]
     assert torch.equal(discriminator.electra.embeddings.word_embeddings.weight, word)
-    # Tied after export: one parameter is the generator's input and output table, and it equals the discriminator's.
+    # Tied after export: the generator's input and output table are one parameter, equal to the discriminator's table.
     assert generator.generator_lm_head.weight is generator.electra.embeddings.word_embeddings.weight
     assert torch.equal(generator.generator_lm_head.weight, word)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export" / "discriminator")
@@ -132,7 +133,7 @@ def test_evaluation_interval_changes_nothing_in_training(make_config, tmp_path):
     ],
 )
 def test_every_switch_trains(make_config, tmp_path, monkeypatch, override):
-    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: True)  # slowly, where it does not
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: True)  # slow where it does not
     trainer = main(make_config(override, "trainer.max_duration=6ba", "checkpoints.milestones=[1.0]"))
     rows = metrics(tmp_path / "run")
     assert trainer.state.timestamp.batch.value == 6
@@ -190,7 +191,7 @@ def test_a_run_starts_from_the_weights_of_another(make_config, tmp_path):
     again = main(
         make_config(
             "trainer.max_duration=2ba",
-            "optimizer.lr=1e-30",  # so that the weights stay what they were
+            "optimizer.lr=1e-30",  # so that the weights do not change
             f"checkpoints.load_path={tmp_path / 'run'}",
             "checkpoints.load_weights_only=true",
             f"checkpoints.folder={tmp_path / 'next'}",

@@ -33,8 +33,10 @@ from electra_composer.finetune.ranking import RankedExamples, build_ranker, buil
 from electra_composer.finetune.runs import PlannedRun, now
 from electra_composer.finetune.tasks import Task
 from electra_composer.training.builders import build_callbacks, build_optimizer, build_scheduler
-from electra_composer.training.optim import parse_time
-from electra_composer.training.runs import build_trainer, compile_errors_named, device_batch_size
+from electra_composer.training.compilation import compile_errors_named
+from electra_composer.training.startup import device_batch_size
+from electra_composer.training.times import parse_time
+from electra_composer.training.trainer import build_trainer
 
 Encoded = EncodedExamples | RankedExamples
 

@@ -23,7 +23,7 @@ import torch
 from electra_composer.errors import UserError
 from electra_composer.finetune.store import RunStore
 from electra_composer.finetune.tasks import Task
-from electra_composer.training.trainer import run_device
+from electra_composer.training.devices import run_device
 
 POLL_SECONDS = 0.2  # between looks at what other processes have done
 

@@ -1,6 +1,6 @@
-"""What the names in a configuration stand for: optimizer, schedule, callbacks, loggers.
+"""Build optimizer, schedule, callbacks and loggers from the configuration.
 
-Everything is checked here, before training starts; nothing is written or sent until the trainer starts it.
+All arguments are checked here, before training. Nothing is written or sent until the trainer starts.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
 from electra_composer.training.loggers import MetricsFile, RunConsole, RunWandB
 from electra_composer.training.monitors import DataWait, RunMemoryMonitor, ThroughputMonitor
-from electra_composer.training.optim import AdamW, Schedule, parameter_groups
+from electra_composer.training.optim import AdamW, parameter_groups
 from electra_composer.training.progress_bar import RunProgressBar
+from electra_composer.training.schedules import Schedule
 
 CALLBACKS: dict[str, type[Callback]] = {
     "data_wait": DataWait,
@@ -56,10 +57,10 @@ LOGGERS: dict[str, type[LoggerDestination]] = {
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> AdamW:
-    """AdamW over the trainable parameters of `model`, with its weight decay and layerwise learning rates.
+    """Build AdamW over the trainable parameters of `model`, with weight decay and layerwise learning rates.
 
     Raises:
-        UserError: a value out of its range, named by its key.
+        UserError: a value out of range, named by its key.
     """
     ranges = {
         "lr": config.lr > 0,
@@ -68,7 +69,11 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> AdamW:
         "weight_decay": config.weight_decay >= 0,
         "layerwise_decay": config.layerwise_decay is None or 0 < config.layerwise_decay <= 1,
     }
-    expected = {"betas": "two numbers from 0 to below 1", "layerwise_decay": "a number above 0, at most 1, or null"}
+    expected = {
+        "betas": "two numbers in [0, 1)",
+        "weight_decay": "at least 0",
+        "layerwise_decay": "a number in (0, 1], or null",
+    }
     for key, is_fine in ranges.items():
         if not is_fine:
             value = getattr(config, key)
@@ -89,20 +94,19 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> AdamW:
 
 
 def build_scheduler(config: ScheduleConfig, max_duration: str) -> Schedule:
-    """The learning rate over training: a **callback** of the trainer (see :class:`Schedule` for why).
+    """Build the learning rate schedule, which is a **callback** of the trainer (see :class:`Schedule`).
 
     Raises:
-        UserError: times that cannot be read, compared or fitted into `max_duration`.
+        UserError: times that cannot be parsed, compared with `max_duration`, or are longer.
     """
     return Schedule(config.name, config.warmup, max_duration, config.decay)
 
 
 def build_callbacks(config: dict[str, Any]) -> list[Callback]:
-    """The callbacks under `callbacks:`, each `name: {argument: value}` or `name: null`.
+    """Build the callbacks under `callbacks:`, each `name: {argument: value}` or `name: null`.
 
     Raises:
-        UserError: unknown name or argument (with the nearest valid one), missing argument, or a value that the
-            callback does not take.
+        UserError: an unknown name or argument (with the nearest valid one), a missing argument, or an invalid value.
     """
     return [_build("callbacks", name, CALLBACKS, arguments, {}) for name, arguments in config.items()]
 
@@ -110,16 +114,16 @@ def build_callbacks(config: dict[str, Any]) -> list[Callback]:
 def build_loggers(
     config: dict[str, Any], run_folder: str, log_interval: str, progress_bar: bool = True
 ) -> list[LoggerDestination]:
-    """The loggers under `loggers:`, and the progress bar.
+    """Build the loggers under `loggers:`, and the progress bar.
 
     Args:
         config: each `name: {argument: value}` or `name: null`.
-        run_folder: where TensorBoard's, Weights & Biases' and the metrics file go, if not told otherwise.
-        log_interval: how often the console prints and the metrics file gets a row, if not told otherwise.
-        progress_bar: whether to show one.
+        run_folder: default folder of TensorBoard, Weights & Biases and the metrics file.
+        log_interval: default interval of the console and of the metrics file.
+        progress_bar: whether to add a progress bar.
 
     Raises:
-        UserError: as :func:`build_callbacks`; also a package that is not installed.
+        UserError: as in :func:`build_callbacks`; or a package is not installed.
     """
     defaults: dict[str, dict[str, Any]] = {
         "console": {"log_interval": log_interval},
@@ -131,7 +135,8 @@ def build_loggers(
         if name == "wandb":
             arguments = _with_folder(arguments, run_folder)
         if name == "console":
-            # Composer warns that trainer arguments which are never given here would be ignored.
+            # Workaround (composer 0.32): Trainer warns of a ConsoleLogger among the loggers that its own console
+            # arguments, not used here, are ignored; goes when it warns only if they are given.
             warnings.filterwarnings("ignore", message="Specifying the ConsoleLogger via `loggers`")
         loggers.append(_build("loggers", name, LOGGERS, arguments, defaults.get(name, {})))
     if progress_bar:
@@ -140,9 +145,9 @@ def build_loggers(
 
 
 def _with_folder(arguments: Any, run_folder: str) -> Any:
-    """Weights & Biases' arguments, with the run's folder as the place of its files unless they name one."""
+    """Add the run's folder to the arguments of Weights & Biases as the default of `init_kwargs.dir`."""
     if not isinstance(arguments, dict | types.NoneType):
-        return arguments  # refused by _build
+        return arguments  # _build raises the error
     arguments = dict(arguments or {})
     init_kwargs = arguments.get("init_kwargs")
     if isinstance(init_kwargs, dict | types.NoneType):
@@ -151,7 +156,7 @@ def _with_folder(arguments: Any, run_folder: str) -> Any:
 
 
 def _build(section: str, name: str, table: dict[str, Any], arguments: Any, defaults: dict[str, Any]) -> Any:
-    """One object of a table, its arguments checked against the signature of its class."""
+    """Create an object of a class in `table`, checking its arguments against the class's signature."""
     key = f"{section}.{name}"
     if name not in table:
         raise UserError(f"unknown {key}; {nearest(key, [f'{section}.{valid}' for valid in table])}")
@@ -170,24 +175,22 @@ def _build(section: str, name: str, table: dict[str, Any], arguments: Any, defau
             hint = nearest(full_key, [f"{key}.{valid}" for valid in parameters]) if parameters else "it takes none"
             raise UserError(f"unknown argument {full_key}; {hint}")
         if argument in annotations and not _fits(value, annotations[argument]):
-            raise UserError(f"{full_key}: {value!r} is not what it takes ({parameters[argument].annotation})")
+            raise UserError(f"{full_key}: {value!r} has the wrong type; expected {parameters[argument].annotation}")
     arguments = {**defaults, **(arguments or {})}
     required = [p for p, details in parameters.items() if details.default is inspect.Parameter.empty]
     if missing := [parameter for parameter in required if parameter not in arguments]:
-        raise UserError(f"{key}: no value for {', '.join(f'{key}.{parameter}' for parameter in missing)}")
+        raise UserError(f"{key}: missing {', '.join(f'{key}.{parameter}' for parameter in missing)}")
     try:
         return cls(**arguments)
     except MissingConditionalImportError as error:
         fix = f"pip install 'electra-composer[{name}]'" if name == "wandb" else f"pip install {error.name or name}"
-        raise UserError(f"{key}: a package it needs is not installed: {fix}") from error
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(f"{key}: a package it needs is not installed; {fix}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{key}: {error}") from error
 
 
 def _annotations(cls: type) -> dict[str, Any]:
-    """Resolved annotations of a constructor; none where they name what is imported for type checkers only."""
+    """Return the resolved annotations of a constructor; none if they use names imported for type checkers only."""
     try:
         return get_type_hints(cls.__init__)  # type: ignore[misc]
     except NameError:
@@ -195,7 +198,7 @@ def _annotations(cls: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value from YAML can be of the annotated type: true where this cannot be told."""
+    """Return whether a value from YAML fits an annotation; True if this cannot be decided."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         return any(_fits(value, candidate) for candidate in get_args(annotation))
@@ -206,5 +209,5 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin in (dict, list, collections.abc.Sequence):
         return isinstance(value, origin) and not isinstance(value, str)
     if origin is collections.abc.Callable:
-        return False  # a YAML holds none
+        return False  # YAML has no functions
     return not isinstance(annotation, type) or isinstance(value, annotation)

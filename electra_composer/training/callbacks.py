@@ -1,7 +1,7 @@
-"""What is counted and kept during training: metrics, milestones, the run's record; and the seed of every batch.
+"""Callbacks of every run: training metrics, the seed of each batch, and the record of the run.
 
-Throughput, MFU, memory and the loader's share of the time are in monitors.py; time left is Composer's
-`RuntimeEstimator`, the learning rate its `LRMonitor`.
+Throughput, MFU, memory and data waiting time are in monitors.py. The time left is Composer's `RuntimeEstimator`, the
+learning rate its `LRMonitor`.
 """
 
 from __future__ import annotations
@@ -9,28 +9,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Callback, Event, State, Timestamp, TimeUnit
+from composer.core import Callback, Event, State
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist
+from composer.utils import dist
 
-from electra_composer.checkpoints.saving import MilestoneSaver
-from electra_composer.errors import UserError
 from electra_composer.model.pretraining import RATIOS
-from electra_composer.training.optim import parse_time
+from electra_composer.training.times import IntervalCallback
 
-# The sums that the pretraining model returns with every microbatch, in this order on the wire.
+# Sums that the pretraining model returns for every microbatch, in the order in which they are reduced.
 STATS = (
     "masked",  # positions that the generator predicts
-    "mlm_correct",  # of these: its most likely token is the original
-    "sampled_correct",  # of these: its sample is the original
+    "mlm_correct",  # of these: the most likely token is the original
+    "sampled_correct",  # of these: the sampled token is the original
     "tokens",  # tokens without padding
     "replaced",  # of these: not the original
-    "true_positive",  # replaced and called so by the discriminator
+    "true_positive",  # replaced and predicted as replaced
     "false_positive",
     "false_negative",
     "true_negative",
@@ -40,15 +39,15 @@ STATS = (
 
 
 def rtd_metrics(stats: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """Metrics of generator and discriminator from sums over any number of batches.
+    """Compute metrics of generator and discriminator from sums over any number of batches.
 
     Args:
         stats: the sums of :data:`STATS`.
 
     Returns:
         `mlm_loss`, `mlm_accuracy`, `sampled_accuracy` (per masked position), `rtd_loss`, `rtd_accuracy`,
-        `replaced_share` (per token), `rtd_precision`, `rtd_recall` (of "replaced"). What has nothing to be counted over
-        (0 / 0, such as precision where nothing was called replaced) is 0.
+        `replaced_share` (per token), `rtd_precision`, `rtd_recall` (of the class "replaced"). 0 / 0 is 0, such as
+        precision if nothing was predicted as replaced.
     """
     sums = {name: float(stats[name]) for name in STATS}
     sums["rtd_correct"] = sums["true_positive"] + sums["true_negative"]
@@ -57,35 +56,35 @@ def rtd_metrics(stats: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
     }
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0
 
 
-class TrainMetrics(Callback):
-    """Metrics of pretraining over the batches since the last log, all processes together.
+class TrainMetrics(IntervalCallback):
+    """Logs pretraining metrics over the batches since the last log, summed over ranks.
 
-    Reads `outputs["stats"]` (0-d tensors by the names of :data:`STATS`, of one dtype) of every microbatch and sums it
-    on the device, by two small kernels and without waiting for it; only a log does. Sums are fp64, in which a count
-    stays exact over any number of tokens. Logged: `metrics/train/…` with the names of :func:`rtd_metrics`, and
-    `data/fill`, tokens per place of the batch, the rest being padding.
+    Adds `outputs["stats"]` (0-d tensors named as in :data:`STATS`, of one dtype) of every microbatch on the device with
+    two small kernels, and waits for the device only to log. Sums are fp64, in which counts stay exact for any number of
+    tokens. Logs `metrics/train/…` with the names of :func:`rtd_metrics`, and `data/fill`, the fraction of positions in
+    the batch that are not padding.
 
     Args:
-        log_interval: a Composer time such as `10ba`; the end of training logs in any case.
+        log_interval: a Composer time such as `10ba`; the end of training also logs.
     """
 
-    def __init__(self, log_interval: str = "10ba"):
-        self.is_due = interval_scheduler(log_interval, "log_interval")
+    def __init__(self, log_interval: str = "10ba") -> None:
+        super().__init__(log_interval)
         self.batch_sums: list[torch.Tensor] = []  # one vector per microbatch
         self.batch_places = 0
         self.sums: torch.Tensor | None = None
         self.places = 0
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        self.batch_sums, self.batch_places = [], 0  # also when a batch that ran out of memory starts over
+        self.batch_sums, self.batch_places = [], 0  # also when a batch restarts after running out of memory
 
     def after_loss(self, state: State, logger: Logger) -> None:
         stats = state.outputs["stats"]
-        # A copy: what a compiled forward returns may lie where its next call writes.
+        # Copied, because the outputs of a compiled forward may be overwritten by its next call.
         self.batch_sums.append(torch.stack([stats[name] for name in STATS]))
         self.batch_places += state.batch["input_ids"].numel()
 
@@ -93,23 +92,20 @@ class TrainMetrics(Callback):
         for sums in self.batch_sums:
             if self.sums is None:
                 self.sums = torch.zeros_like(sums, dtype=torch.float64)
-            # Those of a checkpoint are on the CPU.
-            self.sums = self.sums.to(sums.device) + sums
+            self.sums = self.sums.to(sums.device) + sums  # sums from a checkpoint are on the CPU
         self.places += self.batch_places
         self.batch_sums, self.batch_places = [], 0
-        if self.is_due(state, Event.BATCH_END):
-            self._log(logger)
+        super().batch_end(state, logger)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         if self.is_due(state, Event.EPOCH_END):
-            self._log(logger)
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self._log(logger)
+            self.log(state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        """What each process has summed up since the last log, as text: one value, whatever is in it."""
+        """Return the sums of each rank since the last log."""
         mine = None if self.sums is None else [*self.sums.tolist(), self.places]
+        # Workaround (torch 2.7): a sharded checkpoint is loaded by the names of its nested values, which must not
+        # differ between runs, so this is one JSON string; goes when torch.distributed.checkpoint loads changed keys.
         return {"sums": json.dumps(dist.all_gather_object(mine))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,12 +114,12 @@ class TrainMetrics(Callback):
             return
         if len(ranks) == dist.get_world_size():
             mine = ranks[dist.get_global_rank()]
-        else:  # another number of processes: the first has all, the rest nothing
+        else:  # another number of ranks: rank 0 gets the total, the others zeros
             mine = [sum(values) * (dist.get_global_rank() == 0) for values in zip(*ranks, strict=True)]
         *sums, self.places = mine
         self.sums = torch.tensor(sums, dtype=torch.float64)
 
-    def _log(self, logger: Logger) -> None:
+    def log(self, state: State, logger: Logger) -> None:
         if self.sums is None:
             return
         vector = torch.cat([self.sums, self.sums.new_tensor([self.places])])
@@ -135,22 +131,26 @@ class TrainMetrics(Callback):
         logger.log_metrics({"data/fill": _ratio(sums[STATS.index("tokens")], places)})
 
 
-EVALUATION = 1  # the last of the numbers that its seed follows from, where a batch has none
+EVALUATION = 1  # last element of the seed sequence of an evaluation; batches have none
 
 
 class BatchSeed(Callback):
-    """Masks, samples and dropout of a batch follow from the seed, the process and the batch's number alone.
+    """Seeds the generators for every batch from the run's seed, the rank and the batch number.
 
-    Without it they follow from all that ever drew from torch's generator: each evaluation draws (a loader's iterator
-    takes a number), and Composer 0.32 does not restore the generator when a Streaming data set resumes in the middle of
-    an epoch. With it a resumed run continues as if nothing had happened, and evaluation changes nothing in training.
-    What an evaluation masks follows from the same numbers, so that one that is done again gives the same.
+    Masks, samples and dropout of a batch then depend on nothing else: a resumed run continues bit for bit, and
+    evaluation does not change training. Evaluations are seeded alike, so a repeated evaluation gives the same result.
+    Without it they depend on every earlier draw from torch's generator, and each evaluation draws (the iterator of a
+    `DataLoader` takes a seed).
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
     """
 
-    def __init__(self, seed: int):
+    # Workaround (composer 0.32): Trainer restores the generators of a checkpoint only at the start of an epoch, or for
+    # a data set that cannot resume by itself, not for a Streaming data set in mid-epoch; goes when it does and when
+    # training need not be independent of evaluations.
+
+    def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -160,95 +160,27 @@ class BatchSeed(Callback):
         self._set([self.seed, dist.get_global_rank(), state.timestamp.batch.value, EVALUATION])
 
     def _set(self, numbers: list[int]) -> None:
-        sequence = np.random.SeedSequence(numbers)
-        seed = int(sequence.generate_state(1, np.uint64)[0])
-        # The generators of the CPU and of this process's GPU. `torch.manual_seed` also records, for each device that is
-        # not in use, from where it was called: up to a millisecond a batch.
+        seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+        # Workaround (torch 2.7): `torch.manual_seed` records a stack trace for every device type that is not in use,
+        # which takes up to 1 ms, so only the CPU and this rank's GPU are seeded; goes when it does not.
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(seed)
 
 
-def interval_scheduler(text: str, key: str) -> Callable[[State, Event], bool]:
-    """Whether an interval between logs is over: `(state, event) → bool`, to be asked at the end of a batch or epoch.
-
-    Args:
-        text: a Composer time such as `10ba`.
-        key: what the interval is called in the configuration.
-
-    Raises:
-        UserError: not a positive Composer time.
-    """
-    interval = parse_time(text, key)
-    if interval.value <= 0:
-        raise UserError(f"{key}: {text!r}: expected more than nothing, such as 10ba")
-    if interval.unit == TimeUnit.BATCH:
-        # At every batch, for every callback: a division, where Composer's scheduler takes 30 µs of arithmetic on times.
-        return lambda state, event: event == Event.BATCH_END and state.timestamp.batch.value % interval.value == 0
-    return create_interval_scheduler(
-        text, checkpoint_events=False, final_events={Event.BATCH_END}, include_end_of_training=True
-    )
-
-
-def milestone_saver(
-    folder: str, fractions: Sequence[float], latest_filename: str | None = None, **arguments: Any
-) -> MilestoneSaver:
-    """A saver of checkpoints at fixed fractions of training, which stay for good.
-
-    A fraction fires at the end of the first batch that reaches it. That is told from the clock before and after the
-    batch alone, so each fires once, a resumed run included. It works for durations in batches, samples, tokens, and in
-    epochs if the loader has a length.
-
-    Args:
-        folder: where they go, as `milestone-ba{batch}-rank0.pt`.
-        fractions: above 0 and at most 1, such as 0.0625.
-        latest_filename: a symlink that is to point to the newest, such as `latest-rank{rank}.pt`.
-        arguments: of the saver; a run that resumes from before a milestone needs `overwrite`.
-
-    Raises:
-        UserError: a fraction out of range.
-    """
-    for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise UserError(f"checkpoints.milestones: {fraction} is no share of training; expected above 0, at most 1")
-
-    def is_due(state: State, event: Event) -> bool:
-        if event != Event.BATCH_CHECKPOINT or state.previous_timestamp is None:
-            return False
-        before, now = elapsed_fraction(state, state.previous_timestamp), elapsed_fraction(state, state.timestamp)
-        return any(before < fraction <= now for fraction in fractions)
-
-    return MilestoneSaver(folder, "milestone-ba", latest_filename, save_interval=is_due, **arguments)
-
-
-def elapsed_fraction(state: State, timestamp: Timestamp) -> float:
-    """How much of `state.max_duration` is over at `timestamp`; epochs are counted in batches.
-
-    Raises:
-        UserError: a duration in epochs of a loader that has no length.
-    """
-    duration = state.max_duration
-    assert duration is not None
-    if duration.unit != TimeUnit.EPOCH:
-        return timestamp.get(duration.unit).value / duration.value
-    if state.dataloader_len is None:
-        raise UserError("the loader has no length, so milestones need trainer.max_duration in ba, sp or tok")
-    return timestamp.batch.value / (duration.value * int(state.dataloader_len))
-
-
 class RunRecord(Callback):
-    """Keeps what made the run beside it and inside its checkpoints: the configuration and the tokenizer.
+    """Records the configuration and the tokenizer in the run's folder and in its checkpoints.
 
-    When training starts, the first process prints the configuration, and writes `config.yaml` and `tokenizer/` into
-    the run's folder; each appears whole or not at all. The loggers get the configuration as hyperparameters. Every
-    checkpoint holds the record under `["state"]["callbacks"]["RunRecord"]` (`config`, `tokenizer_files`), so that it
-    suffices for export and finetuning. A resumed run keeps its own record, not the checkpoint's.
+    At the start of training rank 0 prints the configuration and writes `config.yaml` and `tokenizer/` atomically. The
+    loggers get the configuration as hyperparameters. Every checkpoint has the record under
+    `["state"]["callbacks"]["RunRecord"]` (`config`, `tokenizer_files`), which export and finetuning need. A resumed run
+    keeps its own record, not the checkpoint's.
 
     Args:
-        config: the resolved configuration, plain dictionaries and lists.
+        config: the resolved configuration as plain dictionaries and lists.
         config_yaml: the same as YAML text.
         run_folder: the run's folder.
-        tokenizer_files: name of file → its text; empty if there is none.
+        tokenizer_files: file name → text; empty if there is no tokenizer.
         print_config: whether to print the YAML.
     """
 
@@ -259,7 +191,7 @@ class RunRecord(Callback):
         run_folder: str,
         tokenizer_files: Mapping[str, str] | None = None,
         print_config: bool = True,
-    ):
+    ) -> None:
         self.config = config
         self.config_yaml = config_yaml
         self.run_folder = run_folder
@@ -273,7 +205,9 @@ class RunRecord(Callback):
         if self.print_config:
             print(self.config_yaml, flush=True)
         os.makedirs(self.run_folder, exist_ok=True)
-        _write_whole(os.path.join(self.run_folder, "config.yaml"), self.config_yaml)
+        path = Path(self.run_folder, "config.yaml")
+        Path(f"{path}.tmp").write_text(self.config_yaml, encoding="utf-8")
+        os.replace(f"{path}.tmp", path)
         if self.tokenizer_files:
             _write_folder(os.path.join(self.run_folder, "tokenizer"), self.tokenizer_files)
 
@@ -281,23 +215,16 @@ class RunRecord(Callback):
         return {"config": self.config, "tokenizer_files": self.tokenizer_files}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass  # the record is of the run that is running
-
-
-def _write_whole(path: str, text: str) -> None:
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
+        pass  # a resumed run keeps its own record
 
 
 def _write_folder(path: str, files: Mapping[str, str]) -> None:
-    """Write a folder of files beside its place and move it there when it is complete."""
+    """Write a folder of files under a temporary name, then rename it."""
     for left_over in (f"{path}.tmp", f"{path}.old"):
         shutil.rmtree(left_over, ignore_errors=True)
     os.makedirs(f"{path}.tmp")
     for name, text in files.items():
-        with open(os.path.join(f"{path}.tmp", name), "w", encoding="utf-8") as file:
-            file.write(text)
+        Path(f"{path}.tmp", name).write_text(text, encoding="utf-8")
     if os.path.isdir(path):
         os.rename(path, f"{path}.old")
     os.rename(f"{path}.tmp", path)

@@ -1,4 +1,4 @@
-"""What this machine can run, and how it runs it best: device, precision, attention path, memory allocator."""
+"""Choices that depend on the machine: device, precision, attention path, memory allocator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from composer.utils import dist
+from composer.devices import Device, DeviceGPU
+from composer.utils import dist, get_device
 
 from electra_composer.config import TrainerConfig
 from electra_composer.errors import UserError
@@ -18,35 +19,37 @@ from electra_composer.model.kernels.attention import attention, pattern_of
 
 
 def resolve_device(trainer: TrainerConfig) -> tuple[str, str, bool]:
-    """Decide where and in which precision a run computes.
-
-    Composer refuses every precision but fp32 on a CPU. Where the CPU multiplies bfloat16 itself, it is nearly twice as
-    fast there too, so `amp_bf16` on a CPU gives Composer fp32 and lets the model's own forward run under CPU autocast.
+    """Choose device and precision of a run.
 
     Returns:
-        `(device, precision, cpu_autocast)`: Composer's device name (`cpu` or `gpu`), the precision to give Composer,
-        and whether the model applies bfloat16 autocast itself.
+        `(device, precision, cpu_autocast)`: Composer's device name (`cpu` or `gpu`), the precision for Composer, and
+        whether the model applies bfloat16 autocast itself. On a CPU `amp_bf16` becomes fp32 for Composer and CPU
+        autocast in the model's forward, nearly twice as fast as fp32 if the CPU has bfloat16 products.
 
     Raises:
-        UserError: a device that is not there, or a precision that it cannot do.
+        UserError: a device that is missing, or a precision that it does not support.
     """
     device = trainer.device or ("gpu" if torch.cuda.is_available() else "cpu")
     if device == "gpu" and not torch.cuda.is_available():
         raise UserError(
-            "trainer.device is gpu, but torch sees no CUDA device; set trainer.device=cpu or mend the driver"
+            "trainer.device is gpu, but torch sees no CUDA device; set trainer.device=cpu or fix the driver"
         )
     if device == "gpu":
         if trainer.attention == "varlen" and trainer.precision == "fp32":
             raise UserError(
-                "trainer.attention is varlen, which computes in bf16 or fp16, and trainer.precision is fp32; "
+                "trainer.attention is varlen, which needs bf16 or fp16, and trainer.precision is fp32; "
                 "set trainer.attention=sdpa or trainer.precision=amp_bf16"
             )
         if trainer.precision == "amp_bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name()
-            raise UserError(f"trainer.precision is amp_bf16, which {name} cannot do; set trainer.precision=amp_fp16")
+            raise UserError(
+                f"trainer.precision is amp_bf16, which {name} does not support; set trainer.precision=amp_fp16"
+            )
         return device, trainer.precision, False
     if trainer.precision == "amp_fp16":
-        raise UserError("trainer.precision is amp_fp16, which a CPU cannot do; set trainer.precision=amp_bf16 or fp32")
+        raise UserError(
+            "trainer.precision is amp_fp16, which is not supported on a CPU; set trainer.precision=amp_bf16 or fp32"
+        )
     if trainer.precision == "amp_bf16" and not cpu_multiplies_bfloat16():
         raise UserError(
             "trainer.precision is amp_bf16, for which this CPU has no instructions (AVX512-BF16 or AMX): it would be "
@@ -57,22 +60,45 @@ def resolve_device(trainer: TrainerConfig) -> tuple[str, str, bool]:
     if trainer.device_train_microbatch_size == "auto":
         raise UserError(
             "trainer.device_train_microbatch_size is auto, which is found by running out of GPU memory; "
-            "on a CPU give a number, or null for no split"
+            "on a CPU set a number, or null for no split"
         )
+    # Workaround (composer 0.32): Trainer refuses every precision but fp32 on a CPU; goes when it takes amp_bf16.
     return device, "fp32", trainer.precision == "amp_bf16"
 
 
+class RunDeviceGPU(DeviceGPU):
+    """DeviceGPU that leaves host-side scalars on the host, saving a copy and a synchronisation per batch."""
+
+    # Workaround (composer 0.32): Trainer copies the size of each batch and flags such as "last batch" to the GPU and
+    # reads them back; goes when it keeps them on the host. The process group has gloo beside NCCL, so that such scalars
+    # are reduced on the host.
+
+    dist_backend = "cuda:nccl,cpu:gloo"
+
+    def tensor_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor to the GPU, except scalars (0-d) and flags (one uint8), which stay on the host."""
+        is_flag = tensor.dtype == torch.uint8 and tensor.numel() == 1
+        if tensor.dim() == 0 or is_flag:
+            return tensor
+        return super().tensor_to_device(tensor)
+
+
+def run_device(name: str) -> Device:
+    """Return the Composer device `gpu` or `cpu`, for the process group and for the trainer, which must agree."""
+    return RunDeviceGPU() if name == "gpu" else get_device(name)
+
+
 def fsdp_gradient_factor(trainer: TrainerConfig) -> float:
-    """What gradients must be multiplied by, because the backend may add up where FSDP asks it to average.
+    """Return the factor by which gradients must be multiplied where the backend sums instead of averaging.
 
-    FSDP2 averages gradients in its reduce-scatter. gloo, of the CPU, adds them up instead, without a word (torch 2.7):
-    they are as many times too large as there are processes, which Adam hides and gradient clipping does not. So the
-    backend is asked rather than known: the average of ones is one.
-
-    Call it when the processes have joined.
+    1.0 without FSDP. Measured, not known by backend: the average of ones is one. Collective: call on all ranks after
+    the process group is initialised.
     """
     if trainer.fsdp is None or dist.get_world_size() == 1:
         return 1.0
+    # Workaround (torch 2.7): FSDP2 averages gradients in its reduce-scatter, for which gloo silently returns the sum.
+    # Gradients are then too large by the number of ranks, which Adam hides and gradient clipping does not. Goes when
+    # gloo averages or refuses.
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     ones, average = torch.ones(dist.get_world_size(), device=device), torch.zeros(1, device=device)
     torch.distributed.reduce_scatter_tensor(average, ones, op=torch.distributed.ReduceOp.AVG)
@@ -80,31 +106,32 @@ def fsdp_gradient_factor(trainer: TrainerConfig) -> float:
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 products. Without, torch emulates them: 13 × slower than fp32 on an AVX2 machine."""
+    """Return whether the CPU has bfloat16 products. Without, torch emulates them: 13 × slower than fp32 with AVX2."""
+    # Workaround (torch 2.7): the queries of CPU instructions are private; goes when torch.cpu has public ones.
     if platform.machine().lower() in ("x86_64", "amd64"):
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-# Of glibc's malloc.h: mallopt(parameter, value).
+# From glibc's malloc.h: mallopt(parameter, value).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep the memory that a step frees for the next step, instead of handing it back to the system.
+    """Make glibc keep freed memory for the next step instead of returning it to the system.
 
-    A step on a CPU allocates and frees gigabytes; each page that comes back from the system costs a fault, together a
-    quarter of a small model's step. The price: the process keeps its peak. CUDA has an allocator of its own.
+    A step on a CPU allocates and frees gigabytes. Page faults of memory from the system take a quarter of a small
+    model's step. The process then keeps its peak memory. CUDA has its own allocator.
 
     Returns:
-        Whether there is a glibc, and it did.
+        False if there is no glibc or it refused.
     """
     return set_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26})
 
 
 def set_malloc(settings: dict[int, int]) -> bool:
-    """Call glibc's `mallopt` for each of `settings`; whether there is a glibc, and it took all of them."""
+    """Call glibc's `mallopt` for each setting. Return False if there is no glibc or it refused one."""
     if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
@@ -112,16 +139,16 @@ def set_malloc(settings: dict[int, int]) -> bool:
 
 
 def choose_attention(trainer: TrainerConfig, encoder: EncoderConfig, rows: int, length: int) -> tuple[str, str]:
-    """The attention path of a run (see kernels/attention.py).
+    """Choose the attention path of a run (see kernels/attention.py).
 
-    On CUDA in half precision, `auto` runs one layer of both paths forward and backward on a batch of the run's own
-    shape and takes the faster; the first process decides for all.
+    On CUDA in half precision, `auto` times forward and backward of one layer of both paths on a batch of the run's
+    shape. Rank 0 chooses for all ranks.
 
     Args:
         trainer: checked by :func:`resolve_device`.
-        encoder: the discriminator's sizes.
-        rows: of a microbatch.
-        length: of a row, in tokens.
+        encoder: sizes of the discriminator.
+        rows: rows of a microbatch.
+        length: tokens of a row.
 
     Returns:
         `sdpa` or `varlen`, and the reason, for the log.
@@ -130,14 +157,14 @@ def choose_attention(trainer: TrainerConfig, encoder: EncoderConfig, rows: int, 
         return trainer.attention, "trainer.attention"
     device, precision, _ = resolve_device(trainer)
     if device == "cpu":
-        return "sdpa", "the path of CPUs"
+        return "sdpa", "the only path on a CPU"
     if precision == "fp32":
-        return "sdpa", "the path of fp32"
+        return "sdpa", "the only path in fp32"
     choice = [("", "")]
     if dist.get_global_rank() == 0:
         dtype = torch.bfloat16 if precision == "amp_bf16" else torch.float16
         qkv = torch.randn(rows, length, 3 * encoder.hidden_size, device="cuda", dtype=dtype, requires_grad=True)
-        # Two examples in a row, the second half as long: packed rows hold one or a few.
+        # Two examples per row, the second half as long: packed rows have one or a few.
         ids = (torch.arange(length, device="cuda") >= length * 2 // 3).long().add(1).expand(rows, length).contiguous()
 
         def run(path: str) -> Callable[[], object]:
@@ -150,10 +177,18 @@ def choose_attention(trainer: TrainerConfig, encoder: EncoderConfig, rows: int, 
 
 
 def faster(paths: dict[str, Callable[[], object]], wait: Callable[[], None], repeats: int = 10) -> tuple[str, str]:
-    """The path of the smallest median time, and all times (or why a path could not run) in words.
+    """Time several code paths in turn.
+
+    Args:
+        paths: name → function.
+        wait: waits for the device.
+        repeats: timed calls per path, after three that are not timed.
+
+    Returns:
+        The path with the smallest median time, and a text with all median times and the errors of paths that failed.
 
     Raises:
-        RuntimeError: none of them runs.
+        RuntimeError: all paths failed.
     """
     times: dict[str, list[float]] = {path: [] for path in paths}
     failed: dict[str, str] = {}
@@ -167,7 +202,7 @@ def faster(paths: dict[str, Callable[[], object]], wait: Callable[[], None], rep
                 run()
                 wait()
                 times[path].append(time.perf_counter() - start)
-            except RuntimeError as error:  # NotImplementedError, out of memory and kernels that refuse are among them
+            except RuntimeError as error:  # includes NotImplementedError, out of memory, and unsupported kernels
                 failed[path] = str(error).splitlines()[0]
     medians = {path: sorted(times[path][3:])[repeats // 2] for path in paths if path not in failed}
     words = [f"{path} {1e3 * medians[path]:.2f} ms" if path in medians else f"{path}: {failed[path]}" for path in paths]

@@ -1,8 +1,7 @@
-"""SIGTERM and SIGINT: a checkpoint at the end of the running batch, and out.
+"""Save a checkpoint and exit on SIGTERM or SIGINT.
 
-Preemption, a scheduler's time limit and `kill` send SIGTERM, Ctrl-C sends SIGINT. All processes of a run stop after the
-same batch: what each has received goes along with the counts that they add up for every batch anyway
-(:mod:`electra_composer.training.trainer`).
+Preemption, a scheduler's time limit and `kill` send SIGTERM, Ctrl-C sends SIGINT. All ranks stop after the same batch:
+the signals received are reduced together with the counts of every batch (:mod:`electra_composer.training.trainer`).
 """
 
 from __future__ import annotations
@@ -23,23 +22,24 @@ from composer.utils import dist
 from electra_composer.checkpoints.saving import AtomicCheckpointSaver
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
-LAUNCHED = "LOCAL_RANK" in os.environ  # asked now: Composer sets it later for a process that starts by itself, too
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+# Workaround (composer 0.32): `initialize_dist` sets LOCAL_RANK in a process without a launcher too, so it is read at
+# import; goes when Composer leaves the environment as it is.
+LAUNCHED = "LOCAL_RANK" in os.environ
 
 
 class StopOnSignal(Callback):
-    """Ends a run after the batch in which any of its processes received SIGTERM or SIGINT.
+    """Ends a run after the batch in which any rank received SIGTERM or SIGINT.
 
-    A checkpoint of that batch is saved, one line says which, and the process exits with 128 + the signal's number, as a
-    shell would have it: 143 or 130; after the last batch the run ends as ever, with 0. A second SIGINT stops at once,
-    as if nothing were there to save. Signals are the business of this callback while training runs; before and after,
-    they do what they did.
+    Saves a checkpoint of that batch, prints one line that names it, and exits with 128 + the signal number, as in a
+    shell: 143 or 130. After the last batch the run ends normally, with 0. A second SIGINT ends the process at once
+    without saving. The handlers are installed while training runs; before and after, the previous ones apply.
 
-    It must come after the savers in the list of callbacks, and a trainer must hand it what the processes agreed on:
-    :meth:`received` summed over them, to :meth:`agree`.
+    Must come after the savers in the list of callbacks. The trainer must sum :meth:`received` over ranks and pass the
+    result to :meth:`agree`.
 
     Args:
-        saver: of the checkpoint; None: the run keeps none, and just ends.
+        saver: saves the checkpoint; None: end without one.
     """
 
     def __init__(self, saver: AtomicCheckpointSaver | None) -> None:
@@ -49,61 +49,60 @@ class StopOnSignal(Callback):
         self._before: dict[int, Any] = {}
 
     def received(self) -> list[int]:
-        """1 for the one of :data:`SIGNALS` that this process has received."""
+        """Return 1 for the one of :data:`SIGNALS` that this rank has received, else 0."""
         return [int(self._received == number) for number in SIGNALS]
 
     def agree(self, counts: Sequence[float]) -> None:
-        """How many processes have received each of :data:`SIGNALS`."""
+        """Take the number of ranks that have received each of :data:`SIGNALS`."""
         self._agreed = next((number for number, count in zip(SIGNALS, counts, strict=True) if count), None)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # Python gives signals to the main thread alone
+            return  # Python delivers signals to the main thread only
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
         end_with_launcher()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # From now on the system itself ends the process on SIGINT, even while it waits for other processes.
+        # From now on SIGINT ends the process in the kernel, even while it waits for other ranks.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._received is None:
             self._received = signal.Signals(number)
             if dist.get_global_rank() == 0:
-                text = f"{self._received.name}: stopping after this batch; Ctrl-C stops at once, and saves nothing\n"
+                text = f"{self._received.name}: stopping after this batch; Ctrl-C stops at once without saving\n"
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self._agreed is None or state.max_duration is None:
             return
         if state.timestamp.get(state.max_duration.unit) >= state.max_duration:
-            return  # it was the last batch: the run ends as it would have
+            return  # the last batch: the run ends normally
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
         saved = self.saver.save(state, logger) if self.saver is not None else None
         if dist.get_global_rank() == 0:
             done = f"stopped by {self._agreed.name} after batch {state.timestamp.batch.value}"
-            kept = f"saved {saved}; the same command goes on from there" if saved else "this run keeps no checkpoints"
+            kept = f"saved {saved}; rerun the same command to resume" if saved else "this run keeps no checkpoints"
             print(f"{done}: {kept}", file=sys.stderr, flush=True)
         dist.barrier()
         raise SystemExit(128 + self._agreed)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        self._give_back()
+        self._restore_handlers()
 
     def close(self, state: State, logger: Logger) -> None:
-        if not LAUNCHED:  # a launcher sends SIGTERM to the others when the first has ended
-            self._give_back()
+        if not LAUNCHED:  # a launcher sends SIGTERM to the other ranks when the first has ended
+            self._restore_handlers()
 
-    def _give_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
 
 def end_with_launcher() -> None:
-    """Ask Linux for a SIGTERM when the process that launched this rank ends.
-
-    Composer's launcher hands on Ctrl-C, but it dies of a SIGTERM, as schedulers send it, and its ranks would train on.
-    """
+    """Make Linux send SIGTERM to this rank when the process that launched it ends."""
+    # Workaround (composer 0.32): the launcher forwards Ctrl-C, but a SIGTERM, as schedulers send it, kills the launcher
+    # alone and its ranks train on; goes when it forwards SIGTERM.
     if sys.platform.startswith("linux") and LAUNCHED:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Warns of training that goes nowhere, while there is still time to do something about it."""
+"""Warn early of training that does not learn."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from composer.utils import dist
 
 log = logging.getLogger(__name__)
 
-NOTHING_LEARNT = 0.97  # of the loss without context
+NOTHING_LEARNT = 0.97  # fraction of the loss without context
 CHANCE = 0.55  # AUC
 
 
 class LearningWatch(Callback):
-    """Looks at every evaluation from a quarter of training on, and warns once of each thing that is wrong.
+    """Warns once each of a generator and a discriminator that do not learn, at evaluations from `after` on.
 
-    A generator whose MLM loss is that of word frequencies has learnt nothing from context, and what it proposes teaches
-    the discriminator nothing. A discriminator whose AUC is chance says of every token the same, the way out of the RTD
-    loss that the paper describes ("fails to learn at all beyond the majority class", section 3.3).
+    A generator whose MLM loss is that of word frequencies has learnt nothing from context, and its samples teach the
+    discriminator nothing. A discriminator with an AUC of chance predicts the same for every token, the degenerate
+    solution of the RTD loss that the paper describes ("fails to learn at all beyond the majority class", section 3.3).
 
     Args:
-        loss_without_context: see :mod:`electra_composer.batches.baselines`; None if unknown: the generator is then
-            not watched.
-        after: share of training from which on.
+        loss_without_context: see :mod:`electra_composer.batches.baselines`; None: do not check the generator.
+        after: fraction of training before the first check.
     """
 
     def __init__(self, loss_without_context: float | None, after: float = 0.25) -> None:
@@ -37,25 +36,25 @@ class LearningWatch(Callback):
         metrics = state.eval_metrics.get("eval", {})
         if elapsed is None or float(elapsed) < self.after or not {"mlm_loss", "rtd_auc"} <= metrics.keys():
             return
-        # Composer has computed them already, on all processes: this reads what is there.
+        # Computed already by Composer on all ranks: this reads cached values.
         loss, auc = float(metrics["mlm_loss"].compute()), float(metrics["rtd_auc"].compute())
         if self.loss_without_context is not None and loss > NOTHING_LEARNT * self.loss_without_context:
             self._warn(
                 "generator",
                 f"the generator's MLM loss on held-out text is {loss:.2f}; word frequencies alone give "
-                f"{self.loss_without_context:.2f}. It has learnt nothing from context. Look at: the learning rate, the "
-                "length of the warmup (optimizer.bias_correction for short runs), objective.mask_prob, and whether the "
-                "text is what you think (python -m electra_composer.preview)",
+                f"{self.loss_without_context:.2f}. It has learnt nothing from context. Check the learning rate, the "
+                "length of the warmup (optimizer.bias_correction for short runs), objective.mask_prob, and the text "
+                "itself (python -m electra_composer.preview)",
             )
         if auc < CHANCE:
             self._warn(
                 "discriminator",
-                f"the discriminator's AUC on held-out text is {auc:.2f}; saying the same of every token gives 0.50. "
-                "Look at: objective.disc_weight (lower for short runs), model.generator_size (one that is too good "
-                "leaves nothing to find), the learning rate, model.tie_encoder for short runs",
+                f"the discriminator's AUC on held-out text is {auc:.2f}; predicting the same for every token gives "
+                "0.50. Check objective.disc_weight (lower for short runs), model.generator_size (a generator that is "
+                "too good leaves nothing to detect), the learning rate, model.tie_encoder for short runs",
             )
 
-    def _warn(self, what: str, message: str) -> None:
-        if what not in self._warned and dist.get_global_rank() == 0:
+    def _warn(self, subject: str, message: str) -> None:
+        if subject not in self._warned and dist.get_global_rank() == 0:
             log.warning(message)
-        self._warned.add(what)
+        self._warned.add(subject)

@@ -1,12 +1,12 @@
-"""Where the metrics go: a file of rows, the console, Weights & Biases; the bar is in progress_bar.py."""
+"""Loggers: a metrics file, the console, Weights & Biases. The progress bar is in progress_bar.py."""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 import numpy as np
@@ -17,37 +17,40 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from electra_composer.errors import UserError
-from electra_composer.training.optim import parse_time
+from electra_composer.training.times import parse_time
 
 
 class MetricsFile(LoggerDestination):
-    """Every logged metric by step, as JSON lines or CSV, written on rank 0.
+    """Writes every logged metric by step to a file of JSON lines or CSV, on rank 0.
 
-    A row is `step` (batches trained before it, Composer's count) and the newest value of each metric logged since the
-    row before. Rows are appended and flushed one by one, so a crash costs the row in the making. A checkpoint carries
-    the row in the making; a resumed run drops the rows from its step on and continues the file.
+    A row has `step` (batches trained before it, as Composer counts) and the latest value of each metric logged since
+    the previous row. Rows are appended and flushed one by one, so a crash loses only the pending row. Checkpoints have
+    the pending row; a resumed run drops the rows from its step on and appends to the file.
 
-    NaN and infinity are written as `null` in JSON, which has no signs for them, and as `nan` and `inf` in CSV. A CSV
-    whose columns grow (evaluation adds some) is written anew with the longer header, old rows left empty there: it
-    happens a few times in a run and replaces the file in one move.
+    NaN and infinity are `null` in JSON, which cannot represent them, and `nan` and `inf` in CSV. When new metrics add
+    columns to a CSV (as the first evaluation does), the file is rewritten atomically with a longer header, and old rows
+    are empty there.
 
     Args:
-        path: the file; folders are made.
-        format: `jsonl` or `csv`; `None`: what the file's ending says.
-        interval: a row every so many batches, such as `10ba`. The last step has a row in any case.
+        path: the file; folders are created.
+        format: `jsonl` or `csv`; None: by the extension of the file.
+        interval: batches between rows, such as `10ba`. The last step always has a row.
 
     Raises:
         UserError: another format or interval.
     """
 
-    def __init__(self, path: str, format: str | None = None, interval: str = "1ba"):
+    def __init__(self, path: str, format: str | None = None, interval: str = "1ba") -> None:
         self.path = path
         self.format = format or os.path.splitext(path)[1][1:]
         if self.format not in ("jsonl", "csv"):
             raise UserError(f"{self.format!r} is not a format of the metrics file; expected jsonl or csv")
-        self.interval = _batches(interval, "interval")
+        parsed = parse_time(interval, "interval", positive=True)
+        if parsed.unit != TimeUnit.BATCH:
+            raise UserError(f"interval: {interval!r}: expected a number of batches, such as 10ba")
+        self.interval = int(parsed.value)
         self.columns: list[str] = []  # CSV only
-        self.row: dict[str, Any] = {}  # in the making
+        self.row: dict[str, Any] = {}  # pending
         self.step = 0
         self.resumed = False
         self.file: TextIO | None = None
@@ -64,7 +67,7 @@ class MetricsFile(LoggerDestination):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0 and self.file is None:
-            # The row in the making goes on: a run that was interrupted has written what there was of it.
+            # The checkpoint has the pending row of its step, which the interrupted run may have written.
             self._open(self.step if self.resumed else state.timestamp.batch.value)
 
     def close(self, state: State, logger: Logger) -> None:
@@ -76,7 +79,8 @@ class MetricsFile(LoggerDestination):
             self.file = None
 
     def state_dict(self) -> dict[str, Any]:
-        # As text: torch finds the values of a sharded checkpoint by their names, which differ from row to row.
+        # Workaround (torch 2.7): a sharded checkpoint is loaded by the names of its nested values, which differ from
+        # row to row, so the row is one JSON string; goes when torch.distributed.checkpoint loads changed keys.
         return {"step": self.step, "row": json.dumps(plain_numbers(self.row))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -87,14 +91,14 @@ class MetricsFile(LoggerDestination):
         self.resumed = True
 
     def _open(self, first_step: int) -> None:
-        """Keep what an earlier part of this run wrote before `first_step`, and append from there."""
+        """Keep the rows before `first_step` of an earlier part of this run, and open the file to append."""
         rows = [row for row in self._read() if row["step"] < first_step]
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         self.columns = list(dict.fromkeys(["step", *(column for row in rows for column in row)]))
         self._rewrite(rows)
 
     def _read(self) -> list[dict[str, Any]]:
-        """The whole rows of the file; the last one may have been cut off by a crash and is left out then."""
+        """Return the complete rows of the file, without a last row that a crash has cut off."""
         if not os.path.exists(self.path):
             return []
         with open(self.path, encoding="utf-8", newline="") as file:
@@ -111,8 +115,8 @@ class MetricsFile(LoggerDestination):
             self.file.close()
         with open(f"{self.path}.tmp", "w", encoding="utf-8", newline="") as file:
             if self.format == "csv":
-                file.write(_csv_line(self.columns))
-            file.writelines(self._line(row) for row in rows)
+                csv.writer(file, lineterminator="\n").writerow(self.columns)
+            self._write(file, rows)
         os.replace(f"{self.path}.tmp", self.path)
         self.file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115 (closed in `close`)
 
@@ -125,21 +129,23 @@ class MetricsFile(LoggerDestination):
             rows = self._read()
             self.columns += new
             self._rewrite(rows)
-        self.file.write(self._line(row))
+        self._write(self.file, [row])
         self.file.flush()
 
-    def _line(self, row: dict[str, Any]) -> str:
+    def _write(self, file: TextIO, rows: Iterable[dict[str, Any]]) -> None:
         if self.format == "csv":
-            return _csv_line([row.get(column, "") for column in self.columns])
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        return json.dumps(finite) + "\n"
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
+            return
+        for row in rows:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            file.write(json.dumps(finite) + "\n")
 
 
 class RunConsole(ConsoleLogger):
-    """Composer's console logger, beside a progress bar: the bar moves down for its lines.
+    """ConsoleLogger that prints above a progress bar, and not the configuration, which `callbacks.RunRecord` prints."""
 
-    The configuration is not printed: `callbacks.RunRecord` does that.
-    """
+    # Workaround (composer 0.32): ConsoleLogger has no public hook for where and what it prints, so two private methods
+    # are overridden; goes when it has, or prints by `tqdm.write`.
 
     def _log_to_console(self, log_str: str) -> None:
         tqdm.write(log_str, file=self.stream)
@@ -149,29 +155,20 @@ class RunConsole(ConsoleLogger):
 
 
 class RunWandB(WandBLogger):
-    """Composer's Weights & Biases logger, with a package that has dropped `Run.get_url` (0.31 has) too.
-
-    Composer 0.32.1 calls it and would stop there; the property `url` is the same and stays.
-    """
+    """WandBLogger that works with versions of wandb without `Run.get_url`."""
 
     def init(self, state: State, logger: Logger) -> None:
         import wandb
 
+        # Workaround (composer 0.32): calls `Run.get_url`, which wandb has removed (0.31 lacks it) in favour of the
+        # property `url`; goes when WandBLogger reads `url`.
         if not hasattr(wandb.Run, "get_url"):
             wandb.Run.get_url = lambda run: run.url
         super().init(state, logger)
 
 
-def _batches(interval: str, key: str) -> int:
-    """The number of batches of an interval such as `10ba`."""
-    parsed = parse_time(interval, key)
-    if parsed.unit != TimeUnit.BATCH or parsed.value < 1:
-        raise UserError(f"{key}: {interval!r}: expected a number of batches of at least one, such as 10ba")
-    return int(parsed.value)
-
-
 def plain_numbers(metrics: dict[str, Any]) -> dict[str, int | float]:
-    """Numbers and one-element tensors as plain numbers; anything else does not fit in a row."""
+    """Convert numbers and one-element tensors to plain numbers; drop everything else."""
     numbers: dict[str, int | float] = {}
     for name, value in metrics.items():
         if isinstance(value, torch.Tensor | np.ndarray | np.number):
@@ -180,9 +177,3 @@ def plain_numbers(metrics: dict[str, Any]) -> dict[str, int | float]:
         elif isinstance(value, int | float):
             numbers[name] = value
     return numbers
-
-
-def _csv_line(values: list[Any]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(values)
-    return line.getvalue()

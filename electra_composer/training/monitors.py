@@ -1,7 +1,7 @@
-"""What a run shows of itself: throughput and MFU, waiting for data, memory.
+"""Monitors of a run: throughput and MFU, memory, and time spent waiting for data.
 
-None of them waits for the device at every batch, as Composer's `SpeedMonitor` does: a GPU that is waited for cannot be
-given the next step's work ahead. What has to be read back from it is read back when it is logged.
+None of them synchronises with the device in every batch, as Composer's `SpeedMonitor` does, so that the host can run
+ahead. Values are read back from the device when they are logged.
 """
 
 from __future__ import annotations
@@ -16,40 +16,42 @@ from typing import cast
 import torch
 from composer.callbacks import MemoryMonitor, SpeedMonitor
 from composer.callbacks.speed_monitor import get_gpu_flops_available
-from composer.core import Callback, Event, State, Timestamp
+from composer.core import State, Timestamp
 from composer.loggers import Logger
 from composer.utils import dist
 
 from electra_composer.errors import UserError
-from electra_composer.training.callbacks import interval_scheduler
+from electra_composer.training.times import IntervalCallback
 
 
 class ThroughputMonitor(SpeedMonitor):
-    """Composer's `SpeedMonitor`, every `window_size` batches instead of at every batch.
+    """SpeedMonitor that measures and logs once per window of batches.
 
-    Composer's puts the operations of each batch on the device, adds them up over the processes and reads the sum back.
-    This one does so once per window, and logs then, under Composer's names:
+    Logs under Composer's names:
 
-    - `throughput/tokens_per_sec`: tokens as the loader's `DataSpec` counts them: without padding;
+    - `throughput/tokens_per_sec`: tokens as counted by the loader's `DataSpec`, without padding;
       `throughput/samples_per_sec`: rows; `throughput/batches_per_sec`; each also per device, `throughput/device/…`;
-    - `throughput/flops_per_sec`, if the model has `flops_per_batch(batch)`: that of the window's last batch stands for
-      each of them, as shapes are static and rows are packed alike;
-    - `throughput/device/mfu`: model FLOPs utilization, FLOPs per second and device over what the device can do at most
-      on **dense** matrices in the run's precision (with TF32 where fp32 products use it). On a CPU, or a GPU that
-      Composer's table lacks, there is none unless `gpu_flops_available` says what the device can do;
+    - `throughput/flops_per_sec`, if the model has `flops_per_batch(batch)`: every batch counts as the last one of the
+      window, since shapes are static and rows are packed alike;
+    - `throughput/device/mfu`: model FLOPs utilization, FLOPs per second and device divided by the peak of the device
+      for **dense** matrices in the run's precision (TF32 if fp32 products use it). Not logged on a CPU or a GPU that
+      Composer's table lacks, unless `gpu_flops_available` is given;
     - `time/train`, `time/val`, `time/total`.
 
-    The clock is Composer's, which stands still during evaluations. The first batch, which compiles and warms up, is in
-    no window; the end of training closes one that has begun.
+    The clock is Composer's, which is stopped during evaluations. The first batch, which compiles and warms up, is in no
+    window. The end of training closes an incomplete window.
 
     Args:
-        window_size: batches in a window.
-        gpu_flops_available: operations per second of one device; `None`: Composer's table.
+        window_size: batches per window.
+        gpu_flops_available: peak FLOPs per second of one device; None: from Composer's table.
         time_unit: of `time/…`: `seconds`, `minutes`, `hours` or `days`.
 
     Raises:
-        UserError: a window of no batches.
+        UserError: a window of less than one batch.
     """
+
+    # Workaround (composer 0.32): SpeedMonitor copies the FLOPs of every batch to the device, reduces them over ranks
+    # and reads them back; goes when it does so once per window.
 
     def __init__(
         self, window_size: int = 100, gpu_flops_available: float | None = None, time_unit: str = "hours"
@@ -92,7 +94,7 @@ class ThroughputMonitor(SpeedMonitor):
         }
         metrics = {}
         for name, amount in amounts.items():
-            if amount:  # a loader that counts no tokens, a model that counts no operations
+            if amount:  # 0: the loader does not count tokens, or the model does not count FLOPs
                 metrics[f"throughput/{name}_per_sec"] = amount / seconds
                 metrics[f"throughput/device/{name}_per_sec"] = amount / seconds / dist.get_world_size()
         if self.gpu_flops_available and amounts["flops"]:
@@ -104,8 +106,8 @@ class ThroughputMonitor(SpeedMonitor):
 
 
 def _flops_per_batch(state: State) -> float:
-    """Of all processes together; 0 if the model does not tell. Waits for the device where there is one."""
-    model = getattr(state.model, "module", state.model)  # inside DDP
+    """Return the FLOPs of the current batch on all ranks, 0 if the model does not count them. Synchronises a GPU."""
+    model = getattr(state.model, "module", state.model)  # inside of DDP
     if not hasattr(model, "flops_per_batch"):
         return 0.0
     flops = torch.tensor(model.flops_per_batch(state.batch), dtype=torch.float64)
@@ -116,11 +118,10 @@ def _flops_per_batch(state: State) -> float:
 
 
 def device_flops_available(state: State) -> float:
-    """What the run's device can do at most, dense, in operations per second; 0 where that is not known.
-
-    Composer's table by the GPU's name and the run's precision, with two corrections: a run on the CPU of a machine that
-    has a GPU has no peak, and fp32 matrix products that the GPU does in TF32 are measured against TF32's.
-    """
+    """Return the peak of the run's device for dense matrices, in FLOPs per second; 0 if unknown or on a CPU."""
+    # Workaround (composer 0.32): `get_gpu_flops_available` returns the peak of a GPU that the run does not use, and for
+    # fp32 that without TF32, which Composer itself switches on. It reads only `precision.value` of the state. Goes when
+    # it considers the run's device and `allow_tf32`.
     if state.device.name != "gpu":
         return 0.0
     if state.precision.value == "fp32" and torch.backends.cuda.matmul.allow_tf32:
@@ -128,48 +129,43 @@ def device_flops_available(state: State) -> float:
     return float(get_gpu_flops_available(state))
 
 
-class RunMemoryMonitor(MemoryMonitor):
-    """Memory in gigabytes (10⁹ bytes): of the GPU as Composer's `MemoryMonitor` logs it, and of the process.
+class RunMemoryMonitor(IntervalCallback, MemoryMonitor):
+    """MemoryMonitor that logs at an interval, and also the memory of the process, in gigabytes (10⁹ bytes).
 
-    Logged: on a GPU `memory/…` of torch's allocator, such as `memory/peak_allocated_mem`; everywhere
-    `memory/peak_resident_mem`, the most main memory that the first process has held so far, without its loader's.
-    Composer's reads the allocator's whole state at every batch, and has nothing to say on a CPU.
+    Logs on a GPU `memory/…` of torch's allocator, such as `memory/peak_allocated_mem`; everywhere
+    `memory/peak_resident_mem`, the peak main memory of rank 0 without its loader workers.
 
     Args:
-        log_interval: a Composer time such as `10ba`; the end of training logs in any case.
-        memory_keys: names in `torch.cuda.memory_stats()` → names to log; `None`: Composer's choice.
+        log_interval: a Composer time such as `10ba`; the end of training also logs.
+        memory_keys: names in `torch.cuda.memory_stats()` → names to log; None: Composer's selection.
 
     Raises:
         UserError: not a positive Composer time.
     """
 
+    # Workaround (composer 0.32): MemoryMonitor reads the statistics of the allocator in every batch, and logs nothing
+    # but a warning on a CPU; goes when it has an interval.
+
     def __init__(self, log_interval: str = "10ba", memory_keys: dict[str, str] | None = None) -> None:
-        super().__init__(memory_keys)
-        self.is_due = interval_scheduler(log_interval, "log_interval")
+        IntervalCallback.__init__(self, log_interval)
+        MemoryMonitor.__init__(self, memory_keys)
 
     def init(self, state: State, logger: Logger) -> None:
-        pass  # Composer's warns that it shows nothing on a CPU; this one does
+        pass  # MemoryMonitor warns here
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        pass  # Composer's moment, at every batch
+        pass  # MemoryMonitor logs here
 
-    def batch_end(self, state: State, logger: Logger) -> None:
-        if self.is_due(state, Event.BATCH_END):
-            self._log(state, logger)
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self._log(state, logger)
-
-    def _log(self, state: State, logger: Logger) -> None:
-        super().after_train_batch(state, logger)
+    def log(self, state: State, logger: Logger) -> None:
+        MemoryMonitor.after_train_batch(self, state, logger)
         logger.log_metrics({"memory/peak_resident_mem": peak_resident_bytes() / 1e9})
 
 
 def peak_resident_bytes() -> int:
-    """The most main memory that this process has held at one time.
+    """Return the peak main memory of this process.
 
-    Linux hands `ru_maxrss` on to a program that a process becomes, so that a child of a large process (a launcher, a
-    test runner) reports its parent's peak; the mark in `/proc` is the program's own.
+    Read from `/proc`, since Linux keeps `ru_maxrss` over `exec`, so that a child of a large process (a launcher, a test
+    runner) reports its parent's peak.
     """
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():
@@ -179,24 +175,24 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, others kibibytes
 
 
-class DataWait(Callback):
-    """The share of training time that the first process spends waiting for its loader: `data/wait_share`, 0 to 1.
+class DataWait(IntervalCallback):
+    """Logs `data/wait_share`, the fraction of training time that rank 0 waits for its loader since the last log.
 
-    Taken over the batches since the last log. Near 0 the loader keeps up; else raise `data.num_workers`. The data set's
-    `batch_transforms`, such as counting the batch, are part of it.
+    Near 0 the loader keeps up; else raise `data.num_workers`. The `batch_transforms` of the data set, such as counting
+    the batch, are included.
 
     Args:
-        log_interval: a Composer time such as `10ba`; the end of training logs in any case.
+        log_interval: a Composer time such as `10ba`; the end of training also logs.
 
     Raises:
         UserError: not a positive Composer time.
     """
 
-    def __init__(self, log_interval: str = "10ba"):
-        self.is_due = interval_scheduler(log_interval, "log_interval")
+    def __init__(self, log_interval: str = "10ba") -> None:
+        super().__init__(log_interval)
         self.asked_at = 0.0
         self.waited = 0.0
-        self.logged_at: float | None = None  # seconds of training, as Composer counts them: without evaluation
+        self.logged_at: float | None = None  # seconds of training on Composer's clock, without evaluations
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         if self.logged_at is None:
@@ -206,16 +202,9 @@ class DataWait(Callback):
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self.waited += time.perf_counter() - self.asked_at
 
-    def batch_end(self, state: State, logger: Logger) -> None:
-        if self.is_due(state, Event.BATCH_END):
-            self._log(state, logger)
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self._log(state, logger)
-
-    def _log(self, state: State, logger: Logger) -> None:
+    def log(self, state: State, logger: Logger) -> None:
         now = state.timestamp.total_wct.total_seconds()
         if self.logged_at is None or now <= self.logged_at:
-            return  # nothing trained since
+            return  # no training since the last log
         logger.log_metrics({"data/wait_share": min(1.0, self.waited / (now - self.logged_at))})
         self.logged_at, self.waited = now, 0.0

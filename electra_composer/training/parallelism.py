@@ -1,34 +1,31 @@
-"""How a model is spread over processes: replicas (DDP), shards (FSDP2) or both (HSDP), and what goes with each.
+"""Distribution of a model over ranks: DDP, FSDP2 or HSDP, and activation checkpointing.
 
-Composer's `Trainer` does the spreading. Here its configuration is made from ours, and the two things are done that
-must be done to the model before it is wrapped: recomputing activations, and compiling.
+Composer's `Trainer` wraps the model. This module creates its configuration from ours, and applies activation
+checkpointing, which must precede the wrapping.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from composer.distributed.activation_checkpointing import apply_ac
 from composer.models import ComposerModel
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 
 from electra_composer.checkpoints.safe_loading import SafeLoadPlanner
-from electra_composer.config import FSDPConfig, TrainerConfig
+from electra_composer.config import FSDPConfig
 from electra_composer.errors import UserError
 from electra_composer.model.encoder import Layer
 
 
 class RunFSDP2Config(FSDP2Config):
-    """Composer's configuration of FSDP2, which can also say how many replicas there are of the shards.
+    """FSDP2Config with hybrid sharding (HSDP) and a load planner."""
 
-    Composer 0.32 makes FSDP2's device mesh itself, whatever mesh it is given, from two properties that FSDP1 has and
-    that are constants of FSDP2's configuration. With the first of them set, the mesh has two dimensions, and
-    `fully_shard` shards over the second and averages over the first.
-    """
+    # Workaround (composer 0.32): State creates its own device mesh and ignores `device_mesh`; the number of replicas
+    # and the load planner are read from properties that are constants in FSDP2Config and fields in FSDPConfig. With
+    # replicas the mesh has two dimensions: `fully_shard` shards over the second and averages over the first. Goes when
+    # they are fields of FSDP2Config.
 
-    replicas: int = 1  # no field of the dataclass: Composer knows nothing of it
+    replicas: int = 1  # a class attribute: this subclass is not a dataclass, so FSDP2Config's fields stay as they are
 
     @property
     def data_parallel_replicate_degree(self) -> int | None:
@@ -40,71 +37,41 @@ class RunFSDP2Config(FSDP2Config):
 
 
 def fsdp_config(config: FSDPConfig | None, device: str) -> RunFSDP2Config | None:
-    """Composer's form of `trainer.fsdp`; None: DDP. Call it when the processes have joined.
+    """Convert `trainer.fsdp` to Composer's form; None: DDP. Call after the process group is initialised.
 
     Args:
         config: `trainer.fsdp`.
         device: `cpu` or `gpu`.
 
     Raises:
-        UserError: replicas that the processes cannot be divided into, or on a CPU.
+        UserError: a number of replicas that does not divide the number of ranks, or replicas on a CPU.
     """
     if config is None:
         return None
     settings = dict(vars(config))
-    replicas, processes = settings.pop("data_parallel_replicate_degree"), dist.get_world_size()
-    if replicas < 1 or processes % replicas:
+    replicas, ranks = settings.pop("data_parallel_replicate_degree"), dist.get_world_size()
+    if replicas < 1 or ranks % replicas:
         raise UserError(
-            f"trainer.fsdp.data_parallel_replicate_degree is {replicas}, and there are {processes} processes; expected "
-            f"a divisor of {processes}: each replica is sharded over {processes} / replicas processes"
+            f"trainer.fsdp.data_parallel_replicate_degree is {replicas}, and there are {ranks} ranks; expected "
+            f"a divisor of {ranks}: each replica is sharded over {ranks} / replicas ranks"
         )
     if replicas > 1 and device == "cpu":
-        # gloo cannot average, and FSDP2 waits for an event that only streams of a device have (torch 2.7).
+        # Workaround (torch 2.7): gloo has no average, and FSDP2 waits for an event of a device stream, so HSDP does not
+        # run on CPUs; goes when it does.
         raise UserError(
-            f"trainer.fsdp.data_parallel_replicate_degree is {replicas}, and PyTorch's FSDP2 cannot add up the "
-            "gradients of replicas on a CPU; set it to 1 there (shards over all processes), or trainer.fsdp=null"
+            f"trainer.fsdp.data_parallel_replicate_degree is {replicas}, and PyTorch's FSDP2 cannot reduce the "
+            "gradients of replicas on a CPU; set it to 1 (shards over all ranks), or trainer.fsdp=null"
         )
-    made = RunFSDP2Config(**settings)
-    made.replicas = replicas
-    return made
+    composer_config = RunFSDP2Config(**settings)
+    composer_config.replicas = replicas
+    return composer_config
 
 
 def recompute_activations(model: ComposerModel) -> None:
-    """Keep of each Transformer layer its input alone, and run the layer again in the backward pass.
+    """Apply activation checkpointing: keep only the input of each Transformer layer and recompute it in the backward.
 
-    Memory for some 30% more computation (Chen et al. 2016, arXiv 1604.06174). The random numbers of the second run are
-    those of the first. Composer does the same under FSDP alone; this is its function, for DDP and one process too.
+    Saves memory for about 30% more computation (Chen et al. 2016, arXiv 1604.06174). The recomputation draws the same
+    random numbers.
     """
+    # Workaround (composer 0.32): Trainer applies this function under FSDP only; goes when it does so under DDP too.
     apply_ac(model, True, False, lambda module: isinstance(module, Layer))
-
-
-def compile_config(trainer: TrainerConfig, static_shapes: bool) -> dict[str, Any] | None:
-    """Arguments of `torch.compile`; one graph or an error, never a slow remainder."""
-    if not trainer.compile:
-        return None
-    mode = {"mode": trainer.compile} if isinstance(trainer.compile, str) else {}
-    return {"fullgraph": True, "dynamic": not static_shapes, **mode}
-
-
-def compile_model(model: ComposerModel, trainer: TrainerConfig, static_shapes: bool) -> None:
-    """Compile what can be one graph, if `trainer.compile` says so; before the trainer wraps the model.
-
-    Composer compiles the wrapped model. One graph then has to hold what DDP and FSDP do between the operators too,
-    which it cannot (torch 2.7). So the whole forward is compiled inside of DDP, where the compiler still splits it at
-    DDP's buckets, to send gradients while others are computed; and under FSDP each Transformer layer, the unit that is
-    gathered before it runs and let go afterwards. The rest (embeddings, heads, losses) runs uncompiled there.
-
-    Args:
-        model: the model, not wrapped; its `forward`, or its layers', is replaced.
-        trainer: its `compile` and `fsdp`.
-        static_shapes: whether all batches of a loader have one length.
-    """
-    arguments = compile_config(trainer, static_shapes)
-    if arguments is None:
-        return
-    # All layers are one function: two widths, in training and evaluation, with a smaller last batch each, are the eight
-    # variants that torch allows before it takes it for a mistake.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    parts = [module for module in model.modules() if isinstance(module, Layer)] if trainer.fsdp is not None else [model]
-    for part in parts:
-        part.forward = torch.compile(part.forward, **arguments)  # type: ignore[method-assign]

@@ -1,7 +1,8 @@
-"""The progress bar: how far training is, and how it goes, in one line."""
+"""Progress bar of a run: progress, time left and metrics in one line."""
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 import time
@@ -23,28 +24,27 @@ BAR_METRICS: dict[str, Callable[[float], str]] = {
     "memory/peak_allocated_mem": lambda value: f"gpu {value:.1f} GB",
     "memory/peak_resident_mem": lambda value: f"ram {value:.1f} GB",
 }
-"""Metrics of monitors.py and callbacks.py that the bar repeats as last logged, and how: the most wanted first."""
+"""Metrics of monitors.py and callbacks.py that the bar shows as last logged → their format; by falling priority."""
 
 BAR_WIDTH = 10
-"""Columns that are left to the bar itself when the rest of its line is chosen."""
+"""Minimum columns of the bar itself."""
 
 
 class RunProgressBar(LoggerDestination):
-    """One bar for the whole training, on the first process of the machine.
+    """Shows one progress bar for the training, on the first rank of each node.
 
-    It shows the share done, the time left, the training losses under their last names, tokens per second (those that
-    the loader counts: without padding), the learning rate, and of :data:`BAR_METRICS` those that are logged. It stays
-    within the width of the terminal: what is least wanted is left out first. On a terminal it is drawn at most twice a
-    second; where the stream is a file or a pipe, a whole line is written every ten seconds instead. Metrics of an
-    evaluation are written as one line when it ends. Tokens per second are measured between drawings, on Composer's
-    clock: without evaluations.
+    Shows the fraction done, the time left, the training losses by the last part of their names, tokens per second (as
+    counted by the loader, without padding), the learning rate, and those of :data:`BAR_METRICS` that are logged. The
+    line is cut to the width of the terminal by priority. On a terminal it is drawn at most twice a second; if the
+    stream is a file or a pipe, a line is written every ten seconds instead. Metrics of an evaluation are written as one
+    line at its end. Tokens per second are measured between drawings on Composer's clock, without evaluations.
 
     Args:
-        stream: `None`: standard error.
-        seconds: shortest time between drawings; `None`: 0.5 on a terminal, else 10.
+        stream: None: standard error.
+        seconds: minimum time between drawings; None: 0.5 on a terminal, else 10.
     """
 
-    def __init__(self, stream: TextIO | None = None, seconds: float | None = None):
+    def __init__(self, stream: TextIO | None = None, seconds: float | None = None) -> None:
         self.stream = stream or sys.stderr
         self.is_terminal = self.stream.isatty()
         self.seconds = seconds if seconds is not None else (0.5 if self.is_terminal else 10.0)
@@ -70,15 +70,15 @@ class RunProgressBar(LoggerDestination):
             return
         assert state.max_duration is not None
         done, total, unit = _position(state)
-        # Without a terminal tqdm only keeps the time: the lines come from _draw.
+        # Without a terminal tqdm only keeps the time, and _draw writes the lines.
         self.bar = tqdm(
             initial=done,
             total=total,
             unit=unit,
             unit_scale=unit == "tok",
-            file=self.stream if self.is_terminal else _Nowhere(),
+            file=self.stream if self.is_terminal else io.StringIO(),
             dynamic_ncols=True,
-            miniters=1 << 62,  # drawn by _draw alone, and by no monitoring thread
+            miniters=1 << 62,  # drawn by _draw only, not by tqdm's monitoring thread
             maxinterval=math.inf,
             bar_format="{percentage:5.1f}%|{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}]{postfix}",
         )
@@ -135,7 +135,7 @@ class RunProgressBar(LoggerDestination):
             print(self._line().strip(), file=self.stream, flush=True)
 
     def _parts(self, state: State, tokens_per_second: float) -> list[str]:
-        """What stands behind the bar, the most wanted first."""
+        """Return the texts after the bar, by falling priority."""
         parts = [f"{'loss' if name == 'total' else name} {value:7.4f}" for name, value in self.losses.items()]
         if state.timestamp.token.value:
             parts.append(f"{tqdm.format_sizeof(tokens_per_second):>5} tok/s")
@@ -144,7 +144,7 @@ class RunProgressBar(LoggerDestination):
         return parts + [show(self.shown[name]) for name, show in BAR_METRICS.items() if name in self.shown]
 
     def _fitting(self, parts: list[str]) -> str:
-        """As many of the first parts as the terminal's width has room for beside a short bar."""
+        """Join as many of the first parts as fit the terminal beside a bar of :data:`BAR_WIDTH`."""
         assert self.bar is not None
         self.bar.set_postfix_str("", refresh=False)
         columns = self.bar.format_dict["ncols"]
@@ -160,24 +160,14 @@ class RunProgressBar(LoggerDestination):
         return fitting
 
     def _line(self) -> str:
-        """The bar as text, without the bar itself."""
+        """Return the line without the bar itself."""
         assert self.bar is not None
         numbers = {**self.bar.format_dict, "ncols": None, "bar_format": self.bar.bar_format.replace("|{bar}|", "")}
         return tqdm.format_meter(**numbers)
 
 
-class _Nowhere:
-    """A stream that takes everything and keeps nothing."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
 def _position(state: State) -> tuple[int, int | None, str]:
-    """How far training is, how far it goes, and the unit: batches where epochs can be counted in them."""
+    """Return progress, total and unit of training: batches instead of epochs if the loader has a length."""
     duration = state.max_duration
     assert duration is not None
     if duration.unit == TimeUnit.EPOCH and state.dataloader_len is not None:

@@ -1,41 +1,117 @@
-"""Composer's `Trainer`, without the waits for the device that it has in every step.
+"""Composer's `Trainer` for a run: its construction, and a subclass without device synchronisation in every step.
 
-A small model's step on a GPU is milliseconds; the host must be a step ahead to keep the device busy. Composer 0.32
-reads back from it in every batch: the loss three times, the size of the batch, the time, the counts of samples and
-tokens, and whether the loader has ended. Here losses are read when they are logged, and what the host knows anyway
-never goes to the device.
+A step of a small model on a GPU takes milliseconds, so the host must run one step ahead to keep the device busy.
+Composer 0.32 reads back from the device in every batch: the loss three times, the batch size, the time, the counts of
+samples and tokens, and whether the loader has ended. Here losses are read only when they are logged, and values that
+the host has never go to the device (:class:`~electra_composer.training.devices.RunDeviceGPU`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import random
-from collections.abc import Iterator
+import os
+from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
-from composer import Trainer
-from composer.core import TimeUnit
-from composer.devices import Device, DeviceGPU
-from composer.utils import dist, get_device
+from composer import Evaluator, Trainer
+from composer.core import Callback, DataSpec, TimeUnit
+from composer.models import ComposerModel
+from composer.utils import dist
 
+from electra_composer.checkpoints.forms import loading
+from electra_composer.checkpoints.remote import RemoteCopy
+from electra_composer.config import RunConfig
+from electra_composer.training.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
+from electra_composer.training.callbacks import BatchSeed
+from electra_composer.training.checkpointing import LATEST_OF_RANK_0, checkpoint_savers, load_path
+from electra_composer.training.compilation import compile_model
+from electra_composer.training.devices import resolve_device, run_device
 from electra_composer.training.interrupts import StopOnSignal
 from electra_composer.training.numerical_guard import NumericalGuard
-from electra_composer.training.optim import parse_time
+from electra_composer.training.parallelism import fsdp_config, recompute_activations
+from electra_composer.training.startup import microbatch_size
+from electra_composer.training.times import parse_time
+
+
+def build_trainer(
+    config: RunConfig,
+    model: ComposerModel,
+    train_data: DataSpec,
+    eval_data: DataSpec,
+    max_duration: str,
+    callbacks: Sequence[Callback] = (),
+    static_shapes: bool = True,
+    copy: RemoteCopy | None = None,
+) -> Trainer:
+    """Build the trainer of a run and load the checkpoint it starts from.
+
+    Args:
+        train_data, eval_data: batches of `device_batch_size` and `device_eval_batch_size` rows.
+        max_duration: a Composer time.
+        callbacks: in addition to those of the configuration.
+        static_shapes: whether all batches of a loader have one length.
+        copy: of the checkpoints in an object store.
+
+    Raises:
+        UserError: a setting that a builder refuses, or a checkpoint that cannot be loaded.
+    """
+    trainer, folder = config.trainer, config.checkpoints.folder
+    device, precision, _ = resolve_device(trainer)
+    savers = checkpoint_savers(config, copy)
+    stop = StopOnSignal(savers[-1] if savers else None)
+    guard = NumericalGuard(folder, trainer.gradient_clip, trainer.on_nonfinite)
+    optimizer = build_optimizer(config.optimizer, model)
+    sharding = fsdp_config(trainer.fsdp, device)
+    sharded = sharding is not None and sharding.state_dict_type == "sharded"
+    compile_model(model, trainer, static_shapes)
+    if trainer.activation_checkpointing and not (sharding is not None and sharding.activation_checkpointing):
+        recompute_activations(model)
+    schedule = build_scheduler(config.schedule, max_duration)
+    own_callbacks = build_callbacks(config.callbacks)
+    with loading(config.checkpoints, os.path.join(folder, LATEST_OF_RANK_0), load_path(config), sharded) as arguments:
+        return RunTrainer(
+            log_interval=trainer.log_interval,
+            guard=guard,
+            stop=stop,
+            model=model,
+            train_dataloader=train_data,
+            eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
+            max_duration=max_duration,
+            eval_interval=trainer.eval_interval,
+            eval_subset_num_batches=trainer.eval_batches or -1,
+            optimizers=optimizer,
+            callbacks=[BatchSeed(config.seed), schedule, guard, *own_callbacks, *callbacks, *savers, stop],
+            loggers=build_loggers(config.loggers, folder, trainer.log_interval, trainer.progress_bar),
+            progress_bar=False,  # RunProgressBar is among the loggers
+            run_name=config.run_name,
+            seed=config.seed,
+            device=run_device(device),
+            precision=precision,
+            device_train_microbatch_size=trainer.device_train_microbatch_size or microbatch_size(trainer),
+            parallelism_config={"fsdp": sharding} if sharding is not None else None,
+            deterministic_mode=trainer.deterministic,
+            **arguments,
+            load_strict_model_weights=True,
+        )
 
 
 class RunTrainer(Trainer):
-    """`composer.Trainer` in everything but the moments at which it waits.
+    """Composer's Trainer without device synchronisation in every step.
 
     Args:
-        log_interval: a Composer time. On a GPU, if it counts batches, `loss/train/…` is read and logged at these alone,
-            and at the end of training: the loss of that batch, as ever. On a CPU, where reading costs nothing, and with
-            any other unit, at every batch.
-        guard: is told every batch's losses, as they are on the device.
-        stop: told at every batch how many processes have received a signal; it must be among the callbacks too.
+        log_interval: a Composer time. On a GPU, if it is in batches, `loss/train/…` of a batch is read and logged at
+            this interval and at the end of training. On a CPU, where reading is free, and with any other unit, of every
+            batch.
+        guard: gets the losses of every batch, on the device.
+        stop: gets the number of ranks that have received a signal, at every batch. Must be among the callbacks too.
         arguments: Composer's.
     """
+
+    # Workaround (composer 0.32): Trainer synchronises with the device in every batch, and these private methods are
+    # where: `_use_closures`, `_train_batch`, `_accumulate_time_across_ranks`; goes when Trainer reads losses and counts
+    # only to log them.
 
     def __init__(
         self,
@@ -44,38 +120,47 @@ class RunTrainer(Trainer):
         guard: NumericalGuard | None = None,
         stop: StopOnSignal | None = None,
         **arguments: Any,
-    ):
+    ) -> None:
         self.guard = guard
         self.stop = stop
         time = parse_time(log_interval, "trainer.log_interval")
         self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
-        with _signal_files_apart():
+        # Workaround (composer 0.32): the ranks of a node wait for its first rank by a signal file, and the first node's
+        # name for it is broadcast to all. Where nodes share the run's folder, the first node to finish removes the file
+        # of the others, and they fail. Goes when names differ between nodes.
+        shared_name = dist.get_node_signal_file_name
+
+        def name_per_node(*args: Any) -> str:
+            return f"{shared_name(*args)}_{dist.get_node_rank()}"
+
+        with mock.patch.object(dist, "get_node_signal_file_name", name_per_node):
             super().__init__(**arguments)
 
     def fit(self, **arguments: Any) -> None:
-        """As Composer's; but a run that is complete is no error.
+        """Same as Trainer.fit, except that resuming a finished run is not an error.
 
-        It was started again by whoever starts it until it ends well, or was killed between its last checkpoint and its
-        end: then the end is what is left to do.
+        A scheduler may restart a finished run, or the run was killed between its last checkpoint and its end. The end
+        of training is then run: its evaluation, final logs and callbacks.
         """
         duration = self.state.max_duration
         if arguments or duration is None or self.state.timestamp.get(duration.unit) < duration:
             super().fit(**arguments)
             return
         if dist.get_global_rank() == 0:
-            print(f"this run is complete: {duration} are done; a longer trainer.max_duration continues it", flush=True)
-        self.state.previous_timestamp = self.state.timestamp  # or the evaluation at the end is left out
+            print(f"this run is complete: {duration} are done; set a longer trainer.max_duration to go on", flush=True)
+        # Workaround (composer 0.32): `fit` raises if `max_duration` is reached, so the private loop is called, which
+        # skips the last evaluation without a previous timestamp; goes when `fit` of a finished run returns.
+        self.state.previous_timestamp = self.state.timestamp
         self._train_loop()
 
     def _use_closures(self) -> bool:
-        # A closure has to return the loss as a number. No optimizer of ours needs one.
-        return False
+        return False  # a closure returns the loss as a number, which synchronises; our optimizer needs none
 
     def _train_batch(self, use_grad_scaling: bool) -> Any:
         losses = super()._train_batch(use_grad_scaling)
         if self.guard is not None and losses is not None:
-            self.guard.keep_losses(losses)
-        return losses if self._reads_losses() else None  # Composer goes on without losses when it is given none
+            self.guard.record_losses(losses)
+        return losses if self._reads_losses() else None  # with None, Trainer logs no losses of this batch
 
     def _reads_losses(self) -> bool:
         if self.state.device.name != "gpu":
@@ -88,7 +173,7 @@ class RunTrainer(Trainer):
     def _accumulate_time_across_ranks(
         self, num_samples: int | float, num_tokens: int, batch_time: datetime.timedelta
     ) -> tuple[int, int, datetime.timedelta]:
-        """Samples and tokens of all processes, and the first one's time: between the hosts, and signals with them."""
+        """Return samples and tokens of all ranks and the time of rank 0, reduced on the hosts with received signals."""
         received = self.stop.received() if self.stop is not None else []
         counts = torch.tensor([num_samples, num_tokens, batch_time.total_seconds(), *received], dtype=torch.float64)
         if dist.get_world_size() > 1:
@@ -100,44 +185,3 @@ class RunTrainer(Trainer):
         if self.stop is not None:
             self.stop.agree(received)
         return round(samples), round(tokens), datetime.timedelta(seconds=time)
-
-
-@contextlib.contextmanager
-def _signal_files_apart() -> Iterator[None]:
-    """Give the files by which a node's processes wait for their first a name for each node.
-
-    Composer means them to have one, and then sends the first node's name to all. Where nodes share the run's folder,
-    the first to be done removes the file of the others, and they fail.
-    """
-    name_for_all = dist.get_node_signal_file_name
-
-    def name_for_node(rng: random.Random | None = None) -> str:
-        return f"{name_for_all(rng)}_{dist.get_node_rank()}"
-
-    dist.get_node_signal_file_name = name_for_node
-    try:
-        yield
-    finally:
-        dist.get_node_signal_file_name = name_for_all
-
-
-class RunDeviceGPU(DeviceGPU):
-    """Composer's GPU, on which what the host has made for itself stays with the host.
-
-    Composer sends the size of each batch and flags such as "this was the last" to the device, only to read them back.
-    The process group has gloo beside NCCL, so that processes can add up such numbers without their devices.
-    """
-
-    dist_backend = "cuda:nccl,cpu:gloo"
-
-    def tensor_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As Composer's; but a number (no dimensions) and a flag (one byte) stay where they are."""
-        is_flag = tensor.dtype == torch.uint8 and tensor.numel() == 1
-        if tensor.dim() == 0 or is_flag:
-            return tensor
-        return super().tensor_to_device(tensor)
-
-
-def run_device(name: str) -> Device:
-    """The device of a run: `gpu` or `cpu`. The process group must be made for the same device as the trainer."""
-    return RunDeviceGPU() if name == "gpu" else get_device(name)

@@ -29,7 +29,7 @@ from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.pretrain import main as pretrain
 from electra_composer.storage.shard_folder import Meta, SplitCounts, describe_tokenizer
-from electra_composer.training import runs
+from electra_composer.training import trainer
 
 ROWS = {"a": 60, "b": 25, "c": 10}
 VAL = {"a": 5, "b": 3, "c": 0}
@@ -369,7 +369,7 @@ def test_a_killed_run_over_streams_goes_on_exactly(shards, tiny_yaml, tmp_path, 
     rows = 2 * read_data(in_yaml(tiny_yaml, *streams).data).streams["one"].splits["val"].rows
     assert whole.state.eval_timestamp.sample == rows
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "build_callbacks", lambda config: [Kill(after=10)])
+        patch.setattr(trainer, "build_callbacks", lambda config: [Kill(after=10)])
         with pytest.raises(KeyboardInterrupt):
             pretrain(in_yaml(tiny_yaml, *streams))
     continued = pretrain(in_yaml(tiny_yaml, *streams))  # from batch 8 of the 12 of its first epoch

@@ -40,7 +40,7 @@ from electra_composer.finetune.predictions import (
 )
 from electra_composer.finetune.runs import PlannedRun
 from electra_composer.finetune.tasks import TASKS
-from electra_composer.training.runs import start
+from electra_composer.training.startup import start
 
 NLI = ("entailment", "neutral", "contradiction")
 

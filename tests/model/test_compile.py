@@ -16,7 +16,7 @@ from torch._inductor import cpp_builder, exc
 from electra_composer.config import ObjectiveConfig, TrainerConfig
 from electra_composer.errors import UserError
 from electra_composer.model.pretraining import ElectraPretraining
-from electra_composer.training import parallelism, runs
+from electra_composer.training import compilation
 
 Make = Callable[..., Any]
 ROWS = [[(10, 12), (5, 0)], [(20, 0)], [(16, 16)], [(5, 3), (4, 4), (3, 0)]]
@@ -36,7 +36,7 @@ def losses_and_gradients(model: ElectraPretraining, batch: dict[str, Any]) -> tu
 
 
 def compile_as_composer_does(model: ElectraPretraining, backend: str) -> None:
-    arguments = parallelism.compile_config(TrainerConfig(compile=True), static_shapes=True)
+    arguments = compilation.compile_config(TrainerConfig(compile=True), static_shapes=True)
     assert arguments is not None
     assert arguments["fullgraph"]
     model.forward = torch.compile(model.forward, backend=backend, **arguments)  # type: ignore[method-assign]
@@ -103,7 +103,7 @@ def test_batches_of_one_shape_are_one_compilation(make_model: Make, make_batch: 
 @pytest.mark.long
 def test_the_code_generator_takes_it(make_model: Make, make_batch: Make, tiny_model_config: Make) -> None:
     try:
-        runs.check_compile(TrainerConfig(compile=True, precision="fp32", device="cpu"))
+        compilation.check_compile(TrainerConfig(compile=True, precision="fp32", device="cpu"))
     except UserError as error:
         pytest.skip(str(error))
     model = ElectraPretraining(make_model(tiny_model_config(num_layers=1)))
@@ -117,7 +117,7 @@ def test_the_code_generator_takes_it(make_model: Make, make_batch: Make, tiny_mo
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(UserError, match=r"trainer\.compile is 'fast'; expected true, false or one of default, "):
-        runs.check_compile(TrainerConfig(compile="fast"))
+        compilation.check_compile(TrainerConfig(compile="fast"))
 
 
 def test_a_cpu_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_a_cpu_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
     with pytest.raises(UserError, match=r"install g\+\+ or set trainer\.compile=false"):
-        runs.check_compile(TrainerConfig(compile=True, precision="fp32", device="cpu"))
+        compilation.check_compile(TrainerConfig(compile=True, precision="fp32", device="cpu"))
 
 
 def test_a_failure_while_compiling_names_the_switch() -> None:
@@ -137,6 +137,6 @@ def test_a_failure_while_compiling_names_the_switch() -> None:
 
     with (
         pytest.raises(UserError, match=r"trainer\.compile: torch\.compile failed: .*set trainer\.compile=false"),
-        runs.compile_errors_named(),
+        compilation.compile_errors_named(),
     ):
         torch.compile(lambda x: x + 1, backend=fails)(torch.ones(2))

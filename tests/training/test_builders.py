@@ -1,21 +1,17 @@
-"""Names, arguments and values of a configuration's parts: what is right is built, what is wrong is named by its key."""
+"""Building of optimizer, schedule, callbacks and loggers from a configuration; errors name the key."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 import re
 import sys
 import time
 
 import pytest
 import torch
-from composer import Callback, ComposerModel, Trainer
+from composer import Callback
 from composer.callbacks import EarlyStopper, LRMonitor, SpeedMonitor
 from composer.loggers import TensorboardLogger
-from torchmetrics import MeanMetric
+from tiny_trainer import Tiny, make_trainer
 
 from electra_composer.config import OptimizerConfig, ScheduleConfig
 from electra_composer.errors import UserError
@@ -27,49 +23,8 @@ from electra_composer.training.builders import (
     build_scheduler,
 )
 from electra_composer.training.loggers import MetricsFile, RunConsole
-from electra_composer.training.optim import SCHEDULES
 from electra_composer.training.progress_bar import RunProgressBar
-
-
-class Tiny(ComposerModel):
-    def __init__(self):
-        super().__init__()
-        self.head = torch.nn.Linear(2, 1)
-
-    def forward(self, batch):
-        return self.head(batch[0])
-
-    def loss(self, outputs, batch):
-        loss = outputs.square().mean()
-        return {"total": loss, "mlm": loss / 2}
-
-    def eval_forward(self, batch, outputs=None):
-        return self.forward(batch)
-
-    def get_metrics(self, is_train):
-        return {} if is_train else {"mean_output": MeanMetric()}
-
-    def update_metric(self, batch, outputs, metric):
-        metric.update(outputs)
-
-
-def make_trainer(max_duration: str, **arguments) -> Trainer:
-    torch.manual_seed(0)
-    model = Tiny()
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(20, 2)), batch_size=4)
-    return Trainer(
-        model=model,
-        optimizers=build_optimizer(OptimizerConfig(lr=1e-3), model),
-        train_dataloader=data,
-        eval_dataloader=data,
-        eval_interval="4ba",
-        max_duration=max_duration,
-        progress_bar=False,
-        device="cpu",
-        precision="fp32",
-        **arguments,
-    )
-
+from electra_composer.training.schedules import SCHEDULES
 
 # --- optimizer and schedule
 
@@ -141,13 +96,13 @@ def test_every_callback_that_needs_nothing_is_built():
         ),
         ({"lr_monitor": {"every": 3}}, "unknown argument callbacks.lr_monitor.every; it takes none"),
         ({"nan_monitor": {"every": 3}}, "unknown argument callbacks.nan_monitor.every; it takes none"),
-        ({"speed_monitor": {"window_size": "big"}}, "callbacks.speed_monitor.window_size: 'big' is not what it takes"),
-        ({"speed_monitor": {"window_size": True}}, "callbacks.speed_monitor.window_size: True is not what it takes"),
+        ({"speed_monitor": {"window_size": "big"}}, "callbacks.speed_monitor.window_size: 'big' has the wrong type"),
+        ({"speed_monitor": {"window_size": True}}, "callbacks.speed_monitor.window_size: True has the wrong type"),
         ({"speed_monitor": {"time_unit": "eons"}}, "callbacks.speed_monitor: Invalid time_unit: eons"),
         ({"speed_monitor": 100}, "callbacks.speed_monitor: expected its arguments"),
         (
             {"early_stopper": {"monitor": "x"}},
-            "callbacks.early_stopper: no value for callbacks.early_stopper.data",
+            "callbacks.early_stopper: missing callbacks.early_stopper.data",
         ),
         ({"data_wait": {"log_interval": "often"}}, "callbacks.data_wait: log_interval: 'often' is not a time"),
     ],
@@ -162,7 +117,7 @@ def test_what_is_wrong_with_a_callback_is_named_by_its_key(config, message):
     [
         ({"tensorbord": None}, "unknown loggers.tensorbord; did you mean loggers.tensorboard?"),
         ({"wandb": {"projct": "x"}}, "unknown argument loggers.wandb.projct; did you mean loggers.wandb.project?"),
-        ({"wandb": {"tags": "one"}}, "loggers.wandb.tags: 'one' is not what it takes"),
+        ({"wandb": {"tags": "one"}}, "loggers.wandb.tags: 'one' has the wrong type"),
         ({"wandb": "on"}, "loggers.wandb: expected its arguments"),
         ({"metrics_file": {"format": "xlsx"}}, "loggers.metrics_file: 'xlsx' is not a format"),
         ({"metrics_file": {"interval": "1ep"}}, "loggers.metrics_file: interval: '1ep': expected a number of batches"),
@@ -190,6 +145,7 @@ def test_building_loggers_writes_nothing_and_fills_in_the_runs_folder(tmp_path):
     assert metrics.path == str(folder / "metrics.jsonl")
     assert isinstance(tensorboard, TensorboardLogger)
     assert tensorboard.log_dir == str(folder / "tensorboard")
+    # Workaround (composer 0.32): WandBLogger has no public access to its arguments; goes when it has.
     assert wandb._init_kwargs["dir"] == str(folder)
     assert isinstance(bar, RunProgressBar)
     assert list(tmp_path.iterdir()) == []
@@ -204,9 +160,9 @@ def test_weights_and_biases_works_offline(tmp_path, monkeypatch):
     trainer.fit()
     trainer.close()
     (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 60  # wandb writes in a process of its own, and does not wait for it offline
+    deadline = time.monotonic() + 60  # wandb writes in its own process, and does not wait for it offline
     while b"loss/train/total" not in written.read_bytes():
-        assert time.monotonic() < deadline, f"{written.stat().st_size} bytes, no loss among them"
+        assert time.monotonic() < deadline, f"{written.stat().st_size} bytes without a loss"
         time.sleep(0.05)
 
 
@@ -221,148 +177,3 @@ def test_tensorboard_gets_the_losses(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard" / "r"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss/train/total")] == [0, 1, 2]
-
-
-# --- the metrics file
-
-
-def read_metrics(path) -> list[dict]:
-    with open(path, newline="") as file:
-        if str(path).endswith(".csv"):
-            return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
-        return [json.loads(line) for line in file]
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "csv"])
-def test_the_metrics_file_has_a_row_per_step_with_losses_and_evaluations(tmp_path, ending):
-    path = tmp_path / "deep" / f"metrics.{ending}"
-    trainer = make_trainer("10ba", loggers=[MetricsFile(str(path))], callbacks=[SpeedMonitor(window_size=2)])
-    trainer.fit()
-    trainer.close()
-    rows = read_metrics(path)
-    assert [row["step"] for row in rows] == list(range(11))
-    assert all(row["loss/train/total"] == pytest.approx(2 * row["loss/train/mlm"]) for row in rows[:10])
-    # The clock of step 4 stands after four batches: that is when the evaluation ran. The end evaluates, too.
-    assert [row["step"] for row in rows if "metrics/eval/mean_output" in row] == [4, 8, 10]
-    assert "throughput/batches_per_sec" in rows[5]
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "csv"])
-def test_an_interval_thins_the_rows_and_loses_no_evaluation(tmp_path, ending):
-    path = tmp_path / f"metrics.{ending}"
-    trainer = make_trainer("10ba", loggers=[MetricsFile(str(path), interval="5ba")])
-    trainer.fit()
-    trainer.close()
-    rows = read_metrics(path)
-    assert [row["step"] for row in rows] == [0, 5, 10]
-    assert ["metrics/eval/mean_output" in row for row in rows] == [False, True, True]
-
-
-class Crash(Callback):
-    def batch_start(self, state, logger):
-        if state.timestamp.batch.value == 7:
-            raise RuntimeError("power cut")
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "csv"])
-def test_a_resumed_run_continues_the_file_as_if_it_had_never_stopped(tmp_path, ending):
-    whole, cut = tmp_path / f"whole.{ending}", tmp_path / f"cut.{ending}"
-    trainer = make_trainer("10ba", loggers=[MetricsFile(str(whole))])
-    trainer.fit()
-    trainer.close()
-    saving = {
-        "save_folder": str(tmp_path),
-        "save_filename": "ba{batch}.pt",
-        "save_interval": "4ba",
-        "save_overwrite": True,
-    }
-    trainer = make_trainer("10ba", loggers=[MetricsFile(str(cut))], callbacks=[Crash()], **saving)
-    with pytest.raises(RuntimeError, match="power cut"):
-        trainer.fit()
-    trainer.engine._is_closed = True  # a killed process closes nothing
-    assert read_metrics(cut)[-1]["step"] == 5  # the row of step 6 was in the making
-    with open(cut, "a") as file:
-        file.write('{"step": 6, "loss/tr' if ending == "jsonl" else "6,0.12")  # cut off in the middle of a line
-    resumed = make_trainer("10ba", loggers=[MetricsFile(str(cut))], load_path=str(tmp_path / "ba4.pt"), **saving)
-    resumed.fit()
-    resumed.close()
-    assert read_metrics(cut) == read_metrics(whole)
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_a_new_run_starts_the_file_anew(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 3, "old": 1}\n')
-    trainer = make_trainer("2ba", loggers=[MetricsFile(str(path))])
-    trainer.fit()
-    trainer.close()
-    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2]
-    assert "old" not in path.read_text()
-
-
-@pytest.mark.parametrize(("ending", "expected"), [("jsonl", [None, None, 2.5]), ("csv", [math.nan, math.inf, 2.5])])
-def test_values_that_json_cannot_say_and_tensors(tmp_path, ending, expected):
-    class Odd(Callback):
-        def batch_end(self, state, logger):
-            logger.log_metrics(
-                {"nan": torch.tensor(math.nan), "inf": math.inf, "tensor": torch.tensor([2.5]), "text": "x"}
-            )
-
-    path = tmp_path / f"metrics.{ending}"
-    trainer = make_trainer("2ba", loggers=[MetricsFile(str(path))], callbacks=[Odd()])
-    trainer.fit()
-    trainer.close()
-    row = read_metrics(path)[1]
-    assert "text" not in row
-    assert [row["nan"], row["inf"], row["tensor"]] == pytest.approx(expected, nan_ok=True)
-
-
-# --- progress bar and console
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def train_with(*loggers) -> None:
-    trainer = make_trainer("8ba", loggers=list(loggers))
-    trainer.fit()
-    trainer.close()
-
-
-def test_without_a_terminal_the_bar_writes_few_whole_lines():
-    stream = io.StringIO()
-    train_with(RunProgressBar(stream))
-    text = stream.getvalue()
-    assert "\r" not in text
-    lines = text.splitlines()
-    progress = [line for line in lines if "%" in line]
-    assert len(progress) == 1  # the end; the ten seconds are not over before
-    assert re.fullmatch(r"100\.0% 8/8ba \[\d\d:\d\d<00:00\], loss +[\d.]+  mlm +[\d.]+  lr 1\.00e-03", progress[0])
-    assert [line for line in lines if line.startswith("step 4: eval/mean_output ")]
-
-
-def test_on_a_terminal_it_is_drawn_in_place_and_keeps_its_width():
-    stream = Terminal()
-    train_with(RunProgressBar(stream, seconds=0.0))
-    drawn = [part for part in stream.getvalue().split("\r") if "lr" in part]
-    assert len(drawn) >= 8
-    starts = {part.index("loss") for part in drawn if "8/8" in part or "7/8" in part}
-    assert len(starts) == 1
-    assert "loss/train" not in stream.getvalue()
-
-
-def test_on_a_terminal_it_is_throttled():
-    stream = Terminal()
-    train_with(RunProgressBar(stream, seconds=60.0))
-    assert sum("lr" in part for part in stream.getvalue().split("\r")) <= 2
-
-
-def test_the_console_prints_metrics_at_its_interval_and_no_configuration():
-    stream = io.StringIO()
-    train_with(RunConsole(log_interval="4ba", stream=stream))
-    text = stream.getvalue()
-    assert "Config" not in text
-    assert text.count("Train loss/train/total") == 3  # Composer's also prints the first batch
-    assert "Eval metrics/eval/mean_output" in text

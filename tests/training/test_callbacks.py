@@ -1,4 +1,4 @@
-"""Metrics by hand count, milestones once each over a resume, the record in checkpoint and folder."""
+"""Training metrics counted by hand, milestones over a resume, and the record in checkpoint and folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
 
 from electra_composer.errors import UserError
-from electra_composer.training.callbacks import STATS, BatchSeed, RunRecord, TrainMetrics, milestone_saver, rtd_metrics
+from electra_composer.training.callbacks import STATS, BatchSeed, RunRecord, TrainMetrics, rtd_metrics
+from electra_composer.training.checkpointing import milestone_saver
 
 HAND_COUNT = {
-    # 10 tokens, 4 of them masked. The generator's best guess is right once, its sample twice: 2 tokens are replaced.
+    # 10 tokens, 4 of them masked. The generator's most likely token is right once, its sample twice: 2 are replaced.
     "masked": 4.0, "mlm_correct": 1.0, "sampled_correct": 2.0, "tokens": 10.0, "replaced": 2.0,
-    # The discriminator calls 3 tokens replaced, 1 of them rightly; it misses 1 replaced token.
+    # The discriminator predicts 3 tokens as replaced, 1 correctly, and misses 1 replaced token.
     "true_positive": 1.0, "false_positive": 2.0, "false_negative": 1.0, "true_negative": 6.0,
     "mlm_loss_sum": 12.0, "rtd_loss_sum": 5.0,
 }  # fmt: skip
@@ -44,7 +45,7 @@ def test_what_has_nothing_to_count_over_is_0():
 
 
 class Counting(ComposerModel):
-    """Returns sums that the test can count: every row holds its own number of tokens."""
+    """Returns sums that follow from the number of tokens in each row."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +62,7 @@ class Counting(ComposerModel):
 
 
 def loader(rows: int = 24) -> DataSpec:
-    """Batches of 4 rows of 4 places; row i has 1 + i mod 4 tokens, so every batch has 10 tokens."""
+    """Return batches of 4 rows of 4 positions; row i has 1 + i mod 4 tokens, so every batch has 10."""
     input_ids = [torch.tensor([1] * (1 + i % 4) + [0] * (3 - i % 4)) for i in range(rows)]
     data = torch.utils.data.DataLoader([{"input_ids": ids} for ids in input_ids], batch_size=4)
     return DataSpec(
@@ -93,7 +94,10 @@ def test_train_metrics_sum_over_microbatches_and_batches(microbatch):
     trainer = make_trainer([TrainMetrics("4ba")], loggers=[memory], device_train_microbatch_size=microbatch)
     trainer.fit()
     trainer.close()
-    assert [int(when.batch) for when, _ in memory.data["metrics/train/rtd_loss"]] == [4, 6]  # and at the end
+    assert [int(when.batch) for when, _ in memory.data["metrics/train/rtd_loss"]] == [
+        4,
+        6,
+    ]  # the end also logs
     assert [value for _, value in memory.data["metrics/train/rtd_loss"]] == [2.0, 2.0]
     assert [value for _, value in memory.data["metrics/train/mlm_accuracy"]] == [0.25, 0.25]
     assert [value for _, value in memory.data["data/fill"]] == [10 / 16, 10 / 16]
@@ -106,7 +110,7 @@ def test_intervals_that_are_none(interval):
 
 
 def test_sums_stay_exact_where_fp32_counts_no_further():
-    """2²⁴ + 1 is the first whole number that fp32 cannot hold."""
+    """2²⁴ + 1 is the first integer that fp32 cannot represent."""
     metrics = TrainMetrics("1000ba")
     tokens = torch.tensor(float(2**24))
     stats = {name: torch.zeros(()) for name in STATS} | {"tokens": tokens, "rtd_loss_sum": tokens}
@@ -121,7 +125,7 @@ def test_sums_stay_exact_where_fp32_counts_no_further():
 
 
 def test_a_batch_that_starts_over_is_counted_once():
-    """As Composer does when a microbatch ran out of memory: the first microbatches of the batch come again."""
+    """When a microbatch runs out of memory, Composer repeats the first microbatches of the batch."""
     metrics = TrainMetrics("1000ba")
     metrics.is_due = lambda state, event: False
     state = SimpleNamespace(
@@ -141,7 +145,7 @@ def test_a_batch_that_starts_over_is_counted_once():
     ("interval", "batches"), [("2ba", [2, 4, 6, 7]), ("16sp", [4, 7]), ("1ep", [6, 7]), ("30tok", [3, 6, 7])]
 )
 def test_intervals_in_every_unit(interval, batches):
-    """An epoch has 6 batches, of 4 rows and 10 tokens each."""
+    """An epoch has 6 batches of 4 rows and 10 tokens."""
     memory = InMemoryLogger()
     trainer = make_trainer([TrainMetrics(interval)], "7ba", loggers=[memory])
     trainer.fit()
@@ -150,7 +154,7 @@ def test_intervals_in_every_unit(interval, batches):
 
 
 def test_the_seed_of_a_batch_is_that_of_run_process_and_batch():
-    """As `torch.manual_seed` would set it, whatever was drawn before."""
+    """Same state as after `torch.manual_seed`, whatever was drawn before."""
 
     class Draws(Callback):
         def __init__(self):
@@ -180,7 +184,7 @@ def test_the_seed_of_a_batch_is_that_of_run_process_and_batch():
     [("16ba", [1, 2, 4, 8, 16]), ("64sp", [1, 2, 4, 8, 16]), ("160tok", [1, 2, 4, 8, 16]), ("1ep", [1, 2, 3, 6])],
 )
 def test_milestones_in_every_unit(tmp_path, max_duration, batches):
-    # An epoch has 6 batches: 6.25% and 12.5% are both over at the end of the first.
+    # An epoch has 6 batches: 6.25% and 12.5% are both reached at the end of the first.
     trainer = make_trainer([milestone_saver(str(tmp_path), [0.0625, 0.125, 0.25, 0.5, 1.0])], max_duration)
     trainer.fit()
     trainer.close()
@@ -249,7 +253,7 @@ def test_the_record_is_printed_written_and_in_the_checkpoint(tmp_path, capsys):
     assert kept["config"]["run_name"] == "test"
     assert kept["tokenizer_files"]["vocab.txt"] == "[PAD]\nwörd\n"
 
-    # A run that goes on from there keeps what it was told itself, and replaces the files.
+    # A run that resumes from there keeps its own configuration and replaces the files.
     resumed = make_trainer([record(run, 0.25, print_config=False)], "8ba", load_path=str(run / "ba3.pt"), **saving)
     resumed.fit()
     resumed.close()

@@ -1,4 +1,4 @@
-"""What runs where: every combination of device and precision, with and without a GPU."""
+"""Every combination of device and precision, with and without a GPU; attention path; memory allocator."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bf16_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that has no bfloat16 but in emulation."""
+    """A GPU with bfloat16 in emulation only."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old 1080")
@@ -42,7 +42,7 @@ def new_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("device", [None, "cpu"])
 @pytest.mark.parametrize(("precision", "autocast"), [("fp32", False), ("amp_bf16", True)])
 def test_cpu(no_gpu: None, bf16_cpu: None, device: str | None, precision: str, autocast: bool) -> None:
-    """Composer is told fp32, the only precision it takes there; bfloat16 is the model's own autocast."""
+    """Composer gets fp32, the only precision it accepts on a CPU; bfloat16 is the model's own autocast."""
     trainer = TrainerConfig(device=device, precision=precision)  # type: ignore[arg-type]
     assert resolve_device(trainer) == ("cpu", "fp32", autocast)
 
@@ -54,7 +54,7 @@ def test_cpu_may_be_asked_for_beside_a_gpu(new_gpu: None, bf16_cpu: None) -> Non
 @pytest.mark.parametrize("device", [None, "gpu"])
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "amp_fp16"])
 def test_gpu(new_gpu: None, device: str | None, precision: str) -> None:
-    """Composer's own default on a GPU is fp16: what it is given is always stated."""
+    """Composer's default on a GPU is fp16, so the precision is always given."""
     trainer = TrainerConfig(device=device, precision=precision)  # type: ignore[arg-type]
     assert resolve_device(trainer) == ("gpu", precision, False)
 
@@ -64,7 +64,7 @@ def test_default_precision_is_bfloat16(new_gpu: None) -> None:
 
 
 def test_gpu_without_bfloat16_is_told_of_fp16(old_gpu: None) -> None:
-    with pytest.raises(UserError, match=r"Old 1080 cannot do; set trainer\.precision=amp_fp16"):
+    with pytest.raises(UserError, match=r"Old 1080 does not support; set trainer\.precision=amp_fp16"):
         resolve_device(TrainerConfig(precision="amp_bf16"))
     assert resolve_device(TrainerConfig(precision="amp_fp16")) == ("gpu", "amp_fp16", False)
 
@@ -75,7 +75,7 @@ def test_gpu_that_is_not_there(no_gpu: None) -> None:
 
 
 def test_fp16_on_a_cpu(no_gpu: None) -> None:
-    with pytest.raises(UserError, match="amp_fp16, which a CPU cannot do"):
+    with pytest.raises(UserError, match="amp_fp16, which is not supported on a CPU"):
         resolve_device(TrainerConfig(precision="amp_fp16"))
 
 
@@ -87,14 +87,14 @@ def test_bfloat16_on_a_cpu_without_it_names_the_switch(no_gpu: None, monkeypatch
 
 
 def test_what_the_cpu_multiplies_is_what_the_kernel_says() -> None:
-    """Against the flags of the processor, where Linux lists them."""
+    """Compare with the processor flags that Linux lists."""
     try:
         with open("/proc/cpuinfo") as file:
             flags = {flag for line in file if line.startswith("flags") for flag in line.split(":")[1].split()}
     except OSError:
         flags = set()
     if not flags:
-        pytest.skip("no list of the processor's flags")
+        pytest.skip("no list of processor flags")
     assert devices.cpu_multiplies_bfloat16() == bool(flags & {"avx512_bf16", "amx_bf16", "amx_tile"})
 
 
@@ -124,7 +124,7 @@ def test_attention_of_a_cpu_and_of_fp32(no_gpu: None) -> None:
 
 
 def test_the_faster_path_is_taken_and_one_that_fails_is_named() -> None:
-    """Work that differs a hundredfold; the third path cannot run."""
+    """Two paths whose work differs by a factor of 100, and one that fails."""
 
     def fails() -> None:
         raise RuntimeError("no kernel for this head size\nstack")
@@ -149,7 +149,7 @@ def test_attention_is_chosen_by_measuring() -> None:
 
 
 def test_freed_memory_is_kept() -> None:
-    """In a process of its own: 256 MB that were freed are still resident, and are not after `malloc_trim`."""
+    """In a subprocess: 256 MB that were freed stay resident until `malloc_trim`."""
     code = """
 import ctypes, torch
 from electra_composer.training.devices import keep_freed_memory

@@ -1,4 +1,4 @@
-"""One batch on one process or two, replicated or sharded, whole or in microbatches: the same weights come out."""
+"""One batch gives the same weights on one or two ranks, under DDP or FSDP2, with or without microbatches."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tiny import ROOT
 
 
 def steps(folder: Path, processes: int, *arrangements: str) -> Path:
-    """Three steps in each of some arrangements, one after another, in `folder/<kind>-<microbatch>`."""
+    """Run three steps in each arrangement, in `folder/<kind>-<microbatch>`."""
     launch(processes, str(ROOT / "tests" / "distributed_step.py"), str(folder), *arrangements)
     return folder
 
 
 def result(folder: Path, kind: str, microbatch: int) -> tuple[dict, dict]:
-    """The last losses, and the weights."""
+    """Return the last losses and the weights."""
     folder = folder / f"{kind}-{microbatch}"
     content = torch.load(folder / "checkpoint" / "latest-rank0.pt", weights_only=False)
     return torch.load(folder / "loss.pt"), content["state"]["model"]
@@ -44,7 +44,7 @@ def test_same_gradient(one_process, two_processes, processes, kind, microbatch):
     expected_loss, expected = result(one_process, "ddp", 8)
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
-        # Three steps of lr 0.02: a gradient that is off by 1e-5 moves a weight by 6e-7.
+        # Three steps with lr 0.02: a gradient error of 1e-5 moves a weight by 6e-7.
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=6e-7, msg=lambda m, name=name: f"{name}: {m}")
     for name, value in expected_loss.items():
         assert loss[name] == pytest.approx(value, rel=1e-5), name

@@ -1,7 +1,7 @@
-"""A run is the same run on one process and on several, replicated or sharded, compiled or not, whole or continued.
+"""A run is equal on one rank and on several, under DDP or FSDP2, compiled or not, uninterrupted or resumed.
 
-Real shards and `pretrain.main`; see equality.py for the two things that are replaced. Twenty batches of twelve rows go
-beyond the end of an epoch. Three processes divide neither the embedding tables (128, 40 and 2 rows) nor the layers.
+Real shards and `pretrain.main`; equality.py says which two parts are replaced. Twenty batches of twelve rows pass the
+end of an epoch. Three ranks divide neither the embedding tables (128, 40 and 2 rows) nor the layers.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Path:
-    """Runs of one process."""
+    """Runs on one rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         arrangements = [
-            "whole",
+            "reference",
             f"tied {TIED}",
             f"fsdp {FSDP}",
             f"micro_recomputed {MICRO} trainer.activation_checkpointing=true",
@@ -79,7 +79,7 @@ def runs_of(folder: Path, processes: int, *arrangements: str) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path, one: Path) -> Path:
-    """Runs of two processes."""
+    """Runs on two ranks."""
     return runs_of(
         folder,
         2,
@@ -88,32 +88,32 @@ def two(folder: Path, one: Path) -> Path:
         f"fsdp_micro_recomputed {FSDP} {MICRO} trainer.fsdp.activation_checkpointing=true",
         f"tied_fsdp_compiled {TIED} {COMPILED} {FSDP}",
         f"sharded {SHARDED}",
-        f"ddp_from_file@10 checkpoints.load_path={middle(one / 'whole')}",
+        f"ddp_from_file@10 checkpoints.load_path={middle(one / 'reference')}",
         f"infinite_fsdp trainer.on_nonfinite=skip {FSDP}",
     )
 
 
 @pytest.fixture(scope="module")
 def three(folder: Path, one: Path, two: Path) -> Path:
-    """Runs of three processes."""
+    """Runs on three ranks."""
     return runs_of(
         folder,
         3,
         f"fsdp {FSDP}",
         f"tied_fsdp {TIED} {FSDP}",
-        f"sharded_from_file@10 {SHARDED} checkpoints.load_path={middle(one / 'whole')}",
+        f"sharded_from_file@10 {SHARDED} checkpoints.load_path={middle(one / 'reference')}",
         f"sharded_from_sharded@10 {SHARDED} checkpoints.load_path={middle(two / 'sharded')}",
         f"lost_fsdp {FSDP}",
     )
 
 
 def middle(run: Path) -> Path:
-    """The checkpoint after ten batches, of one form or the other."""
+    """Return the checkpoint after ten batches, a file or a folder."""
     return run / "milestone-ba10" if (run / "milestone-ba10").is_dir() else run / "milestone-ba10-rank0.pt"
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
-    """The same rows in every batch, losses to 1e-5, and weights; of the batches that `run` has."""
+    """Compare rows, losses (to 1e-5) and weights over the batches of `run`."""
     seen, expected = (json.loads((path / "seen.json").read_text()) for path in (run, reference))
     start = int(run.name.partition("@")[2] or 0)
     assert len(seen["losses"]) == 20 - start
@@ -122,12 +122,12 @@ def assert_same_run(run: Path, reference: Path) -> None:
     weights, theirs = read_checkpoint(str(run)).state, read_checkpoint(str(reference)).state
     assert weights.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        # An update of Adam is some lr × 3 = 1e-3 at first; a lost one, of one row, would be a thousand times this.
+        # An update of Adam is about lr × 3 = 1e-3 at first, so one lost update of a row is 1,000 times the tolerance.
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def reference_of(run: Path, one: Path) -> Path:
-    return one / ("tied" if "tied" in run.name else "whole")
+    return one / ("tied" if "tied" in run.name else "reference")
 
 
 TWO = ["ddp", "ddp_compiled", "fsdp_micro_recomputed", "tied_fsdp_compiled", "sharded"]
@@ -135,7 +135,7 @@ TWO = ["ddp", "ddp_compiled", "fsdp_micro_recomputed", "tied_fsdp_compiled", "sh
 
 @pytest.mark.parametrize("name", ["fsdp", "micro_recomputed"])
 def test_one_process(one: Path, name: str) -> None:
-    assert_same_run(one / name, one / "whole")
+    assert_same_run(one / name, one / "reference")
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -149,67 +149,71 @@ def test_three_processes(one: Path, three: Path, name: str) -> None:
 
 
 def test_a_shard_that_is_not_updated_is_noticed(one: Path, three: Path) -> None:
-    """The tests above fail if the last process loses its updates of the embeddings (pytorch#176076)."""
+    """The tests above fail if the last rank loses its updates of the embeddings (pytorch#176076)."""
     with pytest.raises(AssertionError):
-        assert_same_run(three / "lost_fsdp", one / "whole")
-    weights, theirs = (read_checkpoint(str(run)).state for run in (three / "lost_fsdp", one / "whole"))
+        assert_same_run(three / "lost_fsdp", one / "reference")
+    weights, theirs = (read_checkpoint(str(run)).state for run in (three / "lost_fsdp", one / "reference"))
     rows = (weights["embeddings.word.weight"] - theirs["embeddings.word.weight"]).abs().amax(1)
-    # It has rows 86 to 127, of which 99 and on are padding; it kept what they were at the start.
+    # It has rows 86 to 127, of which those from 99 are padding; it kept their initial values.
     assert (rows[86:99] > 1e-4).all()
     begin = read_checkpoint(str(middle(three / "lost_fsdp"))).state["embeddings.word.weight"]
     assert torch.equal(weights["embeddings.word.weight"][86:99], begin[86:99])
 
 
 def test_every_parameter_moves(one: Path, three: Path) -> None:
-    """Every row of every matrix, on every shard, between the tenth batch and the last; without a reference."""
-    for run in (one / "whole", three / "fsdp", three / "tied_fsdp"):
+    """Without a reference: every row of every matrix changes between the tenth batch and the last, on every shard."""
+    for run in (one / "reference", three / "fsdp", three / "tied_fsdp"):
         before, after = read_checkpoint(str(middle(run))).state, read_checkpoint(str(run)).state
         for name, tensor in after.items():
             still = (tensor == before[name]).flatten(1 if tensor.ndim > 1 else 0).all(-1)
             if name.endswith("word.weight"):
-                still = still[:99]  # the rest is padding
+                still = still[:99]  # the others are padding
             if name.endswith("position.weight"):
                 still = still[:32]  # no row is longer
             assert not still.any(), f"{run.name}: {name}"
 
 
 def test_what_is_compiled(two: Path, one: Path) -> None:
-    """The whole forward at once under DDP, which splits it at its buckets; each layer under FSDP."""
+    """The complete forward under DDP, which splits it at its buckets; each layer under FSDP."""
     graphs = {path.parent.name: json.loads(path.read_text())["graphs"] for path in two.glob("*/seen.json")}
     assert graphs["ddp"] == 0
     assert graphs["ddp_compiled"] >= 2  # training and evaluation
     assert graphs["tied_fsdp_compiled"] >= 2
 
 
-# Checkpoints of one form and number of processes, loaded into others: weights, optimizer, clock, position in the data
+# Checkpoints of one form and number of ranks, loaded into others: weights, optimizer, timestamp, position in the data
 
 
 def test_from_one_file_to_two_replicas(one: Path, two: Path) -> None:
-    assert_same_run(two / "ddp_from_file@10", one / "whole")
+    assert_same_run(two / "ddp_from_file@10", one / "reference")
 
 
 @pytest.mark.parametrize("name", ["sharded_from_file@10", "sharded_from_sharded@10"])
 def test_to_three_shards(one: Path, three: Path, name: str) -> None:
     assert is_sharded(os.path.realpath(three / name / "latest-rank0.pt"))
-    assert_same_run(three / name, one / "whole")
+    assert_same_run(three / name, one / "reference")
 
 
 def test_from_two_shards_to_one_process(folder: Path, one: Path, two: Path) -> None:
-    """To one file and to one shard; and a run that kept shards goes on without them in its own folder."""
+    """To one file and to one shard; and a run that saved shards resumes in its own folder without FSDP."""
     shutil.copytree(two / "sharded", folder / "own@10", symlinks=True)
     (folder / "own@10" / "latest-rank0.pt").unlink()
     (folder / "own@10" / "latest-rank0.pt").symlink_to("milestone-ba10")
     load = f"checkpoints.load_path={middle(two / 'sharded')}"
     equality.main(str(folder), str(folder / "equal.yaml"), [f"file@10 {load}", f"shard@10 {load} {SHARDED}", "own@10"])
     for name in ("file@10", "shard@10", "own@10"):
-        assert_same_run(folder / name, one / "whole")
+        assert_same_run(folder / name, one / "reference")
 
 
 def test_export_from_both_forms(folder: Path, one: Path, two: Path, three: Path) -> None:
     from transformers import ElectraForPreTraining
 
     exported = {}
-    for name, run in {"file": one / "whole", "two": two / "sharded", "three": three / "sharded_from_file@10"}.items():
+    for name, run in {
+        "file": one / "reference",
+        "two": two / "sharded",
+        "three": three / "sharded_from_file@10",
+    }.items():
         export(read_checkpoint(str(run)), str(folder / f"export_{name}"))
         exported[name] = ElectraForPreTraining.from_pretrained(folder / f"export_{name}" / "discriminator").state_dict()
     for name in ("two", "three"):
@@ -218,7 +222,7 @@ def test_export_from_both_forms(folder: Path, one: Path, two: Path, three: Path)
 
 
 def test_an_infinite_loss_of_one_process_is_skipped_by_all(one: Path, two: Path) -> None:
-    """Both record it, and go on as the one process that had the whole batch does."""
+    """Both record it, and continue like the single rank that had the complete batch."""
     run = two / "infinite_fsdp"
     records = [json.loads((run / "trouble" / f"ba2-rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [record["gradient_norm"] for record in records] == ["nan", "nan"]
@@ -236,22 +240,30 @@ def test_an_infinite_loss_of_one_process_is_skipped_by_all(one: Path, two: Path)
 
 
 def two_nodes(folder: Path) -> Callable[[int, int], list[str]]:
-    """The launcher of one node of two, in a name space that has its own shared memory, as another machine has.
+    """Return the launcher of each of two nodes, in a mount namespace with its own shared memory, like a machine.
 
-    Streaming shares state in `/dev/shm` between the processes of a node; two nodes on one machine would share it too.
+    Streaming shares state between the ranks of a node in `/dev/shm`; two nodes on one machine would share it too.
     """
-    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
+    isolated = [
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs tmpfs /dev/shm && exec "$@"',
+        "sh",
+    ]
 
     def command(rank: int, port: int) -> list[str]:
         place = ["--world_size", "2", "--node_rank", str(rank), "--nproc", "1"]
         address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
         script = [str(ROOT / "tests" / "equality.py"), str(folder / "nodes"), str(folder / "equal.yaml"), "ddp"]
-        return [*alone, str(COMPOSER), *place, *address, *script]
+        return [*isolated, str(COMPOSER), *place, *address, *script]
 
     return command
 
 
-def has_name_spaces() -> bool:
+def has_namespaces() -> bool:
     try:
         command = ["unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /dev/shm"]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -259,11 +271,11 @@ def has_name_spaces() -> bool:
         return False
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="name spaces are Linux's")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux namespaces")
 def test_two_nodes(folder: Path, one: Path) -> None:
-    """Two launchers with a node rank each; they share the run's folder, as on a cluster's file system."""
-    if not has_name_spaces():
-        pytest.skip("no name spaces for users here, so two nodes would share one /dev/shm")
+    """Two launchers with a node rank each that share the run's folder, as on a cluster's file system."""
+    if not has_namespaces():
+        pytest.skip("no user namespaces here, so two nodes would share one /dev/shm")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -282,4 +294,4 @@ def test_two_nodes(folder: Path, one: Path) -> None:
     finally:
         for node in nodes:
             node.kill()
-    assert_same_run(folder / "nodes" / "ddp", one / "whole")
+    assert_same_run(folder / "nodes" / "ddp", one / "reference")

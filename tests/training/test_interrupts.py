@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: who hears them, what is saved, how a process ends."""
+"""SIGTERM and SIGINT: which processes react, what is saved, and the exit status."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_signal_saves_and_ends_the_run(tiny_yaml, tmp_path, capfd, number, sta
     saved = tmp_path / "run" / "batch-4-rank0.pt"
     said = capfd.readouterr().err
     assert f"{number.name}: stopping after this batch" in said
-    assert f"stopped by {number.name} after batch 4: saved {saved}; the same command goes on from there" in said
+    assert f"stopped by {number.name} after batch 4: saved {saved}; rerun the same command to resume" in said
     assert why_broken(str(saved)) is None
     assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == saved.name
     assert {one: signal.getsignal(one) for one in before} == before
@@ -80,9 +80,9 @@ subprocess.run([sys.executable, "-c", sys.argv[1]], env={**os.environ, "LOCAL_RA
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells a process that its parent has ended")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's signal at the end of a parent")
 def test_the_end_of_the_launcher_is_a_sigterm_and_sigint_then_ends_at_once():
-    """A launcher that dies of SIGTERM leaves no process training on; what has heard of it stops at Ctrl-C."""
+    """When the launcher dies of SIGTERM its rank receives SIGTERM too; SIGINT then ends it at once."""
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, CHILD], stdout=subprocess.PIPE, text=True)
     word, pid = launcher.stdout.readline().split()
     assert word == "ready"
@@ -91,7 +91,7 @@ def test_the_end_of_the_launcher_is_a_sigterm_and_sigint_then_ends_at_once():
         assert launcher.wait(60) == -signal.SIGTERM
         assert launcher.stdout.readline() == "received [0, 1]\n"
         os.kill(int(pid), signal.SIGINT)
-        assert launcher.stdout.read() == ""  # it has ended, and said nothing more
+        assert launcher.stdout.read() == ""  # it has ended without further output
     finally:
         for left in (launcher.pid, int(pid)):
             with contextlib.suppress(ProcessLookupError):

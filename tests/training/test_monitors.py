@@ -1,4 +1,4 @@
-"""Throughput, MFU, the loader's wait and memory: by a clock that the test sets, and by hand."""
+"""Throughput, MFU, data waiting time and memory, with a clock set by the test and numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from electra_composer.training.monitors import (
     device_flops_available,
 )
 
-ROWS, TOKENS, FLOPS, SECONDS = 4, 10, 3_000, 0.5  # of a batch
+ROWS, TOKENS, FLOPS, SECONDS = 4, 10, 3_000, 0.5  # per batch
 
 
 class Scored(ComposerModel):
-    """Knows the operations of its batch; they do not cost what it says."""
+    """Reports invented FLOPs of its batch."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class Uncounted(Scored):
 
 
 class Clock(Callback):
-    """Half a second a batch, whatever the machine does; comes before the monitors."""
+    """Sets the time of every batch to half a second. Must come before the monitors."""
 
     def batch_end(self, state, logger):
         now = state.timestamp
@@ -89,7 +89,7 @@ def logged(memory: InMemoryLogger, name: str) -> list[tuple[int, float]]:
 
 def test_throughput_of_whole_windows_and_of_the_one_that_the_end_cuts_short():
     memory = train([Clock(), ThroughputMonitor(window_size=4, gpu_flops_available=60_000.0)])
-    # The first batch is in no window; batches 2 to 5 are one; 6 and 7 are cut short.
+    # The first batch is in no window; batches 2 to 5 are one window, 6 and 7 an incomplete one.
     for name, of_a_batch in (("batches", 1), ("samples", ROWS), ("tokens", TOKENS), ("flops", FLOPS)):
         expected = [(5, of_a_batch / SECONDS), (7, of_a_batch / SECONDS)]
         assert logged(memory, f"throughput/{name}_per_sec") == expected
@@ -105,7 +105,7 @@ def test_a_run_that_ends_with_its_window_logs_it_once():
 
 
 def test_what_cannot_be_known_is_not_logged():
-    """No peak of a CPU, no operations of a model that does not tell them, no tokens of a loader that counts none."""
+    """A CPU has no peak, the model may not count FLOPs, and the loader may not count tokens."""
     memory = train([ThroughputMonitor(window_size=2)])
     assert "throughput/flops_per_sec" in memory.data
     assert "throughput/device/mfu" not in memory.data
@@ -115,7 +115,7 @@ def test_what_cannot_be_known_is_not_logged():
 
 
 def test_operations_are_counted_once_a_window():
-    """Counting them waits for a batch that is on a device."""
+    """Counting them synchronises with the device of the batch."""
     counted = []
     model = Scored()
     model.flops_per_batch = lambda batch: counted.append(1) or FLOPS
@@ -131,10 +131,10 @@ def test_a_window_of_no_batches():
 @pytest.mark.parametrize(
     ("device", "precision", "tf32", "peak"),
     [
-        ("gpu", "amp_bf16", True, 989.5e12),  # dense: half of the data sheet's 1,979
+        ("gpu", "amp_bf16", True, 989.5e12),  # dense: half of the 1,979 of the data sheet
         ("gpu", "fp32", False, 67e12),
         ("gpu", "fp32", True, 494.5e12),
-        ("cpu", "fp32", True, 0.0),  # a run on the CPU of this machine
+        ("cpu", "fp32", True, 0.0),  # a run on the CPU of a machine with a GPU
     ],
 )
 def test_the_peak_is_dense_and_of_the_precision_that_is_computed_in(monkeypatch, device, precision, tf32, peak):
@@ -157,11 +157,11 @@ def test_memory_is_logged_at_its_interval_and_at_the_end(monkeypatch, recwarn):
     assert not [warning for warning in recwarn if "memory monitor" in str(warning.message)]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a Linux kernel tells what the process holds")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, which reports the memory of a process")
 def test_peak_memory_grows_by_what_is_allocated_and_stays():
-    """In a process of its own, whose allocator holds nothing back from before; a block of 200 MB that is written to.
+    """In a subprocess, whose allocator holds no memory from before: a block of 200 MB that is written to.
 
-    This process holds more than that one ever will: the peak of a parent is not its child's.
+    This process holds more memory than the subprocess, whose peak must not be its parent's.
     """
     parents = bytearray(1_000_000_000)
     parents[::4096] = b"x" * len(parents[::4096])
@@ -178,7 +178,7 @@ print(peak_resident_bytes() - before)
     del parents
     during, after = map(int, done.stdout.split())
     assert during == pytest.approx(200e6, abs=60e6)
-    assert after == pytest.approx(during, abs=8e6)  # the kernel counts a process's pages in batches per processor
+    assert after == pytest.approx(during, abs=8e6)  # the kernel counts pages in batches per processor
 
 
 @pytest.mark.cuda
@@ -222,4 +222,4 @@ def test_data_wait_is_the_share_of_time_that_the_loader_takes():
 
     shares = logged(train([DataWait("3ba")], dataset=Slow(), batches=6), "data/wait_share")
     assert [batch for batch, _ in shares] == [3, 6]
-    assert all(0.3 < share <= 1.0 for _, share in shares)  # 40 ms of a batch whose step is a matter of a few
+    assert all(0.3 < share <= 1.0 for _, share in shares)  # 40 ms of waiting per batch, whose step takes a few

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: what is kept of them, and that the weights never see them; spikes."""
+"""Non-finite losses and gradients: records, and updates that never reach the weights; loss spikes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.pretrain import main
-from electra_composer.training import numerical_guard as trouble
-from electra_composer.training import runs
-from electra_composer.training.numerical_guard import NumericalGuard, SpikeWatch
+from electra_composer.training import numerical_guard
+from electra_composer.training import trainer as trainer_module
+from electra_composer.training.numerical_guard import NumericalGuard
+from electra_composer.training.spikes import SpikeDetector
 
 
 class Watch(Callback):
-    """Copies weights and moments, and the rows, of every batch."""
+    """Copies weights, moments and row numbers of every batch."""
 
     def __init__(self) -> None:
         self.after: dict[int, dict[str, torch.Tensor]] = {}
@@ -51,14 +52,14 @@ Spoil = Callable[[int, torch.Tensor], torch.Tensor]
 
 @pytest.fixture
 def run(tiny_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run(spoil, override, …)`: a run of six batches; `spoil(batch number, total)` gives another total loss."""
+    """`run(spoil, override, …)` runs six batches; `spoil(batch number, total)` returns a changed total loss."""
 
     def start(
         spoil: Callable[[int, torch.Tensor], torch.Tensor], *overrides: str, interval: int | None = None
     ) -> Watch:
         watch = Watch()
-        monkeypatch.setattr(runs, "build_callbacks", lambda config: [watch])
-        monkeypatch.setattr(runs, "NumericalGuard", functools.partial(NumericalGuard, interval=interval))
+        monkeypatch.setattr(trainer_module, "build_callbacks", lambda config: [watch])
+        monkeypatch.setattr(trainer_module, "NumericalGuard", functools.partial(NumericalGuard, interval=interval))
 
         def loss(model: ElectraPretraining, outputs: Any, batch: Any) -> dict[str, torch.Tensor]:
             losses = original(model, outputs, batch)
@@ -78,7 +79,7 @@ def run(tiny_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def infinite_at(*numbers: int) -> Spoil:
-    """Infinite, while its gradient stays what it was."""
+    """Make the loss infinite without changing its gradient."""
     return lambda batch, total: total + math.inf if batch in numbers else total
 
 
@@ -110,7 +111,7 @@ def test_the_run_stops_and_says_what_led_to_it(run: Run, tmp_path: Path, spoil: 
 
 
 def test_a_late_look_finds_the_weights_as_they_were(run: Run, tmp_path: Path) -> None:
-    """On a GPU the host looks at every tenth batch alone: nothing was applied in between."""
+    """On a GPU the host checks only every tenth batch: no update is applied in between."""
     with pytest.raises(UserError, match="batch 3: the loss is inf"):
         run(infinite_at(3), "checkpoints.interval=null", interval=5)
     after = run.watch.after  # type: ignore[attr-defined]
@@ -141,14 +142,14 @@ def test_skipping_leaves_the_update_out_and_counts(run: Run, tmp_path: Path, int
 
 
 def test_skipping_for_ever_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trouble, "MOST_SKIPS", 3)
+    monkeypatch.setattr(numerical_guard, "MAX_SKIPS", 3)
     with pytest.raises(UserError, match=r"batch 4: .* in each of the last 3 batches"):
         run(nan_at(2, 3, 4, 5), "trainer.on_nonfinite=skip")
 
 
 @pytest.mark.parametrize("bias_correction", ["true", "false"])
 def test_a_first_update_that_is_skipped(run: Run, bias_correction: str) -> None:
-    """The optimizer has no state yet: it is made, and stays zero."""
+    """The optimizer has no state yet: it is created and stays zero."""
     watch = run(nan_at(1), "trainer.on_nonfinite=skip", f"optimizer.bias_correction={bias_correction}")
     moments = {name: tensor for name, tensor in watch.after[1].items() if "exp_avg" in name}
     assert moments
@@ -158,7 +159,7 @@ def test_a_first_update_that_is_skipped(run: Run, bias_correction: str) -> None:
 
 def test_a_full_disk_does_not_hide_what_happened(run: Run, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "trouble").write_text("in the way of the folder")
+    (tmp_path / "run" / "trouble").write_text("a file in place of the folder")
     with pytest.raises(UserError, match="batch 4: the loss is nan"):
         run(nan_at(4))
 
@@ -173,7 +174,7 @@ def test_clipping_is_torchs(clip: float | None) -> None:
     expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip or math.inf)
     guard = NumericalGuard("nowhere", clip)
     state = type("State", (), {"batch": {}, "model": mine, "optimizers": [], "precision": "fp32", "timestamp": None})
-    guard._pending.append(trouble._Batch(1, 0, {}))
+    guard._pending.append(numerical_guard.PendingBatch(1, 0, {}))
     guard.after_train_batch(state, None)  # type: ignore[arg-type]
     assert guard._pending[-1].norm == expected
     for left, right in zip(mine.parameters(), theirs.parameters(), strict=True):
@@ -183,9 +184,9 @@ def test_clipping_is_torchs(clip: float | None) -> None:
 # Spikes
 
 
-def spikes(losses: list[float], **arguments: Any) -> tuple[SpikeWatch, list[str]]:
-    watch = SpikeWatch(**arguments)
-    lines = [watch.see(batch, loss) for batch, loss in enumerate(losses, start=1)]
+def spikes(losses: list[float], **arguments: Any) -> tuple[SpikeDetector, list[str]]:
+    watch = SpikeDetector(**arguments)
+    lines = [watch.update(batch, loss) for batch, loss in enumerate(losses, start=1)]
     return watch, [line for line in lines if line is not None]
 
 
@@ -215,22 +216,22 @@ def test_many_spikes_are_few_lines() -> None:
     assert watch.count == 12
     assert len(lines) == 2
     assert lines[1].startswith("batch 301:")
-    assert lines[1].endswith("(9 more such batches since the last of these lines)")
+    assert lines[1].endswith("(9 more spikes since the last report)")
 
 
 def test_a_resumed_run_counts_on() -> None:
-    """What is reported after a resume is what would have been without."""
+    """Reports after a resume are those of an uninterrupted run."""
     dice = random.Random(0)
     losses = [5 + dice.gauss(0, 0.1) for _ in range(150)] + [9.0] + [5.0] * 20
     guard = NumericalGuard("nowhere", None)
     guard.skipped = 3
     for batch, loss in enumerate(losses[:120], start=1):
-        guard.spikes.see(batch, loss)
+        guard.spikes.update(batch, loss)
     resumed = NumericalGuard("nowhere", None)
     resumed.load_state_dict(guard.state_dict())
     assert resumed.skipped == 3
     for batch, loss in enumerate(losses[120:], start=121):
-        assert resumed.spikes.see(batch, loss) == guard.spikes.see(batch, loss)
+        assert resumed.spikes.update(batch, loss) == guard.spikes.update(batch, loss)
     assert resumed.spikes.last == 151
     assert vars(resumed.spikes) == vars(guard.spikes)
 
@@ -240,7 +241,7 @@ def test_no_spike_before_there_is_a_mean() -> None:
 
 
 def test_a_run_warns_of_a_spike(run: Run, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(trouble, "SpikeWatch", functools.partial(SpikeWatch, patience=3, sigmas=3.0))
+    monkeypatch.setattr(numerical_guard, "SpikeDetector", functools.partial(SpikeDetector, patience=3, sigmas=3.0))
     run(lambda batch, total: total * 100 if batch == 5 else total)
     (record,) = [record for record in caplog.records if record.name == "electra_composer.training.numerical_guard"]
     assert record.getMessage().startswith("batch 5: the loss is ")

@@ -1,35 +1,20 @@
-"""The optimizer against NumPy, parameter groups and layer learning rates by name, schedules at named steps."""
+"""The optimizer against NumPy; parameter groups and layerwise learning rates by parameter name."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from composer import Callback, ComposerModel, State, Trainer
-from composer.core import Time, Timestamp
-from composer.optim import LinearWithWarmupScheduler
 
-from electra_composer.errors import UserError
-from electra_composer.training.optim import (
-    AdamW,
-    Schedule,
-    constant,
-    electra,
-    layer_exponents,
-    linear,
-    one_cycle,
-    parameter_groups,
-)
+from electra_composer.training.optim import AdamW, layer_exponents, parameter_groups
 
 # --- the optimizer
 
 
 def numpy_adamw(param, grads, lrs, weight_decay, bias_correction, beta1=0.9, beta2=0.999, eps=1e-6):
-    """AdamW written from its formula, in float64."""
+    """AdamW from its formula, in float64."""
     m, v = np.zeros_like(param), np.zeros_like(param)
     for t, (grad, lr) in enumerate(zip(grads, lrs, strict=True), start=1):
         m = beta1 * m + (1 - beta1) * grad
@@ -77,7 +62,7 @@ def test_with_bias_correction_it_is_pytorchs_adamw():
 
 
 def test_the_gradient_may_come_from_a_closure_and_bfloat16_stays():
-    # Composer hands its forward and backward in as a closure: before it runs, there is no gradient.
+    # Composer may pass its forward and backward as a closure; there is no gradient before it runs.
     param = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = AdamW([param], lr=0.5, weight_decay=0.0)
 
@@ -87,7 +72,7 @@ def test_the_gradient_may_come_from_a_closure_and_bfloat16_stays():
         return loss.item()
 
     assert optimizer.step(closure) == 4
-    # m = 0.1, v = 0.001: the first uncorrected step is 0.1 / sqrt(0.001) = 3.16 learning rates long.
+    # m = 0.1, v = 0.001: the first uncorrected step is 0.1 / sqrt(0.001) = 3.16 times the learning rate.
     torch.testing.assert_close(param.float(), torch.full((4,), 1 - 0.5 * 0.1 / math.sqrt(0.001)), rtol=1e-2, atol=0)
     assert param.dtype == torch.bfloat16
 
@@ -101,8 +86,8 @@ def test_a_saved_and_loaded_state_continues_as_if_never_saved():
             param.grad = grad.clone()
             optimizer.step()
 
-    whole = torch.nn.Parameter(torch.ones(3))
-    train(whole, AdamW([whole], lr=0.1), grads)
+    uninterrupted = torch.nn.Parameter(torch.ones(3))
+    train(uninterrupted, AdamW([uninterrupted], lr=0.1), grads)
     first = torch.nn.Parameter(torch.ones(3))
     first_optimizer = AdamW([first], lr=0.1)
     train(first, first_optimizer, grads[:2])
@@ -110,7 +95,7 @@ def test_a_saved_and_loaded_state_continues_as_if_never_saved():
     second_optimizer = AdamW([second], lr=0.1)
     second_optimizer.load_state_dict(first_optimizer.state_dict())
     train(second, second_optimizer, grads[2:])
-    torch.testing.assert_close(second, whole, rtol=0, atol=0)
+    torch.testing.assert_close(second, uninterrupted, rtol=0, atol=0)
 
 
 # --- parameter groups
@@ -146,7 +131,7 @@ def pretraining_names(layers: int) -> list[str]:
 
 
 def parameters(names: list[str]) -> dict[str, torch.nn.Parameter]:
-    """Vectors for biases and LayerNorm, matrices for the rest."""
+    """Return vectors for biases and LayerNorm, matrices for the rest."""
     return {name: torch.nn.Parameter(torch.ones([2] if "norm" in name or "bias" in name else [2, 2])) for name in names}
 
 
@@ -156,8 +141,8 @@ def parameters(names: list[str]) -> dict[str, torch.nn.Parameter]:
 )
 @pytest.mark.parametrize("wrapped", ["{}", "model.{}", "module._orig_mod.{}"])
 def test_layer_learning_rates_of_both_variants_by_name(variant, powers, wrapped):
-    # Two layers. google-research/electra: the head at lr, the last layer at lr·d², one d more per layer downwards,
-    # embeddings and their projection one more than the first layer. The paper's text: the last layer at lr·d.
+    # Two layers. google-research/electra: lr for the head, lr·d² for the last layer, one more d per layer towards the
+    # input, and one more for embeddings and their projection. The paper's text: lr·d for the last layer.
     names = finetuned_names(2)
     exponents = layer_exponents((wrapped.format(name) for name in names), variant)
     for name in names:
@@ -229,170 +214,3 @@ def test_groups_carry_rate_and_decay_together_and_leave_frozen_parameters_out():
     assert settings[id(named["encoder.layers.1.up.weight"])] == (pytest.approx(0.64), 0.1)
     assert settings[id(named["embeddings.position.weight"])] == (pytest.approx(0.8**4), 0.1)
     assert AdamW(groups, lr=1.0).param_groups[0]["eps"] == 1e-6
-
-
-# --- the schedule as a function of the step
-
-
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [
-        (0, 0.0),
-        (1, (1 - 1e-6) * 1e-4),  # the decay is there from the start
-        (10_000, 0.99),
-        (500_000, 0.5),
-        (999_999, 1e-6),
-    ],
-)
-def test_the_recipes_schedule_at_its_corners(step, expected):
-    assert electra(step, 1_000_000, 10_000) == pytest.approx(expected, rel=1e-9)
-
-
-def test_without_warmup_the_recipes_schedule_starts_at_the_top():
-    assert [electra(step, 4, 0) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
-
-
-@pytest.mark.parametrize(("step", "expected"), [(0, 0), (1, 0.1), (10, 1), (11, 1), (80, 1), (90, 0.5), (99, 0.05)])
-def test_constant_warms_up_stays_and_decays_at_the_end(step, expected):
-    assert constant(step, 100, 10, 20) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("warmup", [7, 30])
-def test_one_cycle_is_pytorchs(warmup):
-    total = 100
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    reference = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1.0, total_steps=total, pct_start=warmup / total, cycle_momentum=False
-    )
-    for step in range(total):
-        assert one_cycle(step, total, warmup) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12), step
-        optimizer.step()
-        if step < total - 1:
-            reference.step()
-
-
-def test_one_cycle_with_next_to_no_warmup_starts_at_the_peak():
-    assert one_cycle(0, 100, 0) == one_cycle(0, 100, 1) == 1.0  # where PyTorch's divides by zero
-    assert one_cycle(99, 100, 0) == pytest.approx(1 / 25e4)
-
-
-@pytest.mark.parametrize("warmup", [0, 10])
-def test_linear_is_composers(warmup):
-    reference = LinearWithWarmupScheduler(t_warmup=f"{warmup}ba", alpha_f=0.0)
-    for step in range(101):
-        state = fake_state("100ba", batch=step)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert linear(step, 100, warmup) == pytest.approx(reference(state)), step
-
-
-# --- the schedule in training
-
-
-def fake_state(max_duration: str, batch: int = 0, dataloader_len: int | None = None) -> State:
-    return SimpleNamespace(
-        max_duration=Time.from_timestring(max_duration),
-        timestamp=Timestamp(batch=batch, sample=4 * batch, token=100 * batch),
-        dataloader_len=None if dataloader_len is None else Time(dataloader_len, "ba"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("max_duration", "warmup"),
-    [("100ba", "10ba"), ("100ba", "0.1dur"), ("100ba", "1ep"), ("10ep", "1ep"), ("10ep", "10ba"), ("10ep", "0.1dur"),
-     ("400sp", "40sp"), ("10000tok", "1000tok"), ("10000tok", "0.1dur")],
-)  # fmt: skip
-@pytest.mark.parametrize("batch", [0, 1, 10, 50, 99])
-def test_all_units_of_time_give_the_same_schedule(max_duration, warmup, batch):
-    schedule = Schedule("electra", warmup, max_duration)
-    expected = (1 - batch / 100) * min(1, batch / 10)
-    assert schedule(fake_state(max_duration, batch, dataloader_len=10)) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("electra", "10000", "1000000ba"), "schedule.warmup: '10000' is not a time"),
-        (("electra", "tenba", "100ba"), "schedule.warmup: 'tenba' is not a time"),
-        (("electra", "10ba", "ages"), "trainer.max_duration: 'ages' is not a time"),
-        (("electra", "-1ba", "100ba"), "schedule.warmup: '-1ba': expected a count"),
-        (("electra", "30min", "100ba"), "schedule.warmup: '30min'"),
-        (("electra", "200ba", "100ba"), "schedule.warmup 200ba: longer than the training, trainer.max_duration 100ba"),
-        (("electra", "1.5dur", "100ba"), "longer than the training"),
-        (("electra", "2ep", "1ep"), "longer than the training"),
-        (("electra", "10ba", "1000tok"), "give it in tok, or as a share"),
-        (("electra", "10ba", "1dur"), "share of itself"),
-        (("constant", "60ba", "100ba", "50ba"), "schedule.decay 50ba: longer"),
-    ],
-)
-def test_times_that_do_not_fit_are_the_users_fault(arguments, message):
-    with pytest.raises(UserError, match=message):
-        Schedule(*arguments)
-
-
-def test_what_depends_on_an_epochs_length_is_checked_when_it_is_known():
-    schedule = Schedule("electra", "30ba", "2ep")
-    with pytest.raises(UserError, match="longer than the training"):
-        schedule(fake_state("2ep", dataloader_len=10))
-    with pytest.raises(UserError, match="give all times in batches"):
-        schedule(fake_state("2ep"))
-
-
-class Tiny(ComposerModel):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(2, 1)
-
-    def forward(self, batch):
-        return self.layer(batch[0])
-
-    def loss(self, outputs, batch):
-        return outputs.square().mean()
-
-
-class Rates(Callback):
-    """The learning rates that are there when the optimizer steps."""
-
-    def __init__(self):
-        self.seen = {}
-
-    def before_train_batch(self, state, logger):
-        self.seen[state.timestamp.batch.value] = [group["lr"] for group in state.optimizers[0].param_groups]
-
-
-def train(max_duration: str, warmup: str, **arguments) -> dict[int, list[float]]:
-    torch.manual_seed(0)
-    model, rates = Tiny(), Rates()
-    groups = [{"params": [model.layer.weight], "lr": 1.0}, {"params": [model.layer.bias], "lr": 0.5}]
-    trainer = Trainer(
-        model=model,
-        optimizers=AdamW(groups, lr=1.0),
-        train_dataloader=torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(20, 2)), batch_size=4),
-        max_duration=max_duration,
-        callbacks=[Schedule("electra", warmup, max_duration), rates],
-        progress_bar=False,
-        device="cpu",
-        precision="fp32",
-        dist_timeout=60,
-        **arguments,
-    )
-    trainer.fit()
-    trainer.close()
-    return rates.seen
-
-
-@pytest.mark.parametrize(("max_duration", "warmup"), [("10ba", "4ba"), ("2ep", "4ba"), ("40sp", "16sp")])
-def test_the_trainer_uses_the_rate_of_each_step(max_duration, warmup):
-    seen = train(max_duration, warmup)
-    for step in range(10):
-        multiplier = (1 - step / 10) * min(1, step / 4)
-        assert seen[step] == pytest.approx([multiplier, 0.5 * multiplier]), step
-
-
-def test_a_resumed_run_continues_the_schedule(tmp_path):
-    train("10ba", "4ba", save_folder=str(tmp_path), save_interval="6ba", save_filename="ba{batch}.pt")
-    assert sorted(path.name for path in tmp_path.glob("ba*")) == ["ba10.pt", "ba6.pt"]
-    seen = train("10ba", "4ba", load_path=str(tmp_path / "ba6.pt"))
-    assert list(seen) == [6, 7, 8, 9]
-    for step, rates in seen.items():
-        assert rates == pytest.approx([1 - step / 10, 0.5 * (1 - step / 10)])

@@ -1,0 +1,75 @@
+"""Start of a run: process group, seed, and checks before anything is built."""
+
+from __future__ import annotations
+
+from composer.utils import dist, reproducibility
+
+from electra_composer.config import RunConfig, TrainerConfig
+from electra_composer.errors import UserError
+from electra_composer.training.compilation import check_compile
+from electra_composer.training.devices import keep_freed_memory, resolve_device, run_device
+from electra_composer.training.times import parse_time
+
+
+def start(config: RunConfig) -> bool:
+    """Initialise the process group and the seeds, and check device, precision, batch sizes and times.
+
+    Returns:
+        Whether the model is to run under bfloat16 autocast on the CPU (see devices.py).
+
+    Raises:
+        UserError: a value that is out of range or not possible on this machine.
+    """
+    device, _, cpu_autocast = resolve_device(config.trainer)
+    check_compile(config.trainer)
+    if device == "cpu":
+        keep_freed_memory()
+    dist.initialize_dist(run_device(device), timeout=300.0)
+    device_batch_size(config.trainer)
+    for key, time in (
+        ("trainer.max_duration", config.trainer.max_duration),
+        ("trainer.eval_interval", config.trainer.eval_interval),
+        ("checkpoints.interval", config.checkpoints.interval),
+    ):
+        if time is not None:
+            parse_time(time, key, positive=True)
+    reproducibility.seed_all(config.seed)  # the same on every rank, so that weights are initialised equally
+    return cpu_autocast
+
+
+def device_batch_size(trainer: TrainerConfig) -> int:
+    """Return the rows per rank of a global batch.
+
+    Raises:
+        UserError: a global batch size that is not a multiple of the number of ranks, or an impossible microbatch or
+            evaluation batch size.
+    """
+    total, ranks = trainer.global_train_batch_size, dist.get_world_size()
+    microbatch = trainer.device_train_microbatch_size
+    if total < 1 or total % ranks:
+        raise UserError(
+            f"trainer.global_train_batch_size is {total}; expected a positive multiple of {ranks}, the number of ranks"
+        )
+    rows = total // ranks
+    if isinstance(microbatch, str) and microbatch != "auto":
+        raise UserError(f"trainer.device_train_microbatch_size is {microbatch!r}; expected a number, auto or null")
+    # Workaround (composer 0.32): automatic microbatching fails an assertion under FSDP2; goes when it is supported.
+    if microbatch == "auto" and trainer.fsdp is not None:
+        raise UserError(
+            "trainer.device_train_microbatch_size is auto, which Composer does not support under FSDP2; set a number, "
+            "or null for no split"
+        )
+    if isinstance(microbatch, int) and not 1 <= microbatch <= rows:
+        raise UserError(
+            f"trainer.device_train_microbatch_size is {microbatch}; expected 1 to {rows}, the rows per rank of "
+            f"trainer.global_train_batch_size {total} on {ranks} ranks"
+        )
+    if trainer.device_eval_batch_size < 1:
+        raise UserError(f"trainer.device_eval_batch_size is {trainer.device_eval_batch_size}; expected at least 1")
+    return rows
+
+
+def microbatch_size(trainer: TrainerConfig) -> int:
+    """Return the rows of a microbatch; for `auto`, the largest possible number."""
+    microbatch = trainer.device_train_microbatch_size
+    return microbatch if isinstance(microbatch, int) else device_batch_size(trainer)
