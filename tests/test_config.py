@@ -1,4 +1,4 @@
-"""From YAML and command line to a checked configuration; every kind of mistake has a message of one line."""
+"""Tests of config_loading.py: values, overrides, one-line messages for every kind of mistake, and the shipped YAMLs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load(folder: Path, *overrides: str, text: str = COMPLETE) -> PretrainConfig:
 
 
 def message(folder: Path, *overrides: str, text: str = COMPLETE) -> str:
-    """The message of the refusal, which is one line."""
+    """Return the message of the UserError, which is one line."""
     with pytest.raises(UserError) as caught:
         load(folder, *overrides, text=text)
     found = str(caught.value)
@@ -60,7 +60,7 @@ def test_values_defaults_and_interpolation(tmp_path: Path) -> None:
 
 
 def test_defaults_are_the_recipe(tmp_path: Path) -> None:
-    """Design, section 4: what a YAML leaves out is what the paper's code does."""
+    """The defaults are those of the paper's code."""
     config = load(tmp_path)
     optimizer, objective, model = config.optimizer, config.objective, config.model
     assert (optimizer.eps, optimizer.weight_decay, optimizer.bias_correction) == (1e-6, 0.01, False)
@@ -112,7 +112,7 @@ def test_a_missing_value_may_come_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_fsdp_with_its_defaults(tmp_path: Path) -> None:
-    """`{}` turns it on, `null` leaves DDP, from file and command line alike."""
+    """`{}` turns FSDP on and `null` selects DDP, both from the file and from the command line."""
     in_file = COMPLETE.replace("device_eval_batch_size: 4}", "device_eval_batch_size: 4, fsdp: {}}")
     assert load(tmp_path, text=in_file).trainer.fsdp == FSDPConfig()
     assert load(tmp_path, "trainer.fsdp={}").trainer.fsdp == FSDPConfig()
@@ -121,7 +121,7 @@ def test_fsdp_with_its_defaults(tmp_path: Path) -> None:
 
 
 def test_callbacks_and_loggers_are_free_here(tmp_path: Path) -> None:
-    """Their names and arguments are the builder's to check."""
+    """Their names and arguments are checked later, by the builder."""
     config = load(tmp_path, "callbacks.anything.window=5", "loggers.wandb={}")
     assert config.callbacks == {"anything": {"window": 5}}
     assert config.loggers == {"wandb": {}}
@@ -261,7 +261,7 @@ def test_not_utf8(tmp_path: Path) -> None:
 
 
 def test_a_key_given_twice(tmp_path: Path) -> None:
-    """Plain YAML would let the second `trainer:` drop the first one silently."""
+    """Plain YAML would silently replace the first `trainer:` by the second."""
     found = message(tmp_path, text=COMPLETE + "trainer: {compile: true}\n")
     assert "duplicate key trainer" in found
 
@@ -287,7 +287,7 @@ def test_an_override_without_a_proper_key(tmp_path: Path, override: str) -> None
 
 @pytest.mark.parametrize("path", ["none.yaml", "."])
 def test_no_such_file(tmp_path: Path, path: str) -> None:
-    with pytest.raises(UserError, match=r"no such file; expected a YAML such as yamls/small\.yaml"):
+    with pytest.raises(UserError, match=r"no such file; expected a YAML file such as yamls/small\.yaml"):
         load_config(str(tmp_path / path), [], PretrainConfig)
 
 
@@ -348,7 +348,7 @@ def test_saved_keys_are_in_schema_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_yaml_loads(path: Path) -> None:
-    """Each complete by itself, and saved it loads to itself; what has glue in its name is for glue.py."""
+    """Each file is complete by itself. Names with `glue` are configurations of glue.py."""
     schema: type[RunConfig] = GlueConfig if "glue" in path.name else PretrainConfig
     config = load_config(str(path), [], schema)
     assert isinstance(config, schema)
