@@ -26,7 +26,7 @@ HEADING = "## Workarounds\n"
 FORM = re.compile(r"Workaround \(([A-Za-z][\w .-]*?) (\d[\w.+-]*)\): (.+?); goes when (.+?)\.?$")
 INTRODUCTION = """
 Code that exists only because of a fault or a private part of a library, by library. When a library is upgraded, check
-the condition of each of its rows. The list is generated: `python docs/list_workarounds.py` rewrites it from the comments.
+the condition of each of its rows. The list is generated from comments by `python docs/list_workarounds.py`.
 """
 
 
