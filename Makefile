@@ -4,19 +4,33 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+NEWEST := .venv-newest
 
-.PHONY: quickstart test test-long lint format clean
+# A module's tests run in one worker, since many share fixtures that take long to make. A worker that is ended by a test
+# that hangs is replaced.
+WORKERS ?= 2
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 8
+
+.PHONY: quickstart test test-fast test-long test-newest lint format clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m electra_composer.quickstart
 
-# A file's tests go to one process, since many share what takes long to make.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests
+	$(BIN)/python $(PYTEST) tests
+
+# Less than a minute: the tests that start no program and train no model.
+test-fast: $(STAMP)
+	$(BIN)/python $(PYTEST) --fast tests
 
 # What `test` leaves out: torch's C++ code generator, and the script for a GPU machine.
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests
+
+# The suite with the newest torch that can be installed, in an environment of its own; Composer's pin is overridden.
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -c 'import sys, torch, composer; print(f"torch {torch.__version__}, Composer {composer.__version__}, Python {sys.version.split()[0]}")'
+	$(NEWEST)/bin/python $(PYTEST) tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,11 +43,26 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf runs data exports .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs data exports .pytest_cache .mypy_cache .ruff_cache .import_linter_cache $(NEWEST)
 
-# The stamp is written last, so that an install that was cut off is done again. 6.5 GB on disk, mostly CUDA libraries.
+# The stamp is written last, so that an interrupted install is repeated. 6.5 GB on disk, mostly CUDA libraries (PyPI has no
+# CPU build of torch for Linux). uv installs several times as fast as pip. Where Python may not write bytecode, it is
+# compiled now: every start of a program would compile all libraries again.
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@if $(BIN)/python -m pip install -q -c constraints.txt uv && \
+	    $(BIN)/uv pip install --python $(BIN)/python $(COMPILE) -c constraints.txt -e '.[dev]'; then :; else \
+	    echo 'uv could not be installed or used; installing with pip, which takes some minutes more' >&2; \
+	    $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'; fi
 	touch $(STAMP)
+
+$(NEWEST)/.installed: $(STAMP)
+	$(BIN)/python -m venv --clear $(NEWEST)
+	grep -v '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	printf 'torch>=2.7\ntorchvision\n' > $(NEWEST)/override.txt
+	$(BIN)/uv pip install --python $(NEWEST)/bin/python $(COMPILE) -c $(NEWEST)/constraints.txt \
+	    --override $(NEWEST)/override.txt -e '.[dev]'
+	touch $(NEWEST)/.installed

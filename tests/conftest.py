@@ -6,10 +6,11 @@ Fixtures return factories, so that a test says in its own words what differs fro
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import random
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and start processes
 
+import programs
+import psutil
 import pytest
 import torch
 from composer.core import Engine
@@ -51,13 +54,75 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _forget_trainers() -> Iterator[None]:
-    """Lets a test's trainers go, and so the files that their loaders hold open, of which a process may have 1,024.
+    """Release a test's trainers, and with them the files that their loaders hold open (a process may have 1,024).
 
-    PyTorch's state dicts remember every model, and Composer every trainer's state, which it closes at the end.
+    PyTorch's state dicts keep a reference to every model, and Composer to every trainer's state until the exit.
     """
     yield
-    state_dict._get_fqns.cache_clear()
+    # Workaround (torch 2.7): a cache keeps every model whose state dict was taken; newer versions have no such cache.
+    if hasattr(state_dict._get_fqns, "cache_clear"):
+        state_dict._get_fqns.cache_clear()
+    # Workaround (composer 0.32): Engine registers a bound method for the exit; goes when close() unregisters it.
     atexit.unregister(Engine._close)
+
+
+# Fixtures whose tests convert text, train a model, start a program or a server.
+HEAVY_FIXTURES = {"shards", "write_tiny_yaml", "tiny_yaml", "s3", "s3_endpoint", "gcs"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out what takes long, for a run between two edits")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --fast, deselect the tests that are marked as slow or distributed, and those with heavy fixtures."""
+    if not config.getoption("--fast"):
+        return
+    marks = ("slow", "distributed")
+    heavy = [
+        item
+        for item in items
+        if HEAVY_FIXTURES.intersection(getattr(item, "fixturenames", ())) or any(map(item.get_closest_marker, marks))
+    ]
+    config.hook.pytest_deselected(items=heavy)
+    items[:] = [item for item in items if item not in set(heavy)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server of programs.py early and once for all workers of pytest-xdist."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        programs.start_server()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Kill the processes that a test has started when it exceeds its time limit, so that nothing waits for them."""
+    report = yield
+    if report.failed and "Timeout" in str(call.excinfo):
+        programs.kill_running()
+        _kill(psutil.Process().children(recursive=True))
+    return report
+
+
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    """Kill what a worker that crashed, or was ended by the last time limit, has left behind."""
+    if error:
+        marks = {"PYTEST_XDIST_TESTRUNUID": node.workerinput["testrunuid"], "PYTEST_XDIST_WORKER": node.gateway.id}
+        _kill(process for process in psutil.process_iter() if marks.items() <= _environment(process).items())
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if "programs.py" not in " ".join(process.cmdline()):  # their server
+                process.kill()
 
 
 @pytest.fixture

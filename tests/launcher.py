@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+import programs
 
 COMPOSER = Path(sys.executable).with_name("composer")
 
@@ -13,7 +14,7 @@ COMPOSER = Path(sys.executable).with_name("composer")
 def launch(processes: int, *arguments: str) -> str:
     """Run a script under Composer's launcher, or plainly for one process; its output, if it succeeds."""
     command = [str(COMPOSER), "-n", str(processes)] if processes > 1 else [sys.executable]
-    done = subprocess.run(
+    done = programs.run(
         [*command, *arguments],
         capture_output=True,
         text=True,

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import programs
 import pytest
 import torch
 from composer.core import Callback
@@ -95,7 +96,7 @@ def test_a_dead_rank_ends_the_others_within_a_minute(tiny_yaml, tmp_path):
     ]
     command += [str(tiny_yaml), f"callbacks.record.folder={tmp_path / 'record'}", "trainer.max_duration=100000ba"]
     command += [f"callbacks.signal_at.{setting}" for setting in settings]
-    done = subprocess.run(
+    done = programs.run(
         command,
         capture_output=True,
         text=True,

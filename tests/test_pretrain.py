@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from comparison import Kill, weights
@@ -223,7 +223,7 @@ def test_the_command_line_says_in_one_line_what_is_wrong_with_it(script, argumen
     path = ROOT / "electra_composer" / f"{script}.py"
     yaml = path.parent.parent / "yamls" / "glue.yaml"
     arguments = [str(yaml) if argument == "YAML" else argument for argument in arguments]
-    done = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, check=False)
+    done = programs.run([sys.executable, str(path), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

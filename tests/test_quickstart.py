@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 
+import programs
 import pytest
 from tiny import ROOT
 
@@ -18,7 +18,7 @@ from electra_composer.quickstart import pretraining_summary, table
 def test_smoke(tmp_path):
     for name in ("electra_composer", "data_prep", "yamls"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, "-m", "electra_composer.quickstart", "--smoke"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},

@@ -12,6 +12,7 @@ import sys
 import time
 
 import numpy as np
+import programs
 import pytest
 import torch
 from composer.core.data_spec import default_split_batch
@@ -362,7 +363,7 @@ for _ in range(6):
 @pytest.mark.slow
 def test_runs_that_start_together_share_no_memory(shards):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    runs = [subprocess.Popen([sys.executable, "-c", BUILDER, shards], **pipes) for _ in range(3)]
+    runs = [programs.Program([sys.executable, "-c", BUILDER, shards], **pipes) for _ in range(3)]
     for run in runs:
         assert run.stdout.readline() == "ready\n"
     for run in runs:
@@ -378,7 +379,7 @@ def test_runs_that_start_together_share_no_memory(shards):
 def test_two_processes_share_the_rows(shards, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(tmp_path / "program.py"), shards]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = programs.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert [batches for batches, _ in ranks] == [4, 4]

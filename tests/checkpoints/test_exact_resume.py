@@ -7,13 +7,13 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import programs
 import pytest
 import torch
 from comparison import assert_same_run
@@ -63,7 +63,7 @@ def on_two(shards, tmp_path_factory) -> Path:
     assert run(str(yaml), folder / "elastic", *signal_at(4, signal.SIGTERM, 0)) == 143
     launcher, script = Path(sys.executable).with_name("composer"), ROOT / "tests" / "resumed_runs.py"
     command = [str(launcher), "-n", "2", str(script), str(yaml), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    done = programs.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
 

@@ -7,10 +7,10 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 from comparison import assert_same_run
 from resumed_runs import run, signal_at
@@ -93,7 +93,7 @@ def test_two_processes(s3, tiny_yaml, tmp_path):
     (tmp_path / "record").mkdir()
     settings = [*COPIED, sharded, f"checkpoints.folder={tmp_path / 'run'}"]
     record = [f"callbacks.record.folder={tmp_path / 'record'}", *signal_at(6, signal.SIGTERM, 1)]
-    done = subprocess.run(
+    done = programs.run(
         [str(Path(sys.executable).with_name("composer")), "-n", "2", str(script), str(tiny_yaml), *settings, *record],
         capture_output=True,
         text=True,

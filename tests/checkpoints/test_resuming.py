@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -166,7 +167,7 @@ def test_two_runs_in_one_folder(tiny_yaml, tmp_path):
     """The second is refused while the first is there, and goes on when it is killed."""
     config = load_config(str(tiny_yaml), ["trainer.max_duration=2ba", "schedule.warmup=1ba"], PretrainConfig)
     command = [sys.executable, "-c", HOLDS, config.checkpoints.folder]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+    with programs.Program(command, stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout.readline() == "there\n"
             with pytest.raises(UserError, match="another process trains in this folder"):

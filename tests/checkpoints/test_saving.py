@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import programs
 import pytest
 import torch
 from resumed_runs import run
@@ -96,7 +97,7 @@ main(load_config(sys.argv[1], sys.argv[2:], PretrainConfig))
 
 def test_a_kill_while_writing_leaves_the_one_before(pretrain, tmp_path, tiny_yaml):
     settings = [*SHORT, "checkpoints.milestones=[]", "checkpoints.keep=1"]
-    done = subprocess.run([sys.executable, "-c", DIES_WHILE_WRITING, str(tiny_yaml), *settings], check=False)
+    done = programs.run([sys.executable, "-c", DIES_WHILE_WRITING, str(tiny_yaml), *settings], check=False)
     assert done.returncode == 9
     assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == "batch-4-rank0.pt"
     assert why_broken(str(tmp_path / "run" / "batch-4-rank0.pt")) is None

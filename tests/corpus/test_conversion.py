@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import programs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -253,7 +254,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start_with_small_parts(*command):
-    return subprocess.Popen([sys.executable, "-c", SMALL_PARTS, *command], stderr=subprocess.PIPE, text=True)
+    return programs.Program([sys.executable, "-c", SMALL_PARTS, *command], stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from glue_tiny import settings, write_data, write_source
 from tiny import ROOT
@@ -238,7 +239,7 @@ def reference(tiny: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
     def make(*overrides: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("reference")
         command = [sys.executable, GLUE, YAML, *settings(*tiny, folder), *overrides]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+        done = programs.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         return scores(folder)
 
@@ -261,14 +262,14 @@ def test_killed_three_times_the_table_is_the_same(
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     for kill in range(3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        process = programs.Program(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
         while recorded() < kill and process.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 1.0 if kill else 12.0))
         process.send_signal(signal.SIGKILL)
         process.wait()
     left = 6 - recorded()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+    done = programs.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{6 - left} of 6 runs done" in done.stdout
     assert scores(tmp_path) == reference(*TWO_TASKS)
@@ -279,7 +280,7 @@ def test_killed_three_times_the_table_is_the_same(
 def composer(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Two processes under Composer's launcher."""
     command = [str(Path(sys.executable).with_name("composer")), "-n", "2", GLUE, YAML, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+    return programs.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
 
 
 @pytest.mark.distributed

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 
 import numpy as np
+import programs
 import pytest
 from tiny import ROOT
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
@@ -33,7 +33,7 @@ def test_the_whole_way(tiny_yaml, tmp_path):
     command = [sys.executable, str(ROOT / "data_prep/convert_owt.py")]
     options = ["--max-seq-length=32", "--val-fraction=0.1", "--workers=1", "--no-progress", "--overflow=carry"]
     places = ["--source", tmp_path / "text.txt", "--tokenizer", tmp_path / "vocab.txt", "--out", tmp_path / "shards"]
-    done = subprocess.run([*command, *options, *map(str, places)], capture_output=True, text=True, timeout=120)
+    done = programs.run([*command, *options, *map(str, places)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     index = json.loads((tmp_path / "shards/train/index.json").read_text())
     assert {shard["column_encodings"][0] for shard in index["shards"]} == {"ndarray:uint32"}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from launcher import COMPOSER, launch
@@ -53,7 +53,7 @@ def test_same_gradient(one_process, two_processes, processes, kind, microbatch):
 @pytest.mark.distributed
 def test_bad_input_on_two_processes_ends_in_one_line(tiny_yaml):
     script = ROOT / "electra_composer" / "pretrain.py"
-    done = subprocess.run(
+    done = programs.run(
         [str(COMPOSER), "-n", "2", str(script), str(tiny_yaml), "trainer.global_train_batch_size=7"],
         capture_output=True,
         text=True,
