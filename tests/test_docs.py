@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 from composer.cli.launcher import _get_parser
 from doc_pages import DOCS, PAGES, blocks, functions_of_tests, load_script
@@ -158,19 +159,24 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+def environment():
+    """Return the environment of a program: this package, one thread, and `python` and `composer` of this Python."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
+
+
 def shell(text):
     """Run a shell block as it stands; it must succeed."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", text], env=environment, capture_output=True, text=True, check=False
-    )
+    command = ["bash", "-euo", "pipefail", "-c", text]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
+
+
+def python(command):
+    """Run a command that starts with `python`; it must succeed."""
+    words = [sys.executable, *shlex.split(command)[1:]]
+    done = programs.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -182,12 +188,13 @@ def test_commands_that_run_in_seconds(workplace, shards, write_tiny_yaml):
     (workplace / "data" / "owt").symlink_to(shards)
     (workplace / "runs").mkdir()
     tiny = write_tiny_yaml(workplace)
-    shell(f"{greek}\npython electra_composer/pretrain.py {tiny} checkpoints.folder=runs/electra-small")
+    shell(greek)
+    python(f"python electra_composer/pretrain.py {tiny} checkpoints.folder=runs/electra-small")
     done = [pattern for pattern, test in RUN_BY.items() if test == "test_commands_that_run_in_seconds"]
     mine = [command for command in commands() if any(re.fullmatch(pattern, command) for pattern in done)]
     assert len(mine) == len(done)
     for command in mine:
-        shell(command)
+        python(command)
     assert (workplace / "data/el/meta.json").is_file()
     assert (workplace / "exports/small/discriminator/model.safetensors").is_file()
 
