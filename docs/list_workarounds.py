@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 CODE = ("electra_composer", "data_prep")
 HEADING = "## Workarounds\n"
-FORM = re.compile(r"Workaround \(([A-Za-z][\w .-]*?) (\d[\w.+-]*)\): (.+?); goes when (.+?)\.?$")
+# A reason of several sentences may end in a full stop: "… . Goes when <condition>."
+FORM = re.compile(r"Workaround \(([A-Za-z][\w .-]*?) (\d[\w.+-]*)\): (.+)[;.] [Gg]oes when (.+?)\.?$")
 INTRODUCTION = """
 Code that exists only because of a fault or a private part of a library, by library. When a library is upgraded, check
 the condition of each of its rows. The list is generated from comments by `python docs/list_workarounds.py`.
@@ -49,7 +50,7 @@ def comments(source: str) -> Iterator[tuple[int, str]]:
             continue
         line, position = token.start
         words = token.string.lstrip("#").strip()
-        complete = "goes when" in text and text.endswith(".")
+        complete = "goes when" in text.lower() and text.endswith(".")
         if text and not complete and (line, position) == (last + 1, column) and not words.startswith("Workaround"):
             text, last = f"{text} {words}", line
             continue

@@ -97,7 +97,7 @@ def test_workarounds_are_collected_from_comments(tmp_path):
         "x = 1  # Workaround (torch 2.7): one line; goes when fixed.\n"
         "# a comment\n"
         "# Workaround (composer 0.32): two lines | and\n"
-        "# a bar; goes when Composer\n"
+        "# a bar. Goes when Composer\n"
         "# says so.\n"
         "# Another comment.\n"
         'text = "# Workaround (numpy 2): in a string; goes when never."\n'
