@@ -1,8 +1,11 @@
-"""The schema of the YAML files; :mod:`electra_composer.config_loading` makes one checked configuration of a file.
+"""Schema of the YAML configuration files, and the reference for every key.
 
-Every key that a YAML may hold is a field of a dataclass below; anything else is an error. What pretraining and GLUE
-have in common (data, optimizer, schedule, trainer, checkpoints, callbacks, loggers) is one part, :class:`RunConfig`.
-Sizes that follow from others (generator widths, feed-forward width, number of masked slots) are derived, not listed.
+Every valid key is a field of a dataclass below; any other key is an error. :class:`RunConfig` holds the sections shared
+by pretraining and GLUE. Sizes that follow from others (generator widths, feed-forward width, number of masked slots)
+are derived and have no key. :mod:`electra_composer.config_loading` reads a file into a checked configuration.
+
+A Composer time is a string such as `10000ba` (batches), `1ep` (epochs), `5e9tok` (tokens), `1000sp` (samples) or
+`0.1dur` (fraction of training).
 """
 
 from __future__ import annotations
@@ -15,49 +18,50 @@ from omegaconf import MISSING
 
 @dataclass
 class DataConfig:
-    """Where the data is and how it is loaded."""
+    """Location of the data and settings of the loader."""
 
-    path: str = MISSING  # pretraining: the folder convert_owt.py wrote; GLUE: the folder of TSV files, or "hub"
-    max_seq_length: int = MISSING  # tokens in a row; for pretraining the shards must have been made for it
+    path: str = MISSING  # pretraining: the folder written by convert_owt.py; GLUE: the folder of TSV files, or "hub"
+    max_seq_length: int = MISSING  # tokens per row; in pretraining it must equal the length of the shards
     num_workers: int = 2  # loader processes per device; 0 loads in the training process
 
 
 @dataclass
 class StreamConfig:
-    """One of several folders of shards that are read as one, and how much of it is in an epoch.
+    """One stream of `data.streams`: a folder of shards, and how many of its rows an epoch takes.
 
-    At most one of `proportion`, `repeat` and `choose`; none of them: every row once.
+    Set at most one of `proportion`, `repeat` and `choose`. With none of them an epoch takes every row once.
     """
 
-    path: str = MISSING  # as data.path: the folder, or with `remote` its cache
-    remote: str | None = None
-    proportion: float | None = None  # weight among the streams, which all have one then; they need not add up to 1
-    repeat: float | None = None  # how often each row is taken: 2 is twice, 0.5 half of them
-    choose: int | None = None  # so many rows
+    path: str = MISSING  # folder of shards, or the local cache of `remote`
+    remote: str | None = None  # URL of the shards, such as s3://bucket/owt
+    proportion: float | None = None  # weight relative to the other streams; all streams need one, the sum is free
+    repeat: float | None = None  # times each row is taken per epoch: 2 takes each twice, 0.5 takes half of them
+    choose: int | None = None  # number of rows per epoch
 
 
 @dataclass
 class ShardsConfig(DataConfig):
     """MDS shards read by Streaming."""
 
-    # several folders, by names of your own, instead of `path`: {owt: {path: data/owt, proportion: 0.7}, wikipedia: …}
+    # several folders instead of `path`, by names of your choice: {owt: {path: data/owt, proportion: 0.7}, wikipedia: …}
     streams: dict[str, StreamConfig] = field(default_factory=dict)
-    eval_streams: list[str] | None = None  # names; null: the validation rows of all streams, each once
-    # random: a batch has rows of any stream; stratified: as many of each in every batch; per_stream: of one stream
+    eval_streams: list[str] | None = None  # streams to evaluate on; null: the validation rows of all streams, each once
+    # random: rows of any stream in a batch; stratified: the same number of each stream in every batch; per_stream: one
+    # stream per batch
     batching_method: Literal["random", "stratified", "per_stream"] = "random"
-    epoch_size: Union[int, str, None] = None  # noqa: UP007 (OmegaConf); rows, such as 10m; null: as many as there are
-    remote: str | None = None  # where Streaming downloads the shards from (s3://…); `path` is then its cache
-    tokenizer: str | None = None  # null: the one beside the shards; else it must be the one that made them
+    epoch_size: Union[int, str, None] = None  # noqa: UP007 (OmegaConf); rows per epoch, such as 10m; null: all rows
+    remote: str | None = None  # URL to download the shards from (s3://…); `path` is then the local cache
+    tokenizer: str | None = None  # null: the tokenizer saved with the shards; any other must be the one that made them
     train_split: str = "train"
     eval_split: str = "val"
     shuffle: bool = True
-    # parts that the rows are shuffled in, each for some nodes; null: the nodes of the run's first start. Runs with the
-    # same number have the same order of rows on any number of nodes that divides it, or that it divides
+    # Number of parts that the order of rows is divided into, each read by a group of nodes; null: the number of nodes
+    # at the run's first start. The order is the same on any number of nodes that divides it or is a multiple of it.
     num_canonical_nodes: int | None = None
-    predownload: int | None = None  # rows that Streaming fetches ahead of a remote's reader
-    cache_limit: str | None = None  # such as 50gb: oldest shards of a remote are dropped beyond it
-    download_attempts: int = 3  # at a file of a remote, with growing pauses between them
-    download_timeout: float = 60.0  # seconds for a shard to come
+    predownload: int | None = None  # rows to fetch ahead of the reader from a remote; null: Streaming's default
+    cache_limit: str | None = None  # such as 50gb; beyond it the least recently used shards of remotes are deleted
+    download_attempts: int = 3  # per file of a remote, with growing pauses in between
+    download_timeout: float = 60.0  # seconds to wait for a shard
 
 
 @dataclass
@@ -68,29 +72,29 @@ class ModelConfig:
     hidden_size: int = MISSING
     num_heads: int = MISSING
     embedding_size: int = MISSING
-    generator_size: float = MISSING  # generator's width as a fraction of the discriminator's
+    generator_size: float = MISSING  # width of the generator as a fraction of the discriminator's
     generator_layers: int | None = None  # null: as many as the discriminator
-    max_positions: int = 512
+    max_positions: int = 512  # size of the position embeddings; at least data.max_seq_length
     dropout: float = 0.1
     attention_dropout: float = 0.1
-    initializer_range: float = 0.02
+    initializer_range: float = 0.02  # standard deviation of the initial weights
     layer_norm_eps: float = 1e-12
-    tie_embeddings: bool = True  # token, position and type embeddings and their LayerNorm shared by both sides
-    tie_encoder: bool = False  # the layers too, "all weights" of the paper's section 3.2; needs generator_size 1.0
+    tie_embeddings: bool = True  # share token, position and type embeddings and their LayerNorm between both models
+    tie_encoder: bool = False  # share the layers too ("all weights", paper section 3.2); needs generator_size 1.0
 
 
 @dataclass
 class ObjectiveConfig:
-    """Replaced-token detection, with the switches of its ablations."""
+    """Replaced-token detection and the switches of its ablations."""
 
-    mask_prob: float = 0.15  # share of the tokens that are masked (0.25 for large)
+    mask_prob: float = 0.15  # fraction of the tokens that is masked (0.25 for large)
     mask_style: Literal["electra", "bert"] = "electra"  # 85% [MASK], 15% kept; or 80% [MASK], 10% random, 10% kept
-    gen_weight: float = 1.0
-    disc_weight: float = 50.0
-    sampling: Literal["gumbel", "inverse_cdf"] = "inverse_cdf"  # the same distribution; inverse CDF needs less noise
-    temperature: float = 1.0  # the generator's logits are divided by it before sampling
+    gen_weight: float = 1.0  # weight of the generator's MLM loss
+    disc_weight: float = 50.0  # weight of the discriminator's RTD loss
+    sampling: Literal["gumbel", "inverse_cdf"] = "inverse_cdf"  # the same distribution; inverse_cdf needs less noise
+    temperature: float = 1.0  # divides the generator's logits before sampling
     disallow_correct: bool = False  # never sample the original token
-    masked_lm: Literal["auto", "chunked", "triton"] = "auto"  # how loss and sample are computed; auto: triton on CUDA
+    masked_lm: Literal["auto", "chunked", "triton"] = "auto"  # implementation of loss and sample; auto: triton on CUDA
     mlm_label_smoothing: float = 0.0
     rtd_label_smoothing: float = 0.0
 
@@ -100,81 +104,81 @@ class OptimizerConfig:
     """AdamW as ELECTRA uses it."""
 
     name: Literal["adamw"] = "adamw"
-    lr: float = MISSING
+    lr: float = MISSING  # peak learning rate
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-6
-    weight_decay: float = 0.01  # never applied to LayerNorm and biases
+    weight_decay: float = 0.01  # not applied to LayerNorm and biases
     bias_correction: bool = False
-    layerwise_decay: float | None = None  # learning rate multiplier per layer downwards (finetuning)
-    layerwise_variant: Literal["google", "paper"] = "google"  # last layer at lr × d² (code) or lr × d (paper's text)
+    layerwise_decay: float | None = None  # factor d on the learning rate per layer from the top down (finetuning)
+    layerwise_variant: Literal["google", "paper"] = "google"  # last layer at lr × d² (the code) or lr × d (the paper)
 
 
 @dataclass
 class ScheduleConfig:
     """Learning rate over training, as a multiple of `optimizer.lr`."""
 
-    # electra: linear decay over all steps times min(1, step / warmup); linear: warmup, then linear decay over the rest;
+    # electra: linear decay over all steps × min(1, step / warmup); linear: warmup, then linear decay over the rest;
     # one_cycle: cosine up over `warmup`, cosine down over the rest; constant: warmup, flat, linear decay over `decay`
     name: Literal["electra", "linear", "one_cycle", "constant"] = "electra"
-    warmup: str = MISSING  # a Composer time: 10000ba, 1ep, 0.1dur
-    decay: str = "0.1dur"  # `constant` only: length of the final decay
+    warmup: str = MISSING  # a Composer time
+    decay: str = "0.1dur"  # length of the final decay of `constant`, a Composer time
 
 
 @dataclass
 class FSDPConfig:
-    """Fully sharded data parallelism (FSDP2), as Composer's `FSDP2Config` takes it; see docs/distributed.md."""
+    """Fully sharded data parallelism (FSDP2); see docs/distributed.md."""
 
-    data_parallel_replicate_degree: int = 1  # hybrid sharding (HSDP): replicas of the shards, such as one per node
-    reshard_after_forward: bool = True
-    activation_checkpointing: bool = False  # or trainer.activation_checkpointing, which is the same
-    activation_cpu_offload: bool = False
-    state_dict_type: Literal["full", "sharded"] = "full"  # full: one checkpoint file that export and GLUE read
-    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
+    data_parallel_replicate_degree: int = 1  # replicas of the shards for hybrid sharding (HSDP), such as one per node
+    reshard_after_forward: bool = True  # free the gathered parameters after the forward pass
+    activation_checkpointing: bool = False  # the same as trainer.activation_checkpointing
+    activation_cpu_offload: bool = False  # keep activations in host memory until the backward pass
+    state_dict_type: Literal["full", "sharded"] = "full"  # one checkpoint file, or a folder with one part per rank
+    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"  # Composer's presets
     verbose: bool = False
 
 
 @dataclass
 class TrainerConfig:
-    """How long, how wide, on what."""
+    """Length of training, batch sizes, device, precision and parallelism."""
 
-    max_duration: str | None = None  # a Composer time; required for pretraining, null in GLUE: the task's own epochs
-    global_train_batch_size: int = MISSING  # rows over all devices and microbatches
+    max_duration: str | None = None  # a Composer time; required in pretraining; null in GLUE: each task's own epochs
+    global_train_batch_size: int = MISSING  # rows per update over all devices and microbatches
     device_train_microbatch_size: Union[int, str, None] = None  # noqa: UP007 (OmegaConf); null: no split; auto (GPU)
     device_eval_batch_size: int = MISSING
-    eval_interval: str = "1dur"
-    eval_batches: int | None = None  # null: the whole validation set
-    device: Literal["cpu", "gpu"] | None = None  # null: a GPU where there is one
+    eval_interval: str = "1dur"  # a Composer time
+    eval_batches: int | None = None  # batches per evaluation; null: the complete validation set
+    device: Literal["cpu", "gpu"] | None = None  # null: a GPU if there is one
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
-    gradient_clip: float | None = 1.0  # largest global gradient norm; null: no clipping
-    # a loss or gradient that is NaN or infinite: end the run, or leave that update out and count it; trouble.py
+    gradient_clip: float | None = 1.0  # maximum global gradient norm; null: no clipping
+    # on a NaN or infinite loss or gradient: end the run, or skip and count the update (docs/reliability.md)
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    compile: Union[bool, str] = False  # noqa: UP007 (OmegaConf); torch.compile; or its mode, such as reduce-overhead
-    attention: Literal["auto", "sdpa", "varlen"] = "auto"  # auto: on CUDA the faster of both, measured at start
-    fsdp: FSDPConfig | None = None  # {} for its defaults; null: DDP
-    activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, some 30% more time
-    deterministic: bool = False
+    compile: Union[bool, str] = False  # noqa: UP007 (OmegaConf); torch.compile, or its mode such as reduce-overhead
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"  # auto: on CUDA the faster of the two, timed at start
+    fsdp: FSDPConfig | None = None  # {}: FSDP2 with its defaults; null: DDP
+    activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, about 30% slower
+    deterministic: bool = False  # use deterministic kernels only
     progress_bar: bool = True
-    log_interval: str = "10ba"  # how often train metrics are computed, and the console logger prints
+    log_interval: str = "10ba"  # interval of training metrics, the console logger and the metrics file
 
 
 @dataclass
 class CheckpointConfig:
-    """What is kept of a run, and where it starts from."""
+    """Checkpoints to write, and the checkpoint to start from."""
 
-    folder: str = MISSING  # config.yaml, tokenizer, metrics and checkpoints of the run
-    remote: str | None = None  # s3://bucket/folder for copies of them, from which a lost `folder` is filled again
-    interval: str | None = None  # a Composer time; null: none but the milestones
-    keep: int = 2  # interval checkpoints that stay; -1: all
-    milestones: list[float] = field(default_factory=list)  # fractions of training whose checkpoints stay for good
-    resume: bool = True  # continue from the newest checkpoint in `folder`, if there is one
-    overwrite: bool = False  # start anew in a folder that holds another run, replacing its files
-    load_path: str | None = None  # start from this checkpoint's (or this run's folder's newest) weights and state
-    load_weights_only: bool = False  # its weights alone: another length of rows, batch size, schedule …
+    folder: str = MISSING  # run folder: config.yaml, tokenizer, metrics and checkpoints
+    remote: str | None = None  # URL (s3://bucket/folder) to copy the run folder to; a lost folder is restored from it
+    interval: str | None = None  # time between checkpoints, a Composer time; null: milestones only
+    keep: int = 2  # number of interval checkpoints to keep; -1: all
+    milestones: list[float] = field(default_factory=list)  # fractions of training; their checkpoints are never deleted
+    resume: bool = True  # resume from the newest checkpoint in `folder`, if there is one
+    overwrite: bool = False  # start from scratch in a folder that holds another run, and replace its files
+    load_path: str | None = None  # checkpoint, or run folder (its newest checkpoint), to load weights and state from
+    load_weights_only: bool = False  # load only weights: allows another row length, batch size, schedule …
 
 
 @dataclass
 class RunConfig:
-    """What every run has, pretraining or finetuning."""
+    """Sections shared by pretraining and finetuning."""
 
     run_name: str = MISSING
     seed: int = 42
@@ -182,13 +186,14 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
-    callbacks: dict[str, Any] = field(default_factory=dict)  # name: {argument: value}; names in builders.py
+    # name: {argument: value}; the names and their classes are listed in training/builders.py
+    callbacks: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class PretrainConfig(RunConfig):
-    """`electra_composer/pretrain.py`."""
+    """Configuration of `electra_composer/pretrain.py`."""
 
     data: ShardsConfig = field(default_factory=ShardsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -197,58 +202,59 @@ class PretrainConfig(RunConfig):
 
 @dataclass
 class GlueDataConfig(DataConfig):
-    """Where GLUE is, and where its tokens are kept."""
+    """Location of the GLUE files and of their tokenized copies."""
 
-    cache: str | None = None  # folder of tokenized files, found by content; null: tokenized anew at every start
+    cache: str | None = None  # folder for tokenized files, keyed by content; null: tokenize at every start
 
 
 @dataclass
 class GlueModelConfig:
-    """What is finetuned."""
+    """Model to finetune."""
 
-    # a checkpoint of ours (.pt, sharded, or its run folder), an export, a folder of ElectraForPreTraining or
-    # ElectraModel, or a name on the hub
+    # a checkpoint of this project (.pt, sharded, or its run folder), an export, a folder of ElectraForPreTraining or
+    # ElectraModel, or a name on the Hugging Face hub
     source: str = MISSING
-    random_init: bool = False  # keep the sizes and the tokenizer of `source`, but draw new weights: the baseline
-    dropout: float | None = None  # null: what `source` was trained with
+    random_init: bool = False  # keep the sizes and tokenizer of `source`, but draw new weights (the baseline)
+    dropout: float | None = None  # null: the dropout that `source` was trained with
     classifier_dropout: float = 0.1
 
 
 @dataclass
 class TaskSettings:
-    """What one task does otherwise than the rest; null: as the rest."""
+    """Settings of one task; null keeps the setting of the run."""
 
-    epochs: int | None = None  # before trainer.max_duration, and before the task's own
+    epochs: int | None = None  # takes precedence over trainer.max_duration and the task's own epochs
     lr: float | None = None
-    batch_size: int | None = None  # before trainer.global_train_batch_size
-    layerwise_decay: float | None = None  # 1.0: none
-    warmup: str | None = None
+    batch_size: int | None = None  # takes precedence over trainer.global_train_batch_size
+    layerwise_decay: float | None = None  # 1.0 turns layerwise decay off
+    warmup: str | None = None  # a Composer time
 
 
 @dataclass
 class PredictConfig:
-    """Predictions for the test sets, as the GLUE server takes them."""
+    """Test-set predictions in the format of the GLUE server."""
 
-    enabled: bool = False  # every run then keeps its logits on the test sets
-    select: str = "best"  # of a task's runs: best on dev; the seed of one; or ensemble, the mean of their logits
+    enabled: bool = False  # every run also writes its logits on the test sets
+    select: str = "best"  # runs to predict with: best on dev, one seed, or ensemble (the mean of all runs' logits)
     file: str = "${checkpoints.folder}/submission.zip"
 
 
 @dataclass
 class GlueConfig(RunConfig):
-    """`electra_composer/glue.py`."""
+    """Configuration of `electra_composer/glue.py`."""
 
     data: GlueDataConfig = field(default_factory=GlueDataConfig)
     model: GlueModelConfig = field(default_factory=GlueModelConfig)
     tasks: list[str] = MISSING
     seeds: list[int] = MISSING  # one finetuning run per task and seed
     task_settings: dict[str, TaskSettings] = field(default_factory=dict)  # such as {rte: {epochs: 10, lr: 1e-4}}
-    regression_targets: Literal["unit", "raw"] = "unit"  # STS-B's 0…5 as 0…1 (google), or as they are (richarddwang)
-    # how WNLI is done: classification, as all tasks; coreference: candidates for the pronoun are ranked by the
-    # pretrained discriminator with its head (the reference repository's WSC trick)
+    # targets of STS-B: its 0…5 scaled to 0…1 (google-research/electra), or as they are (richarddwang/electra_pytorch)
+    regression_targets: Literal["unit", "raw"] = "unit"
+    # method for WNLI: classification of the pair, or coreference, in which the pretrained discriminator and its head
+    # rank the candidates for the pronoun (the WSC trick of richarddwang/electra_pytorch)
     wnli: Literal["classification", "coreference"] = "classification"
-    double_unordered: bool = True  # MRPC's and STS-B's training pairs are also given swapped (google)
-    intermediate: bool = False  # RTE, MRPC and STS-B start from the weights of the MNLI run of the same seed
-    max_train_examples: int | None = None  # null: all; else a seeded sample, for quick looks
+    double_unordered: bool = True  # train on the pairs of MRPC and STS-B in both orders (google-research/electra)
+    intermediate: bool = False  # start RTE, MRPC and STS-B from the MNLI run of the same seed
+    max_train_examples: int | None = None  # null: all; otherwise a seeded sample of this size
     predict: PredictConfig = field(default_factory=PredictConfig)
     results: str = "${checkpoints.folder}/results.json"

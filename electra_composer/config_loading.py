@@ -1,4 +1,4 @@
-"""How a YAML file and command-line overrides become one checked configuration of the schema in `config.py`."""
+"""Load a YAML file and command-line overrides into one checked configuration of the schema in `config.py`."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config:
-    """Read a YAML file, apply `key=value` overrides, check everything, resolve interpolations.
+    """Read a YAML file, apply `key=value` overrides, check every key and value, and resolve interpolations.
 
     Args:
-        path: the YAML file.
-        overrides: such as `["optimizer.lr=1e-3", "data.path=data/owt"]`; the last one of a key wins.
+        path: YAML file.
+        overrides: such as `["optimizer.lr=1e-3", "data.path=data/owt"]`; the last override of a key wins.
         schema: :class:`PretrainConfig` or :class:`GlueConfig`.
 
     Returns:
-        An instance of `schema` with nothing missing and nothing unresolved.
+        An instance of `schema` with no missing values and no unresolved interpolations.
 
     Raises:
-        UserError: file missing or not YAML, unknown key (with its full path and the nearest valid one), wrong type,
-            missing required value, or an interpolation that leads nowhere.
+        UserError: file missing or not YAML, unknown key (the message has its full path and the nearest valid key),
+            wrong type, missing required value, or an interpolation that cannot be resolved.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; expected a YAML such as yamls/small.yaml as the first argument")
+        raise UserError(f"{path}: no such file; expected a YAML file such as yamls/small.yaml as the first argument")
     try:
         with open(path, encoding="utf-8") as file:
-            from_file = OmegaConf.load(file)  # refuses a key that is given twice, which yaml.safe_load does not
+            from_file = OmegaConf.load(file)  # unlike yaml.safe_load, refuses duplicate keys
     except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(from_file):
         raise UserError(f"{path}: expected keys and values at the top level, found a list")
     for override in overrides:
         if "=" not in override or override.startswith("-"):
-            raise UserError(f"{override!r}: overrides are written key=value, such as optimizer.lr=1e-3")
+            raise UserError(f"{override!r} is not an override; expected key=value, such as optimizer.lr=1e-3")
         try:
             OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{override!r}: its value cannot be read: {' '.join(str(error).split())}") from error
+            raise UserError(f"{override!r}: the value cannot be read: {' '.join(str(error).split())}") from error
     config = OmegaConf.structured(schema)
     try:
-        # One key at a time, so that a message can name the one that is wrong; interpolations stay as they are until
-        # everything is merged, so that an override of what they point to is heard.
+        # Merge one key at a time, so that an error message can name the key. Interpolations are resolved after the
+        # last merge, so that they see overrides of the keys they refer to.
         file_content = OmegaConf.to_container(from_file, resolve=False)
         assert isinstance(file_content, dict)
         pieces = [(path, str(key), OmegaConf.create({key: value})) for key, value in file_content.items()]
@@ -61,18 +61,18 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
         for origin, key, piece in pieces:
             content = OmegaConf.to_container(piece, resolve=False)
             _refuse_unknown_keys(content, schema, origin)
-            if key.split(".")[0] == "data" and "streams" in config.data and _says_no_path(content):
+            if key.split(".")[0] == "data" and "streams" in config.data and _has_null_path(content):
                 piece.data.path = ""
             try:
                 config = OmegaConf.merge(config, piece)
-            except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for a dictionary
+            except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list instead of a dictionary
                 full_key = getattr(error, "full_key", None) or key
                 raise UserError(f"{origin}: {full_key}: {_first_line(error)}") from error
         _path_or_streams(config, path)
         missing = sorted(key for key in OmegaConf.missing_keys(config))
         if missing:
             raise UserError(
-                f"{path}: no value for {', '.join(missing)}: set it there, or as {missing[0]}=… on the command line"
+                f"{path}: no value for {', '.join(missing)}; set it there, or as {missing[0]}=… on the command line"
             )
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -80,14 +80,14 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
         raise UserError(f"{path}: {f'{full_key}: ' if full_key else ''}{_first_line(error)}") from error
 
 
-def _says_no_path(content: Any) -> bool:
-    """Whether a piece of YAML has `path: null` under `data`, as streams want it."""
+def _has_null_path(content: Any) -> bool:
+    """Whether a piece of YAML sets `data.path` to null, as a configuration with streams may."""
     data = content.get("data")
     return isinstance(data, dict) and "path" in data and data["path"] is None
 
 
 def _path_or_streams(config: Any, origin: str) -> None:
-    """Refuse both `data.path` and `data.streams`; with the latter, the former is empty instead of missing."""
+    """Refuse both `data.path` and `data.streams`; with streams alone, make the path empty instead of missing."""
     if "streams" not in config.data:  # GLUE
         return
     has_path = not OmegaConf.is_missing(config.data, "path") and config.data.path != ""
@@ -97,7 +97,7 @@ def _path_or_streams(config: Any, origin: str) -> None:
     elif has_path:
         raise UserError(
             f"{origin}: data.path ({config.data.path}) and data.streams ({', '.join(config.data.streams)}) are both "
-            "given; make the folder one of the streams, or take data.path out (data.path= on the command line)"
+            "given; make the folder one of the streams, or remove data.path (data.path= on the command line)"
         )
     else:
         config.data.path = ""
@@ -105,33 +105,36 @@ def _path_or_streams(config: Any, origin: str) -> None:
 
 @report_user_errors
 def load_config_from_command_line(schema: type[Config], usage: str) -> Config:
-    """`load_config` of `sys.argv`: one YAML file, then any number of `key=value`."""
+    """Call :func:`load_config` with `sys.argv`: a YAML file, then any number of `key=value`."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(f"usage: {usage}\n\nThe keys and what they mean are in electra_composer/config.py.")
+        print(f"usage: {usage}\n\nThe keys are documented in electra_composer/config.py.")
         sys.exit(0 if len(sys.argv) > 1 else 2)
     return load_config(sys.argv[1], sys.argv[2:], schema)
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML text, keys in schema order."""
+    """Return the resolved configuration as YAML text, keys in schema order."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved configuration as plain dictionaries and lists."""
+    """Return the resolved configuration as plain dictionaries and lists."""
     container = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 
-def nearest(name: str, valid: list[str]) -> str:
-    """A clause for an error message: the nearest valid name, or all of them if none is near."""
+def nearest(name: str, valid: list[str], prefix: str = "") -> str:
+    """Return a clause for an error message: the nearest valid name, or all valid names if none is close.
+
+    `prefix` is put before each name in the clause, and not compared.
+    """
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"valid are {', '.join(sorted(valid))}"
+    return f"did you mean {prefix}{close[0]}?" if close else f"valid are {', '.join(prefix + v for v in sorted(valid))}"
 
 
 def _refuse_unknown_keys(node: Any, schema: type, origin: str, prefix: str = "", root: type | None = None) -> None:
-    """Walk the YAML beside the schema; callbacks and loggers are free dictionaries here, their builder checks them."""
+    """Compare the YAML with the schema recursively. Callbacks and loggers are checked later, by their builders."""
     if not isinstance(node, dict):
         return
     types = get_type_hints(schema)
@@ -146,26 +149,22 @@ def _refuse_unknown_keys(node: Any, schema: type, origin: str, prefix: str = "",
             if not is_dataclass(candidate):
                 continue
             parts = {f"{full_key}.": value}
-            if get_origin(types[key]) is dict:  # of parts of one kind, under names that are free here
+            if get_origin(types[key]) is dict:  # such as data.streams: any names, values of one dataclass
                 parts = {f"{full_key}.{name}.": part for name, part in value.items()} if isinstance(value, dict) else {}
             for path, part in parts.items():
                 _refuse_unknown_keys(part, candidate, origin, path, root or schema)  # type: ignore[arg-type]
 
 
 def _nearest_key(key: str, prefix: str, valid: list[str], root: type) -> str:
-    """Names are compared without the path that they share; a right name of another part is found there."""
+    """Suggest a key of the same section, or the same name in another section."""
     elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == key]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    return (
-        f"did you mean {prefix}{close[0]}?"
-        if close
-        else f"valid are {', '.join(prefix + name for name in sorted(valid))}"
-    )
+    return nearest(key, valid, prefix)
 
 
 def _paths(schema: type, prefix: str = "") -> list[str]:
+    """Return the full paths of all keys of a schema."""
     found = []
     for name, hint in get_type_hints(schema).items():
         found.append(prefix + name)

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a vocabulary file, a folder or the hub, or trained on text; and what identifies one."""
+"""Load tokenizers from a vocabulary file, a folder or the hub, train WordPiece on text, and identify vocabularies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, ElectraTokenizerFast, PreTrainedTokenize
 
 from electra_composer.errors import UserError
 
-# What tokenizers call them; the first is what BERT and ELECTRA say.
+# Names of the special tokens by role; the first of each is that of BERT and ELECTRA.
 SPECIAL_NAMES = {
     "pad": ("[PAD]", "<pad>"),
     "unk": ("[UNK]", "<unk>"),
@@ -28,38 +28,38 @@ SPECIAL_NAMES = {
     "sep": ("[SEP]", "<sep>", "</s>"),
     "mask": ("[MASK]", "<mask>"),
 }
-# In the order of BERT's own file, so that [PAD] is 0 and the rest follow; ids of a trained vocabulary.
+# Ids 0 to 4 of a trained vocabulary, in the order of BERT's vocabulary file.
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-# Characters that get an entry of their own in a trained vocabulary: the most frequent 1,000 (as BERT's trainer takes),
-# or as many as make up this share of the text (SentencePiece's `character_coverage` for Japanese and Chinese).
+# Characters with an entry of their own in a trained vocabulary: the 1,000 most frequent (as in BERT's trainer), or as
+# many as cover this fraction of the text (SentencePiece's `character_coverage` for Japanese and Chinese).
 ALPHABET = 1000
 COVERAGE = 0.9995
-MUCH_LOST = 0.01  # of the characters, taken apart with the accents, before a warning
-_LOOK_CHARACTERS = 1_000_000  # that are looked at for it
-MIN_FREQUENCY = 2  # a pair of pieces seen once is not worth an entry
+MUCH_LOST = 0.01  # fraction of characters changed by accent stripping above which training warns
+_LOOK_CHARACTERS = 1_000_000  # examined for that warning
+MIN_FREQUENCY = 2  # of a pair of pieces, to become an entry
 
 
 def load_tokenizer(name_or_path: str, cased: bool = False, keep_accents: bool = False) -> PreTrainedTokenizerFast:
-    """A fast tokenizer that has all that ELECTRA needs.
+    """Load a fast tokenizer and check that it has the special tokens and contiguous ids that ELECTRA needs.
 
     Args:
-        name_or_path: a BERT-style `vocab.txt` (one token a line, read as uncased WordPiece), a folder that
-            `save_pretrained` wrote, a file that `tokenizers` saved (`….json`), or a name on the Hugging Face hub such
-            as `google/electra-small-discriminator`.
-        cased: do not lower-case the text; for a `vocab.txt`, any other tokenizer says this itself.
-        keep_accents: do not take accents off lower-cased text; for a `vocab.txt`.
+        name_or_path: a BERT-style `vocab.txt` (one token per line, read as uncased WordPiece), a folder written by
+            `save_pretrained`, a file saved by `tokenizers` (`….json`), or a name on the Hugging Face hub such as
+            `google/electra-small-discriminator`.
+        cased: do not lower-case the text; only for a `vocab.txt`, since other tokenizers define this themselves.
+        keep_accents: do not strip accents from lower-cased text; only for a `vocab.txt`.
 
     Raises:
-        UserError: nothing there, the hub out of reach, not a fast tokenizer, a special token missing, or options that
-            are not for this one.
+        UserError: not found, hub out of reach, not a fast tokenizer, a special token missing, gaps in the ids, or
+            options that this kind of tokenizer does not take.
     """
     is_json = name_or_path.endswith(".json")
     if os.path.isfile(name_or_path) and not is_json:
         tokenizer = _from_vocabulary_file(name_or_path, cased, keep_accents)
     elif cased or keep_accents:
         raise UserError(
-            f"tokenizer {name_or_path}: says itself what becomes of case and accents; --cased and --keep-accents are "
-            "for a vocab.txt or a vocabulary to be trained"
+            f"tokenizer {name_or_path}: defines case and accents itself; --cased and --keep-accents are only for a "
+            "vocab.txt or --tokenizer train"
         )
     elif os.path.isfile(name_or_path):
         tokenizer = _from_tokenizers_file(name_or_path)
@@ -74,14 +74,12 @@ def load_tokenizer(name_or_path: str, cased: bool = False, keep_accents: bool = 
                 trust_remote_code=False,
                 local_files_only=is_folder or not _hub_answers(name_or_path),
             )
-        except Exception as error:  # whatever the hub client or a broken file raises, the person has to choose another
+        except Exception as error:  # the hub client and a broken file raise many types; all mean: choose another
             reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-            what = (
-                "a folder, but not of a tokenizer" if is_folder else "no file or folder here, and not had from the hub"
-            )
+            what = "the folder holds no tokenizer" if is_folder else "no such file or folder, and not found on the hub"
             raise UserError(
                 f"tokenizer {name_or_path}: {what} ({reason}); "
-                "give a vocab.txt, a tokenizer.json, a tokenizer's folder or its name on the hub"
+                "expected a vocab.txt, a tokenizer.json, a tokenizer's folder or its name on the hub"
             ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"tokenizer {name_or_path}: has no fast (tokenizers) version, which conversion needs")
@@ -89,14 +87,14 @@ def load_tokenizer(name_or_path: str, cased: bool = False, keep_accents: bool = 
     last = max(tokenizer.get_vocab().values())
     if last >= len(tokenizer):
         raise UserError(
-            f"tokenizer {name_or_path}: has {len(tokenizer):,} entries, but ids up to {last:,}; number them through "
-            "without gaps, since each id is a row of the embeddings"
+            f"tokenizer {name_or_path}: has {len(tokenizer):,} entries, but ids up to {last:,}; expected ids without "
+            "gaps, since each id is a row of the embeddings"
         )
     return tokenizer
 
 
 def _hub_answers(name: str) -> bool:
-    """Ask the hub once: without a network, loading would try for most of a minute what the cache may well hold."""
+    """Ask the hub once, so that without a network the cache is used at once instead of after a minute of retries."""
     try:
         HfApi().model_info(name, timeout=10)
     except (OSError, HfHubHTTPError) as error:
@@ -107,6 +105,7 @@ def _hub_answers(name: str) -> bool:
 
 
 def _from_vocabulary_file(path: str, cased: bool, keep_accents: bool) -> PreTrainedTokenizerFast:
+    """Load a `vocab.txt` as a WordPiece tokenizer, after checking for duplicates and special tokens."""
     try:
         with open(path, encoding="utf-8") as file:
             tokens = [line.rstrip("\n") for line in file]
@@ -114,31 +113,32 @@ def _from_vocabulary_file(path: str, cased: bool, keep_accents: bool) -> PreTrai
         raise UserError(f"tokenizer {path}: not a readable UTF-8 vocabulary file: {error}") from error
     twice = [token for token, count in Counter(tokens).items() if count > 1]
     if twice:
-        raise UserError(f"tokenizer {path}: {twice[0]!r} stands there more than once; expected one token a line")
+        raise UserError(f"tokenizer {path}: {twice[0]!r} occurs more than once; expected one token per line, each once")
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
         raise UserError(
-            f"tokenizer {path}: no line {missing[0]} among its {len(tokens)}; expected a BERT-style vocab.txt, "
-            f"one token a line, with {' '.join(SPECIAL_TOKENS)}"
+            f"tokenizer {path}: none of its {len(tokens)} lines is {missing[0]}; expected a BERT-style vocab.txt, "
+            f"one token per line, with {' '.join(SPECIAL_TOKENS)}"
         )
     return _word_piece(path, cased, keep_accents)
 
 
 def _from_tokenizers_file(path: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of any kind that `tokenizers` saved. Which of its tokens are special is told by their names."""
+    """Load a tokenizer of any kind saved by `tokenizers`; its special tokens are found by :data:`SPECIAL_NAMES`."""
     try:
         backend = Tokenizer.from_file(path)
-    except Exception as error:  # tokenizers raises nothing more specific
+    except Exception as error:  # tokenizers raises no more specific type
         raise UserError(
-            f"tokenizer {path}: not a file that `tokenizers` saved ({' '.join(str(error).split())}); for a vocabulary "
-            "of one token a line choose a name that does not end in .json"
+            f"tokenizer {path}: not a file saved by `tokenizers` ({' '.join(str(error).split())}); if it is a "
+            "vocabulary of one token per line, give it a name that does not end in .json"
         ) from error
     names = {
         f"{role}_token": next(name for name in SPECIAL_NAMES[role] if backend.token_to_id(name) is not None)
         for role in SPECIAL_NAMES
         if any(backend.token_to_id(name) is not None for name in SPECIAL_NAMES[role])
     }
-    # transformers would set this of a byte-level pre-tokenizer to its own default, and give other tokens.
+    # Workaround (transformers 4.57): PreTrainedTokenizerFast sets add_prefix_space of a byte-level pre-tokenizer to its
+    # own default, which changes the tokens; goes when it keeps the setting of `tokenizer_object`.
     space = (json.loads(backend.to_str())["pre_tokenizer"] or {}).get("add_prefix_space", False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, add_prefix_space=space, **names)
     tokenizer.name_or_path = path
@@ -146,33 +146,33 @@ def _from_tokenizers_file(path: str) -> PreTrainedTokenizerFast:
 
 
 def _word_piece(path: str, cased: bool, keep_accents: bool) -> PreTrainedTokenizerFast:
-    """BERT's tokenizer: it takes accents off where it lower-cases, unless told otherwise."""
+    """Build BERT's WordPiece tokenizer. Lower-casing strips accents unless `keep_accents` is set."""
     return ElectraTokenizerFast(
         vocab_file=path, do_lower_case=not cased, strip_accents=False if keep_accents or cased else None
     )
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast, name: str = "") -> dict[str, int]:
-    """Ids of the special tokens, by role: `pad`, `unk`, `cls`, `sep`, `mask`.
+    """Return the ids of the special tokens by role: `pad`, `unk`, `cls`, `sep`, `mask`.
 
     Raises:
-        UserError: the tokenizer lacks one that ELECTRA needs (all but `unk`).
+        UserError: a special token that ELECTRA needs (all but `unk`) is missing.
     """
     ids = {role: getattr(tokenizer, f"{role}_token_id") for role in ("pad", "unk", "cls", "sep", "mask")}
     missing = [f"[{role.upper()}]" for role, index in ids.items() if index is None and role != "unk"]
     if missing:
         raise UserError(
             f"tokenizer {name or tokenizer.name_or_path}: has no {' and no '.join(missing)} token; ELECTRA needs "
-            "[CLS], [SEP], [MASK] and [PAD], as the tokenizers of BERT and ELECTRA have (docs/languages.md says how to "
+            "[CLS], [SEP], [MASK] and [PAD], as in the tokenizers of BERT and ELECTRA (docs/languages.md shows how to "
             "add them)"
         )
     return {role: int(index) for role, index in ids.items() if index is not None}
 
 
 def vocabulary_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of the tokens in the order of their ids, one a line: that of `vocab.txt` itself, if it came from one.
+    """Return the SHA-256 of the tokens in the order of their ids, one per line: the hash of the `vocab.txt` file.
 
-    Ids without a token count as empty lines, so that two vocabularies are the same only if every id means the same.
+    Ids without a token count as empty lines, so that equal hashes mean that every id is the same token.
     """
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     lines = [by_id.get(index, "") for index in range(max(by_id) + 1)]
@@ -180,16 +180,16 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _warn_of_lost_marks(texts: list[str]) -> None:
-    """Say so if taking accents off would take letters apart: vowels of Thai and Hindi, kana with dakuten, Hangul.
+    """Warn if stripping accents would destroy letters: vowels of Thai and Hindi, kana with dakuten, Hangul.
 
-    Those of Latin, Greek and Cyrillic, and the points of Hebrew and Arabic, readers do without.
+    Accents of Latin, Greek and Cyrillic, and the points of Hebrew and Arabic, are not counted.
     """
     sample = "".join(itertools.islice(itertools.chain.from_iterable(texts), _LOOK_CHARACTERS))
     lost = [character for character in sample if _is_taken_apart(character)]
     if len(lost) > MUCH_LOST * max(1, len(sample)):
         examples = " ".join(character for character, _ in Counter(lost).most_common(3))
         print(
-            f"warning: taking accents off changes {len(lost) / len(sample):.0%} of this text's characters, such as "
+            f"warning: stripping accents changes {len(lost) / len(sample):.0%} of this text's characters, such as "
             f"{examples}, which are letters or vowels in their script; train with --keep-accents or --cased",
             file=sys.stderr,
             flush=True,
@@ -198,6 +198,7 @@ def _warn_of_lost_marks(texts: list[str]) -> None:
 
 @functools.cache
 def _is_taken_apart(character: str) -> bool:
+    """Whether stripping accents removes this mark, or splits this letter of a script that needs its marks."""
     parts = unicodedata.normalize("NFD", character)
     name = unicodedata.name(character, "")
     if unicodedata.category(character) == "Mn":
@@ -206,9 +207,9 @@ def _is_taken_apart(character: str) -> bool:
 
 
 def _alphabet_size(counts: list[int], vocab_size: int) -> int:
-    """How many of the characters, given by their counts from the most frequent on, get entries.
+    """Return how many characters get entries, from their counts in descending order.
 
-    Those beyond :data:`ALPHABET` have at most half of the vocabulary, of which each takes two: the rest is for words.
+    Beyond :data:`ALPHABET`, characters take at most half of the vocabulary (two entries each); the rest is for words.
     """
     reached = itertools.accumulate(counts)
     enough = COVERAGE * sum(counts)
@@ -221,14 +222,11 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a WordPiece vocabulary; the same texts in any order give the same vocabulary.
 
-    The trainer of `tokenizers` counts words in a hash table whose order changes from process to process, and breaks
-    ties by ids given in that order. So what it would number as it goes is numbered beforehand: the most frequent
-    characters, each as it stands at the start of a word and (`##`) inside one.
-
     Args:
-        texts: the training text, held in memory; pieces of any size, in which no word is cut.
-        vocab_size: entries wanted; small text may give fewer.
-        cased, keep_accents: as of :func:`load_tokenizer`; cased text keeps its accents.
+        texts: the training text, held in memory; pieces of any size that do not split words.
+        vocab_size: maximum number of entries; little text may give fewer.
+        cased, keep_accents: see :func:`load_tokenizer`; cased text keeps its accents.
+        progress: show a progress bar.
 
     Raises:
         UserError: no text, or `vocab_size` too small for the special tokens and the alphabet of the text.
@@ -245,6 +243,9 @@ def train_tokenizer(
     alphabet = sorted(ranked[: _alphabet_size([characters[c] for c in ranked], vocab_size)])
     if not alphabet:
         raise UserError("no text to train a vocabulary on")
+    # Workaround (tokenizers 0.22): WordPieceTrainer counts words in a hash table whose order changes from process to
+    # process, and breaks ties by ids given in that order. The ids of the alphabet, at the start of a word and (`##`)
+    # inside one, are therefore fixed beforehand; goes when the trainer is deterministic.
     numbered = [*SPECIAL_TOKENS, *alphabet, *(f"##{c}" for c in alphabet)]
     if vocab_size < len(numbered):
         raise UserError(
@@ -256,7 +257,7 @@ def train_tokenizer(
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=MIN_FREQUENCY,
-        special_tokens=numbered,  # "special" only to the trainer, whose way of fixing an id this is
+        special_tokens=numbered,  # special only to the trainer: this fixes their ids
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         continuing_subword_prefix="##",

@@ -1,85 +1,211 @@
-"""What the pages in docs/ say can be typed: scripts and options that are there, configurations that load."""
+"""Tests of the commands in README.md, CONTRIBUTING.md and docs/.
+
+Every command is checked as far as possible without running it: its script exists, its options parse, its configuration
+loads. It must also be listed below: in RUN_BY with the test that runs it, or in NOT_RUN with the reason why none does.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
+import programs
 import pytest
 from composer.cli.launcher import _get_parser
+from doc_pages import DOCS, PAGES, blocks, functions_of_tests, load_script
 from tiny import ROOT
 
-from electra_composer.config import PretrainConfig
+from electra_composer.config import GlueConfig, PretrainConfig
 from electra_composer.config_loading import load_config
 
-PAGES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+# Commands (full match) and the test that runs them as they stand, or the same program at a small size.
+RUN_BY = {
+    r"make quickstart": "test_smoke",
+    r"python data_prep/convert_owt\.py --source texts/el\.txt --tokenizer .*": "test_commands_that_run_in_seconds",
+    r"python -m electra_composer\.preview data/owt": "test_commands_that_run_in_seconds",
+    r"python electra_composer/export\.py runs/electra-small exports/small": "test_commands_that_run_in_seconds",
+    r"python docs/list_workarounds\.py( --check)?": "test_the_list_of_workarounds_is_up_to_date",
+    r"python docs/make_picture\.py": "test_the_picture_is_drawn_from_a_metrics_file",
+    r"python data_prep/convert_owt\.py .* --out data/(both|el|th|docstrings)": "test_the_language_walk_through_runs",
+    r"python -m electra_composer\.preview data/el": "test_the_language_walk_through_runs",
+    r"composer electra_composer/pretrain\.py .* run_name=greek .*": "test_the_language_walk_through_runs",
+    r"python electra_composer/export\.py runs/greek exports/greek": "test_the_language_walk_through_runs",
+    r"python data_prep/convert_owt\.py --mixture mixture\.yaml": "test_a_mixture_takes_each_source_by_its_weight",
+    r"python data_prep/convert_owt\.py --source owt/ --weight .*": "test_a_mixture_takes_each_source_by_its_weight",
+    r"python benchmarks/pretrain_step\.py .*": "test_gpu_script_on_the_cpu",
+    r"python benchmarks/masked_lm\.py .*": "test_gpu_script_on_the_cpu",
+    r"benchmarks/gpu\.sh --smoke OUT": "test_gpu_script_on_the_cpu",
+    r"python benchmarks/dataloader\.py .*": "test_one_line",
+    r"python benchmarks/convert\.py .*": "test_one_line",
+    r"python benchmarks/glue\.py .*": "test_one_line_for_a_classification_and_a_regression",
+    r"python benchmarks/report\.py .*": "test_report_of_two_lines",
+    r"python benchmarks/soak\.py .*": "test_a_short_soak",
+    r"composer -n 2 electra_composer/pretrain\.py .*": "test_two_processes",
+    r"composer -n 3 electra_composer/pretrain\.py .*": "test_to_three_shards",
+    r"composer --world_size 16 --node_rank [01] .*": "test_two_nodes",
+    r"python electra_composer/pretrain\.py my\.yaml .*": "test_from_two_shards_to_one_process",
+    r"python electra_composer/export\.py runs/my exported": "test_export_from_both_forms",
+}
+# Commands (full match) that no test runs, and why.
+NOT_RUN = {
+    r"python data_prep/convert_owt\.py": "needs the hub, and hours",
+    r"python data_prep/convert_owt\.py --source 'texts/\*\.jsonl\.gz' --out data/mine": "its tokenizer is on the hub",
+    r"python data_prep/convert_owt\.py --engine spark --master spark://.*": "needs a Spark cluster and a bucket",
+    r"composer electra_composer/pretrain\.py yamls/(small|base)\.yaml.*": "needs GPUs, and days",
+    r"composer -n 8 electra_composer/pretrain\.py .*": "needs eight GPUs, and days",
+    r"composer electra_composer/glue\.py yamls/glue\.yaml.*": "needs a pretrained model, the GLUE files, and hours",
+    r"benchmarks/gpu\.sh OUT": "needs a GPU",
+    r"python benchmarks/convert_kills\.py": "many conversions one after another; the tests of the corpus kill a few",
+    r"python benchmarks/fingerprint\.py .*": "compares two checkouts",
+    r"python benchmarks/mutations\.py": "runs the tests once per mutation",
+    r"python -m pytest tests/.*": "runs tests",
+    r"make (PYTHON=\S+ )?(test|test-fast|test-long|test-newest)": "runs tests",
+    r"make (lint|format)": "checks the working tree; no test of the code",
+    r"pip install .*": "needs a package index",
+    r"git (worktree|tag|push) .*": "changes the repository",
+    r"source \.venv/bin/activate": "needs the environment of make",
+}
+
+PROGRAMS = r"(?:python|composer|make|pip|git|benchmarks/gpu\.sh)"
 
 
-def blocks(language):
-    return [block for text in PAGES.values() for block in re.findall(rf"```{language}\n(.*?)```", text, re.S)]
+def commands_of_block(block):
+    """Yield the commands of a shell block; here-documents are left out, lines joined, comments and spaces removed."""
+    without_files = re.sub(r"<<'EOT'\n.*?\nEOT", "", block, flags=re.S).replace("\\\n", " ")
+    for line in without_files.splitlines():
+        if line.strip() and "cat >" not in line:
+            yield " ".join(re.sub(r"\s+#.*", "", line).split())
 
 
 def commands():
-    for block in blocks("bash"):
-        without_files = re.sub(r"<<'EOT'\n.*?\nEOT", "", block, flags=re.S).replace("\\\n", " ")
-        yield from (line for line in without_files.splitlines() if line.strip() and "cat >" not in line)
-
-
-def parse_conversion(arguments):
-    spec = importlib.util.spec_from_file_location("convert_owt", ROOT / "data_prep/convert_owt.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.parse_arguments(arguments)
+    """Return every command of the pages, in shell blocks, indented blocks and inline code, each once."""
+    found = [command for block in blocks("bash") for command in commands_of_block(block)]
+    for text in PAGES.values():
+        prose = re.sub(r"```.*?```", "", text, flags=re.S)
+        found += [" ".join(command.split()) for command in re.findall(rf"`({PROGRAMS} [^`]+)`", prose)]
+        found += re.findall(rf"^    ({PROGRAMS} .+)$", prose, re.M)
+    return list(dict.fromkeys(found))
 
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_name_what_is_there(command):
-    program, script, *arguments = shlex.split(command, comments=True)
-    assert program in ("python", "composer", "pip")
-    if program == "pip":
-        return
-    if script == "-m":
-        assert importlib.util.find_spec(arguments[0]) is not None
-        return
-    if program == "composer":
-        _get_parser().parse_args([script, *arguments])  # options of the launcher come before the script
+    words = shlex.split(command)
+    if words[0] == "make":
+        target = next(word for word in words[1:] if "=" not in word)
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+    elif words[0] == "composer":
+        launcher = _get_parser().parse_args(words[1:])  # options of the launcher come before the script
+        check_script(launcher.training_script, launcher.training_script_args)
+    elif words[:2] == ["python", "-m"]:
+        module = importlib.util.find_spec(words[2])
+        assert module is not None
+        if words[2] == "pytest":
+            assert (ROOT / words[3]).exists()
+        else:
+            check_options(Path(module.origin), words[3:])
+    elif words[0] == "python":
+        check_script(words[1], words[2:])
     else:
-        assert (ROOT / script).is_file()
+        assert words[0] in ("pip", "git", "source", "benchmarks/gpu.sh")
+
+
+def check_script(script, arguments):
+    """Check that a script exists, that it has the options, and that a configuration loads."""
+    assert (ROOT / script).is_file()
     if script == "data_prep/convert_owt.py":
-        # files that the page asks for are not here
-        parse_conversion([word for word in arguments if word != "--mixture" and not word.endswith(".yaml")])
-    launched = shlex.split(command, comments=True)[1:]
-    if "electra_composer/pretrain.py" in launched:
-        yaml, *overrides = launched[launched.index("electra_composer/pretrain.py") + 1 :]
-        path = ROOT / ("yamls/base.yaml" if yaml == "my.yaml" else yaml)  # which stands for the reader's own
-        load_config(str(path), overrides, PretrainConfig)
+        # the files that the page asks for are not here
+        load_script(script).parse_arguments([w for w in arguments if w != "--mixture" and not w.endswith(".yaml")])
+    elif script in ("electra_composer/pretrain.py", "electra_composer/glue.py"):
+        path, *overrides = arguments
+        if path == "my.yaml":  # the reader's own
+            path = "yamls/base.yaml"
+        load_config(str(ROOT / path), overrides, PretrainConfig if "pretrain" in script else GlueConfig)
+    else:
+        check_options(ROOT / script, arguments)
 
 
-@pytest.mark.parametrize("program", blocks("python"))
-def test_programs_compile(program):
-    compile(program, "docs", "exec")
+def check_options(script, arguments):
+    """Check that the script declares each option."""
+    source = script.read_text(encoding="utf-8")
+    for option in (word for word in arguments if word.startswith("--")):
+        assert f'"{option}"' in source, option
 
 
-@pytest.mark.parametrize("yaml", [block for block in blocks("yaml") if block.startswith("data:")])
-def test_yaml_is_configuration(yaml, tiny_yaml):
-    text = re.sub(r"^data: .*\n", "", tiny_yaml.read_text(), flags=re.M)
-    tiny_yaml.write_text(text + yaml)
-    load_config(str(tiny_yaml), [], PretrainConfig)
+@pytest.mark.parametrize("command", commands())
+def test_each_command_runs_in_a_test_or_has_a_reason_why_not(command):
+    run_by = [test for pattern, test in RUN_BY.items() if re.fullmatch(pattern, command)]
+    reasons = [reason for pattern, reason in NOT_RUN.items() if re.fullmatch(pattern, command)]
+    assert run_by or reasons, "list the command in RUN_BY or NOT_RUN"
+    assert not (run_by and reasons)
+    assert functions_of_tests().issuperset(run_by)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!http|#)([^)#]+)", PAGES[page]):
-        assert (page.parent / target).exists(), target
+def test_the_tables_list_no_command_that_is_gone():
+    for pattern in (*RUN_BY, *NOT_RUN):
+        assert any(re.fullmatch(pattern, command) for command in commands()), pattern
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tests_that_are_named_are_there(page):
-    file = None
-    for name, function in re.findall(r"`(?:tests/)?((?:\w+/)*test_\w+\.py)?(?:::)?(test_\w+)?`", PAGES[page]):
-        file = ROOT / "tests" / name if name else file
-        if name:
-            assert file.is_file(), name
-        if function:
-            assert f"def {function}(" in file.read_text(encoding="utf-8"), f"{file.name}::{function}"
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with the programs in it, as the current folder."""
+    for name in ("electra_composer", "data_prep", "yamls"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def environment():
+    """Return the environment of a program: this package, one thread, and `python` and `composer` of this Python."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
+
+
+def shell(text):
+    """Run a shell block as it stands; it must succeed."""
+    command = ["bash", "-euo", "pipefail", "-c", text]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def python(command):
+    """Run a command that starts with `python`; it must succeed."""
+    words = [sys.executable, *shlex.split(command)[1:]]
+    done = programs.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_commands_that_run_in_seconds(workplace, shards, write_tiny_yaml):
+    """Commands of the README as they stand, on a tiny run and its shards."""
+    (workplace / "texts").mkdir()
+    greek = next(block for block in blocks("bash", [DOCS / "languages.md"]) if "texts/el.txt <<" in block)
+    (workplace / "data").mkdir()
+    (workplace / "data" / "owt").symlink_to(shards)
+    (workplace / "runs").mkdir()
+    tiny = write_tiny_yaml(workplace)
+    shell(greek)
+    python(f"python electra_composer/pretrain.py {tiny} checkpoints.folder=runs/electra-small")
+    done = [pattern for pattern, test in RUN_BY.items() if test == "test_commands_that_run_in_seconds"]
+    mine = [command for command in commands() if any(re.fullmatch(pattern, command) for pattern in done)]
+    assert len(mine) == len(done)
+    for command in mine:
+        python(command)
+    assert (workplace / "data/el/meta.json").is_file()
+    assert (workplace / "exports/small/discriminator/model.safetensors").is_file()
+
+
+@pytest.mark.long
+def test_the_language_walk_through_runs(workplace):
+    """All of docs/languages.md, from top to bottom; a program that reads from the hub is left out."""
+    for language, block in re.findall(r"```(bash|python)\n(.*?)```", PAGES[DOCS / "languages.md"], re.S):
+        if language == "bash":
+            shell(block)
+        elif "your/tokenizer" not in block:
+            exec(compile(block, "languages.md", "exec"), {})
+    assert (workplace / "exports/greek/generator/model.safetensors").is_file()
+    assert (workplace / "data/th/meta.json").is_file()

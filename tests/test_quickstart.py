@@ -1,4 +1,4 @@
-"""The quickstart's every step, as short as it goes; and that what the README says can be typed."""
+"""Tests of quickstart.py: all steps at the smallest size, and its summary tables."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import programs
 import pytest
 from tiny import ROOT
 
-from electra_composer.config import GlueConfig, PretrainConfig
-from electra_composer.config_loading import load_config
 from electra_composer.quickstart import pretraining_summary, table
 
 
@@ -61,31 +59,3 @@ def test_the_summary_takes_first_and_last():
     text = pretraining_summary(rows, 5.37)
     for said in ("9.00 → 6.00", "without context: 5.37", "0.600 → 0.300", "0.750", "30"):
         assert said in text
-
-
-COMMANDS = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.strip()
-]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_readme_commands_name_what_is_there(command):
-    words = command.split()
-    if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
-        return
-    assert words[0] in ("python", "composer")
-    assert (ROOT / words[1]).is_file()
-    if words[1] in ("electra_composer/pretrain.py", "electra_composer/glue.py"):
-        schema = PretrainConfig if words[1].endswith("pretrain.py") else GlueConfig
-        load_config(str(ROOT / words[2]), words[3:], schema)
-
-
-@pytest.mark.parametrize(
-    "target", re.findall(r"\]\((?!http|#)([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-)
-def test_readme_links_lead_somewhere(target):
-    assert (ROOT / target).exists()

@@ -1,4 +1,4 @@
-"""Tokenizers: what identifies one, what is refused, and that training gives the same vocabulary in every process."""
+"""Tests of vocabulary.py: hashes, refused tokenizers, deterministic training, other scripts and tokenizer types."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def test_trained_vocabulary():
     assert special_ids(tokenizer) == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
     assert len(tokenizer) <= 120
     tokens = tokenizer.tokenize(TEXT[0])
-    assert tokens[:2] == ["the", "cat"]  # frequent words become one piece, in lower case
+    assert tokens[:2] == ["the", "cat"]  # frequent words become one lower-case piece
     assert "[UNK]" not in tokens
     assert tokenizer.tokenize("éclair") == tokenizer.tokenize("ECLAIR")  # accents are stripped
-    # What special tokens look like in a text to train on is text: the five are there once, as special tokens.
+    # A special token written in the training text is ordinary text: each of the five has one entry.
     assert sorted(t for t in tokenizer.get_vocab() if t.startswith("[") and len(t) > 1) == sorted(SPECIAL)
 
 
@@ -85,7 +85,7 @@ def test_training_does_not_depend_on_the_order_of_texts():
 
 @pytest.mark.slow
 def test_training_is_the_same_in_every_process(tmp_path):
-    # With as many ties as this text has, the trainer of `tokenizers` alone gives other ids in each process.
+    # This text has so many ties that the trainer of `tokenizers` alone gives different ids in each process.
     program = (
         "import inspect, random; from electra_composer import vocabulary as v;"
         "text = [inspect.getsource(random), inspect.getsource(inspect)];"
@@ -112,8 +112,8 @@ def test_alphabet_keeps_the_most_frequent_characters(monkeypatch):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([t for t in SPECIAL if t != "[MASK]"], r"no line \[MASK\] among its 4"),
-        ([*SPECIAL, "cat", "cat"], "'cat' stands there more than once"),
+        ([t for t in SPECIAL if t != "[MASK]"], r"none of its 4 lines is \[MASK\]"),
+        ([*SPECIAL, "cat", "cat"], "'cat' occurs more than once"),
     ],
 )
 def test_wrong_vocabulary_files_are_refused(tmp_path, tokens, message):
@@ -131,10 +131,10 @@ def test_what_is_not_there_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such file or folder"):
         load_tokenizer(str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="a folder, but not of a tokenizer"):
+    with pytest.raises(UserError, match="the folder holds no tokenizer"):
         load_tokenizer(str(tmp_path / "empty"))
     monkeypatch.setattr("electra_composer.vocabulary._hub_answers", lambda name: False)
-    with pytest.raises(UserError, match="no file or folder here, and not had from the hub"):
+    with pytest.raises(UserError, match="no such file or folder, and not found on the hub"):
         load_tokenizer("nobody/has-this-tokenizer")
 
 
@@ -152,7 +152,7 @@ def test_too_small_or_empty_training_is_refused():
         train_tokenizer(["  "], 100)
 
 
-# Other languages, other tokenizers.
+# Other languages and tokenizer types
 
 
 def byte_level_bpe(special, size=300):
@@ -189,7 +189,7 @@ def test_a_file_of_tokenizers(tmp_path, special, ids):
 
 
 def test_special_tokens_can_be_added(tmp_path):
-    """As docs/languages.md says."""
+    """The recipe of docs/languages.md."""
     byte_level_bpe(["<pad>"]).save(str(tmp_path / "mine.json"))
     with pytest.raises(UserError, match=r"has no \[CLS\] and no \[SEP\] and no \[MASK\] token.*docs/languages"):
         load_tokenizer(str(tmp_path / "mine.json"))
@@ -205,22 +205,22 @@ def test_special_tokens_can_be_added(tmp_path):
 def test_files_that_are_none_of_tokenizers_are_refused(tmp_path):
     for text in ("", "{}", "[PAD]\n[UNK]\n"):
         (tmp_path / "mine.json").write_text(text)
-        with pytest.raises(UserError, match="not a file that `tokenizers` saved"):
+        with pytest.raises(UserError, match="not a file saved by `tokenizers`"):
             load_tokenizer(str(tmp_path / "mine.json"))
     byte_level_bpe(["<pad>", "<s>", "</s>", "<mask>"]).save(str(tmp_path / "mine.json"))
-    with pytest.raises(UserError, match="says itself what becomes of case"):
+    with pytest.raises(UserError, match="defines case and accents itself"):
         load_tokenizer(str(tmp_path / "mine.json"), cased=True)
 
 
 def test_ids_with_gaps_are_refused(tmp_path):
     model = models.WordPiece({**{token: i for i, token in enumerate(SPECIAL)}, "cat": 9}, unk_token="[UNK]")
     Tokenizer(model).save(str(tmp_path / "mine.json"))
-    with pytest.raises(UserError, match="has 6 entries, but ids up to 9; number them through without gaps"):
+    with pytest.raises(UserError, match="has 6 entries, but ids up to 9; expected ids without gaps"):
         load_tokenizer(str(tmp_path / "mine.json"))
 
 
 def test_alphabets_of_thousands_of_characters():
-    """As many as cover the text, if there is room for words beside them."""
+    """As many characters as cover the text get entries, if room for words remains."""
     ideographs = [chr(0x4E00 + index) for index in range(3000)]
     text = [" ".join(ideographs), " ".join(ideographs[:2500]) * 20, "word " * 100]
     known = set(train_tokenizer(text, 30_000, keep_accents=True).get_vocab())
@@ -251,7 +251,7 @@ def test_scripts_that_need_their_marks_are_warned_of(text, loses, capsys):
 
 
 def test_a_tokenizer_with_binary_files_goes_into_a_checkpoint(tmp_path, monkeypatch):
-    """XLM-R's and others' folders hold a SentencePiece model too, which a fast tokenizer does without."""
+    """Folders such as XLM-R's also hold a SentencePiece model, which a fast tokenizer does not need."""
     monkeypatch.setattr(XLMRobertaTokenizerFast, "slow_tokenizer_class", object)  # as where sentencepiece is installed
     names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "▁a", "b"]
     model = models.Unigram([(name, -1.0) for name in names], unk_id=3)

@@ -339,7 +339,7 @@ def test_the_yaml_has_a_path_or_streams(tiny_yaml, folders):
     tiny_yaml.write_text(re.sub(r"path: \S+, ", "", text))
     assert in_yaml(tiny_yaml, *streams).data.streams == read.streams
     for nothing in ([], ["data.path="], ["data.path=''"], ["data.path=null"]):
-        with pytest.raises(UserError, match=r"no value for data\.path: set it"):
+        with pytest.raises(UserError, match=r"no value for data\.path; set it"):
             in_yaml(tiny_yaml, *nothing)
     with pytest.raises(UserError, match=r"no value for data\.streams\.a\.path"):
         in_yaml(tiny_yaml, "data.streams.a.proportion=1")

@@ -182,7 +182,7 @@ def test_a_yaml_that_would_run_code(tiny_yaml: Path, ran: Path) -> None:
     evil.write_text(tiny_yaml.read_text().replace("run_name: tiny", f"run_name: {tag}"))
     with pytest.raises(UserError, match="not a readable YAML file"):
         load_config(str(evil), [], PretrainConfig)
-    with pytest.raises(UserError, match="its value cannot be read"):
+    with pytest.raises(UserError, match="the value cannot be read"):
         load_config(str(tiny_yaml), [f"run_name={tag}"], PretrainConfig)
     assert not ran.exists()
 
