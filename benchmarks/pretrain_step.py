@@ -32,7 +32,7 @@ from variants import NAMES, BareSteps, Setup, TrainerSteps, agreement, magnify, 
 from workload import SIZES, make_workload, read_config
 
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.model.electra import discriminator_config
+from electra_composer.model.sizes import discriminator_config
 from electra_composer.training.devices import choose_attention, resolve_device
 from electra_composer.training.startup import start
 

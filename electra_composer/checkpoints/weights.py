@@ -24,8 +24,9 @@ from electra_composer.checkpoints.safe_loading import read_file
 from electra_composer.checkpoints.sharded import is_sharded, read_sharded
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError
-from electra_composer.model.electra import ElectraForPretraining, SpecialIds, discriminator_config, generator_config
+from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import EncoderConfig
+from electra_composer.model.sizes import discriminator_config, generator_config
 from electra_composer.model.weight_maps import (
     State,
     encoder_config_of,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from electra_composer.model.electra import ReplacedTokenHead
 from electra_composer.model.encoder import Embeddings, Encoder, EncoderConfig, init_weights
+from electra_composer.model.heads import ReplacedTokenHead
 from electra_composer.model.kernels.attention import pattern_of
 from electra_composer.model.kernels.dropout import Dropout
 

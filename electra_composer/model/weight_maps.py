@@ -11,8 +11,8 @@ from transformers import ElectraConfig
 
 from electra_composer.config import ModelConfig
 from electra_composer.errors import UserError
-from electra_composer.model.electra import discriminator_config, generator_config
 from electra_composer.model.encoder import EncoderConfig
+from electra_composer.model.sizes import discriminator_config, generator_config
 
 State = dict[str, Tensor]
 

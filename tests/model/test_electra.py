@@ -13,11 +13,8 @@ from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError
-from electra_composer.model.electra import (
-    ElectraForPretraining,
-    discriminator_config,
-    generator_config,
-)
+from electra_composer.model.electra import ElectraForPretraining, SpecialIds
+from electra_composer.model.sizes import discriminator_config, generator_config
 from electra_composer.model.weight_maps import (
     discriminator_to_transformers,
     generator_to_transformers,
@@ -624,19 +621,13 @@ def test_heads_and_layers_of_the_generator_can_be_told(tiny_model_config: Make, 
     assert len(make_model(config).discriminator.layers) == 3
 
 
-def test_small_has_the_parameters_of_the_papers() -> None:
+def test_small_has_the_parameters_of_the_papers(special: SpecialIds) -> None:
     """ELECTRA-small has 14M parameters without the generator (table 1)."""
     config = ModelConfig(num_layers=12, hidden_size=256, num_heads=4, embedding_size=128, generator_size=0.25)
     with torch.device("meta"):
-        model = ElectraForPretraining(config, ObjectiveConfig(), 30522, _special(), 128)
+        model = ElectraForPretraining(config, ObjectiveConfig(), 30522, special, 128)
     count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("generator", "mlm_head")))
     assert round(count / 1e6) in (13, 14)
-
-
-def _special() -> Any:
-    from electra_composer.model.electra import SpecialIds
-
-    return SpecialIds(pad=0, cls=101, sep=102, mask=103)
 
 
 def test_initial_weights(make_model: Make, tiny_model_config: Make) -> None:
@@ -659,8 +650,8 @@ def test_initial_weights(make_model: Make, tiny_model_config: Make) -> None:
         ({"hidden_size": 30}, {}, 32, "hidden_size 30 is not a multiple of its 4 heads"),
         ({"num_heads": 0}, {}, 32, "num_heads is 0"),
         ({"num_layers": 0}, {}, 32, "num_layers is 0"),
-        ({"generator_size": 0.0}, {}, 32, "generator of model.hidden_size is 0"),
-        ({"generator_layers": 0}, {}, 32, "generator of model.num_layers is 0"),
+        ({"generator_size": 0.0}, {}, 32, r"generator \(model\.generator_size.*\): hidden_size is 0"),
+        ({"generator_layers": 0}, {}, 32, r"generator \(.*model\.generator_layers\): num_layers is 0"),
         ({"embedding_size": 0}, {}, 32, "embedding_size is 0"),
         ({"tie_encoder": True}, {}, 32, r"differ in hidden_size.*generator_size=1\.0.*num_heads=1"),
         ({"tie_encoder": True, "tie_embeddings": False}, {}, 32, r"model\.tie_embeddings is false"),

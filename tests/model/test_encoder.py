@@ -12,10 +12,11 @@ from torch import nn
 from transformers import ElectraModel
 
 from electra_composer.config import ModelConfig
-from electra_composer.model.electra import SpecialIds, discriminator_config
+from electra_composer.model.electra import SpecialIds
 from electra_composer.model.encoder import Embeddings, Encoder, init_weights
 from electra_composer.model.finetuning import ElectraForClassification
 from electra_composer.model.kernels.attention import pattern_of
+from electra_composer.model.sizes import discriminator_config
 from electra_composer.model.weight_maps import encoder_to_transformers, transformers_config
 
 Batch = dict[str, torch.Tensor]

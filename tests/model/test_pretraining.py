@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import socket
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from electra_composer.config import ModelConfig, ObjectiveConfig
+from electra_composer.model import electra, masking, pretraining
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import Layer
 from electra_composer.model.pretraining import ElectraPretraining
@@ -460,17 +462,6 @@ def test_the_only_child_wraps_layers_and_nothing_else(make_model: Make) -> None:
 
 def test_every_field_of_the_objective_is_read(make_model: Make) -> None:
     """A switch that changes nothing would be worse than none."""
-    source = "".join(
-        Path(path).read_text(encoding="utf-8")
-        for path in (_source("electra"), _source("composer_model"), _source("masking"))
-    )
+    source = "".join(inspect.getsource(module) for module in (electra, masking, pretraining))
     for field in dataclasses.fields(ObjectiveConfig):
         assert f"objective.{field.name}" in source, field.name
-
-
-def _source(module: str) -> str:
-    import importlib
-
-    file = importlib.import_module(f"electra_composer.{module}").__file__
-    assert file is not None
-    return file

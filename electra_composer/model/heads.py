@@ -1,0 +1,40 @@
+"""Output heads of the generator and of the discriminator."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from electra_composer.model.encoder import EncoderConfig
+
+
+class MaskedLMHead(nn.Module):
+    """Linear layer to the embedding size, GELU and LayerNorm, followed by the token embeddings as output weights.
+
+    The product with the embeddings is not part of the forward: kernels/masked_lm.py computes it together with the loss
+    and the sample. `bias [padded_vocab_size]` belongs to that product.
+    """
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+        self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[rows, N, hidden_size]` → features `[rows, N, embedding_size]`."""
+        return self.norm(F.gelu(self.dense(hidden)))
+
+
+class ReplacedTokenHead(nn.Module):
+    """Linear layer, GELU and one logit per token."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[rows, length, hidden_size]` → logits `[rows, length]`; positive means replaced."""
+        return self.out(F.gelu(self.dense(hidden))).squeeze(-1)

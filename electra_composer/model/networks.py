@@ -1,0 +1,106 @@
+"""Generator and discriminator networks and the weights they share (arXiv 2003.10555, sections 2 and 3.2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from electra_composer.config import ModelConfig
+from electra_composer.model.encoder import Embeddings, Encoder, init_weights
+from electra_composer.model.heads import MaskedLMHead, ReplacedTokenHead
+from electra_composer.model.kernels.attention import AttentionPattern
+from electra_composer.model.sizes import check_same_encoder, discriminator_config, generator_config
+
+
+class ElectraNetworks(nn.Module):
+    """Generator and discriminator, without masking, sampling and losses.
+
+    Tied modules exist once, so nothing has to be synchronised. `model.tie_embeddings` ties the embedding tables (paper,
+    section 3.2) and their LayerNorm (google-research/electra); `model.tie_encoder` also ties the layers.
+
+    Args:
+        model: sizes.
+        vocab_size: entries of the tokenizer's vocabulary.
+
+    Raises:
+        UserError: sizes that contradict each other.
+    """
+
+    def __init__(self, model: ModelConfig, vocab_size: int):
+        super().__init__()
+        discriminator, generator = discriminator_config(model, vocab_size), generator_config(model, vocab_size)
+        if model.tie_encoder:
+            check_same_encoder(model, generator, discriminator)
+        self.vocab_size = vocab_size
+        self.embeddings = Embeddings(discriminator)
+        self.generator_embeddings = None if model.tie_embeddings else Embeddings(generator)
+        self.generator = None if model.tie_encoder else Encoder(generator)
+        self.discriminator = Encoder(discriminator)
+        self.mlm_head = MaskedLMHead(generator)
+        self.rtd_head = ReplacedTokenHead(discriminator)
+        init_weights(self, model.initializer_range)
+        with torch.no_grad():
+            for embeddings in (self.embeddings, self.embeddings_of_generator):
+                embeddings.word.weight[vocab_size:] = 0.0
+
+    @property
+    def embeddings_of_generator(self) -> Embeddings:
+        """Embeddings of the generator, also its output weights; those of the discriminator when tied."""
+        return self.embeddings if self.generator_embeddings is None else self.generator_embeddings
+
+    @property
+    def encoder_of_generator(self) -> Encoder:
+        """Layers of the generator; those of the discriminator when tied."""
+        return self.discriminator if self.generator is None else self.generator
+
+    def generate(
+        self,
+        masked_ids: Tensor,
+        positions: Tensor,
+        token_type_ids: Tensor,
+        position_ids: Tensor,
+        pattern: AttentionPattern,
+    ) -> Tensor:
+        """Compute the generator's features h_G(x^masked)_i at the masked positions i, after the MLM head's own layers.
+
+        Args:
+            masked_ids: x^masked, integers `[rows, length]`.
+            positions: m, integers `[rows, N]`.
+            token_type_ids, position_ids: integers `[rows, length]`.
+            pattern: which tokens attend to each other.
+
+        Returns:
+            Floats `[rows, N, embedding_size]`. Their product with the token embeddings gives the logits of p_G.
+        """
+        hidden = self.encoder_of_generator(
+            self.embeddings_of_generator(masked_ids, token_type_ids, position_ids), pattern
+        )
+        return self.mlm_head(hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1])))
+
+    def discriminate(
+        self, corrupted_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, pattern: AttentionPattern
+    ) -> Tensor:
+        """Compute the discriminator's logits for x^corrupt; positive means replaced.
+
+        The sign is that of google-research/electra; D of the paper is the probability of an original token.
+
+        Args:
+            corrupted_ids: x^corrupt, integers `[rows, length]`.
+            token_type_ids, position_ids: integers `[rows, length]`.
+            pattern: which tokens attend to each other.
+
+        Returns:
+            fp32 `[rows, length]`.
+        """
+        embedded = self.embeddings(corrupted_ids, token_type_ids, position_ids)
+        return self.rtd_head(self.discriminator(embedded, pattern)).float()
+
+    @torch.no_grad()
+    def mlm_logits(self, mlm_features: Tensor) -> Tensor:
+        """Compute the generator's logits from the output of :meth:`generate` and the current weights.
+
+        `[rows, N, embedding_size]` → fp32 `[rows, N, vocab_size]`, all at once: for inspection, not for training.
+        """
+        weight = self.embeddings_of_generator.word.weight[: self.vocab_size]
+        return F.linear(mlm_features, weight, self.mlm_head.bias[: self.vocab_size]).float()

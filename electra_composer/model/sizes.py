@@ -1,0 +1,104 @@
+"""Sizes of the discriminator and the generator, derived from the configuration, and checks of the configured values."""
+
+from __future__ import annotations
+
+import math
+
+from electra_composer.config import ModelConfig, ObjectiveConfig
+from electra_composer.errors import UserError
+from electra_composer.model import masking
+from electra_composer.model.encoder import EncoderConfig
+
+
+def discriminator_config(model: ModelConfig, vocab_size: int) -> EncoderConfig:
+    """Sizes of the discriminator: those of the YAML, feed-forward 4 × hidden."""
+    return _encoder_config(model, vocab_size, model.hidden_size, model.num_heads, model.num_layers, "model.")
+
+
+def generator_config(model: ModelConfig, vocab_size: int) -> EncoderConfig:
+    """Sizes of the generator, derived from those of the discriminator.
+
+    Hidden size `generator_size × hidden_size`, heads `max(1, hidden // 64)`, feed-forward 4 × hidden, layers
+    `generator_layers`, by default as many as in the discriminator (google-research/electra `util/training_utils.py`).
+    """
+    hidden_size = round(model.generator_size * model.hidden_size)
+    layers = model.num_layers if model.generator_layers is None else model.generator_layers
+    prefix = "generator (model.generator_size, model.generator_layers): "
+    return _encoder_config(model, vocab_size, hidden_size, max(1, hidden_size // 64), layers, prefix)
+
+
+def _encoder_config(
+    model: ModelConfig, vocab_size: int, hidden_size: int, num_heads: int, num_layers: int, prefix: str
+) -> EncoderConfig:
+    """Check the sizes of one encoder; `prefix` precedes their names in errors."""
+    sizes = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "embedding_size": model.embedding_size,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{prefix}{name} is {size}; expected at least 1")
+    if hidden_size % num_heads:
+        raise UserError(
+            f"{prefix}hidden_size {hidden_size} is not a multiple of its {num_heads} heads; change one of them"
+        )
+    return EncoderConfig(
+        vocab_size=vocab_size,
+        intermediate_size=4 * hidden_size,
+        max_positions=model.max_positions,
+        dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        initializer_range=model.initializer_range,
+        layer_norm_eps=model.layer_norm_eps,
+        **sizes,
+    )
+
+
+def check_ranges(model: ModelConfig, objective: ObjectiveConfig, max_seq_length: int) -> None:
+    """Reject values that would lead to NaN or to an error that does not name the key.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+    for name, value, lowest, highest in (
+        ("model.dropout", model.dropout, 0.0, 1.0),
+        ("model.attention_dropout", model.attention_dropout, 0.0, 1.0),
+        ("objective.gen_weight", objective.gen_weight, 0.0, math.inf),
+        ("objective.disc_weight", objective.disc_weight, 0.0, math.inf),
+        ("objective.temperature", objective.temperature, 0.01, math.inf),
+        ("objective.mlm_label_smoothing", objective.mlm_label_smoothing, 0.0, 1.0),
+        ("objective.rtd_label_smoothing", objective.rtd_label_smoothing, 0.0, 1.0),
+    ):
+        if not lowest <= value <= highest:
+            raise UserError(f"{name} is {value}; expected a number from {lowest} to {highest}")
+    slots = masking.num_slots(objective.mask_prob, max_seq_length)
+    if not 1 <= slots <= max_seq_length:
+        raise UserError(
+            f"objective.mask_prob {objective.mask_prob} masks {slots} of the {max_seq_length} tokens of a row; "
+            f"expected 1 to {max_seq_length}: change objective.mask_prob"
+        )
+    if max_seq_length > model.max_positions:
+        raise UserError(
+            f"data.max_seq_length {max_seq_length} is more than model.max_positions {model.max_positions}; "
+            "raise model.max_positions"
+        )
+
+
+def check_same_encoder(model: ModelConfig, generator: EncoderConfig, discriminator: EncoderConfig) -> None:
+    """Reject `model.tie_encoder` for encoders that differ in size or in their embeddings.
+
+    Raises:
+        UserError: the two encoders cannot be one.
+    """
+    if not model.tie_embeddings:
+        raise UserError(
+            "model.tie_encoder is true, but model.tie_embeddings is false; set both to true or both to false"
+        )
+    if generator != discriminator:
+        differ = [name for name, size in vars(generator).items() if size != getattr(discriminator, name)]
+        raise UserError(
+            f"model.tie_encoder is true, but generator and discriminator differ in {', '.join(differ)}; expected "
+            f"model.generator_size=1.0, model.generator_layers=null and model.num_heads={generator.num_heads}"
+        )
