@@ -37,7 +37,7 @@ BINS, BAR = 12, 40
 LEGEND = """  film            original, and judged original
   [film]          masked; the generator sampled the same word
   [film→movie]    masked; the generator sampled another word
-  !film           the discriminator says: replaced. Green: correct; red: wrong; yellow, without !: replaced, not noticed"""
+  !film           the discriminator says: replaced. Green: correct; red: wrong; yellow without !: replaced, missed"""
 GREEN, RED, YELLOW, DIM, RESET = "\x1b[32m", "\x1b[31m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
 
 
@@ -48,7 +48,7 @@ class Token(NamedTuple):
     segment: int  # 0: A, 1: B
     example: int  # 1, 2, …
     masked: bool = False
-    sample: str | None = None  # the generator's sample; None without a checkpoint
+    sample: str | None = None  # the generator's sample; the original without a checkpoint
     replaced: bool = False
     flagged: bool = False  # judged replaced by the discriminator
 
@@ -122,7 +122,6 @@ def annotate_tokens(
     packed = torch.from_numpy(collate_rows(rows, meta.max_seq_length, meta.tokenizer.special_ids["pad"]))
     batch = dict(zip(COLUMNS, packed, strict=True))
     ids, sequence_ids = batch["input_ids"], batch["sequence_ids"]
-    masked = torch.zeros_like(ids, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     if model is None:
         special = tuple(meta.tokenizer.special_ids[role] for role in ("pad", "cls", "sep"))
@@ -132,32 +131,20 @@ def annotate_tokens(
         counts = masking.mask_counts(candidates, sequence_ids, probability, slots)
         noise = torch.rand(ids.shape, generator=generator)
         positions, weights = masking.choose_positions(candidates, counts, slots, noise)
-        corrupted = flagged = None
+        corrupted, flagged = ids, torch.zeros_like(ids, dtype=torch.bool)
     else:
         with torch.no_grad():
             outputs = model(**batch, noise=model.draw_noise(ids, generator))
         positions, weights = outputs["masked_positions"], outputs["masked_weights"]
         corrupted, flagged = outputs["corrupted_ids"], outputs["rtd_logits"] > 0
-    masked.scatter_(1, positions, weights > 0)
+    masked = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, positions, weights > 0)
     result = []
-    for row in range(len(ids)):
-        length = int((sequence_ids[row] > 0).sum())
+    for row, length in enumerate((sequence_ids > 0).sum(1).tolist()):
         texts = tokenizer.convert_ids_to_tokens(ids[row, :length].tolist())
-        samples = None if corrupted is None else tokenizer.convert_ids_to_tokens(corrupted[row, :length].tolist())
-        result.append(
-            [
-                Token(
-                    texts[place],
-                    int(batch["token_type_ids"][row, place]),
-                    int(sequence_ids[row, place]),
-                    bool(masked[row, place]),
-                    None if samples is None else samples[place],
-                    corrupted is not None and bool(corrupted[row, place] != ids[row, place]),
-                    flagged is not None and bool(flagged[row, place]),
-                )
-                for place in range(length)
-            ]
-        )
+        samples = tokenizer.convert_ids_to_tokens(corrupted[row, :length].tolist())
+        columns = (batch["token_type_ids"], sequence_ids, masked, corrupted != ids, flagged)
+        segments, examples, masks, replaced, flags = (column[row, :length].tolist() for column in columns)
+        result.append(list(map(Token, texts, segments, examples, masks, samples, replaced, flags)))
     return result
 
 

@@ -17,7 +17,7 @@ from electra_composer.batches.streaming_fixes import FixedStreamingDataset
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
 from electra_composer.storage.object_store import explain
-from electra_composer.storage.shard_folder import HASH
+from electra_composer.storage.shard_folder import HASH, Meta
 
 MIX = "rows_of_streams"  # key in the loader's state
 
@@ -30,8 +30,7 @@ class RowDataset(FixedStreamingDataset):
         config: how shards of a remote are fetched and cached.
         batch_size: rows per device; Streaming assigns complete batches to the loader's workers.
         shuffle, seed: order of the rows, different in each epoch.
-        max_seq_length: width of the batches.
-        pad_id: id of `[PAD]`.
+        meta: of the shards; gives the width of the batches and the id of `[PAD]`.
         epoch_size: rows of all streams per epoch; None: as many as they hold, or as their weights give.
         batching_method: how batches mix the streams, see config.py.
         full_batches: drop the partial global batch at the end of an epoch on any number of ranks. Streaming repeats
@@ -45,13 +44,12 @@ class RowDataset(FixedStreamingDataset):
         batch_size: int,
         shuffle: bool,
         seed: int,
-        max_seq_length: int,
-        pad_id: int,
+        meta: Meta,
         epoch_size: int | None = None,
         batching_method: str = "random",
         full_batches: bool = False,
     ) -> None:
-        self._max_seq_length, self._pad_id = max_seq_length, pad_id
+        self._meta = meta
         self._full_batches = full_batches
         self._reader: RowReader | None = None
         self._prefetcher: Prefetcher | None = None
@@ -113,7 +111,7 @@ class RowDataset(FixedStreamingDataset):
         rows = self._reader.read(np.asarray(numbers, np.int64))
         if self._prefetcher is not None:
             self._prefetcher.position += len(numbers)
-        packed = collate_rows(rows, self._max_seq_length, self._pad_id)
+        packed = collate_rows(rows, self._meta.max_seq_length, self._meta.tokenizer.special_ids["pad"])
         num_tokens = int(rows.row_lengths.sum())
         return {"packed": torch.from_numpy(packed), "num_tokens": num_tokens, "rows": [int(row) for row in numbers]}
 

@@ -91,11 +91,9 @@ def build_dataloader(
     Args:
         config: paths and number of workers.
         meta: of these shards, from :func:`read_data`.
-        split: such as `train`.
         batch_size: rows per device.
-        shuffle: use a new order in each epoch.
+        shuffle, seed: use a new order in each epoch, derived from the seed.
         drop_last: drop a last batch that is not full, so that all have one shape.
-        seed: of the order.
         evaluation: read every row of every stream (or of `config.eval_streams`) once, ignoring their weights.
 
     Raises:
@@ -115,8 +113,7 @@ def build_dataloader(
             batch_size,
             shuffle,
             seed,
-            meta.max_seq_length,
-            meta.tokenizer.special_ids["pad"],
+            meta,
             epoch_size=None if evaluation else epoch_rows_wanted(config),
             batching_method=method,
             full_batches=drop_last and method == "random",

@@ -9,9 +9,9 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
+from composer.utils import dist
 from filelock import FileLock
 from streaming import StreamingDataset
 from streaming.base.shared import SharedMemory
@@ -56,10 +56,8 @@ def _is_first_on_this_machine() -> bool:
     if not _is_distributed():
         return World.detect().is_local_leader
     place = os.stat(tempfile.gettempdir())
-    machines: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(machines, (socket.gethostname(), place.st_dev, place.st_ino))
-    rank = torch.distributed.get_rank()
-    return machines.index(machines[rank]) == rank
+    machines = dist.all_gather_object((socket.gethostname(), place.st_dev, place.st_ino))
+    return machines.index(machines[dist.get_global_rank()]) == dist.get_global_rank()
 
 
 # Workaround (streaming 0.13): blocks are released by exit handlers alone; goes when datasets have a close method.

@@ -31,36 +31,25 @@ def mark_in_use(prefix: int) -> TextIO:
     return file
 
 
-def remove_stale_memory() -> list[int]:
-    """Remove blocks and lock files of this user's datasets whose processes have exited; return their numbers.
+def remove_stale_memory() -> None:
+    """Remove blocks and lock files of this user's datasets whose processes have exited.
 
     Call it from one process at a time, while no dataset picks its number.
     """
     pattern = re.compile(re.escape(os.path.basename(_owner_path(0))).replace("000000", r"(\d{6,})"))
-    removed = []
-    for name in os.listdir(tempfile.gettempdir()):
-        match = pattern.fullmatch(name)
-        if match and _remove_if_stale(int(match[1])):
-            removed.append(int(match[1]))
-    return removed
-
-
-def _remove_if_stale(prefix: int) -> bool:
-    path = _owner_path(prefix)
-    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the owner or one of its workers is alive
-        # Another program may have reused the number; the block then has another inode.
-        if _inode(prefix) in (None, int(file.read() or -1)):
-            names = [f"{prefix:06}_{name}" for name in SHM_TO_CLEAN]
-            paths = [os.path.join(SHARED_MEMORY, name) for name in names]
-            locks = [f"{prefix:06}_{name}" for name in (BARRIER_FILELOCK, CACHE_FILELOCK)]
-            paths += [os.path.join(tempfile.gettempdir(), name) for name in locks]
-            for left in paths:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(left)
-        os.remove(path)
-        return True
-    return False
+    for match in filter(None, map(pattern.fullmatch, os.listdir(tempfile.gettempdir()))):
+        prefix = int(match[1])
+        with contextlib.suppress(OSError), open(_owner_path(prefix), encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the owner or one of its workers is alive
+            # Another program may have reused the number; the block then has another inode.
+            if _inode(prefix) in (None, int(file.read() or -1)):
+                paths = [os.path.join(SHARED_MEMORY, f"{prefix:06}_{name}") for name in SHM_TO_CLEAN]
+                locks = (BARRIER_FILELOCK, CACHE_FILELOCK)
+                paths += [os.path.join(tempfile.gettempdir(), f"{prefix:06}_{name}") for name in locks]
+                for left in paths:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(left)
+            os.remove(file.name)
 
 
 def _owner_path(prefix: int) -> str:

@@ -6,6 +6,7 @@ of rows and their batches (`streaming/base/sampling.py`, `batching/`).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -108,15 +109,11 @@ def check_streams(config: ShardsConfig) -> None:
             "data.epoch_size cannot be combined with repeat or choose, which already determine the size of an epoch; "
             "give the streams proportions or no weights"
         )
-    if config.eval_streams is not None:
-        _check_eval_streams(config.eval_streams, list(config.streams))
-
-
-def _check_eval_streams(chosen: list[str], streams: list[str]) -> None:
-    for name in chosen:
-        if name not in streams:
-            raise UserError(f"data.eval_streams: no stream {name}; {nearest(name, streams)}")
-    if not chosen or len(set(chosen)) < len(chosen):
+    chosen = config.eval_streams
+    for name in chosen or ():
+        if name not in config.streams:
+            raise UserError(f"data.eval_streams: no stream {name}; {nearest(name, list(config.streams))}")
+    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         raise UserError(f"data.eval_streams is {chosen}; expected names of streams, each once, or null for all")
 
 
@@ -161,21 +158,10 @@ def merge_meta(metas: dict[str, Meta]) -> MixedMeta:
             f"with the same {flag}"
         )
     splits = sorted({split for meta in metas.values() for split in meta.splits})
-    return MixedMeta(
-        first.tokenizer,
-        first.max_seq_length,
-        first.packing,
-        first.seed,
-        first.conversion,
-        {split: _sum([meta.splits.get(split, SplitCounts()) for meta in metas.values()]) for split in splits},
-        folder=first.folder,
-        streams=metas,
-    )
-
-
-def _sum(counts: Sequence[SplitCounts]) -> SplitCounts:
-    columns = zip(*(vars(part).values() for part in counts), strict=True)
-    return SplitCounts(*(sum(column) for column in columns))
+    counts = {split: [meta.splits.get(split, SplitCounts()) for meta in metas.values()] for split in splits}
+    columns = {split: zip(*map(dataclasses.astuple, parts), strict=True) for split, parts in counts.items()}
+    sums = {split: SplitCounts(*map(sum, of_split)) for split, of_split in columns.items()}
+    return MixedMeta(**{**vars(first), "splits": sums, "sources": {}}, streams=metas)
 
 
 class Share(NamedTuple):
@@ -201,13 +187,12 @@ def plan_epoch(config: ShardsConfig, meta: Meta, split: str, seed: int, evaluati
     streams = [Stream(local=folder.path, **folder.weight) for folder in folders]
     rows = np.array([folder.meta.splits[split].rows for folder in folders], np.int64)
     Stream.apply_weights(streams, rows, None if evaluation else epoch_rows_wanted(config), seed)
-    for folder, stream in zip(folders, streams, strict=True):
-        if stream.choose < 1:
+    chosen = zip(folders, streams, strict=True)
+    shares = [Share(folder, int(stream.choose), float(stream.proportion)) for folder, stream in chosen]
+    for folder, count, _ in shares:
+        if count < 1:
             raise UserError(f"{folder.label}: an epoch takes none of its rows; raise its weight, or remove the stream")
-    return [
-        Share(folder, int(stream.choose), float(stream.proportion))
-        for folder, stream in zip(folders, streams, strict=True)
-    ]
+    return shares
 
 
 # Workaround (streaming 0.13): StreamingDataset.__len__ counts the rows of an epoch, although stratified and per_stream
@@ -237,26 +222,21 @@ def batches_per_epoch(shares: Sequence[Share], method: str, batch_size: int, wor
                 f"a batch of {global_size:,}; use a smaller batch size, or random"
             )
         return sum(batches)
-    portions = stratified_portions(shares, global_size)
+    # Largest remainders, as in Streaming's `batching/stratified.py`.
+    exact = global_size * np.array([share.proportion for share in shares])
+    portions = exact.astype(np.int64)
+    portions[np.flip(np.argsort(exact - portions))[: global_size - portions.sum()]] += 1
     if min(portions) < 1:
         raise UserError(
             f"data.batching_method is stratified, but a stream has {min(share.proportion for share in shares):.2%} of "
             f"the rows, which is none in a batch of {global_size:,}; use a larger batch size, or random"
         )
-    padded = [_round_up(count, world.ranks_per_node) for count in rows]
-    return min(count // portion for count, portion in zip(padded, portions, strict=True))
+    padded = np.array([_round_up(count, world.ranks_per_node) for count in rows])
+    return int(min(padded // portions))
 
 
 def _round_up(count: int, unit: int) -> int:
     return -(-count // unit) * unit
-
-
-def stratified_portions(shares: Sequence[Share], global_size: int) -> list[int]:
-    """Return the rows of each stream in every batch over all devices, as in Streaming's `batching/stratified.py`."""
-    exact = global_size * np.array([share.proportion for share in shares])
-    portions = exact.astype(np.int64)
-    portions[np.flip(np.argsort(exact - portions))[: global_size - portions.sum()]] += 1
-    return [int(portion) for portion in portions]
 
 
 def describe_streams(config: ShardsConfig, meta: Meta, seed: int) -> str | None:

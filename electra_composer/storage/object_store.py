@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TypeVar
 from urllib.parse import urlparse
 
@@ -63,23 +64,20 @@ def answer(remote: str, seconds: float, ask: Callable[[], T]) -> T:
         UserError: one line: no such bucket or file, credentials missing or refused, no answer, …; the client's error
             is its cause.
     """
-    answers: list[T] = []
-    failure: list[Exception] = []
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            answers.append(ask())
+            future.set_result(ask())
         except Exception as error:  # each storage client raises its own types
-            failure.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([future], seconds).done:
         raise UserError(f"{remote}: no answer within {seconds:g} s; {_check(remote, 'the address', ADDRESS)}")
-    if failure:
-        raise UserError(f"{remote}: {explain(failure[0], remote)}") from failure[0]
-    return answers[0]
+    if error := future.exception():
+        raise UserError(f"{remote}: {explain(error, remote)}") from error
+    return future.result()
 
 
 def fetch_meta(path: str, remote: str, timeout: float) -> None:
@@ -123,7 +121,7 @@ def wait_for_leader(file_name: str, remote: str) -> None:
         raise UserError(f"no shards could be fetched from {remote} by this node's first rank; see its error") from error
 
 
-def explain(error: Exception, remote: str) -> str:
+def explain(error: BaseException, remote: str) -> str:
     """Explain an error of a storage client and say what to check."""
     words = _words(error)
     if words & set(NO_CREDENTIALS):

@@ -62,7 +62,7 @@ class RemoteFolder:
     def __init__(self, remote: str) -> None:
         self._remote = remote
         with tempfile.TemporaryDirectory() as scratch:
-            _uploader(scratch, remote)  # checks that the bucket exists
+            upload(scratch, remote)  # no files; checks that the bucket exists
         self._readable = readable(remote)
         self._downloader = CloudDownloader.get(self._readable)
 
@@ -93,20 +93,9 @@ def upload(local: str, remote: str, *names: str) -> None:
     Raises:
         UserError: the upload failed.
     """
-    uploader = _uploader(local, remote)
     try:
+        uploader = CloudUploader.get((local, remote), keep_local=True, exist_ok=True)
         for name in names:
             uploader.upload_file(name)
     except Exception as error:  # each storage client raises its own types
-        raise _not_writable(remote, error) from error
-
-
-def _uploader(local: str, remote: str) -> CloudUploader:
-    try:
-        return CloudUploader.get((local, remote), keep_local=True, exist_ok=True)
-    except Exception as error:  # each storage client raises its own types
-        raise _not_writable(remote, error) from error
-
-
-def _not_writable(remote: str, error: Exception) -> UserError:
-    return UserError(f"{remote}: cannot be written to: {explain(error, remote)}")
+        raise UserError(f"{remote}: cannot be written to: {explain(error, remote)}") from error

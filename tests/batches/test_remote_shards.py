@@ -21,7 +21,7 @@ from streaming import LocalDataset, MDSWriter
 from electra_composer.batches.shards import build_data_spec, read_data, read_meta
 from electra_composer.config import ShardsConfig, StreamConfig
 from electra_composer.errors import UserError
-from electra_composer.storage.object_store import download_whole, explain
+from electra_composer.storage.object_store import download_atomically, explain
 
 BUCKET = "corpus"
 
@@ -97,15 +97,15 @@ class WritesInPlace:
 def test_a_download_has_its_name_when_it_is_whole(tmp_path):
     path = str(tmp_path / "shard")
     with pytest.raises(ConnectionError):
-        download_whole(WritesInPlace(b"half", ConnectionError()), path, path, 1.0)
+        download_atomically(WritesInPlace(b"half", ConnectionError()), path, path, 1.0)
     assert os.listdir(tmp_path) == []
     (tmp_path / f"shard.{os.getpid()}.unfinished").write_text("of a process that was killed")
     downloader = WritesInPlace(b"half", b" and half")
-    download_whole(downloader, path, path, 1.0)
+    download_atomically(downloader, path, path, 1.0)
     assert downloader.seen == [False, False]
     assert os.listdir(tmp_path) == ["shard"]
     assert (tmp_path / "shard").read_bytes() == b"half and half"
-    download_whole(WritesInPlace(b"other"), path, path, 1.0)  # it is there
+    download_atomically(WritesInPlace(b"other"), path, path, 1.0)  # it is there
     assert (tmp_path / "shard").read_bytes() == b"half and half"
 
 
@@ -152,7 +152,7 @@ def test_no_connection_is_shared_with_the_workers(remote, tmp_path):
 def test_what_fails_while_the_cache_is_locked_leaves_it_open(remote, tmp_path):
     dataset = loader_of(tmp_path / "cache", remote).dataset
     dataset.cache_limit = 1  # less than anything needs, which is refused at the start otherwise
-    with pytest.raises(UserError, match=r"that could make room; raise data\.cache_limit"):
+    with pytest.raises(UserError, match=r"can be evicted to make room; raise data\.cache_limit"):
         dataset.collate([0, 1])
     dataset.cache_limit = None
     assert len(in_thread(dataset.collate, [0, 1]).result(60)["rows"]) == 2  # for which the lock is another's
@@ -210,7 +210,7 @@ def test_a_corrupt_shard_is_found_by_its_hash(s3, remote, many_shards, tmp_path)
     data = bytearray((many_shards / "train/shard.00002.mds").read_bytes())
     data[-3] ^= 1
     s3.put_object(Bucket=BUCKET, Key="owt/train/shard.00002.mds", Body=bytes(data))
-    with pytest.raises(UserError, match=r"(?i)the shard cannot be fetched or unpacked: .*checksum"):
+    with pytest.raises(UserError, match=r"(?i)the shard cannot be fetched or decompressed: .*checksum"):
         rows_of(loader_of(tmp_path / "cache", remote))
 
 
@@ -228,7 +228,7 @@ def complaint(seconds, make, *arguments, **options):
 def test_a_wrong_place_is_said(s3, tmp_path, place):
     said = complaint(20, loader_of, tmp_path / "cache", place)
     assert f"no shards could be fetched from {place}" in said
-    assert "the bucket or the folder is another" in said
+    assert "the bucket or the folder is wrong" in said
     assert not (tmp_path / "cache/meta.json").exists()
 
 

@@ -17,9 +17,10 @@ import torch
 from composer.core.data_spec import default_split_batch
 from small_shards import LENGTH, WORDS, make_rows, make_tokenizer, open_files, write_shards
 
-from electra_composer.batches.row_dataset import COLUMNS, collate_rows
+from electra_composer.batches.checks import check_shards
+from electra_composer.batches.collation import COLUMNS, collate_rows
 from electra_composer.batches.row_reader import Rows
-from electra_composer.batches.shards import build_data_spec, build_dataloader, check_shards, read_meta
+from electra_composer.batches.shards import build_data_spec, build_dataloader, read_meta
 from electra_composer.config import ShardsConfig
 from electra_composer.corpus.folder_writer import ShardFolder
 from electra_composer.errors import UserError
@@ -206,7 +207,7 @@ def copy(shards, tmp_path):
 def test_missing_shards_name_the_converter(tmp_path):
     with pytest.raises(UserError, match=r"does not exist .* data_prep/convert_owt.py --out"):
         read_meta(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="is no folder of shards"):
+    with pytest.raises(UserError, match="is not a folder of shards"):
         read_meta(str(tmp_path))
     with pytest.raises(UserError, match="no shards could be fetched from"):
         read_meta(str(tmp_path / "cache"), remote=str(tmp_path / "nothing"))
@@ -216,7 +217,7 @@ def test_missing_shards_name_the_converter(tmp_path):
 def test_unreadable_meta(shards, tmp_path, text):
     path = copy(shards, tmp_path)
     (path / "meta.json").write_text(text)
-    with pytest.raises(UserError, match=r"meta.json: not readable as the description of shards"):
+    with pytest.raises(UserError, match=r"meta.json: not readable as the metadata of shards"):
         read_meta(str(path))
 
 
@@ -226,7 +227,7 @@ def test_another_tokenizer_or_length(shards, tmp_path):
     with pytest.raises(UserError, match=r"rows of 16 tokens, but max_seq_length is 32"):
         check_shards(meta, load_tokenizer(meta.tokenizer_folder), 32)
     other = make_tokenizer(tmp_path, [*WORDS, "more"])
-    with pytest.raises(UserError, match=r"words \(205 entries, SHA-256 \w{8}….* has 206 entries, SHA-256 \w{8}…"):
+    with pytest.raises(UserError, match=r"words \(205 entries, SHA-256 \w{8}…\), not .* \(206 entries, SHA-256 \w{8}…"):
         check_shards(meta, other, LENGTH)
 
 
@@ -256,10 +257,10 @@ def test_batches_that_the_rows_do_not_fill(shards):
 
 
 def test_split_that_is_not_there_or_empty(shards, tmp_path):
-    with pytest.raises(UserError, match=r"no rows in split 'test' \(there are: train, val\)"):
+    with pytest.raises(UserError, match=r"no rows in split 'test' \(available: train, val\)"):
         build_data_spec(config(shards, eval_split="test"), "eval", 4, read_meta(shards), seed=0)
     path = write_shards(tmp_path / "out", make_tokenizer(tmp_path), val=0)
-    with pytest.raises(UserError, match=r"no rows in split 'val' \(there are: train\).*--val-fraction"):
+    with pytest.raises(UserError, match=r"no rows in split 'val' \(available: train\).*--val-fraction"):
         build_data_spec(config(path), "eval", 4, read_meta(path), seed=0)
 
 

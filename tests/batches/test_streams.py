@@ -21,9 +21,10 @@ from streaming.base.batching import generate_work
 from streaming.base.world import World
 
 from electra_composer.batches.baselines import unigram_counts
+from electra_composer.batches.checks import check_split
 from electra_composer.batches.row_reader import reader_of_split
-from electra_composer.batches.shards import build_data_spec, build_dataloader, check_split, describe_streams, read_data
-from electra_composer.batches.streams import batches_per_epoch, folders_of, weigh
+from electra_composer.batches.shards import build_data_spec, build_dataloader, read_data
+from electra_composer.batches.streams import batches_per_epoch, describe_streams, plan_epoch
 from electra_composer.config import PretrainConfig, ShardsConfig, StreamConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
@@ -168,7 +169,7 @@ def test_as_many_batches_as_streaming_makes(folders):
     for epoch_size, batch_size in ((200, 4), (333, 5), (500, 7)):
         options = config(folders, {"a": {"proportion": 3}, "b": {"proportion": 2}}, epoch_size=epoch_size)
         dataset = loader_of(options, batch_size).dataset
-        shares = weigh(folders_of(options, read_data(options)), "train", epoch_size, 3)
+        shares = plan_epoch(options, read_data(options), "train", seed=3)
         for nodes, ranks, workers in ((1, 1, 3), (1, 2, 1), (1, 3, 2), (2, 2, 1)):
             world = World(num_nodes=nodes, ranks_per_node=ranks, workers_per_rank=workers, worker=0)
             dataset.num_canonical_nodes, dataset.shuffle_block_size = nodes, 1 << 18
@@ -220,7 +221,7 @@ def test_loaders_that_are_gone_hold_no_files_open(folders):
 
 
 def test_large_streams_are_drawn_from_in_pieces(folders, monkeypatch):
-    monkeypatch.setattr("electra_composer.batches.row_dataset.PICKS", 10)
+    monkeypatch.setattr("electra_composer.batches.streaming_fixes.PICKS", 10)
     loader = loader_of(config(folders, PROPORTIONS), drop_last=False)
     assert loader.dataset.sampling_granularity == 6
     assert 66 <= taken(loader)["a"] <= 67
@@ -259,12 +260,13 @@ def test_streams_of_other_tokenizers_or_lengths(folders, tmp_path):
     options = config(folders, {"a": {}, "b": {}})
     options.streams["b"].path = str(tmp_path / "b")
     with pytest.raises(
-        UserError, match=r"data\.streams\.a has the tokenizer words \(205 entries.*data\.streams\.b words \(206 entries"
+        UserError,
+        match=r"streams\.a has the tokenizer words \(205 entries.*streams\.b has the tokenizer words \(206 entries",
     ):
         read_data(options)
     options = config(folders, {"a": {}, "c": {}})
     options.streams["c"].path = str(tmp_path / "c")
-    with pytest.raises(UserError, match=r"data\.streams\.a has rows of 16 tokens, data\.streams\.c 32 tokens"):
+    with pytest.raises(UserError, match=r"streams\.a has rows of 16 tokens, data\.streams\.c has rows of 32 tokens"):
         read_data(options)
 
 
@@ -289,7 +291,7 @@ def test_streams_of_other_id_types(folders, tmp_path):
         ),
         ({"a": {"proportion": float("nan")}}, {}, r"data\.streams\.a\.proportion is nan"),
         ({"a": {"choose": -1}}, {}, r"data\.streams\.a\.choose is -1; expected more than 0"),
-        ({"a": {"choose": 3}, "b": {}}, {"epoch_size": 100}, r"data\.epoch_size goes with proportions"),
+        ({"a": {"choose": 3}, "b": {}}, {"epoch_size": 100}, r"data\.epoch_size cannot be combined with repeat"),
         ({"a": {}}, {"epoch_size": "many"}, r"data\.epoch_size is 'many'; expected rows"),
         ({"a": {}}, {"epoch_size": -5}, r"data\.epoch_size is -5; expected at least 1"),
         ({"apple": {}}, {"eval_streams": ["aple"]}, r"no stream aple; did you mean apple\?"),
