@@ -15,60 +15,21 @@ import numpy as np
 import pytest
 import torch
 from comparison import Kill, weights
-from small_shards import LENGTH, WORDS, make_tokenizer, open_files
-from streaming import MDSWriter
+from small_shards import open_files
+from small_streams import ROWS, config, loader_of
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
 from electra_composer.batches.baselines import unigram_counts
 from electra_composer.batches.checks import check_split
 from electra_composer.batches.row_reader import reader_of_split
-from electra_composer.batches.shards import build_data_spec, build_dataloader, read_data
+from electra_composer.batches.shards import build_data_spec, read_data
 from electra_composer.batches.streams import batches_per_epoch, describe_streams, plan_epoch
-from electra_composer.config import PretrainConfig, ShardsConfig, StreamConfig
+from electra_composer.config import PretrainConfig, StreamConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.pretrain import main as pretrain
-from electra_composer.storage.shard_folder import Meta, SplitCounts, describe_tokenizer
 from electra_composer.training import runs
-
-ROWS = {"a": 60, "b": 25, "c": 10}
-VAL = {"a": 5, "b": 3, "c": 0}
-
-
-def write(out, tokenizer, stream, length=LENGTH, dtype="uint16"):
-    """Rows `[CLS] stream number … [SEP]`, of 4 tokens in stream a, 5 in b, 6 in c."""
-    index = list(ROWS).index(stream)
-    counts = {}
-    columns = {"input_ids": f"ndarray:{dtype}", "segment_lengths": "ndarray:uint16"}
-    for split, rows in (("train", ROWS[stream]), ("val", VAL[stream])):
-        with MDSWriter(columns=columns, out=str(out / split), hashes=["xxh64"]) as writer:
-            for number in range(rows):
-                ids = np.array([2, 5 + index, 10 + number, *[9] * index, 3], dtype)
-                writer.write({"input_ids": ids, "segment_lengths": np.array([len(ids), 0], np.uint16)})
-        counts[split] = SplitCounts(rows, rows, rows, rows * (4 + index))
-    tokenizer.save_pretrained(out / "tokenizer")
-    meta = Meta(describe_tokenizer(tokenizer, "words"), length, "packed", 0, {}, counts)
-    (out / "meta.json").write_text(meta.to_json())
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("streams")
-    tokenizer = make_tokenizer(folder)
-    for stream in ROWS:
-        write(folder / stream, tokenizer, stream)
-    return folder
-
-
-def config(folders, weights, **changes):
-    streams = {name: StreamConfig(path=str(folders / name), **weight) for name, weight in weights.items()}
-    return ShardsConfig(path="", max_seq_length=LENGTH, **{"num_workers": 0, "streams": streams, **changes})
-
-
-def loader_of(options, batch_size=8, seed=3, **changes):
-    settings = {"shuffle": True, "drop_last": True, **changes}
-    return build_dataloader(options, read_data(options), "train", batch_size, seed=seed, **settings)
 
 
 def rows_of(batches):
@@ -190,14 +151,6 @@ def test_evaluation_has_every_row_once(folders):
         assert spec.num_tokens == sum(4 if name == "a" else 5 for name, _ in expected)
 
 
-def test_evaluation_of_a_stream_without_rows_for_it(folders):
-    options = config(folders, {"a": {}, "c": {}})
-    with pytest.raises(UserError, match=r"data\.streams\.c \(.*no rows in split 'val'.*data\.eval_streams"):
-        build_data_spec(options, "eval", 4, read_data(options), seed=0)
-    options = config(folders, {"a": {}, "c": {}}, eval_streams=["a"])
-    assert build_data_spec(options, "eval", 4, read_data(options), seed=0).num_samples == 5
-
-
 def test_frequencies_are_those_of_an_epoch(folders):
     options = config(folders, {"a": {"choose": 30}, "b": {"choose": 50}})
     counts = unigram_counts(options, read_data(options), "train")
@@ -249,82 +202,6 @@ def test_shards_in_subfolders_of_a_split(folders, tmp_path):
     with pytest.raises(UserError, match=r"b/train/00003/shard\.00000\.mds is missing"):
         check_split(moved, read_data(moved), "train")
     assert reader_of_split(str(tmp_path / "b"), "train") is None
-
-
-# What does not fit together.
-
-
-def test_streams_of_other_tokenizers_or_lengths(folders, tmp_path):
-    write(tmp_path / "b", make_tokenizer(tmp_path, [*WORDS, "more"]), "b")
-    write(tmp_path / "c", make_tokenizer(folders), "c", length=32)
-    options = config(folders, {"a": {}, "b": {}})
-    options.streams["b"].path = str(tmp_path / "b")
-    with pytest.raises(
-        UserError,
-        match=r"streams\.a has the tokenizer words \(205 entries.*streams\.b has the tokenizer words \(206 entries",
-    ):
-        read_data(options)
-    options = config(folders, {"a": {}, "c": {}})
-    options.streams["c"].path = str(tmp_path / "c")
-    with pytest.raises(UserError, match=r"streams\.a has rows of 16 tokens, data\.streams\.c has rows of 32 tokens"):
-        read_data(options)
-
-
-def test_streams_of_other_id_types(folders, tmp_path):
-    write(tmp_path / "b", make_tokenizer(tmp_path), "b", dtype="uint32")
-    options = config(folders, {"a": {}, "b": {}})
-    options.streams["b"].path = str(tmp_path / "b")
-    with pytest.raises(UserError, match=r"b/train/shard\.00000\.mds: its columns are .*uint32.*uint16"):
-        next(iter(loader_of(options)))
-
-
-@pytest.mark.parametrize(
-    ("weights", "changes", "message"),
-    [
-        ({"a": {"proportion": 1}, "b": {}}, {}, r"streams\.a has a proportion, but data\.streams\.b has none"),
-        ({"a": {"repeat": 2}, "b": {"proportion": 1}}, {}, r"streams\.b has a proportion, but .*streams\.a has repeat"),
-        ({"a": {"repeat": 2, "choose": 3}}, {}, r"data\.streams\.a has repeat and choose; give one of them"),
-        (
-            {"a": {"proportion": 0.0}, "b": {"proportion": 1}},
-            {},
-            r"data\.streams\.a\.proportion is 0\.0; expected more",
-        ),
-        ({"a": {"proportion": float("nan")}}, {}, r"data\.streams\.a\.proportion is nan"),
-        ({"a": {"choose": -1}}, {}, r"data\.streams\.a\.choose is -1; expected more than 0"),
-        ({"a": {"choose": 3}, "b": {}}, {"epoch_size": 100}, r"data\.epoch_size cannot be combined with repeat"),
-        ({"a": {}}, {"epoch_size": "many"}, r"data\.epoch_size is 'many'; expected rows"),
-        ({"a": {}}, {"epoch_size": -5}, r"data\.epoch_size is -5; expected at least 1"),
-        ({"apple": {}}, {"eval_streams": ["aple"]}, r"no stream aple; did you mean apple\?"),
-        ({"a": {}}, {"eval_streams": []}, r"data\.eval_streams is \[\]; expected names"),
-        ({}, {"eval_streams": ["a"]}, r"data\.eval_streams is \['a'\], but there are no data\.streams"),
-        ({}, {"batching_method": "stratified"}, r"data\.batching_method is stratified, but there are no"),
-        ({"nothing": {}}, {}, r"data\.streams\.nothing: .*nothing does not exist"),
-    ],
-)
-def test_weights_that_make_no_sense(folders, weights, changes, message):
-    with pytest.raises(UserError, match=message):
-        read_data(config(folders, weights, **changes))
-
-
-def test_the_same_folder_twice(folders):
-    options = config(folders, {"a": {}, "b": {}})
-    options.streams["b"].path = f"{folders}/./a/"
-    with pytest.raises(UserError, match=r"data\.streams\.a and data\.streams\.b are the same folder.*repeat"):
-        read_data(options)
-
-
-@pytest.mark.parametrize(
-    ("weights", "changes", "message"),
-    [
-        ({"a": {"proportion": 99}, "c": {"proportion": 1}}, {"batching_method": "stratified"}, "none in a batch of 8"),
-        ({"a": {}, "c": {"choose": 7}}, {"batching_method": "per_stream"}, "only 7 rows an epoch, fewer than a batch"),
-        ({"a": {}, "c": {"repeat": 0.01}}, {}, r"streams\.c .*none of its rows"),
-        ({"a": {"choose": 3}, "c": {"choose": 4}}, {}, "7 rows, fewer than one batch of 8"),
-    ],
-)
-def test_streams_that_batches_cannot_be_made_of(folders, weights, changes, message):
-    with pytest.raises(UserError, match=message):
-        loader_of(config(folders, weights, **changes))
 
 
 def in_yaml(tiny_yaml, *overrides):
