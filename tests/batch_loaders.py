@@ -1,4 +1,4 @@
-"""Loaders of the shards that the tests of batches read."""
+"""Training loader of shards in an object store."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ VAL = {"a": 5, "b": 3, "c": 0}
 
 
 def write_stream(out, tokenizer, stream, length=LENGTH, dtype="uint16"):
-    """Rows `[CLS] stream number … [SEP]`, of 4 tokens in stream a, 5 in b, 6 in c."""
+    """Write rows `[CLS] stream number … [SEP]` of 4 tokens in stream a, 5 in b, 6 in c."""
     index = list(ROWS).index(stream)
     counts = {}
     columns = {"input_ids": f"ndarray:{dtype}", "segment_lengths": "ndarray:uint16"}

@@ -1,4 +1,4 @@
-"""The preview: counts are those of the shards, and every mark at a token is true."""
+"""The preview shows the counts of the shards and the correct mark at every token."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_how_well_the_vocabulary_fits(shards):
     entries = tokenizer.get_vocab()
     first = [index for token, index in entries.items() if index > 4 and not token.startswith("##")][:3]
     inside = [index for token, index in entries.items() if token.startswith("##")][:2]
-    ids = np.array([2, *first, *inside, first[0], 1, 3, 3, 0])  # four words, one of them in pieces, and an unknown
+    ids = np.array([2, *first, *inside, first[0], 1, 3, 3, 0])  # four words, one of them split, and an unknown one
     line = describe_vocabulary(ids, tokenizer, meta)
     assert "14.29% of the tokens are unknown, 1.40 pieces a word" in line
     assert f"5 of {len(entries)} entries occur" in line
@@ -90,7 +90,7 @@ def test_with_a_checkpoint(shards, tiny_yaml, tmp_path, capsys):
     assert re.search(r"\[\w+→[\w#\[\]]+\]", text)
     assert "the discriminator says" in text
     main(arguments)
-    assert capsys.readouterr().out == text  # the same seed shows the same
+    assert capsys.readouterr().out == text  # the same seed gives the same output
     assert torch.is_grad_enabled()
 
 

@@ -20,7 +20,7 @@ from electra_composer.batches.shared_memory import exclusive_prefix, release, re
 from electra_composer.batches.stale_memory import mark_in_use
 from electra_composer.storage.object_store import download_atomically
 
-PICKS = 1_000_000  # draws per stream and epoch, at most about
+PICKS = 1_000_000  # approximate maximum per stream and epoch
 
 
 class RemoteStream(Stream):
@@ -84,8 +84,8 @@ class FixedStreamingDataset(StreamingDataset):
             if World.detect().is_local_leader:
                 weakref.finalize(self, mark_in_use(self._shm_prefix_int).close)
         self._release_with_self(shared_memory_of(self))
-        # Workaround (streaming 0.13): get_sampling loops over its draws, by default one per row: a minute for 100
-        # million rows. It reads this attribute at the start of an epoch. Goes when it is vectorised.
+        # Workaround (streaming 0.13): get_sampling loops in Python over its picks, by default one per row: a minute
+        # for 100 million rows. It reads this attribute at the start of an epoch. Goes when it is vectorised.
         self.sampling_granularity = max(1, int(self.samples_per_stream.max()) // PICKS)
         self._is_cache = np.array([stream.remote is not None for stream in streams])[self.stream_per_shard]
         if self._unique_rank_world.is_local_leader:

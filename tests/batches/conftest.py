@@ -1,4 +1,4 @@
-"""Fixtures of the tests of batches: shards in many files, in an S3 server on this machine, and several streams."""
+"""Fixtures: shards in many files, shards on a local S3 server, and folders to be mixed as streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streaming import LocalDataset, MDSWriter
 
 @pytest.fixture(scope="module")
 def many_shards(shards, tmp_path_factory):
-    """The shards of the small language again, in a dozen files."""
+    """The rows of `shards` in more than ten files per split."""
     folder = tmp_path_factory.mktemp("many") / "shards"
     shutil.copytree(shards, folder)
     for split in ("train", "val"):

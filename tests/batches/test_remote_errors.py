@@ -1,4 +1,4 @@
-"""Object stores that are misconfigured or do not answer: one line that says what to check."""
+"""Object stores that are misconfigured or do not answer are reported in one line that says what to check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from electra_composer.errors import UserError
 
 
 def complaint(seconds, make, *arguments, **options):
-    """The error that is raised within so many seconds."""
+    """Return the message of the UserError that `make` raises within `seconds`."""
     start = time.monotonic()
     with pytest.raises(UserError) as raised:
         make(*arguments, **options)
@@ -33,7 +33,7 @@ def test_a_wrong_place_is_said(s3, tmp_path, place):
 
 
 def demand_credentials(s3_endpoint, after):
-    """Let moto check credentials, once so many calls were answered without."""
+    """Make moto check credentials after it has answered `after` more calls without."""
     request = urllib.request.Request(
         f"{s3_endpoint}/moto-api/reset-auth", data=after, method="POST", headers={"Content-Type": "text/plain"}
     )
@@ -42,7 +42,7 @@ def demand_credentials(s3_endpoint, after):
 
 @pytest.fixture
 def guarded(s3_endpoint, remote):
-    """The remote shards, behind credentials that nobody here has."""
+    """The remote shards, on a server that rejects the credentials of the tests."""
     demand_credentials(s3_endpoint, b"0")
     yield remote
     demand_credentials(s3_endpoint, b"inf")

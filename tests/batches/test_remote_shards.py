@@ -1,4 +1,4 @@
-"""Training from an object store, against a real S3 server on this machine; and what it does when that fails."""
+"""Loading from an object store, with a real S3 server on this machine, and its failures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from electra_composer.errors import UserError
 
 
 def size_of_shards(folder):
-    """Bytes of the shards that are there, of which any may be dropped at this moment."""
+    """Bytes of the shards in a folder, any of which may be deleted concurrently."""
     total = 0
     for path in folder.glob("*.mds"):
         with contextlib.suppress(FileNotFoundError):
@@ -75,23 +75,24 @@ def test_a_missing_shard_is_named(s3, remote, tmp_path, workers):
 
 
 def test_no_connection_is_shared_with_the_workers(remote, tmp_path):
-    """They are forked, and requests of several over one connection would get each other's answers."""
+    """Workers are forked: over a shared connection, they would receive each other's responses."""
     (stream,) = loader_of(tmp_path / "cache", remote, num_workers=2).dataset.streams
     assert (tmp_path / "cache/train/index.json").is_file()
+    # Workaround (streaming 0.13): `_downloader` and `_s3_client` are private; goes when Stream can be closed.
     assert stream._downloader._s3_client is None
 
 
 def test_what_fails_while_the_cache_is_locked_leaves_it_open(remote, tmp_path):
     dataset = loader_of(tmp_path / "cache", remote).dataset
-    dataset.cache_limit = 1  # less than anything needs, which is refused at the start otherwise
+    dataset.cache_limit = 1  # too small for any shard, which the constructor would refuse
     with pytest.raises(UserError, match=r"can be evicted to make room; raise data\.cache_limit"):
         dataset.collate([0, 1])
     dataset.cache_limit = None
-    assert len(in_thread(dataset.collate, [0, 1]).result(60)["rows"]) == 2  # for which the lock is another's
+    assert len(in_thread(dataset.collate, [0, 1]).result(60)["rows"]) == 2  # another thread can take the lock
 
 
 def in_thread(function, *arguments):
-    """What will become of a call in another thread, which does not keep a test that fails from ending."""
+    """Call a function in a daemon thread, which does not block the exit of a failing test, and return its future."""
     future = concurrent.futures.Future()
 
     def call():
@@ -105,7 +106,7 @@ def in_thread(function, *arguments):
 
 
 def test_who_waits_for_a_shard_hears_that_it_did_not_come(remote, tmp_path, monkeypatch):
-    """One thread fetches it, and fails while another waits; with a server that is away, and one that comes back."""
+    """One thread fetches it and fails while another waits: the other tries again, with and without success."""
     dataset = loader_of(tmp_path / "cache", remote).dataset
     (stream,) = dataset.streams
     fetch, failures = stream.prepare_shard, []
@@ -158,7 +159,7 @@ def streams_of(cache, remote, folder, **changes):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_remote_stream_beside_a_folder(remote, many_shards, tmp_path, workers):
-    """The cache limit is the remote's: what is in the folder is neither counted nor deleted to make room."""
+    """The cache limit applies to the remote only: shards of the folder are neither counted nor evicted."""
     near, copy = tmp_path / "near", tmp_path / "copy"
     shutil.copytree(many_shards, near)
     shutil.copytree(many_shards, copy)
@@ -170,7 +171,7 @@ def test_a_remote_stream_beside_a_folder(remote, many_shards, tmp_path, workers)
     for batch in loader:
         rows += batch["input_ids"].tolist()
         most = max(most, size_of_shards(tmp_path / "cache/train"))
-    at_once = 2 * max(1, workers)  # shards under way, which Streaming counts only once they are here
+    at_once = 2 * max(1, workers)  # shards being downloaded, which Streaming counts only when they are complete
     assert most <= 12 * 1024 + at_once * 1500
     assert sorted(path.name for path in (near / "train").iterdir()) == before
     assert rows == rows_of(streams_of(copy, None, near))
@@ -194,7 +195,7 @@ def test_shards_in_subfolders_are_fetched(s3, many_shards, tmp_path):
 
 
 class Proxy:
-    """Between a client and the server: may be slow, or closed for a time."""
+    """HTTP proxy before the S3 server that can delay or refuse requests."""
 
     def __init__(self, target):
         outer = self

@@ -1,4 +1,4 @@
-"""Shards: the folder is whole or not there; what does not fit is refused; batches against a loop over tokens."""
+"""Loaders of a folder of shards: order, resuming, resources, and refusal of shards that do not fit."""
 
 from __future__ import annotations
 
@@ -94,13 +94,14 @@ def test_workers_end_at_once_even_if_the_loader_is_part_of_a_circle(shards):
     circle.append(circle)
     for _ in spec.dataloader:
         pass
+    # Workaround (torch 2.7): `_iterator` and `_workers` are private; goes when DataLoader lists its workers.
     worker = spec.dataloader._iterator._workers[0]
     assert worker.is_alive()
     start = time.monotonic()
     del spec, circle
     gc.collect()
     assert not worker.is_alive()
-    assert time.monotonic() - start < 4  # PyTorch gives a worker that was not told to end five seconds
+    assert time.monotonic() - start < 4  # PyTorch waits five seconds for a worker that was not told to exit
 
 
 def test_remote_shards_are_fetched_with_meta_and_tokenizer(shards, tmp_path):
@@ -117,7 +118,7 @@ def test_compressed_shards_are_read(tmp_path):
     assert len(ids_of(build_data_spec(config(path), "train", 8, read_meta(path), seed=0).dataloader)) == 40
 
 
-# What is refused.
+# Shards that are refused.
 
 
 def copy(shards, tmp_path):
@@ -208,10 +209,10 @@ def test_loaders_that_are_gone_hold_no_files_open(shards):
     for _ in range(3):
         options = {"batch_size": 4, "shuffle": True, "drop_last": True, "seed": 0}
         pair = [build_dataloader(config, meta, split, **options) for split in ("train", "val")]
-        next(iter(pair[0]))  # broken off, so that its threads are at work
+        next(iter(pair[0]))  # not exhausted, so that its threads are running
         assert open_files() - (counts or [0])[-1] >= 12  # six blocks each
         del pair
-        time.sleep(0.1)  # for the threads to see it
+        time.sleep(0.1)  # until the threads notice
         gc.collect()
         counts.append(open_files())
     assert counts[0] == counts[1] == counts[2]
@@ -260,7 +261,7 @@ def test_two_processes_share_the_rows(shards, tmp_path):
 
 
 def test_a_resumed_run_keeps_no_file_open_for_each_checkpoint(shards):
-    """Streaming opens one at each, and at each epoch: after some 900 there would be no more."""
+    """Streaming opens one at each checkpoint and epoch: after about 900 the limit would be reached."""
     loader = build_dataloader(
         ShardsConfig(path=shards, max_seq_length=LENGTH, num_workers=0), read_meta(shards), "train", 4,
         shuffle=True, drop_last=True, seed=1,

@@ -1,4 +1,4 @@
-"""Several folders read as one: how much of each an epoch has, exact resuming, and what does not fit together."""
+"""Several folders mixed as streams: rows of each in an epoch, batching methods, and exact resuming."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from electra_composer.training import runs
 
 
 def rows_of(batches):
-    """(stream, number) of each row, batch by batch."""
+    """Return (stream, number) of each row, grouped by batch."""
     return [[("abc"[row[1] - 5], row[2] - 10) for row in batch["input_ids"].tolist()] for batch in batches]
 
 
@@ -126,7 +126,7 @@ def test_going_on_with_another_mixture_is_said(folders, capsys):
 
 
 def test_as_many_batches_as_streaming_makes(folders):
-    """Against Streaming's own partition of an epoch, as other processes would see it."""
+    """Compared with Streaming's own partition of an epoch, for several numbers of nodes, ranks and workers."""
     for epoch_size, batch_size in ((200, 4), (333, 5), (500, 7)):
         options = config(folders, {"a": {"proportion": 3}, "b": {"proportion": 2}}, epoch_size=epoch_size)
         dataset = loader_of(options, batch_size).dataset
@@ -181,7 +181,7 @@ def test_large_streams_are_drawn_from_in_pieces(folders, monkeypatch):
 
 
 def test_shards_in_subfolders_of_a_split(folders, tmp_path):
-    """As the converter writes them: `train/00003/shard.00000.mds`, all in one index."""
+    """The layout that the converter writes: `train/00003/shard.00000.mds`, with one index."""
     plain = config(folders, {"a": {}, "b": {}})
     for name in ("a", "b"):
         shutil.copytree(folders / name, tmp_path / name)

@@ -10,7 +10,7 @@ from electra_composer.storage.object_store import download_atomically, explain
 
 
 class WritesInPlace:
-    """As Streaming's downloader for Google's store does."""
+    """Writes under the final name, as Streaming's GCSDownloader does."""
 
     def __init__(self, *pieces):
         self.pieces, self.seen = pieces, []
@@ -35,7 +35,7 @@ def test_a_download_has_its_name_when_it_is_whole(tmp_path):
     assert downloader.seen == [False, False]
     assert os.listdir(tmp_path) == ["shard"]
     assert (tmp_path / "shard").read_bytes() == b"half and half"
-    download_atomically(WritesInPlace(b"other"), path, path, 1.0)  # it is there
+    download_atomically(WritesInPlace(b"other"), path, path, 1.0)  # it exists already
     assert (tmp_path / "shard").read_bytes() == b"half and half"
 
 
