@@ -1,6 +1,8 @@
-"""Training loader of shards in an object store."""
+"""Shards in object stores and subfolders, and their training loader."""
 
 from __future__ import annotations
+
+import json
 
 from electra_composer.batches.shards import build_data_spec, read_meta
 from electra_composer.config import ShardsConfig
@@ -16,3 +18,22 @@ def loader_of(cache, remote, split="train", **changes):
 
 def rows_of(loader):
     return [row for batch in loader for row in batch["input_ids"].tolist()]
+
+
+def upload(s3, folder):
+    """Upload a folder of shards and return its URL."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            s3.upload_file(str(path), BUCKET, f"owt/{path.relative_to(folder)}")
+    return f"s3://{BUCKET}/owt"
+
+
+def move_to_subfolders(split, shards_per_folder):
+    """Move the shards of a split to subfolders from 00003, as the converter writes them, with one index for all."""
+    index = json.loads((split / "index.json").read_text())
+    for number, shard in enumerate(index["shards"]):
+        name = f"{3 + number // shards_per_folder:05}/shard.{number % shards_per_folder:05}.mds"
+        (split / name).parent.mkdir(exist_ok=True)
+        (split / shard["raw_data"]["basename"]).rename(split / name)
+        shard["raw_data"]["basename"] = name
+    (split / "index.json").write_text(json.dumps(index))

@@ -28,26 +28,19 @@ class RowDataset(FixedStreamingDataset):
     Args:
         streams: rows are numbered across them in order.
         config: how shards of a remote are fetched and cached.
-        batch_size: rows per device; Streaming assigns complete batches to the loader's workers.
-        shuffle, seed: order of the rows, different in each epoch.
         meta: of the shards; gives the width of the batches and the id of `[PAD]`.
-        epoch_size: rows of all streams per epoch; None: as many as they hold, or as their weights give.
-        batching_method: how batches mix the streams, see config.py.
         full_batches: drop the partial global batch at the end of an epoch on any number of ranks. Streaming repeats
             rows to give all ranks equally many, which can add a batch compared with one rank.
+        options: of StreamingDataset: `batch_size` (rows per device), order and size of an epoch.
     """
 
     def __init__(
         self,
         streams: Sequence[Stream],
         config: ShardsConfig,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
         meta: Meta,
-        epoch_size: int | None = None,
-        batching_method: str = "random",
-        full_batches: bool = False,
+        full_batches: bool,
+        **options: Any,
     ) -> None:
         self._meta = meta
         self._full_batches = full_batches
@@ -55,17 +48,13 @@ class RowDataset(FixedStreamingDataset):
         self._prefetcher: Prefetcher | None = None
         super().__init__(
             streams,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
-            epoch_size=epoch_size,
-            batching_method=batching_method,
             num_canonical_nodes=config.num_canonical_nodes,
             predownload=config.predownload,
             cache_limit=config.cache_limit,
             download_retry=config.download_attempts,
             download_timeout=config.download_timeout,
             validate_hash=HASH,
+            **options,
         )
 
     # Workaround (streaming 0.13): StreamingDataset.__iter__ decodes one sample at a time. `_resume_incr_epoch`,

@@ -110,13 +110,13 @@ def build_dataloader(
         dataset = RowDataset(
             [folder.open(split) for folder in folders],
             config,
-            batch_size,
-            shuffle,
-            seed,
             meta,
+            full_batches=drop_last and method == "random",
+            batch_size=batch_size,
+            shuffle=shuffle,
+            shuffle_seed=seed,
             epoch_size=None if evaluation else epoch_rows_wanted(config),
             batching_method=method,
-            full_batches=drop_last and method == "random",
         )
     except Exception as error:  # each storage client raises its own types
         remote = next((folder.remote for folder in folders if folder.remote is not None), None)

@@ -123,25 +123,22 @@ def wait_for_leader(file_name: str, remote: str) -> None:
 
 def explain(error: BaseException, remote: str) -> str:
     """Explain an error of a storage client and say what to check."""
-    words = _words(error)
-    if words & set(NO_CREDENTIALS):
-        return f"no credentials were found; {_check(remote, 'the credentials', CREDENTIALS)}"
-    if words & set(REFUSED_KEYS):
-        return (
-            f"the server refuses the credentials ({_one_line(error)}); {_check(remote, 'the credentials', CREDENTIALS)}"
-        )
-    if words & set(REFUSED):
-        return (
-            "the server refuses access: the credentials are wrong or lack permission, or the bucket does not exist; "
-            f"{_check(remote, 'the credentials', CREDENTIALS)} and the name of the bucket"
-        )
-    if words & set(NOT_THERE):
-        return "there is no such file: the bucket or the folder is wrong, or not everything was copied there"
-    if words & set(NO_ANSWER):
-        return f"the server does not answer ({_one_line(error)}); {_check(remote, 'the address', ADDRESS)}"
+    words, reason = _words(error), _one_line(error)
+    credentials = _check(remote, "the credentials", CREDENTIALS)
+    meanings = {
+        NO_CREDENTIALS: f"no credentials were found; {credentials}",
+        REFUSED_KEYS: f"the server refuses the credentials ({reason}); {credentials}",
+        REFUSED: "the server refuses access: the credentials are wrong or lack permission, or there is no such bucket; "
+        f"{credentials} and the name of the bucket",
+        NOT_THERE: "there is no such file: the bucket or the folder is wrong, or not everything was copied there",
+        NO_ANSWER: f"the server does not answer ({reason}); {_check(remote, 'the address', ADDRESS)}",
+    }
+    for names, meaning in meanings.items():
+        if words & set(names):
+            return meaning
     if isinstance(error, ImportError):
-        return f"{_one_line(error)}; install that package to read from {urlparse(remote).scheme}://"
-    return _one_line(error)
+        return f"{reason}; install that package to read from {urlparse(remote).scheme}://"
+    return reason
 
 
 def is_not_there(error: Exception) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from batch_loaders import BUCKET
+from batch_loaders import upload
 from small_shards import make_tokenizer
 from small_streams import ROWS, write_stream
 from streaming import LocalDataset, MDSWriter
@@ -29,10 +29,7 @@ def many_shards(shards, tmp_path_factory):
 
 @pytest.fixture
 def remote(s3, many_shards):
-    for path in sorted(many_shards.rglob("*")):
-        if path.is_file():
-            s3.upload_file(str(path), BUCKET, f"owt/{path.relative_to(many_shards)}")
-    return f"s3://{BUCKET}/owt"
+    return upload(s3, many_shards)
 
 
 @pytest.fixture(scope="module")

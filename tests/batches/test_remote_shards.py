@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import http.server
-import json
 import os
 import shutil
 import threading
@@ -15,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from batch_loaders import BUCKET, loader_of, rows_of
+from batch_loaders import BUCKET, loader_of, move_to_subfolders, rows_of, upload
 
 from electra_composer.batches.shards import build_data_spec, read_data, read_meta
 from electra_composer.config import ShardsConfig, StreamConfig
@@ -179,17 +178,11 @@ def test_a_remote_stream_beside_a_folder(remote, many_shards, tmp_path, workers)
 
 
 def test_shards_in_subfolders_are_fetched(s3, many_shards, tmp_path):
-    index = json.loads((many_shards / "train/index.json").read_text())
-    for number, shard in enumerate(index["shards"]):
-        name = shard["raw_data"]["basename"]
-        shard["raw_data"]["basename"] = f"{number // 3:05}/shard.{number % 3:05}.mds"
-        s3.upload_file(str(many_shards / "train" / name), BUCKET, f"owt/train/{shard['raw_data']['basename']}")
-    s3.put_object(Bucket=BUCKET, Key="owt/train/index.json", Body=json.dumps(index).encode())
-    for path in [many_shards / "meta.json", *sorted((many_shards / "tokenizer").iterdir())]:
-        s3.upload_file(str(path), BUCKET, f"owt/{path.relative_to(many_shards)}")
+    moved = shutil.copytree(many_shards, tmp_path / "moved")
+    move_to_subfolders(moved / "train", 3)
     config = ShardsConfig(path=str(many_shards), max_seq_length=32, num_workers=0)
     expected = rows_of(build_data_spec(config, "train", 8, read_data(config), seed=3).dataloader)
-    loader = loader_of(tmp_path / "cache", f"s3://{BUCKET}/owt", cache_limit="12kb", predownload=8)
+    loader = loader_of(tmp_path / "cache", upload(s3, moved), cache_limit="12kb", predownload=8)
     assert rows_of(loader) == expected
     assert list((tmp_path / "cache/train").glob("0000*/*.mds"))
 

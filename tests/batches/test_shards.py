@@ -203,12 +203,10 @@ with open(f"{sys.argv[2]}/{dist.get_global_rank()}.json", "w") as file:
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted in /proc")
 def test_loaders_that_are_gone_hold_no_files_open(shards):
-    config = ShardsConfig(path=shards, max_seq_length=LENGTH, num_workers=0)
-    meta = read_meta(shards)
-    counts = []
+    meta, counts = read_meta(shards), []
     for _ in range(3):
         options = {"batch_size": 4, "shuffle": True, "drop_last": True, "seed": 0}
-        pair = [build_dataloader(config, meta, split, **options) for split in ("train", "val")]
+        pair = [build_dataloader(config(shards), meta, split, **options) for split in ("train", "val")]
         next(iter(pair[0]))  # not exhausted, so that its threads are running
         assert open_files() - (counts or [0])[-1] >= 12  # six blocks each
         del pair
@@ -262,10 +260,7 @@ def test_two_processes_share_the_rows(shards, tmp_path):
 
 def test_a_resumed_run_keeps_no_file_open_for_each_checkpoint(shards):
     """Streaming opens one at each checkpoint and epoch: after about 900 the limit would be reached."""
-    loader = build_dataloader(
-        ShardsConfig(path=shards, max_seq_length=LENGTH, num_workers=0), read_meta(shards), "train", 4,
-        shuffle=True, drop_last=True, seed=1,
-    )  # fmt: skip
+    loader = build_dataloader(config(shards), read_meta(shards), "train", 4, shuffle=True, drop_last=True, seed=1)
     dataset = loader.dataset
     next(iter(loader))
     dataset.load_state_dict(dataset.state_dict(4, True))

@@ -14,6 +14,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from batch_loaders import move_to_subfolders
 from comparison import Kill, weights
 from small_shards import open_files
 from small_streams import ROWS, config, loader_of
@@ -186,14 +187,7 @@ def test_shards_in_subfolders_of_a_split(folders, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(folders / name, tmp_path / name)
         for split in ("train", "val"):
-            index_file = tmp_path / name / split / "index.json"
-            index = json.loads(index_file.read_text())
-            for number, shard in enumerate(index["shards"]):
-                old = shard["raw_data"]["basename"]
-                shard["raw_data"]["basename"] = f"{number + 3:05}/{old}"
-                (tmp_path / name / split / f"{number + 3:05}").mkdir()
-                shutil.move(tmp_path / name / split / old, tmp_path / name / split / f"{number + 3:05}" / old)
-            index_file.write_text(json.dumps(index))
+            move_to_subfolders(tmp_path / name / split, 1)
     moved = config(tmp_path, {"a": {}, "b": {}})
     assert rows_of(loader_of(moved)) == rows_of(loader_of(plain))
     reader = reader_of_split(str(tmp_path / "a"), "train")
