@@ -24,7 +24,7 @@ import torch
 from machine import describe, interleave
 from streaming import StreamingDataLoader, StreamingDataset
 
-from electra_composer.batches.row_dataset import COLUMNS, Batch, collate_rows
+from electra_composer.batches.collation import COLUMNS, Batch, collate_rows
 from electra_composer.batches.row_reader import Rows, reader_of_split
 from electra_composer.batches.shards import build_dataloader, read_meta
 from electra_composer.config import ShardsConfig

@@ -18,7 +18,8 @@ import torch
 from streaming import LocalDataset
 from transformers import PreTrainedTokenizerFast
 
-from electra_composer.batches.shards import build_data_spec, check_split, read_meta
+from electra_composer.batches.checks import check_split
+from electra_composer.batches.shards import build_data_spec, read_meta
 from electra_composer.config import PretrainConfig, ShardsConfig
 from electra_composer.config_loading import load_config
 from electra_composer.corpus.examples import Row

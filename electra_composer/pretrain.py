@@ -8,7 +8,9 @@ from composer.utils import dist
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.batches.baselines import loss_without_context
-from electra_composer.batches.shards import build_data_spec, check_shards, describe_streams, read_data
+from electra_composer.batches.checks import check_shards
+from electra_composer.batches.shards import build_data_spec, read_data
+from electra_composer.batches.streams import describe_streams
 from electra_composer.checkpoints.remote import remote_copy
 from electra_composer.checkpoints.resuming import exclusive_lock
 from electra_composer.checkpoints.weights import check_state_fits, read_checkpoint, special_ids, tokenizer_files

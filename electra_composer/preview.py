@@ -1,9 +1,9 @@
-"""Look into a folder of shards: what is in it, how long its examples are, and some rows as text.
+"""Show a folder of shards: its counts, the lengths of its examples, and some rows as text.
 
     python -m electra_composer.preview data/owt
     python -m electra_composer.preview data/owt --rows 5 --checkpoint runs/electra-small
 
-With a checkpoint, its generator fills the masked positions, and its discriminator says of every token what it thinks.
+With a checkpoint, its generator fills the masked positions and its discriminator judges every token.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from electra_composer.batches.row_dataset import COLUMNS, collate_rows
-from electra_composer.batches.row_reader import RowReader, Rows, reader_of_split
-from electra_composer.batches.shards import check_shards, check_split, read_meta
+from electra_composer.batches.checks import check_shards, check_split
+from electra_composer.batches.collation import COLUMNS, collate_rows
+from electra_composer.batches.row_reader import Rows, reader_of_split
+from electra_composer.batches.shards import read_meta
 from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.config import ObjectiveConfig, ShardsConfig
 from electra_composer.errors import UserError, report_user_errors
@@ -30,29 +31,29 @@ from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.storage.shard_folder import Meta
 from electra_composer.vocabulary import load_tokenizer
 
-SAMPLE = 20_000  # rows that the histogram counts, evenly spaced
+SAMPLE = 20_000  # rows in the statistics, evenly spaced, at most
 BINS, BAR = 12, 40
 
-LEGEND = """  film            as it was, and not said to be replaced
-  [film]          masked; the generator gave the same word back
-  [film→movie]    masked; the generator put another word there
-  !film           the discriminator says: replaced. Green: it is; red: it is not; yellow: it is, and was not noticed"""
+LEGEND = """  film            original, and judged original
+  [film]          masked; the generator sampled the same word
+  [film→movie]    masked; the generator sampled another word
+  !film           the discriminator says: replaced. Green: correct; red: wrong; yellow without !: replaced, missed"""
 GREEN, RED, YELLOW, DIM, RESET = "\x1b[32m", "\x1b[31m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
 
 
 class Token(NamedTuple):
-    """One token of a row, and what the models made of it."""
+    """A token of a row with the models' predictions."""
 
     text: str
     segment: int  # 0: A, 1: B
     example: int  # 1, 2, …
     masked: bool = False
-    sample: str | None = None  # what the generator put there; None without a checkpoint
+    sample: str | None = None  # the generator's sample; the original without a checkpoint
     replaced: bool = False
-    flagged: bool = False  # the discriminator says: replaced
+    flagged: bool = False  # judged replaced by the discriminator
 
     def render(self, color: bool) -> str:
-        """See :data:`LEGEND`."""
+        """Format the token as described in :data:`LEGEND`."""
         if self.masked:
             text = f"[{self.text}→{self.sample}]" if self.replaced else f"[{self.text}]"
         else:
@@ -68,11 +69,10 @@ class Token(NamedTuple):
 
 
 def describe_meta(meta: Meta) -> str:
-    """What `meta.json` says, for people."""
-    tokenizer = meta.tokenizer
+    """Format `meta.json`."""
     lines = [
         f"{meta.folder}: rows of at most {meta.max_seq_length} tokens, {meta.packing}, seed {meta.seed}",
-        f"tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} entries, SHA-256 {tokenizer.vocabulary_sha256[:8]}…",
+        f"tokenizer {meta.tokenizer.label}",
         "converted with " + ", ".join(f"{name}={value}" for name, value in sorted(meta.conversion.items())),
         f"{'':8}{'documents':>12}{'examples':>12}{'rows':>12}{'tokens':>16}{'fill':>9}{'dropped':>12}",
     ]
@@ -85,7 +85,7 @@ def describe_meta(meta: Meta) -> str:
 
 
 def histogram(lengths: NDArray[np.int64], max_seq_length: int) -> str:
-    """How many of the examples are how long, a line for each of up to twelve ranges of equal width."""
+    """Format a histogram of example lengths, one line for each of up to twelve bins of equal width."""
     width = -(-max_seq_length // BINS)
     counts = np.bincount((lengths - 1) // width)
     lines = [f"lengths of {len(lengths):,} examples: mean {lengths.mean():.1f}, median {np.median(lengths):.0f}"]
@@ -96,22 +96,13 @@ def histogram(lengths: NDArray[np.int64], max_seq_length: int) -> str:
     return "\n".join(lines)
 
 
-def example_lengths(reader: RowReader, rows: int) -> NDArray[np.int64]:
-    """Tokens of the examples in evenly spaced rows."""
-    return _lengths(sample_of(reader, rows))
-
-
-def sample_of(reader: RowReader, rows: int) -> Rows:
-    """Evenly spaced rows, at most :data:`SAMPLE`."""
-    return reader.read(np.arange(0, rows, -(-rows // SAMPLE)))
-
-
-def _lengths(rows: Rows) -> NDArray[np.int64]:
+def example_lengths(rows: Rows) -> NDArray[np.int64]:
+    """Return the number of tokens of each example."""
     return rows.segment_lengths.astype(np.int64).reshape(-1, 2).sum(1)
 
 
-def describe_pieces(ids: NDArray[np.integer], tokenizer: PreTrainedTokenizerFast, meta: Meta) -> str:
-    """How well the vocabulary fits: what it does not know, pieces a word, and how much of it occurs in these rows."""
+def describe_vocabulary(ids: NDArray[np.integer], tokenizer: PreTrainedTokenizerFast, meta: Meta) -> str:
+    """Format how well the vocabulary fits: unknown tokens, pieces per word, and entries that occur in these rows."""
     special = meta.tokenizer.special_ids
     counts = np.bincount(ids, minlength=len(tokenizer))
     unknown = int(counts[special["unk"]]) if "unk" in special else 0
@@ -124,14 +115,13 @@ def describe_pieces(ids: NDArray[np.integer], tokenizer: PreTrainedTokenizerFast
     return f"{line}; {np.count_nonzero(counts):,} of {len(tokenizer):,} entries occur in these rows"
 
 
-def tokens_of(
+def annotate_tokens(
     rows: Rows, tokenizer: PreTrainedTokenizerFast, meta: Meta, model: ElectraForPretraining | None, seed: int
 ) -> list[list[Token]]:
-    """The tokens of some rows, masked as in training and, with a model, filled and judged."""
+    """Return the tokens of some rows, masked as in training and, given a model, with its samples and judgements."""
     packed = torch.from_numpy(collate_rows(rows, meta.max_seq_length, meta.tokenizer.special_ids["pad"]))
     batch = dict(zip(COLUMNS, packed, strict=True))
     ids, sequence_ids = batch["input_ids"], batch["sequence_ids"]
-    masked = torch.zeros_like(ids, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     if model is None:
         special = tuple(meta.tokenizer.special_ids[role] for role in ("pad", "cls", "sep"))
@@ -141,37 +131,25 @@ def tokens_of(
         counts = masking.mask_counts(candidates, sequence_ids, probability, slots)
         noise = torch.rand(ids.shape, generator=generator)
         positions, weights = masking.choose_positions(candidates, counts, slots, noise)
-        corrupted = flagged = None
+        corrupted, flagged = ids, torch.zeros_like(ids, dtype=torch.bool)
     else:
         with torch.no_grad():
             outputs = model(**batch, noise=model.draw_noise(ids, generator))
         positions, weights = outputs["masked_positions"], outputs["masked_weights"]
         corrupted, flagged = outputs["corrupted_ids"], outputs["rtd_logits"] > 0
-    masked.scatter_(1, positions, weights > 0)
+    masked = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, positions, weights > 0)
     result = []
-    for row in range(len(ids)):
-        length = int((sequence_ids[row] > 0).sum())
+    for row, length in enumerate((sequence_ids > 0).sum(1).tolist()):
         texts = tokenizer.convert_ids_to_tokens(ids[row, :length].tolist())
-        samples = None if corrupted is None else tokenizer.convert_ids_to_tokens(corrupted[row, :length].tolist())
-        result.append(
-            [
-                Token(
-                    texts[place],
-                    int(batch["token_type_ids"][row, place]),
-                    int(sequence_ids[row, place]),
-                    bool(masked[row, place]),
-                    None if samples is None else samples[place],
-                    corrupted is not None and bool(corrupted[row, place] != ids[row, place]),
-                    flagged is not None and bool(flagged[row, place]),
-                )
-                for place in range(length)
-            ]
-        )
+        samples = tokenizer.convert_ids_to_tokens(corrupted[row, :length].tolist())
+        columns = (batch["token_type_ids"], sequence_ids, masked, corrupted != ids, flagged)
+        segments, examples, masks, replaced, flags = (column[row, :length].tolist() for column in columns)
+        result.append(list(map(Token, texts, segments, examples, masks, samples, replaced, flags)))
     return result
 
 
 def render(tokens: list[Token], color: bool) -> Iterator[str]:
-    """A line for each segment of each example."""
+    """Yield a line for each segment of each example."""
     for example in range(1, tokens[-1].example + 1):
         for segment, name in ((0, "A"), (1, "B")):
             chosen = [token for token in tokens if (token.example, token.segment) == (example, segment)]
@@ -182,17 +160,17 @@ def render(tokens: list[Token], color: bool) -> Iterator[str]:
 
 @report_user_errors
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m electra_composer.preview",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", help="a folder of shards on this machine")
+    parser.add_argument("folder", help="local folder of shards")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--rows", type=int, default=3, help="how many are shown as text (%(default)s)")
+    parser.add_argument("--rows", type=int, default=3, help="number of rows shown as text (%(default)s)")
     parser.add_argument("--checkpoint", help="a .pt file or run folder of pretrain.py")
-    parser.add_argument("--seed", type=int, default=0, help="which rows, masks and samples")
+    parser.add_argument("--seed", type=int, default=0, help="seed of rows, masks and samples (%(default)s)")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     options = parser.parse_args(arguments)
     meta = read_meta(options.folder)
@@ -205,17 +183,17 @@ def main(arguments: list[str] | None = None) -> None:
         model = checkpoint.build_model()
         if meta.max_seq_length > checkpoint.model_config.max_positions:
             raise UserError(
-                f"{options.checkpoint} knows {checkpoint.model_config.max_positions} positions, but the rows of "
-                f"{options.folder} have up to {meta.max_seq_length}; convert with a smaller --max-seq-length"
+                f"{options.checkpoint} has {checkpoint.model_config.max_positions} positions, but the rows of "
+                f"{options.folder} have up to {meta.max_seq_length} tokens; convert with a smaller --max-seq-length"
             )
     rows = meta.splits[options.split].rows
     reader = reader_of_split(options.folder, options.split)
     if reader is None:
-        raise UserError(f"{options.folder}: some shards are compressed; a run that reads them unpacks them")
+        raise UserError(f"{options.folder}: some shards are compressed; train on them once, which decompresses them")
+    sample = reader.read(np.arange(0, rows, -(-rows // SAMPLE)))
     print(describe_meta(meta))
-    sample = sample_of(reader, rows)
-    print(f"\n{histogram(_lengths(sample), meta.max_seq_length)}")
-    print(f"\n{describe_pieces(sample.input_ids, tokenizer, meta)}")
+    print(f"\n{histogram(example_lengths(sample), meta.max_seq_length)}")
+    print(f"\n{describe_vocabulary(sample.input_ids, tokenizer, meta)}")
     numbers = np.sort(np.random.default_rng(options.seed).choice(rows, min(options.rows, rows), replace=False))
     if not len(numbers):
         return
@@ -223,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
     for number, tokens in zip(
-        numbers.tolist(), tokens_of(reader.read(numbers), tokenizer, meta, model, options.seed), strict=True
+        numbers.tolist(), annotate_tokens(reader.read(numbers), tokenizer, meta, model, options.seed), strict=True
     ):
         print(f"\nrow {number:,} of {options.split}: {len(tokens)} tokens")
         print("\n".join(render(tokens, color)))

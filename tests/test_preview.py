@@ -1,4 +1,4 @@
-"""The preview: counts are those of the shards, and every mark at a token is true."""
+"""The preview shows the counts of the shards and the correct mark at every token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from electra_composer.batches.shards import read_meta
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.pretrain import main as pretrain
-from electra_composer.preview import Token, describe_pieces, example_lengths, histogram, main, render, tokens_of
+from electra_composer.preview import (
+    Token,
+    annotate_tokens,
+    describe_vocabulary,
+    example_lengths,
+    histogram,
+    main,
+    render,
+)
 from electra_composer.vocabulary import load_tokenizer
 
 
@@ -24,7 +32,7 @@ def reader(shards):
 
 def test_lengths_are_those_of_all_examples(shards, reader):
     meta = read_meta(str(shards))
-    lengths = example_lengths(reader, meta.splits["train"].rows)
+    lengths = example_lengths(reader.read(np.arange(meta.splits["train"].rows)))
     assert len(lengths) == meta.splits["train"].examples
     assert lengths.sum() == meta.splits["train"].tokens
     text = histogram(np.array([1, 3, 3, 4, 24]), 24)
@@ -38,7 +46,7 @@ def test_rows_as_text_without_a_model(shards, reader):
     tokenizer = load_tokenizer(meta.tokenizer_folder)
     numbers = np.arange(20)
     rows = reader.read(numbers)
-    shown = tokens_of(rows, tokenizer, meta, None, seed=0)
+    shown = annotate_tokens(rows, tokenizer, meta, None, seed=0)
     ids = np.concatenate([tokenizer.convert_tokens_to_ids([token.text for token in row]) for row in shown])
     assert ids.tolist() == rows.input_ids.tolist()
     masked = [token for row in shown for token in row if token.masked]
@@ -55,8 +63,8 @@ def test_how_well_the_vocabulary_fits(shards):
     entries = tokenizer.get_vocab()
     first = [index for token, index in entries.items() if index > 4 and not token.startswith("##")][:3]
     inside = [index for token, index in entries.items() if token.startswith("##")][:2]
-    ids = np.array([2, *first, *inside, first[0], 1, 3, 3, 0])  # four words, one of them in pieces, and an unknown
-    line = describe_pieces(ids, tokenizer, meta)
+    ids = np.array([2, *first, *inside, first[0], 1, 3, 3, 0])  # four words, one of them split, and an unknown one
+    line = describe_vocabulary(ids, tokenizer, meta)
     assert "14.29% of the tokens are unknown, 1.40 pieces a word" in line
     assert f"5 of {len(entries)} entries occur" in line
 
@@ -82,7 +90,7 @@ def test_with_a_checkpoint(shards, tiny_yaml, tmp_path, capsys):
     assert re.search(r"\[\w+→[\w#\[\]]+\]", text)
     assert "the discriminator says" in text
     main(arguments)
-    assert capsys.readouterr().out == text  # the same seed shows the same
+    assert capsys.readouterr().out == text  # the same seed gives the same output
     assert torch.is_grad_enabled()
 
 

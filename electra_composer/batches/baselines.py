@@ -1,7 +1,7 @@
-"""What a generator reaches that has learnt nothing from context: the loss to compare an MLM loss with.
+"""MLM loss of a generator that ignores context, as a baseline.
 
-A generator can copy the masked tokens that stay in sight, and know how frequent every word is. A loss above or at what
-that gives means that nothing has been learnt from context yet, however far it has fallen from its start.
+Without context, a generator can only copy masked tokens that are still visible and predict word frequencies. An MLM
+loss at or above this baseline means that nothing has been learnt from context yet, however far it has fallen.
 """
 
 from __future__ import annotations
@@ -12,51 +12,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from electra_composer.batches.row_reader import reader_of_split
-from electra_composer.batches.streams import epoch_rows_wanted, folders_of, weigh
+from electra_composer.batches.streams import plan_epoch
 from electra_composer.config import ObjectiveConfig, ShardsConfig
 from electra_composer.storage.shard_folder import Meta
 
-ROWS = 20_000  # read at most, evenly spaced: a third of a second, and the entropy to a hundredth
+ROWS = 20_000  # read at most, evenly spaced: takes a third of a second, and gives the entropy within 0.01
 
 
 def unigram_counts(config: ShardsConfig, meta: Meta, split: str, max_rows: int = ROWS) -> NDArray[np.int64] | None:
-    """How often each token occurs in evenly spaced rows of a split, of each stream by its share of an epoch.
+    """Count each token in evenly spaced rows of a split, weighting streams by their rows in an epoch.
 
     Returns:
-        `[vocabulary]`, with 0 for the special tokens that are never masked; None where the shards are not on this
-        machine (or not unpacked) yet.
+        `[vocabulary]`, with 0 for the special tokens that are never masked; None if the shards are not yet on this
+        machine, or still compressed.
 
     Raises:
-        UserError: a shard that cannot be read.
+        UserError: a shard cannot be read.
     """
-    folders = folders_of(config, meta)
-    readers = [None if folder.remote is not None else reader_of_split(folder.path, split) for folder in folders]
-    shares = weigh(folders, split, epoch_rows_wanted(config), seed=0)
+    shares = plan_epoch(config, meta, split, seed=0)
     counts = np.zeros(meta.tokenizer.vocab_size)
-    for reader, share in zip(readers, shares, strict=True):
+    for folder, rows, _ in shares:
+        reader = None if folder.remote is not None else reader_of_split(folder.path, split)
         if reader is None:
             return None
         numbers = np.arange(0, reader.rows, math.ceil(reader.rows / max_rows))
         found = np.bincount(reader.read(numbers).input_ids, minlength=len(counts))
-        # One folder's counts stay whole numbers as they were found; several are brought to their rows in an epoch.
-        weight = 1.0 if len(folders) == 1 else share.rows / len(numbers)
-        counts += weight * found
+        # One folder's counts stay integers; several are scaled to their rows in an epoch.
+        counts += found * (1.0 if len(shares) == 1 else rows / len(numbers))
     counts[[meta.tokenizer.special_ids[role] for role in ("pad", "cls", "sep")]] = 0
     return np.rint(counts).astype(np.int64)
 
 
 def unigram_entropy(counts: NDArray[np.int64]) -> float:
-    """Entropy in nats of words drawn by their counts: the loss of who knows their frequencies and nothing else."""
+    """Return the entropy in nats of the word frequencies: the loss of a model that knows nothing else."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
 def mlm_loss_without_context(entropy: float, objective: ObjectiveConfig) -> float:
-    """The MLM loss, in nats per masked token, of copying what is in sight and of word frequencies elsewhere.
+    """Return the MLM loss, in nats per masked token, of copying visible words and predicting frequencies elsewhere.
 
-    `electra`: 15% of the masked tokens are kept, and only they are in sight, so that copying is free: 0.85 × entropy.
-    `bert`: of the masked tokens in sight, half are the original and half random words. Who gives the word in sight one
-    half and the frequencies the other pays ln 2 for a kept token and the entropy + ln 2 for one that was replaced.
+    `electra`: 15% of the masked tokens are kept, and only these show a word, so that copying costs nothing:
+    0.85 × entropy.
+    `bert`: of the masked tokens that show a word, half show the original and half a random word. A model that gives
+    probability 1/2 to the visible word and 1/2 to the frequencies has a loss of ln 2 for a kept token and of
+    entropy + ln 2 for a replaced one.
     """
     if objective.mask_style == "electra":
         return 0.85 * entropy
@@ -64,7 +64,7 @@ def mlm_loss_without_context(entropy: float, objective: ObjectiveConfig) -> floa
 
 
 def loss_without_context(config: ShardsConfig, meta: Meta, objective: ObjectiveConfig) -> float | None:
-    """:func:`mlm_loss_without_context` of a run's training rows; None where they are not here yet."""
+    """Return :func:`mlm_loss_without_context` of a run's training rows; None if they are not on this machine yet."""
     counts = unigram_counts(config, meta, config.train_split)
     if counts is None or not counts.any():
         return None

@@ -1,7 +1,7 @@
-"""Rows out of MDS shards, a batch at a time.
+"""Read rows from MDS shards, one batch at a time.
 
-Streaming opens a shard's file anew for every sample and decodes it column by column, some 100 µs a row. Here shards
-stay mapped, and all headers of a batch's rows are decoded at once; the format is Streaming's (`format/mds`), unchanged.
+Shards stay memory-mapped, and the headers of all rows of a batch are decoded together. The format is Streaming's
+(`format/mds`), unchanged.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from streaming.base.format.mds.reader import MDSReader
 
 from electra_composer.errors import UserError
 
-_PLACES = np.arange(4)  # of the bytes of a length
-OPEN_SHARDS = 64  # at most, each a file descriptor; a shuffled epoch reads some 16 large ones at a time
+_PLACES = np.arange(4)  # byte offsets within a length
+OPEN_SHARDS = 64  # at most; each needs a file descriptor. A shuffled epoch reads about 16 large ones at a time
 
 
 class Rows(NamedTuple):
-    """Some rows, one after another; what :func:`electra_composer.batches.shards.collate_rows` takes."""
+    """Concatenated rows, the input of :func:`electra_composer.batches.collation.collate_rows`."""
 
     input_ids: NDArray[np.integer]  # [tokens of all rows]
     row_lengths: NDArray[np.int64]  # [rows]
@@ -32,25 +32,27 @@ class Rows(NamedTuple):
 
 
 def reader_of_split(path: str, split: str) -> RowReader | None:
-    """A reader of the rows on this machine; None where shards are still in an object store, or compressed."""
+    """Return a reader of a local split; None if some shards are missing (still in an object store) or compressed."""
     shards = LocalDataset(local=path, split=split).shards
     reader = RowReader(shards, _vanished)
     return reader if all(os.path.isfile(reader.name(shard)) for shard in range(len(shards))) else None
 
 
 def _vanished(shard: int) -> None:
-    raise UserError(f"shard {shard} is gone while it is read; copy the shards again or make them anew")
+    raise UserError(f"shard {shard} was deleted while being read; copy the shards again or recreate them")
 
 
+# Workaround (streaming 0.13): MDSReader opens the shard's file for every sample and decodes it column by column, about
+# 100 µs per row; goes when it reads many samples at once.
 class RowReader:
     """Reads rows by their numbers in a list of shards.
 
     Args:
-        shards: of Streaming, in the order of their rows; columns as `shard_folder.py` writes them.
-        prepare: called with a shard's number when its file is not there; returns when it is.
+        shards: Streaming's readers, in row order, with the columns described in `shard_folder.py`.
+        prepare: called with a shard's number when its file is missing; should return once it exists.
 
     Attributes:
-        rows: how many there are.
+        rows: total number of rows.
     """
 
     def __init__(self, shards: list[MDSReader], prepare: Callable[[int], None]) -> None:
@@ -67,14 +69,14 @@ class RowReader:
                 raise UserError(
                     f"{self.name(number)}: its columns are {dict(zip(*found, strict=True))}, those of "
                     f"{self.name(0)} {dict(zip(*expected, strict=True))}; expected ids of uint16 or uint32, the "
-                    "same in all shards: make them anew"
+                    "same in all shards; recreate the shards"
                 )
 
     def read(self, numbers: NDArray[np.int64]) -> Rows:
-        """Rows in the order of their numbers.
+        """Read rows, in the order of `numbers`.
 
         Raises:
-            UserError: a shard whose bytes are not what was written.
+            UserError: a shard is corrupt.
         """
         shard_of = np.searchsorted(self._ends, numbers, side="right")
         pieces: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = [None] * len(numbers)  # type: ignore[list-item]
@@ -93,10 +95,10 @@ class RowReader:
         )
 
     def _slices(self, shard: int, rows: NDArray[np.int64]) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-        """The bytes of both columns of some rows of a shard.
+        """Return the bytes of both columns of some rows of a shard.
 
-        A sample is the sizes of its two columns, four bytes each, and the columns. A column is a byte (number of
-        dimensions × 4 + code of the type of the shape), the shape, and the values.
+        A sample is the sizes of its two columns, four bytes each, followed by the columns. A column is one byte
+        (4 × number of dimensions + code of the shape's type), the shape, and the values.
         """
         data, offsets = self._file(shard)
         begins, ends = offsets[rows].astype(np.int64), offsets[rows + 1].astype(np.int64)
@@ -123,7 +125,7 @@ class RowReader:
         return [(data[a:b], data[c:d]) for (a, c), (b, d) in zip(starts.tolist(), lasts.tolist(), strict=True)]
 
     def _file(self, shard: int) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
-        """The bytes of a shard and where its samples begin in them."""
+        """Return the bytes of a shard and the offsets of its samples."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
@@ -144,12 +146,9 @@ class RowReader:
         return self._open[shard]
 
     def name(self, shard: int) -> str:
-        """Path of a shard's file, whether it is there or not."""
+        """Return the path of a shard's file, whether or not it exists."""
         reader = self._shards[shard]
         return os.path.join(reader.dirname, reader.split, reader.raw_data.basename)
 
     def _corrupt(self, shard: int) -> UserError:
-        return UserError(
-            f"{self.name(shard)}: the shard is corrupt: its bytes are not those that were written; "
-            "copy the shards again or make them anew"
-        )
+        return UserError(f"{self.name(shard)}: the shard is corrupt; copy the shards again or recreate them")

@@ -1,69 +1,71 @@
-"""What Streaming shares between processes: let go when its data set is gone, and named by one process at a time."""
+"""Shared memory of Streaming's datasets: pick a free name exclusively, and release blocks before the process exits."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from composer.utils import dist
 from filelock import FileLock
 from streaming import StreamingDataset
 from streaming.base.shared import SharedMemory
 from streaming.base.world import World
 
-from electra_composer.batches.stale_memory import remove_stale
+from electra_composer.batches.stale_memory import remove_stale_memory
 
 
-@contextmanager
-def choosing_a_prefix() -> Iterator[None]:
-    """One data set of this machine and user at a time takes the next free name of Streaming's shared memory.
+# Workaround (streaming 0.13): get_shm_prefix picks the first free name without a lock, so that two runs that start at
+# the same time find the same name and one of them fails. Every rank searches by itself. Goes when Streaming locks the
+# search.
+@contextlib.contextmanager
+def exclusive_prefix() -> Iterator[None]:
+    """Let one dataset of this machine and user at a time pick the next free name of Streaming's shared memory.
 
-    Two runs that start together would otherwise both find the same name free, and one of them fails. All ranks of a
-    run look for the name, each by itself: none starts before the lock is had, and before each has let go what the data
-    sets of earlier trainers held, so that all find the same.
+    No rank enters before the lock is held and every rank has released the datasets of earlier trainers, so that all
+    ranks find the same name.
     """
     gc.collect()
-    lock = FileLock(os.path.join(tempfile.gettempdir(), f"electra_composer_{os.getuid()}.lock"))
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
     is_first = _is_first_on_this_machine()
-    if is_first:
-        lock.acquire()
-    try:
+    lock = FileLock(os.path.join(tempfile.gettempdir(), f"electra_composer_{os.getuid()}.lock"))
+    with lock if is_first else contextlib.nullcontext():
         if is_first:
-            remove_stale()
-        if ranks:
+            remove_stale_memory()
+        if _is_distributed():
             torch.distributed.barrier()
         yield
-        if ranks:
+        if _is_distributed():
             torch.distributed.barrier()
-    finally:
-        lock.release()
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _is_first_on_this_machine() -> bool:
-    """Whether this process is to take the lock: the first of its run that would find the same file.
+    """Return whether this rank takes the lock: the first one of its run that sees the same lock file.
 
-    Not the first of its node: several launchers on one machine are several nodes, and would wait for each other.
+    It is not the first of its node: several launchers on one machine count as several nodes and would wait for each
+    other.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _is_distributed():
         return World.detect().is_local_leader
     place = os.stat(tempfile.gettempdir())
-    machines: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(machines, (socket.gethostname(), place.st_dev, place.st_ino))
-    rank = torch.distributed.get_rank()
-    return machines.index(machines[rank]) == rank
+    machines = dist.all_gather_object((socket.gethostname(), place.st_dev, place.st_ino))
+    return machines.index(machines[dist.get_global_rank()]) == dist.get_global_rank()
 
 
+# Workaround (streaming 0.13): blocks are released by exit handlers alone; goes when datasets have a close method.
 def release(blocks: Sequence[SharedMemory], owner: int | None = None) -> None:
-    """Close blocks of shared memory now, and remove those that this process made, instead of at its end.
+    """Close blocks of shared memory now instead of at exit, and unlink those that this process created.
 
-    `owner` is the process that may; a worker's copy of the data set leaves everything as it is.
+    Args:
+        owner: id of the only process that may release them: a loader worker's copy of a dataset must not. None: any.
     """
     if owner not in (None, os.getpid()):
         return
@@ -72,12 +74,22 @@ def release(blocks: Sequence[SharedMemory], owner: int | None = None) -> None:
         atexit.unregister(block.cleanup)
 
 
-def all_shared_memory() -> list[SharedMemory]:
+@contextlib.contextmanager
+def release_new_blocks(keep: Callable[[], list[SharedMemory]] = list) -> Iterator[None]:
+    """Release the blocks of shared memory opened in the `with` statement, except those that `keep()` then returns."""
+    before = _all_shared_memory()
+    yield
+    kept = before + keep()
+    release([block for block in _all_shared_memory() if block not in kept])
+
+
+def _all_shared_memory() -> list[SharedMemory]:
     return [block for block in gc.get_referrers(SharedMemory) if isinstance(block, SharedMemory)]
 
 
+# Workaround (streaming 0.13): a dataset does not list its blocks; goes when datasets have a close method.
 def shared_memory_of(dataset: StreamingDataset) -> list[SharedMemory]:
-    """The blocks of shared memory that a data set holds, found in its attributes and one or two levels below."""
+    """Return the blocks of shared memory that a dataset holds in its attributes, or up to two levels below."""
     blocks, values = [], list(vars(dataset).values())
     for _ in range(3):
         blocks += [value for value in values if isinstance(value, SharedMemory)]

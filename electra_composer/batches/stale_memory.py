@@ -1,10 +1,8 @@
-"""What killed runs leave behind of Streaming's shared memory: found by the next run, and removed.
+"""Remove shared memory and lock files that killed runs left behind.
 
-Streaming keeps some small blocks per data set in `/dev/shm`, and lock files in the folder of temporary files, all under
-a number. A process that is killed with all its children leaves them there, and one whose shards are in an object store
-then makes Streaming refuse the same cache ("Reused local directory"). Streaming's `clean_stale_shared_memory` removes
-whatever it finds, also of a job that is running beside this one. Here each data set has an owner's file that its
-process keeps locked for as long as it lives, and only what had an owner that is gone is removed.
+Streaming keeps a few small blocks per dataset in `/dev/shm` and lock files in the temporary folder, all named by a
+number. Here each dataset also has an owner file, which its process keeps locked while it lives; only files whose owner
+has exited are removed.
 """
 
 from __future__ import annotations
@@ -18,48 +16,40 @@ from typing import TextIO
 
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
 
-SHARED_MEMORY = "/dev/shm"  # Linux; elsewhere nothing is found there, and nothing removed
+# Workaround (streaming 0.13): a process killed with all its children leaves its blocks and lock files behind; with a
+# remote, Streaming then refuses the same cache ("Reused local directory"). `clean_stale_shared_memory` removes all
+# blocks, those of running jobs too. Goes when Streaming tracks the owners of its blocks.
+SHARED_MEMORY = "/dev/shm"  # Linux; elsewhere no blocks are found or removed
 
 
-def own(prefix: int) -> TextIO:
-    """Mark the data set with this number as one that is in use, until the file is closed or the process ends."""
-    file = open(_owner_path(prefix), "w", encoding="utf-8")  # noqa: SIM115 (open for as long as the data set is there)
-    fcntl.flock(file, fcntl.LOCK_SH)  # several launchers on one machine are several nodes, of one number
+def mark_in_use(prefix: int) -> TextIO:
+    """Mark the dataset with this number as in use until the returned file is closed or the process exits."""
+    file = open(_owner_path(prefix), "w", encoding="utf-8")  # noqa: SIM115 (stays open as long as the dataset exists)
+    fcntl.flock(file, fcntl.LOCK_SH)  # shared: several launchers on one machine are several nodes with one number
     file.write(str(_inode(prefix)))
     file.flush()
     return file
 
 
-def remove_stale() -> list[int]:
-    """Remove what data sets of this user have left whose processes are gone; their numbers.
+def remove_stale_memory() -> None:
+    """Remove blocks and lock files of this user's datasets whose processes have exited.
 
-    One process at a time may call it, and while no data set gets its number.
+    Call it from one process at a time, while no dataset picks its number.
     """
     pattern = re.compile(re.escape(os.path.basename(_owner_path(0))).replace("000000", r"(\d{6,})"))
-    removed = []
-    for name in os.listdir(tempfile.gettempdir()):
-        match = pattern.fullmatch(name)
-        if match and _remove_if_stale(int(match[1])):
-            removed.append(int(match[1]))
-    return removed
-
-
-def _remove_if_stale(prefix: int) -> bool:
-    path = _owner_path(prefix)
-    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its owner, or a worker of it, is alive
-        # Another program may have taken the number since: then the block is another one.
-        if _inode(prefix) in (None, int(file.read() or -1)):
-            names = [f"{prefix:06}_{name}" for name in SHM_TO_CLEAN]
-            paths = [os.path.join(SHARED_MEMORY, name) for name in names]
-            locks = [f"{prefix:06}_{name}" for name in (BARRIER_FILELOCK, CACHE_FILELOCK)]
-            paths += [os.path.join(tempfile.gettempdir(), name) for name in locks]
-            for left in paths:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(left)
-        os.remove(path)
-        return True
-    return False
+    for match in filter(None, map(pattern.fullmatch, os.listdir(tempfile.gettempdir()))):
+        prefix = int(match[1])
+        with contextlib.suppress(OSError), open(_owner_path(prefix), encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the owner or one of its workers is alive
+            # Another program may have reused the number; the block then has another inode.
+            if _inode(prefix) in (None, int(file.read() or -1)):
+                paths = [os.path.join(SHARED_MEMORY, f"{prefix:06}_{name}") for name in SHM_TO_CLEAN]
+                locks = (BARRIER_FILELOCK, CACHE_FILELOCK)
+                paths += [os.path.join(tempfile.gettempdir(), f"{prefix:06}_{name}") for name in locks]
+                for left in paths:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(left)
+            os.remove(file.name)
 
 
 def _owner_path(prefix: int) -> str:

@@ -1,11 +1,12 @@
-"""Several folders of shards read as one: what they must have in common, and how much of each an epoch takes.
+"""Mixing of several folders of shards: requirements on them, and how many rows an epoch takes of each.
 
-The rules of `proportion`, `repeat`, `choose` and `epoch_size` are Streaming's (`Stream.apply_weights`), and so is how
-rows are picked and put in batches (`streaming/base/sampling.py`, `batching/`).
+`proportion`, `repeat`, `choose` and `epoch_size` follow Streaming's rules (`Stream.apply_weights`), as do the choice
+of rows and their batches (`streaming/base/sampling.py`, `batching/`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from streaming import Stream
 from streaming.base.util import number_abbrev_to_int
 from streaming.base.world import World
 
+from electra_composer.batches.streaming_fixes import FolderStream, RemoteStream
 from electra_composer.config import ShardsConfig, StreamConfig
 from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
@@ -26,36 +28,41 @@ WEIGHTS = ("proportion", "repeat", "choose")
 
 @dataclass
 class MixedMeta(Meta):
-    """What several folders hold together: the first one's meta, with the counts of all."""
+    """Metadata of several folders: that of the first, with the counts of all."""
 
     streams: dict[str, Meta] = field(default_factory=dict)
 
 
 class Folder(NamedTuple):
-    """A folder of shards, and how much of it is in an epoch."""
+    """A folder of shards and its weight in an epoch."""
 
     name: str  # of the stream; empty for data.path
     path: str
     remote: str | None
     meta: Meta
-    weight: dict[str, float]  # one of WEIGHTS, as Streaming's `Stream` takes it; or none
+    weight: dict[str, float]  # at most one of WEIGHTS, as an argument of Streaming's `Stream`
 
     @property
     def label(self) -> str:
-        """How an error message names it."""
+        """Name in error messages."""
         return f"data.streams.{self.name} ({self.path})" if self.name else self.path
+
+    def open(self, split: str) -> Stream:
+        """Return one split as a stream of :class:`FixedStreamingDataset`."""
+        kind = FolderStream if self.remote is None else RemoteStream
+        return kind(local=self.path, remote=self.remote, split=split, **self.weight)
 
 
 def folders_of(config: ShardsConfig, meta: Meta, evaluation: bool = False) -> list[Folder]:
-    """The folders that are read, in the order of the configuration.
+    """Return the folders to read, in the order of the configuration.
 
     Args:
-        meta: of :func:`electra_composer.batches.shards.read_data`.
-        evaluation: those of `eval_streams`, every row once.
+        meta: from :func:`electra_composer.batches.shards.read_data`.
+        evaluation: return those of `eval_streams`, without weights: every row once.
     """
     if not config.streams:
         return [Folder("", config.path, config.remote, meta, {})]
-    assert isinstance(meta, MixedMeta), "streams have a meta of their own: read_data"
+    assert isinstance(meta, MixedMeta), "metadata of streams comes from read_data"
     names = config.eval_streams if evaluation and config.eval_streams is not None else list(config.streams)
     folders = []
     for name in names:
@@ -70,7 +77,7 @@ def _weight(stream: StreamConfig) -> dict[str, float]:
 
 
 def check_streams(config: ShardsConfig) -> None:
-    """Refuse what cannot be mixed, before anything is read.
+    """Refuse streams that cannot be mixed, before any file is read.
 
     Raises:
         UserError: with the full path of the key.
@@ -78,7 +85,7 @@ def check_streams(config: ShardsConfig) -> None:
     if not config.streams:
         for key in ("eval_streams", "batching_method"):
             if getattr(config, key) not in (None, "random"):
-                raise UserError(f"data.{key} is {getattr(config, key)}, but there are no data.streams")
+                raise UserError(f"data.{key} is {getattr(config, key)}, but there are no data.streams; remove it")
     epoch_rows_wanted(config)
     places: dict[str, str] = {}
     weights = {name: _weight(stream) for name, stream in config.streams.items()}
@@ -86,7 +93,7 @@ def check_streams(config: ShardsConfig) -> None:
         other = places.setdefault(os.path.abspath(stream.path), name)
         if other != name:
             raise UserError(
-                f"data.streams.{other} and data.streams.{name} are the same folder, {stream.path}; give it once, with "
+                f"data.streams.{other} and data.streams.{name} are the same folder, {stream.path}; list it once, with "
                 "repeat: 2 to take its rows twice"
             )
         _check_weight(name, weights[name])
@@ -99,18 +106,14 @@ def check_streams(config: ShardsConfig) -> None:
         )
     if config.epoch_size is not None and not proportional and any(weights.values()):
         raise UserError(
-            "data.epoch_size goes with proportions, or with streams that say nothing; repeat and choose give the size "
-            "of an epoch themselves"
+            "data.epoch_size cannot be combined with repeat or choose, which already determine the size of an epoch; "
+            "give the streams proportions or no weights"
         )
-    if config.eval_streams is not None:
-        _check_eval_streams(config.eval_streams, list(config.streams))
-
-
-def _check_eval_streams(chosen: list[str], streams: list[str]) -> None:
-    for name in chosen:
-        if name not in streams:
-            raise UserError(f"data.eval_streams: no stream {name}; {nearest(name, streams)}")
-    if not chosen or len(set(chosen)) < len(chosen):
+    chosen = config.eval_streams
+    for name in chosen or ():
+        if name not in config.streams:
+            raise UserError(f"data.eval_streams: no stream {name}; {nearest(name, list(config.streams))}")
+    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
         raise UserError(f"data.eval_streams is {chosen}; expected names of streams, each once, or null for all")
 
 
@@ -119,11 +122,11 @@ def _check_weight(name: str, weight: dict[str, float]) -> None:
         raise UserError(f"data.streams.{name} has {' and '.join(weight)}; give one of them")
     for key, value in weight.items():
         if not (0 < value < float("inf")):
-            raise UserError(f"data.streams.{name}.{key} is {value}; expected more than 0, or leave the stream out")
+            raise UserError(f"data.streams.{name}.{key} is {value}; expected more than 0, or remove the stream")
 
 
 def epoch_rows_wanted(config: ShardsConfig) -> int | None:
-    """`data.epoch_size` as a number of rows, if it is given."""
+    """Return `data.epoch_size` as a number of rows, or None."""
     if config.epoch_size is None:
         return None
     try:
@@ -135,137 +138,117 @@ def epoch_rows_wanted(config: ShardsConfig) -> int | None:
     return rows
 
 
-def mix(metas: dict[str, Meta]) -> MixedMeta:
-    """The common description of several streams.
+def merge_meta(metas: dict[str, Meta]) -> MixedMeta:
+    """Merge the metadata of several streams.
 
     Raises:
-        UserError: other tokenizers or lengths, with both streams and both values.
+        UserError: their tokenizers or lengths differ; names both streams and both values.
     """
     (first_name, first), *others = metas.items()
     for name, meta in others:
-        differences = (
-            (
-                "the tokenizer",
-                lambda meta: (meta.tokenizer.vocabulary_sha256, meta.tokenizer.special_ids),
-                lambda meta: (
-                    f"{meta.tokenizer.name} ({meta.tokenizer.vocab_size:,} entries, SHA-256 "
-                    f"{meta.tokenizer.vocabulary_sha256[:8]}…, special ids {meta.tokenizer.special_ids})"
-                ),
-                "with the same --tokenizer",
-            ),
-            (
-                "rows of",
-                lambda meta: meta.max_seq_length,
-                lambda meta: f"{meta.max_seq_length} tokens",
-                "with the same --max-seq-length",
-            ),
+        if meta.tokenizer.identity != first.tokenizer.identity:
+            flag, tokenizers = "--tokenizer", (first.tokenizer, meta.tokenizer)
+            found = [f"the tokenizer {of.label}, special ids {of.special_ids}" for of in tokenizers]
+        elif meta.max_seq_length != first.max_seq_length:
+            flag, found = "--max-seq-length", [f"rows of {of.max_seq_length} tokens" for of in (first, meta)]
+        else:
+            continue
+        raise UserError(
+            f"data.streams.{first_name} has {found[0]}, data.streams.{name} has {found[1]}; convert one of them again "
+            f"with the same {flag}"
         )
-        for what, value, told, mend in differences:
-            if value(meta) != value(first):
-                raise UserError(
-                    f"data.streams.{first_name} has {what} {told(first)}, data.streams.{name} {told(meta)}; convert "
-                    f"one of them anew, {mend}"
-                )
     splits = sorted({split for meta in metas.values() for split in meta.splits})
-    return MixedMeta(
-        first.tokenizer,
-        first.max_seq_length,
-        first.packing,
-        first.seed,
-        first.conversion,
-        {split: _sum([meta.splits.get(split, SplitCounts()) for meta in metas.values()]) for split in splits},
-        folder=first.folder,
-        streams=metas,
-    )
-
-
-def _sum(counts: Sequence[SplitCounts]) -> SplitCounts:
-    columns = zip(*(vars(part).values() for part in counts), strict=True)
-    return SplitCounts(*(sum(column) for column in columns))
+    counts = {split: [meta.splits.get(split, SplitCounts()) for meta in metas.values()] for split in splits}
+    columns = {split: zip(*map(dataclasses.astuple, parts), strict=True) for split, parts in counts.items()}
+    sums = {split: SplitCounts(*map(sum, of_split)) for split, of_split in columns.items()}
+    return MixedMeta(**{**vars(first), "splits": sums, "sources": {}}, streams=metas)
 
 
 class Share(NamedTuple):
-    """What an epoch takes of a folder."""
+    """Part of an epoch that comes from one folder."""
 
+    folder: Folder
     rows: int
     proportion: float  # of the epoch, and of a stratified batch
 
 
-def weigh(folders: Sequence[Folder], split: str, epoch_size: int | None, seed: int) -> list[Share]:
-    """How much of each folder is in an epoch, by Streaming's own rule.
+def plan_epoch(config: ShardsConfig, meta: Meta, split: str, seed: int, evaluation: bool = False) -> list[Share]:
+    """Compute how many rows an epoch takes of each folder, using Streaming's own rule.
 
     Args:
-        epoch_size: rows of all together; None: as many as they hold, or as repeat and choose say.
-        seed: of the order; it decides which streams have one row more where proportions leave a fraction.
+        meta: from :func:`electra_composer.batches.shards.read_data`.
+        seed: of the order; decides which streams get one row more where proportions leave a fraction.
+        evaluation: take every row of `eval_streams` once.
 
     Raises:
-        UserError: a stream of which no row would be taken.
+        UserError: an epoch would take no row of a stream.
     """
+    folders = folders_of(config, meta, evaluation)
     streams = [Stream(local=folder.path, **folder.weight) for folder in folders]
     rows = np.array([folder.meta.splits[split].rows for folder in folders], np.int64)
-    Stream.apply_weights(streams, rows, epoch_size, seed)
-    shares = [Share(int(stream.choose), float(stream.proportion)) for stream in streams]
-    for folder, share in zip(folders, shares, strict=True):
-        if share.rows < 1:
-            raise UserError(f"{folder.label}: an epoch would take none of its rows; give it more, or leave it out")
+    Stream.apply_weights(streams, rows, None if evaluation else epoch_rows_wanted(config), seed)
+    chosen = zip(folders, streams, strict=True)
+    shares = [Share(folder, int(stream.choose), float(stream.proportion)) for folder, stream in chosen]
+    for folder, count, _ in shares:
+        if count < 1:
+            raise UserError(f"{folder.label}: an epoch takes none of its rows; raise its weight, or remove the stream")
     return shares
 
 
+# Workaround (streaming 0.13): StreamingDataset.__len__ counts the rows of an epoch, although stratified and per_stream
+# batching drop rows that do not fill a batch. The number of batches is computed here as `batching/stratified.py` and
+# `batching/per_stream.py` deal them; goes when __len__ follows the batching method.
 def batches_per_epoch(shares: Sequence[Share], method: str, batch_size: int, world: World) -> int | None:
-    """How many batches per device `stratified` and `per_stream` give, which leave out what does not fill one.
+    """Return the number of batches per device with `stratified` or `per_stream` batching.
 
     Args:
         batch_size: rows per device.
 
     Returns:
-        None for `random`, where it follows from the rows alone.
+        None for `random`, where it follows from the number of rows alone.
 
     Raises:
-        UserError: a stream that has too few rows for one batch, or too small a share for a row in each.
+        UserError: a stream has too few rows for one batch, or too small a proportion for one row per batch.
     """
     global_size = batch_size * world.num_ranks
     if method == "random":
         return None
-    rows = [_round_up(share.rows, world.num_nodes) for share in shares]  # Streaming repeats some for even shares
+    rows = [_round_up(share.rows, world.num_nodes) for share in shares]  # Streaming repeats some for even partitions
     if method == "per_stream":
         batches = [-(-count // world.num_ranks) // batch_size for count in rows]
         if min(batches) < 1:
             raise UserError(
-                f"data.batching_method is per_stream, but a stream gives only {min(rows):,} rows an epoch, fewer than "
-                f"a batch of {global_size:,}; take a smaller batch size, or random"
+                f"data.batching_method is per_stream, but a stream has only {min(rows):,} rows per epoch, fewer than "
+                f"a batch of {global_size:,}; use a smaller batch size, or random"
             )
         return sum(batches)
-    portions = stratified_portions(shares, global_size)
+    # Largest remainders, as in Streaming's `batching/stratified.py`.
+    exact = global_size * np.array([share.proportion for share in shares])
+    portions = exact.astype(np.int64)
+    portions[np.flip(np.argsort(exact - portions))[: global_size - portions.sum()]] += 1
     if min(portions) < 1:
         raise UserError(
             f"data.batching_method is stratified, but a stream has {min(share.proportion for share in shares):.2%} of "
-            f"the rows, which is none in a batch of {global_size:,}; take a larger batch size, or random"
+            f"the rows, which is none in a batch of {global_size:,}; use a larger batch size, or random"
         )
-    padded = [_round_up(count, world.ranks_per_node) for count in rows]
-    return min(count // portion for count, portion in zip(padded, portions, strict=True))
+    padded = np.array([_round_up(count, world.ranks_per_node) for count in rows])
+    return int(min(padded // portions))
 
 
 def _round_up(count: int, unit: int) -> int:
     return -(-count // unit) * unit
 
 
-def stratified_portions(shares: Sequence[Share], global_size: int) -> list[int]:
-    """Rows of each stream in every batch over all devices, as Streaming's `batching/stratified.py` deals them."""
-    exact = global_size * np.array([share.proportion for share in shares])
-    portions = exact.astype(np.int64)
-    portions[np.flip(np.argsort(exact - portions))[: global_size - portions.sum()]] += 1
-    return [int(portion) for portion in portions]
-
-
-def describe_epoch(folders: Sequence[Folder], split: str, shares: Sequence[Share]) -> str:
-    """A table for people: what is there, and what an epoch takes of it."""
-    width = max(len("stream"), *(len(folder.name) for folder in folders))
+def describe_streams(config: ShardsConfig, meta: Meta, seed: int) -> str | None:
+    """Format a table of each stream's rows and of how many an epoch takes; None without streams."""
+    if not config.streams:
+        return None
+    shares = plan_epoch(config, meta, config.train_split, seed)
+    width = max(len("stream"), *(len(share.folder.name) for share in shares))
     lines = [f"{'stream':{width}} {'rows':>14} {'in an epoch':>14} {'share':>8} {'each taken':>12}"]
     total = sum(share.rows for share in shares)
-    for folder, share in zip(folders, shares, strict=True):
-        there = folder.meta.splits[split].rows
-        lines.append(
-            f"{folder.name:{width}} {there:14,} {share.rows:14,} {share.rows / total:8.2%} {share.rows / there:11.3g}×"
-        )
-    lines.append(f"{'all':{width}} {sum(folder.meta.splits[split].rows for folder in folders):14,} {total:14,}")
+    for folder, rows, _ in shares:
+        there = folder.meta.splits[config.train_split].rows
+        lines.append(f"{folder.name:{width}} {there:14,} {rows:14,} {rows / total:8.2%} {rows / there:11.3g}×")
+    lines.append(f"{'all':{width}} {meta.splits[config.train_split].rows:14,} {total:14,}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Loader worker processes that only their parent can end."""
+"""DataLoader worker processes that only their parent can terminate."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 END_OF_WORKER = signal.SIGUSR2
-ENDS_WORKERS = sys.platform.startswith("linux")  # where PyTorch forks them
+ENDS_WORKERS = sys.platform.startswith("linux")  # PyTorch forks its workers there
 
 
 def loader_workers(number: int) -> dict[str, Any]:
-    """Arguments of a `DataLoader` for `number` processes that live until their parent ends them.
+    """Return the `DataLoader` arguments for `number` workers that run until their parent terminates them.
 
-    Ctrl-C and many schedulers signal every process of a run, but the batch that is to be finished needs its workers:
-    they ignore SIGINT and, on Linux, SIGTERM. PyTorch ends by SIGTERM what does not end by itself, and so does Python
-    at its exit: there, these processes get :data:`END_OF_WORKER` instead, and leave with the status 0 that PyTorch
-    expects of them.
+    Ctrl-C and many schedulers signal every process of a run, but finishing the current batch needs the workers: they
+    ignore SIGINT and, on Linux, SIGTERM.
     """
     if number == 0:
         return {"num_workers": 0}
@@ -30,8 +28,8 @@ def loader_workers(number: int) -> dict[str, Any]:
 
 
 def leave_signals_to_parent(_: int = 0) -> None:
-    """What a process of :func:`loader_workers` does first."""
-    # What a worker has a copy of is its parent's to close: no garbage collection is to do it here.
+    """Initialise a worker: ignore signals that are meant for the parent."""
+    # The parent closes the resources that a worker has copies of: garbage collection here must not.
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if ENDS_WORKERS:
@@ -39,6 +37,9 @@ def leave_signals_to_parent(_: int = 0) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+# Workaround (torch 2.7): DataLoader, and Python at exit, terminate workers by SIGTERM, which these workers ignore. They
+# get END_OF_WORKER instead, and exit with the status 0 that DataLoader expects. `_Popen` is private to Python's
+# multiprocessing. Goes when DataLoader lets the caller choose the signal.
 class _WorkerPopen(Popen):
     def terminate(self) -> None:
         if self.poll() is None:

@@ -1,4 +1,4 @@
-"""Files out of an object store by Streaming's downloaders, and what their errors mean to the person at the keyboard."""
+"""Download files from object stores with Streaming's downloaders, and explain the errors of storage clients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TypeVar
 from urllib.parse import urlparse
 
@@ -17,9 +18,9 @@ from electra_composer.storage.shard_folder import META, TOKENIZER, Meta, is_insi
 
 T = TypeVar("T")
 
-START_SECONDS = 30.0  # at most, for meta.json or a file of the tokenizer to come
+START_SECONDS = 30.0  # longest wait for meta.json or a tokenizer file
 
-# Names of the errors of boto3, google-cloud-storage, azure, oci and huggingface_hub, and codes of their answers.
+# Exception names and response codes of boto3, google-cloud-storage, azure, oci and huggingface_hub.
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "InvalidConfig")
 REFUSED = ("401", "403", "Forbidden", "Unauthorized", "ClientAuthenticationError", "AccessDenied", "RefreshError")
 REFUSED_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
@@ -33,24 +34,13 @@ CREDENTIALS = {
     "oci": "~/.oci/config",
     "hf": "HF_TOKEN",
 }
-ADDRESS = {"s3": "S3_ENDPOINT_URL, if it is not Amazon's"}
+ADDRESS = {"s3": "S3_ENDPOINT_URL, unless it is Amazon's"}
 
 
-def fetch(downloader: CloudDownloader, remote: str, local: str, seconds: float) -> None:
-    """Download one file, or give up.
-
-    Raises:
-        UserError: see :func:`answer`.
-    """
-    answer(remote, seconds, lambda: download_whole(downloader, remote, local, seconds))
-
-
-def download_whole(downloader: CloudDownloader, remote: str, local: str, seconds: float) -> None:
-    """Download a file, unless it is there; it gets its name when it is whole.
-
-    Streaming's downloader for Google's store writes under the final name, where a reader sees half a file, and what a
-    kill has left passes for the file from then on. Raises what the client raises.
-    """
+# Workaround (streaming 0.13): GCSDownloader writes under the final name, where readers see a partial file, and where
+# one left by a kill passes for the complete file; goes when every downloader renames complete files.
+def download_atomically(downloader: CloudDownloader, remote: str, local: str, seconds: float) -> None:
+    """Download a file unless it exists, and give it its name once it is complete. Raises the client's errors."""
     if os.path.exists(local):
         return
     unfinished = f"{local}.{os.getpid()}.unfinished"
@@ -65,66 +55,62 @@ def download_whole(downloader: CloudDownloader, remote: str, local: str, seconds
         raise
 
 
+# Workaround (streaming 0.13): downloaders pass their timeout on as a read timeout or not at all, and clients wait for
+# minutes for a server that does not answer; goes when the timeout limits the complete download.
 def answer(remote: str, seconds: float, ask: Callable[[], T]) -> T:
-    """What a storage client answers, or give up.
-
-    The clients' own patience is minutes where a server does not answer at all, whatever timeout Streaming gives them:
-    so a thread asks, which is left behind then.
+    """Call a storage client in a thread and return its result; abandon the thread after `seconds`.
 
     Raises:
-        UserError: in a line: no such bucket or file, credentials missing or refused, no answer, …; with the client's
-            own error as its cause.
+        UserError: one line: no such bucket or file, credentials missing or refused, no answer, …; the client's error
+            is its cause.
     """
-    answers: list[T] = []
-    failure: list[Exception] = []
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            answers.append(ask())
-        except Exception as error:  # every storage client has errors of its own
-            failure.append(error)
+            future.set_result(ask())
+        except Exception as error:  # each storage client raises its own types
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([future], seconds).done:
         raise UserError(f"{remote}: no answer within {seconds:g} s; {_check(remote, 'the address', ADDRESS)}")
-    if failure:
-        raise UserError(f"{remote}: {explain(failure[0], remote)}") from failure[0]
-    return answers[0]
+    if error := future.exception():
+        raise UserError(f"{remote}: {explain(error, remote)}") from error
+    return future.result()
 
 
 def fetch_meta(path: str, remote: str, timeout: float) -> None:
-    """Fetch `meta.json` and the tokenizer of a folder of shards; `meta.json` gets its name last: who sees it sees all.
+    """Fetch `meta.json` and the tokenizer of a folder of shards; `meta.json` appears last, when all are complete.
 
     Raises:
-        UserError: see :func:`fetch`; or what is there is no `meta.json`.
+        UserError: see :func:`answer`; or the file is not a valid `meta.json`.
     """
     local = os.path.join(path, META)
     timeout = min(timeout, START_SECONDS)
+
+    def fetch(source: str, target: str) -> None:
+        answer(source, timeout, lambda: download_atomically(downloader, source, target, timeout))
+
     try:
-        downloader = _downloader(remote)  # one client for all files: making one takes longer than a small file
-        fetch(downloader, os.path.join(remote, META), f"{local}.tmp", timeout)
+        try:
+            downloader = CloudDownloader.get(remote)  # one client for all files: creating it takes longer than a file
+        except Exception as error:  # unknown kind of store, client package not installed, or no credentials
+            raise UserError(explain(error, remote)) from error
+        fetch(os.path.join(remote, META), f"{local}.tmp")
         with open(f"{local}.tmp", encoding="utf-8") as file:
             meta = Meta.from_json(file.read(), path)
         for name in meta.tokenizer.files:
             if not is_inside(name) or os.path.basename(name) != name:
-                raise ValueError(f"tokenizer file {name!r} is not a plain name")
-            fetch(downloader, os.path.join(remote, TOKENIZER, name), os.path.join(path, TOKENIZER, name), timeout)
+                raise ValueError(f"tokenizer file {name!r} is not a plain file name")
+            fetch(os.path.join(remote, TOKENIZER, name), os.path.join(path, TOKENIZER, name))
         os.replace(f"{local}.tmp", local)
     except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"no shards could be fetched from {remote}: {error}") from error
 
 
-def _downloader(remote: str) -> CloudDownloader:
-    try:
-        return CloudDownloader.get(remote)
-    except Exception as error:  # an unknown kind of store, or its client's package or credentials are not there
-        raise UserError(explain(error, remote)) from error
-
-
 def wait_for_leader(file_name: str, remote: str) -> None:
-    """Wait until another process of this machine has fetched a file.
+    """Wait until the first rank of this node has fetched a file.
 
     Raises:
         UserError: it has not within a minute.
@@ -132,39 +118,36 @@ def wait_for_leader(file_name: str, remote: str) -> None:
     try:
         wait_for_file_to_exist(file_name, 0.07, 60.0, f"{file_name} was not fetched from {remote}")
     except RuntimeError as error:
-        raise UserError(f"no shards could be fetched from {remote} by the first process of this machine") from error
+        raise UserError(f"no shards could be fetched from {remote} by this node's first rank; see its error") from error
 
 
-def explain(error: Exception, remote: str) -> str:
-    """What an error of a storage client means, and what to look at."""
-    words = _words(error)
-    if words & set(NO_CREDENTIALS):
-        return f"no credentials were found; {_check(remote, 'the credentials', CREDENTIALS)}"
-    if words & set(REFUSED_KEYS):
-        return (
-            f"the server refuses the credentials ({_one_line(error)}); {_check(remote, 'the credentials', CREDENTIALS)}"
-        )
-    if words & set(REFUSED):
-        return (
-            "the server refuses access: credentials that are wrong or may not read it, or no such place; "
-            f"{_check(remote, 'the credentials', CREDENTIALS)} and the name of the bucket"
-        )
-    if words & set(NOT_THERE):
-        return "there is no such file: the bucket or the folder is another, or not all was copied there"
-    if words & set(NO_ANSWER):
-        return f"the server does not answer ({_one_line(error)}); {_check(remote, 'the address', ADDRESS)}"
+def explain(error: BaseException, remote: str) -> str:
+    """Explain an error of a storage client and say what to check."""
+    words, reason = _words(error), _one_line(error)
+    credentials = _check(remote, "the credentials", CREDENTIALS)
+    meanings = {
+        NO_CREDENTIALS: f"no credentials were found; {credentials}",
+        REFUSED_KEYS: f"the server refuses the credentials ({reason}); {credentials}",
+        REFUSED: "the server refuses access: the credentials are wrong or lack permission, or there is no such bucket; "
+        f"{credentials} and the name of the bucket",
+        NOT_THERE: "there is no such file: the bucket or the folder is wrong, or not everything was copied there",
+        NO_ANSWER: f"the server does not answer ({reason}); {_check(remote, 'the address', ADDRESS)}",
+    }
+    for names, meaning in meanings.items():
+        if words & set(names):
+            return meaning
     if isinstance(error, ImportError):
-        return f"{_one_line(error)}; install that package to read from {urlparse(remote).scheme}://"
-    return _one_line(error)
+        return f"{reason}; install that package to read from {urlparse(remote).scheme}://"
+    return reason
 
 
 def is_not_there(error: Exception) -> bool:
-    """Whether a storage client's error says that there is no such file."""
+    """Return whether a storage client's error means that the file does not exist."""
     return bool(_words(error) & set(NOT_THERE))
 
 
 def _words(error: BaseException) -> set[str]:
-    """The names of an error's classes and of those that caused it, and the codes that the server gave."""
+    """Return the class names of an error and of its causes, and the server's response codes."""
     words: set[str] = set()
     current: BaseException | None = error
     while current is not None:
@@ -173,7 +156,8 @@ def _words(error: BaseException) -> set[str]:
         if isinstance(response, dict):  # botocore
             words.add(str(response.get("Error", {}).get("Code")))
         words |= {str(code) for name in ("code", "status_code", "status") if (code := getattr(current, name, None))}
-        # Of an upload, boto3 does not say that one error is due to the other.
+        # Workaround (boto3 1.44): S3UploadFailedError is raised without the client's error as its cause; goes when it
+        # has one.
         current = current.__context__ if type(current).__name__ == "S3UploadFailedError" else current.__cause__
     return words
 

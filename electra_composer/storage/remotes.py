@@ -1,4 +1,4 @@
-"""Object stores as a place to write to, by Streaming's uploaders and downloaders."""
+"""Write to object stores with Streaming's uploaders."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.storage.upload import UPLOADERS, CloudUploader
 
 from electra_composer.errors import UserError
-from electra_composer.storage.object_store import download_whole, explain, is_not_there
+from electra_composer.storage.object_store import download_atomically, explain, is_not_there
 
-# Its uploaders are given folders that have files in them, on purpose; it warns of each.
+# Workaround (streaming 0.13): an uploader warns if its local folder has files, which it always has here; goes when
+# exist_ok=True silences the warning.
 logging.getLogger("streaming.base.storage.upload").addFilter(
     lambda record: "exists and not empty" not in record.getMessage()
 )
 
-SECONDS = 60.0  # for a file of a conversion to come
+SECONDS = 60.0  # download timeout for a file of a conversion
 
 
 def is_remote(out: str) -> bool:
-    """Whether a path is a URL of an object store.
+    """Return whether a path is a URL of an object store.
 
     Raises:
-        UserError: of a kind that Streaming does not upload to.
+        UserError: Streaming cannot upload to this kind of store.
     """
     scheme = urllib.parse.urlparse(out).scheme
     if "://" in out and scheme not in UPLOADERS:
-        raise UserError(f"{out}: shards can be written to {', '.join(f'{name}://' for name in UPLOADERS if name)} …")
+        schemes = ", ".join(f"{name}://" for name in UPLOADERS if name)
+        raise UserError(f"{out}: cannot write to {scheme}://; expected a folder or one of {schemes}")
     return "://" in out
 
 
 def workspace_of(remote: str) -> str:
-    """Where files of a conversion into an object store are kept while it runs, always the same for the same store."""
+    """Return the local folder for the files of a conversion into an object store, always the same for one URL."""
     digest = hashlib.sha256(remote.encode()).hexdigest()[:12]
     return os.path.join(tempfile.gettempdir(), f"electra_composer-{os.getuid()}-{digest}")
 
 
+# Workaround (streaming 0.13): uploaders take Azure blobs as `azure://container/…`, downloaders take the same blobs as
+# `azure://account/container/…`; goes when both take one URL.
 def readable(remote: str) -> str:
-    """The URL by which Streaming's downloaders read what its uploaders wrote under another.
-
-    They are the same but for Azure's blobs: `azure://container/…` is written, `azure://account/container/…` is read.
-    """
+    """Return the URL under which Streaming's downloaders find what its uploaders wrote to `remote`."""
     scheme, _, rest = remote.partition("://")
     if scheme != "azure":
         return remote
@@ -55,13 +56,13 @@ class RemoteFolder:
     """A folder in an object store.
 
     Raises:
-        UserError: the bucket is not there, or may not be used; the client library of this kind is missing.
+        UserError: the bucket does not exist or access is refused; or the client library is not installed.
     """
 
     def __init__(self, remote: str) -> None:
         self._remote = remote
         with tempfile.TemporaryDirectory() as scratch:
-            _uploader(scratch, remote)  # asks for the bucket
+            upload(scratch, remote)  # no files; checks that the bucket exists
         self._readable = readable(remote)
         self._downloader = CloudDownloader.get(self._readable)
 
@@ -70,16 +71,16 @@ class RemoteFolder:
             return self.fetch(name, scratch)
 
     def fetch(self, name: str, folder: str) -> bool:
-        """Fetch a file to its place in a local folder; whether it was there.
+        """Fetch a file into a local folder under its name; return whether it exists.
 
         Raises:
-            UserError: whether it is there could not be found out.
+            UserError: the store could not be read.
         """
         path = os.path.join(folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            download_whole(self._downloader, f"{self._readable}/{name}", path, SECONDS)
-        except Exception as error:  # every storage client has errors of its own
+            download_atomically(self._downloader, f"{self._readable}/{name}", path, SECONDS)
+        except Exception as error:  # each storage client raises its own types
             if is_not_there(error):
                 return False
             raise UserError(f"{self._remote}/{name}: {explain(error, self._remote)}") from error
@@ -87,25 +88,14 @@ class RemoteFolder:
 
 
 def upload(local: str, remote: str, *names: str) -> None:
-    """Upload files of a folder under their names, and keep them here.
+    """Upload files of a folder under their names, and keep the local files.
 
     Raises:
-        UserError: the remote does not take them.
+        UserError: the upload failed.
     """
-    uploader = _uploader(local, remote)
     try:
+        uploader = CloudUploader.get((local, remote), keep_local=True, exist_ok=True)
         for name in names:
             uploader.upload_file(name)
-    except Exception as error:  # every storage client has errors of its own
-        raise _not_writable(remote, error) from error
-
-
-def _uploader(local: str, remote: str) -> CloudUploader:
-    try:
-        return CloudUploader.get((local, remote), keep_local=True, exist_ok=True)
-    except Exception as error:  # every storage client has errors of its own
-        raise _not_writable(remote, error) from error
-
-
-def _not_writable(remote: str, error: Exception) -> UserError:
-    return UserError(f"{remote}: cannot be written to: {explain(error, remote)}")
+    except Exception as error:  # each storage client raises its own types
+        raise UserError(f"{remote}: cannot be written to: {explain(error, remote)}") from error

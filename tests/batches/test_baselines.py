@@ -1,4 +1,4 @@
-"""The loss of who knows no context, against closed forms and a model that knows exactly that."""
+"""The MLM loss without context, compared with closed forms and with a model that ignores context."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def losses_without_context(ids, shares, style):
     mask, vocab = 4, len(shares)
     noise = torch.rand(2, *ids.shape)
     seen = mask_tokens(ids, torch.ones(ids.shape), style, mask, vocab, noise[0], noise[1])
-    kept = 1.0 if style == "electra" else 0.5  # probability that a word in sight is the original
+    kept = 1.0 if style == "electra" else 0.5  # probability that a visible word is the original
     probability = torch.where(seen == mask, shares[ids], (1 - kept) * shares[ids] + kept * (seen == ids))
     return -probability.log()
 
 
 @pytest.mark.parametrize("style", ["electra", "bert"])
 def test_loss_is_what_a_model_without_context_pays(style):
-    """Masked by the project's own masking; predicted by who copies what is in sight and knows the frequencies."""
+    """Masked by `mask_tokens`; predicted by copying visible words and by word frequencies elsewhere."""
     vocab, first = 50, 5
     shares = torch.arange(1, vocab - first + 1, dtype=torch.float64)
     shares = torch.cat([torch.zeros(first, dtype=torch.float64), shares / shares.sum()])
@@ -74,12 +74,12 @@ def test_loss_is_what_a_model_without_context_pays(style):
     expected = mlm_loss_without_context(
         unigram_entropy((shares * 1e9).round().long().numpy()), ObjectiveConfig(mask_style=style)
     )
-    # Words in sight that happen to be frequent are predicted a little better than the closed form says.
+    # Visible words that are frequent are predicted slightly better than the closed form says.
     assert losses.mean().item() == pytest.approx(expected, rel=0.02)
 
 
 def test_shards_of_which_some_are_still_compressed_have_none_yet(shards, tmp_path):
-    """A run unpacks them one by one: a later start of it must not stumble over the others."""
+    """A run decompresses shards one by one, and may be restarted before all are decompressed."""
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
     (folder / "train/00000/shard.00000.mds").rename(folder / "train/00000/shard.00000.mds.zstd")

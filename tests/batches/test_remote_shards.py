@@ -1,14 +1,12 @@
-"""Training from an object store, against a real S3 server on this machine; and what it does when that fails."""
+"""Loading from an object store, with a real S3 server on this machine, and its failures."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
 import http.server
-import json
 import os
 import shutil
-import socket
 import threading
 import time
 import urllib.error
@@ -16,57 +14,20 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from streaming import LocalDataset, MDSWriter
+from batch_loaders import BUCKET, loader_of, move_to_subfolders, rows_of, upload
 
 from electra_composer.batches.shards import build_data_spec, read_data, read_meta
 from electra_composer.config import ShardsConfig, StreamConfig
 from electra_composer.errors import UserError
-from electra_composer.storage.object_store import download_whole, explain
-
-BUCKET = "corpus"
-
-
-@pytest.fixture(scope="module")
-def many_shards(shards, tmp_path_factory):
-    """The shards of the small language again, in a dozen files."""
-    folder = tmp_path_factory.mktemp("many") / "shards"
-    shutil.copytree(shards, folder)
-    for split in ("train", "val"):
-        rows = list(LocalDataset(local=str(shards), split=split))
-        shutil.rmtree(folder / split)
-        columns = {"input_ids": "ndarray:uint16", "segment_lengths": "ndarray:uint16"}
-        with MDSWriter(columns=columns, out=str(folder / split), size_limit=1500, hashes=["xxh64"]) as writer:
-            for row in rows:
-                writer.write(row)
-    assert len(list((folder / "train").glob("*.mds"))) > 10
-    return folder
-
-
-@pytest.fixture
-def remote(s3, many_shards):
-    for path in sorted(many_shards.rglob("*")):
-        if path.is_file():
-            s3.upload_file(str(path), BUCKET, f"owt/{path.relative_to(many_shards)}")
-    return f"s3://{BUCKET}/owt"
 
 
 def size_of_shards(folder):
-    """Bytes of the shards that are there, of which any may be dropped at this moment."""
+    """Bytes of the shards in a folder, any of which may be deleted concurrently."""
     total = 0
     for path in folder.glob("*.mds"):
         with contextlib.suppress(FileNotFoundError):
             total += path.stat().st_size
     return total
-
-
-def loader_of(cache, remote, split="train", **changes):
-    options = {"num_workers": 0, "download_attempts": 1, "download_timeout": 10.0, **changes}
-    config = ShardsConfig(path=str(cache), max_seq_length=32, remote=remote, **options)
-    return build_data_spec(config, split, 8, read_meta(str(cache), remote), seed=3).dataloader
-
-
-def rows_of(loader):
-    return [row for batch in loader for row in batch["input_ids"].tolist()]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -77,36 +38,6 @@ def test_the_same_rows_as_from_the_disk(remote, many_shards, tmp_path, workers):
     assert rows_of(loader) == expected
     assert len(rows_of(loader)) == len(expected)  # the next epoch, from the cache
     assert len(list((tmp_path / "cache/train").glob("*.mds"))) == len(list((many_shards / "train").glob("*.mds")))
-
-
-class WritesInPlace:
-    """As Streaming's downloader for Google's store does."""
-
-    def __init__(self, *pieces):
-        self.pieces, self.seen = pieces, []
-
-    def download(self, remote, local, timeout):
-        with open(local, "xb", buffering=0) as file:
-            for piece in self.pieces:
-                if isinstance(piece, Exception):
-                    raise piece
-                file.write(piece)
-                self.seen.append(os.path.exists(remote))
-
-
-def test_a_download_has_its_name_when_it_is_whole(tmp_path):
-    path = str(tmp_path / "shard")
-    with pytest.raises(ConnectionError):
-        download_whole(WritesInPlace(b"half", ConnectionError()), path, path, 1.0)
-    assert os.listdir(tmp_path) == []
-    (tmp_path / f"shard.{os.getpid()}.unfinished").write_text("of a process that was killed")
-    downloader = WritesInPlace(b"half", b" and half")
-    download_whole(downloader, path, path, 1.0)
-    assert downloader.seen == [False, False]
-    assert os.listdir(tmp_path) == ["shard"]
-    assert (tmp_path / "shard").read_bytes() == b"half and half"
-    download_whole(WritesInPlace(b"other"), path, path, 1.0)  # it is there
-    assert (tmp_path / "shard").read_bytes() == b"half and half"
 
 
 def test_no_more_is_kept_than_the_cache_may_hold(remote, many_shards, tmp_path):
@@ -143,23 +74,24 @@ def test_a_missing_shard_is_named(s3, remote, tmp_path, workers):
 
 
 def test_no_connection_is_shared_with_the_workers(remote, tmp_path):
-    """They are forked, and requests of several over one connection would get each other's answers."""
+    """Workers are forked: over a shared connection, they would receive each other's responses."""
     (stream,) = loader_of(tmp_path / "cache", remote, num_workers=2).dataset.streams
     assert (tmp_path / "cache/train/index.json").is_file()
+    # Workaround (streaming 0.13): `_downloader` and `_s3_client` are private; goes when Stream can be closed.
     assert stream._downloader._s3_client is None
 
 
 def test_what_fails_while_the_cache_is_locked_leaves_it_open(remote, tmp_path):
     dataset = loader_of(tmp_path / "cache", remote).dataset
-    dataset.cache_limit = 1  # less than anything needs, which is refused at the start otherwise
-    with pytest.raises(UserError, match=r"that could make room; raise data\.cache_limit"):
+    dataset.cache_limit = 1  # too small for any shard, which the constructor would refuse
+    with pytest.raises(UserError, match=r"can be evicted to make room; raise data\.cache_limit"):
         dataset.collate([0, 1])
     dataset.cache_limit = None
-    assert len(in_thread(dataset.collate, [0, 1]).result(60)["rows"]) == 2  # for which the lock is another's
+    assert len(in_thread(dataset.collate, [0, 1]).result(60)["rows"]) == 2  # another thread can take the lock
 
 
 def in_thread(function, *arguments):
-    """What will become of a call in another thread, which does not keep a test that fails from ending."""
+    """Call a function in a daemon thread, which does not block the exit of a failing test, and return its future."""
     future = concurrent.futures.Future()
 
     def call():
@@ -173,7 +105,7 @@ def in_thread(function, *arguments):
 
 
 def test_who_waits_for_a_shard_hears_that_it_did_not_come(remote, tmp_path, monkeypatch):
-    """One thread fetches it, and fails while another waits; with a server that is away, and one that comes back."""
+    """One thread fetches it and fails while another waits: the other tries again, with and without success."""
     dataset = loader_of(tmp_path / "cache", remote).dataset
     (stream,) = dataset.streams
     fetch, failures = stream.prepare_shard, []
@@ -210,107 +142,8 @@ def test_a_corrupt_shard_is_found_by_its_hash(s3, remote, many_shards, tmp_path)
     data = bytearray((many_shards / "train/shard.00002.mds").read_bytes())
     data[-3] ^= 1
     s3.put_object(Bucket=BUCKET, Key="owt/train/shard.00002.mds", Body=bytes(data))
-    with pytest.raises(UserError, match=r"(?i)the shard cannot be fetched or unpacked: .*checksum"):
+    with pytest.raises(UserError, match=r"(?i)the shard cannot be fetched or decompressed: .*checksum"):
         rows_of(loader_of(tmp_path / "cache", remote))
-
-
-def complaint(seconds, make, *arguments, **options):
-    """The error that is raised within so many seconds."""
-    start = time.monotonic()
-    with pytest.raises(UserError) as raised:
-        make(*arguments, **options)
-    assert time.monotonic() - start < seconds
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
-@pytest.mark.parametrize("place", ["s3://no-such-bucket/owt", f"s3://{BUCKET}/nothing"])
-def test_a_wrong_place_is_said(s3, tmp_path, place):
-    said = complaint(20, loader_of, tmp_path / "cache", place)
-    assert f"no shards could be fetched from {place}" in said
-    assert "the bucket or the folder is another" in said
-    assert not (tmp_path / "cache/meta.json").exists()
-
-
-def demand_credentials(s3_endpoint, after):
-    """Let moto check credentials, once so many calls were answered without."""
-    request = urllib.request.Request(
-        f"{s3_endpoint}/moto-api/reset-auth", data=after, method="POST", headers={"Content-Type": "text/plain"}
-    )
-    urllib.request.urlopen(request).close()
-
-
-@pytest.fixture
-def guarded(s3_endpoint, remote):
-    """The remote shards, behind credentials that nobody here has."""
-    demand_credentials(s3_endpoint, b"0")
-    yield remote
-    demand_credentials(s3_endpoint, b"inf")
-
-
-def test_wrong_credentials_are_said(guarded, tmp_path):
-    said = complaint(20, loader_of, tmp_path / "cache", guarded)
-    assert "the server refuses access" in said
-    assert "AWS_ACCESS_KEY_ID" in said
-
-
-def test_credentials_that_no_longer_hold_are_said_at_a_shard(s3_endpoint, remote, tmp_path):
-    loader = loader_of(tmp_path / "cache", remote, predownload=1, download_attempts=3)
-    batches = iter(loader)
-    next(batches)
-    demand_credentials(s3_endpoint, b"0")
-    try:
-        said = complaint(60, list, batches)
-    finally:
-        demand_credentials(s3_endpoint, b"inf")
-    assert "the server refuses access" in said
-    assert "shard.000" in said
-
-
-def test_no_credentials_are_said(remote, tmp_path, monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    said = complaint(20, loader_of, tmp_path / "cache", remote)
-    assert "no credentials were found" in said
-    assert "AWS_ACCESS_KEY_ID" in said
-
-
-def test_a_server_that_is_not_there_is_said(s3, tmp_path, monkeypatch):
-    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
-    said = complaint(30, loader_of, tmp_path / "cache", "s3://corpus/owt")
-    assert "the server does not answer" in said
-    assert "S3_ENDPOINT_URL" in said
-
-
-def test_a_server_that_says_nothing_is_given_up(s3, tmp_path, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "5")
-        config = ShardsConfig(path=str(tmp_path / "c"), max_seq_length=32, remote="s3://a/b", download_timeout=1.0)
-        assert "no answer within 1 s" in complaint(15, read_data, config)
-
-
-def test_a_split_that_was_not_copied_is_said(s3, remote, tmp_path):
-    s3.delete_object(Bucket=BUCKET, Key="owt/train/index.json")
-    said = complaint(30, loader_of, tmp_path / "cache", remote)
-    assert "the shards of split 'train' cannot be opened: there is no such file" in said
-
-
-@pytest.mark.parametrize(
-    ("error", "meaning"),
-    [
-        (type("DefaultCredentialsError", (Exception,), {})("long text"), "no credentials were found"),
-        (type("Forbidden", (Exception,), {"code": 403})("no"), "the server refuses access"),
-        (type("HttpResponseError", (Exception,), {"status_code": 404})("no"), "there is no such file"),
-        (ModuleNotFoundError("No module named 'oci'"), "install that package to read from gs://"),
-        (ValueError("something\n else"), "something else"),
-    ],
-)
-def test_errors_of_other_stores(error, meaning):
-    assert meaning in explain(error, "gs://bucket/owt")
 
 
 def streams_of(cache, remote, folder, **changes):
@@ -325,7 +158,7 @@ def streams_of(cache, remote, folder, **changes):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_remote_stream_beside_a_folder(remote, many_shards, tmp_path, workers):
-    """The cache limit is the remote's: what is in the folder is neither counted nor deleted to make room."""
+    """The cache limit applies to the remote only: shards of the folder are neither counted nor evicted."""
     near, copy = tmp_path / "near", tmp_path / "copy"
     shutil.copytree(many_shards, near)
     shutil.copytree(many_shards, copy)
@@ -337,7 +170,7 @@ def test_a_remote_stream_beside_a_folder(remote, many_shards, tmp_path, workers)
     for batch in loader:
         rows += batch["input_ids"].tolist()
         most = max(most, size_of_shards(tmp_path / "cache/train"))
-    at_once = 2 * max(1, workers)  # shards under way, which Streaming counts only once they are here
+    at_once = 2 * max(1, workers)  # shards being downloaded, which Streaming counts only when they are complete
     assert most <= 12 * 1024 + at_once * 1500
     assert sorted(path.name for path in (near / "train").iterdir()) == before
     assert rows == rows_of(streams_of(copy, None, near))
@@ -345,29 +178,17 @@ def test_a_remote_stream_beside_a_folder(remote, many_shards, tmp_path, workers)
 
 
 def test_shards_in_subfolders_are_fetched(s3, many_shards, tmp_path):
-    index = json.loads((many_shards / "train/index.json").read_text())
-    for number, shard in enumerate(index["shards"]):
-        name = shard["raw_data"]["basename"]
-        shard["raw_data"]["basename"] = f"{number // 3:05}/shard.{number % 3:05}.mds"
-        s3.upload_file(str(many_shards / "train" / name), BUCKET, f"owt/train/{shard['raw_data']['basename']}")
-    s3.put_object(Bucket=BUCKET, Key="owt/train/index.json", Body=json.dumps(index).encode())
-    for path in [many_shards / "meta.json", *sorted((many_shards / "tokenizer").iterdir())]:
-        s3.upload_file(str(path), BUCKET, f"owt/{path.relative_to(many_shards)}")
+    moved = shutil.copytree(many_shards, tmp_path / "moved")
+    move_to_subfolders(moved / "train", 3)
     config = ShardsConfig(path=str(many_shards), max_seq_length=32, num_workers=0)
     expected = rows_of(build_data_spec(config, "train", 8, read_data(config), seed=3).dataloader)
-    loader = loader_of(tmp_path / "cache", f"s3://{BUCKET}/owt", cache_limit="12kb", predownload=8)
+    loader = loader_of(tmp_path / "cache", upload(s3, moved), cache_limit="12kb", predownload=8)
     assert rows_of(loader) == expected
     assert list((tmp_path / "cache/train").glob("0000*/*.mds"))
 
 
-def test_a_cache_that_is_the_remote_itself(many_shards):
-    config = ShardsConfig(path=str(many_shards), max_seq_length=32, remote=f"{many_shards}/")
-    with pytest.raises(UserError, match="is its cache, and must be another folder"):
-        read_data(config)
-
-
 class Proxy:
-    """Between a client and the server: may be slow, or closed for a time."""
+    """HTTP proxy before the S3 server that can delay or refuse requests."""
 
     def __init__(self, target):
         outer = self

@@ -1,4 +1,4 @@
-"""Rows read a batch at a time, against Streaming's own decoding; and what is not as it was written is refused."""
+"""Rows read one batch at a time, compared with Streaming's decoding; damaged shards are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write(folder, rows=200, dtype="uint16", size_limit=2000, columns=None, seed=
     columns = columns or {"input_ids": f"ndarray:{dtype}", "segment_lengths": "ndarray:uint16"}
     with MDSWriter(columns=columns, out=str(folder), size_limit=size_limit) as writer:
         for _ in range(rows):
-            length = int(rng.choice([1, 5, 100, 255, 256, 700]))  # one, two bytes for the length
+            length = int(rng.choice([1, 5, 100, 255, 256, 700]))  # lengths stored in one and in two bytes
             writer.write(
                 {
                     "input_ids": rng.integers(0, np.iinfo(dtype).max, length).astype(dtype),

@@ -1,4 +1,4 @@
-"""Several folders read as one: how much of each an epoch has, exact resuming, and what does not fit together."""
+"""Several folders mixed as streams: rows of each in an epoch, batching methods, and exact resuming."""
 
 from __future__ import annotations
 
@@ -14,64 +14,27 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from batch_loaders import move_to_subfolders
 from comparison import Kill, weights
-from small_shards import LENGTH, WORDS, make_tokenizer, open_files
-from streaming import MDSWriter
+from small_shards import open_files
+from small_streams import ROWS, config, loader_of
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
 from electra_composer.batches.baselines import unigram_counts
+from electra_composer.batches.checks import check_split
 from electra_composer.batches.row_reader import reader_of_split
-from electra_composer.batches.shards import build_data_spec, build_dataloader, check_split, describe_streams, read_data
-from electra_composer.batches.streams import batches_per_epoch, folders_of, weigh
-from electra_composer.config import PretrainConfig, ShardsConfig, StreamConfig
+from electra_composer.batches.shards import build_data_spec, read_data
+from electra_composer.batches.streams import batches_per_epoch, describe_streams, plan_epoch
+from electra_composer.config import PretrainConfig, StreamConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.pretrain import main as pretrain
-from electra_composer.storage.shard_folder import Meta, SplitCounts, describe_tokenizer
 from electra_composer.training import trainer
-
-ROWS = {"a": 60, "b": 25, "c": 10}
-VAL = {"a": 5, "b": 3, "c": 0}
-
-
-def write(out, tokenizer, stream, length=LENGTH, dtype="uint16"):
-    """Rows `[CLS] stream number … [SEP]`, of 4 tokens in stream a, 5 in b, 6 in c."""
-    index = list(ROWS).index(stream)
-    counts = {}
-    columns = {"input_ids": f"ndarray:{dtype}", "segment_lengths": "ndarray:uint16"}
-    for split, rows in (("train", ROWS[stream]), ("val", VAL[stream])):
-        with MDSWriter(columns=columns, out=str(out / split), hashes=["xxh64"]) as writer:
-            for number in range(rows):
-                ids = np.array([2, 5 + index, 10 + number, *[9] * index, 3], dtype)
-                writer.write({"input_ids": ids, "segment_lengths": np.array([len(ids), 0], np.uint16)})
-        counts[split] = SplitCounts(rows, rows, rows, rows * (4 + index))
-    tokenizer.save_pretrained(out / "tokenizer")
-    meta = Meta(describe_tokenizer(tokenizer, "words"), length, "packed", 0, {}, counts)
-    (out / "meta.json").write_text(meta.to_json())
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("streams")
-    tokenizer = make_tokenizer(folder)
-    for stream in ROWS:
-        write(folder / stream, tokenizer, stream)
-    return folder
-
-
-def config(folders, weights, **changes):
-    streams = {name: StreamConfig(path=str(folders / name), **weight) for name, weight in weights.items()}
-    return ShardsConfig(path="", max_seq_length=LENGTH, **{"num_workers": 0, "streams": streams, **changes})
-
-
-def loader_of(options, batch_size=8, seed=3, **changes):
-    settings = {"shuffle": True, "drop_last": True, **changes}
-    return build_dataloader(options, read_data(options), "train", batch_size, seed=seed, **settings)
 
 
 def rows_of(batches):
-    """(stream, number) of each row, batch by batch."""
+    """Return (stream, number) of each row, grouped by batch."""
     return [[("abc"[row[1] - 5], row[2] - 10) for row in batch["input_ids"].tolist()] for batch in batches]
 
 
@@ -164,11 +127,11 @@ def test_going_on_with_another_mixture_is_said(folders, capsys):
 
 
 def test_as_many_batches_as_streaming_makes(folders):
-    """Against Streaming's own partition of an epoch, as other processes would see it."""
+    """Compared with Streaming's own partition of an epoch, for several numbers of nodes, ranks and workers."""
     for epoch_size, batch_size in ((200, 4), (333, 5), (500, 7)):
         options = config(folders, {"a": {"proportion": 3}, "b": {"proportion": 2}}, epoch_size=epoch_size)
         dataset = loader_of(options, batch_size).dataset
-        shares = weigh(folders_of(options, read_data(options)), "train", epoch_size, 3)
+        shares = plan_epoch(options, read_data(options), "train", seed=3)
         for nodes, ranks, workers in ((1, 1, 3), (1, 2, 1), (1, 3, 2), (2, 2, 1)):
             world = World(num_nodes=nodes, ranks_per_node=ranks, workers_per_rank=workers, worker=0)
             dataset.num_canonical_nodes, dataset.shuffle_block_size = nodes, 1 << 18
@@ -187,14 +150,6 @@ def test_evaluation_has_every_row_once(folders):
         assert list(itertools.chain.from_iterable(rows_of(spec.dataloader))) == expected
         assert spec.num_samples == len(expected)
         assert spec.num_tokens == sum(4 if name == "a" else 5 for name, _ in expected)
-
-
-def test_evaluation_of_a_stream_without_rows_for_it(folders):
-    options = config(folders, {"a": {}, "c": {}})
-    with pytest.raises(UserError, match=r"data\.streams\.c \(.*no rows in split 'val'.*data\.eval_streams"):
-        build_data_spec(options, "eval", 4, read_data(options), seed=0)
-    options = config(folders, {"a": {}, "c": {}}, eval_streams=["a"])
-    assert build_data_spec(options, "eval", 4, read_data(options), seed=0).num_samples == 5
 
 
 def test_frequencies_are_those_of_an_epoch(folders):
@@ -220,26 +175,19 @@ def test_loaders_that_are_gone_hold_no_files_open(folders):
 
 
 def test_large_streams_are_drawn_from_in_pieces(folders, monkeypatch):
-    monkeypatch.setattr("electra_composer.batches.row_dataset.PICKS", 10)
+    monkeypatch.setattr("electra_composer.batches.streaming_fixes.PICKS", 10)
     loader = loader_of(config(folders, PROPORTIONS), drop_last=False)
     assert loader.dataset.sampling_granularity == 6
     assert 66 <= taken(loader)["a"] <= 67
 
 
 def test_shards_in_subfolders_of_a_split(folders, tmp_path):
-    """As the converter writes them: `train/00003/shard.00000.mds`, all in one index."""
+    """The layout that the converter writes: `train/00003/shard.00000.mds`, with one index."""
     plain = config(folders, {"a": {}, "b": {}})
     for name in ("a", "b"):
         shutil.copytree(folders / name, tmp_path / name)
         for split in ("train", "val"):
-            index_file = tmp_path / name / split / "index.json"
-            index = json.loads(index_file.read_text())
-            for number, shard in enumerate(index["shards"]):
-                old = shard["raw_data"]["basename"]
-                shard["raw_data"]["basename"] = f"{number + 3:05}/{old}"
-                (tmp_path / name / split / f"{number + 3:05}").mkdir()
-                shutil.move(tmp_path / name / split / old, tmp_path / name / split / f"{number + 3:05}" / old)
-            index_file.write_text(json.dumps(index))
+            move_to_subfolders(tmp_path / name / split, 1)
     moved = config(tmp_path, {"a": {}, "b": {}})
     assert rows_of(loader_of(moved)) == rows_of(loader_of(plain))
     reader = reader_of_split(str(tmp_path / "a"), "train")
@@ -248,81 +196,6 @@ def test_shards_in_subfolders_of_a_split(folders, tmp_path):
     with pytest.raises(UserError, match=r"b/train/00003/shard\.00000\.mds is missing"):
         check_split(moved, read_data(moved), "train")
     assert reader_of_split(str(tmp_path / "b"), "train") is None
-
-
-# What does not fit together.
-
-
-def test_streams_of_other_tokenizers_or_lengths(folders, tmp_path):
-    write(tmp_path / "b", make_tokenizer(tmp_path, [*WORDS, "more"]), "b")
-    write(tmp_path / "c", make_tokenizer(folders), "c", length=32)
-    options = config(folders, {"a": {}, "b": {}})
-    options.streams["b"].path = str(tmp_path / "b")
-    with pytest.raises(
-        UserError, match=r"data\.streams\.a has the tokenizer words \(205 entries.*data\.streams\.b words \(206 entries"
-    ):
-        read_data(options)
-    options = config(folders, {"a": {}, "c": {}})
-    options.streams["c"].path = str(tmp_path / "c")
-    with pytest.raises(UserError, match=r"data\.streams\.a has rows of 16 tokens, data\.streams\.c 32 tokens"):
-        read_data(options)
-
-
-def test_streams_of_other_id_types(folders, tmp_path):
-    write(tmp_path / "b", make_tokenizer(tmp_path), "b", dtype="uint32")
-    options = config(folders, {"a": {}, "b": {}})
-    options.streams["b"].path = str(tmp_path / "b")
-    with pytest.raises(UserError, match=r"b/train/shard\.00000\.mds: its columns are .*uint32.*uint16"):
-        next(iter(loader_of(options)))
-
-
-@pytest.mark.parametrize(
-    ("weights", "changes", "message"),
-    [
-        ({"a": {"proportion": 1}, "b": {}}, {}, r"streams\.a has a proportion, but data\.streams\.b has none"),
-        ({"a": {"repeat": 2}, "b": {"proportion": 1}}, {}, r"streams\.b has a proportion, but .*streams\.a has repeat"),
-        ({"a": {"repeat": 2, "choose": 3}}, {}, r"data\.streams\.a has repeat and choose; give one of them"),
-        (
-            {"a": {"proportion": 0.0}, "b": {"proportion": 1}},
-            {},
-            r"data\.streams\.a\.proportion is 0\.0; expected more",
-        ),
-        ({"a": {"proportion": float("nan")}}, {}, r"data\.streams\.a\.proportion is nan"),
-        ({"a": {"choose": -1}}, {}, r"data\.streams\.a\.choose is -1; expected more than 0"),
-        ({"a": {"choose": 3}, "b": {}}, {"epoch_size": 100}, r"data\.epoch_size goes with proportions"),
-        ({"a": {}}, {"epoch_size": "many"}, r"data\.epoch_size is 'many'; expected rows"),
-        ({"a": {}}, {"epoch_size": -5}, r"data\.epoch_size is -5; expected at least 1"),
-        ({"apple": {}}, {"eval_streams": ["aple"]}, r"no stream aple; did you mean apple\?"),
-        ({"a": {}}, {"eval_streams": []}, r"data\.eval_streams is \[\]; expected names"),
-        ({}, {"eval_streams": ["a"]}, r"data\.eval_streams is \['a'\], but there are no data\.streams"),
-        ({}, {"batching_method": "stratified"}, r"data\.batching_method is stratified, but there are no"),
-        ({"nothing": {}}, {}, r"data\.streams\.nothing: .*nothing does not exist"),
-    ],
-)
-def test_weights_that_make_no_sense(folders, weights, changes, message):
-    with pytest.raises(UserError, match=message):
-        read_data(config(folders, weights, **changes))
-
-
-def test_the_same_folder_twice(folders):
-    options = config(folders, {"a": {}, "b": {}})
-    options.streams["b"].path = f"{folders}/./a/"
-    with pytest.raises(UserError, match=r"data\.streams\.a and data\.streams\.b are the same folder.*repeat"):
-        read_data(options)
-
-
-@pytest.mark.parametrize(
-    ("weights", "changes", "message"),
-    [
-        ({"a": {"proportion": 99}, "c": {"proportion": 1}}, {"batching_method": "stratified"}, "none in a batch of 8"),
-        ({"a": {}, "c": {"choose": 7}}, {"batching_method": "per_stream"}, "only 7 rows an epoch, fewer than a batch"),
-        ({"a": {}, "c": {"repeat": 0.01}}, {}, r"streams\.c .*none of its rows"),
-        ({"a": {"choose": 3}, "c": {"choose": 4}}, {}, "7 rows, fewer than one batch of 8"),
-    ],
-)
-def test_streams_that_batches_cannot_be_made_of(folders, weights, changes, message):
-    with pytest.raises(UserError, match=message):
-        loader_of(config(folders, weights, **changes))
 
 
 def in_yaml(tiny_yaml, *overrides):

@@ -22,7 +22,8 @@ import pytest
 from streaming import LocalDataset
 from tiny import ROOT
 
-from electra_composer.batches.shards import build_data_spec, check_shards, read_meta
+from electra_composer.batches.checks import check_shards
+from electra_composer.batches.shards import build_data_spec, read_meta
 from electra_composer.config import ShardsConfig
 from electra_composer.corpus import chunks, conversion, dry_run, estimate, source_parts
 from electra_composer.corpus.chunks import cut_line, encode_lines, is_validation

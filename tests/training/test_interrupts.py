@@ -7,13 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from resumed_runs import run, signal_at
-from torch.utils.data import DataLoader
 
-from electra_composer.batches.workers import loader_workers
 from electra_composer.checkpoints.resuming import why_broken
 from electra_composer.training.interrupts import StopOnSignal
 
@@ -96,46 +93,6 @@ def test_the_end_of_the_launcher_is_a_sigterm_and_sigint_then_ends_at_once():
         for left in (launcher.pid, int(pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
-
-
-def squares_that_take_long(index: int) -> int:
-    time.sleep(600 * (index == 2))
-    return index * index
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere PyTorch does not fork its workers")
-def test_a_loaders_worker_hears_its_parent_alone():
-    """Signals from elsewhere change nothing; its parent's ends it with 0, whatever it is about."""
-    loader = DataLoader(range(4), collate_fn=lambda rows: squares_that_take_long(*rows), **loader_workers(1))
-    batches = iter(loader)
-    assert next(batches) == 0
-    (worker,) = batches._workers
-    for number in ("INT", "TERM", "TERM"):
-        subprocess.run(["/bin/sh", "-c", f"kill -{number} {worker.pid}"], check=True)
-    assert next(batches) == 1
-    worker.join(0.5)
-    assert worker.is_alive()
-    worker.terminate()  # in the middle of the third batch
-    worker.join(60)
-    assert worker.exitcode == 0
-
-
-AT_EXIT = """
-from torch.utils.data import DataLoader
-from electra_composer.batches.workers import loader_workers
-
-batches = iter(DataLoader(range(9), persistent_workers=True, **loader_workers(2)))
-next(batches)
-"""
-
-
-def test_workers_end_with_their_parent_without_a_word():
-    ended = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=120)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
-
-
-def test_a_loader_without_workers_takes_no_arguments_of_theirs():
-    assert list(DataLoader(range(3), batch_size=None, **loader_workers(0))) == [0, 1, 2]
 
 
 def test_a_signal_in_the_last_batch_lets_the_run_end(tiny_yaml, tmp_path):
