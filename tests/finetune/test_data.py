@@ -17,15 +17,13 @@ from electra_composer.errors import UserError
 from electra_composer.finetune import data as glue_data
 from electra_composer.finetune.data import (
     EncodedExamples,
-    build_loader,
-    collate,
     encode,
     encode_split,
-    split_batch,
     training_examples,
     truncated_lengths,
 )
 from electra_composer.finetune.files import Example
+from electra_composer.finetune.loader import build_loader, collate, split_batch
 from electra_composer.finetune.tasks import TASKS
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnop", '"', "."]
@@ -312,7 +310,7 @@ def test_a_cache_that_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with pytest.raises(UserError, match=r"data.cache .*vocab.txt: no folder, and none can be made .*; give another"):
+    with pytest.raises(UserError, match=r"data.cache .*vocab.txt: cannot create this folder .*; set another one"):
         encode_split(TASKS["mrpc"], "dev", str(files), tokenizer, 16, str(files / "vocab.txt"))
 
     def full(stream: Any, **arrays: Any) -> None:

@@ -54,9 +54,13 @@ def test_stsb_columns_are_found_by_name(tmp_path: Path) -> None:
         ("sst2", "sentence\tlabel\n", r"no examples"),
         ("sst2", "", r"SST-2/train.tsv: the file is empty"),
         ("cola", "sentence\tlabel\na\t0\n", r"CoLA/train.tsv:1: 2 columns; expected 4, without a header"),
-        ("stsb", "sentence1\tsentence2\tscore\na\tb\thigh\n", r"STS-B/train.tsv:2: label 'high' is not a number"),
-        ("stsb", "sentence1\tsentence2\tscore\na\tb\t5.5\n", r"STS-B/train.tsv:2: score 5.5 is outside of 0 to 5"),
-        ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", r"STS-B/train.tsv:2: score nan is outside"),
+        ("stsb", "sentence1\tsentence2\tscore\na\tb\thigh\n", r"STS-B/train.tsv:2: label 'high'; expected a number"),
+        (
+            "stsb",
+            "sentence1\tsentence2\tscore\na\tb\t5.5\n",
+            r"STS-B/train.tsv:2: score 5.5 is out of range; expected 0 to 5",
+        ),
+        ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", r"STS-B/train.tsv:2: score nan is out of range"),
     ],
 )
 def test_faults_name_file_line_and_expectation(tmp_path: Path, task: str, text: str, message: str) -> None:
@@ -99,7 +103,7 @@ def test_hub_rows_and_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match="no route to host; check the connection"):
         read_examples(TASKS["sst2"], "dev", "hub")
-    with pytest.raises(UserError, match="synthetic-words is not on it"):
+    with pytest.raises(UserError, match="synthetic-words is not on the hub"):
         read_examples(TASKS["synthetic-words"], "dev", "hub")
 
 
@@ -145,7 +149,7 @@ def test_qqp_leaves_out_and_counts_rows_that_a_line_end_broke(tmp_path: Path, ca
     write(tmp_path, "QQP/test.tsv", "id\tquestion1\tquestion2\n0\ta\tb\n1\tc\td\n")
     with caplog.at_level(logging.WARNING):
         train = read_examples(TASKS["qqp"], "train", str(tmp_path))
-    assert "2 of 303 rows left out: they have fewer than 6 columns" in caplog.text
+    assert "skipped 2 of 303 rows: they have fewer than 6 columns" in caplog.text
     assert len(train) == 301
     assert train[100] == Example(('Why "a100?', "Why b?"), 0)
     assert train[300] == Example(("", "Why b?"), 0)

@@ -23,7 +23,8 @@ from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.finetune import one_run as glue_finetune
-from electra_composer.finetune.data import collate, encode_split
+from electra_composer.finetune.data import encode_split
+from electra_composer.finetune.loader import collate
 from electra_composer.finetune.one_run import RunFiles, TaskData, finetune
 from electra_composer.finetune.predictions import (
     SERVER_ROWS,
@@ -84,9 +85,9 @@ def test_the_best_run_on_dev_a_named_one_or_all() -> None:
     assert [run["seed"] for run in select_runs(runs, task, "best")] == [2]
     assert [run["seed"] for run in select_runs(runs, task, "3")] == [3]
     assert [run["seed"] for run in select_runs(runs, task, "ensemble")] == [1, 2, 3, 4]
-    with pytest.raises(UserError, match=r"predict.select is 9, but RTE has no finished run of this seed"):
+    with pytest.raises(UserError, match=r"predict.select is 9, but RTE has no finished run with this seed"):
         select_runs(runs, task, "9")
-    with pytest.raises(UserError, match="no run of RTE has a score"):
+    with pytest.raises(UserError, match="no run of RTE has a dev score"):
         select_runs(runs_of("rte", None), task, "best")
     with pytest.raises(UserError, match=r"'bset'; expected best, ensemble, or one of the seeds \[1, 2\]"):
         check_select("bset", [1, 2])
@@ -132,20 +133,20 @@ def test_logits_come_back_and_run_no_code(tmp_path: Path) -> None:
     assert found.keys() == logits.keys()
     assert all(torch.equal(found[name], logits[name]) for name in logits)
     assert os.listdir(tmp_path / "logits") == ["a.npz"]
-    with pytest.raises(UserError, match=r"no such file: the run was done with predict.enabled=false"):
+    with pytest.raises(UserError, match=r"no such file: the run had predict.enabled=false"):
         load_logits(str(tmp_path / "b.npz"))
     np.savez(path, a=np.array([{}], dtype=object))  # a pickle
-    with pytest.raises(UserError, match="not the logits of a run"):
+    with pytest.raises(UserError, match="not a readable logits file"):
         load_logits(path)
     Path(path).write_bytes(Path(path).read_bytes()[:20])
-    with pytest.raises(UserError, match="not the logits of a run"):
+    with pytest.raises(UserError, match="not a readable logits file"):
         load_logits(path)
 
 
 def test_a_test_set_out_of_order_is_refused() -> None:
     check_indices(np.arange(4), "RTE test")
     check_indices(None, "AX test")
-    with pytest.raises(UserError, match="RTE test: index 3 stands at place 2; expected 0, 1, 2"):
+    with pytest.raises(UserError, match="RTE test: row 2 has index 3; expected 0, 1, 2"):
         check_indices(np.array([0, 1, 3]), "RTE test")
 
 
@@ -170,8 +171,8 @@ def test_a_submission_has_the_servers_columns_and_is_the_same_bytes_again(tmp_pa
     [
         ({"RTE.tsv": "index\tprediction\n0\tentailment\n"}, "RTE.tsv: 1 predictions; expected 2"),
         ({"RTE.tsv": "index\tlabel\n0\tentailment\n1\tentailment\n"}, "the header is 'index.tlabel'"),
-        ({"RTE.tsv": "index\tprediction\n1\tentailment\n0\tentailment\n"}, "index '1' stands where 0 is expected"),
-        ({"RTE.tsv": "index\tprediction\n0\t1\n1\tentailment\n"}, "prediction '1' of index 0 is none of RTE"),
+        ({"RTE.tsv": "index\tprediction\n1\tentailment\n0\tentailment\n"}, "index '1'; expected 0"),
+        ({"RTE.tsv": "index\tprediction\n0\t1\n1\tentailment\n"}, "prediction '1' of index 0 is no RTE label"),
         ({"CoLA.tsv": "index\tprediction\n"}, "holds CoLA.tsv; expected RTE.tsv"),
     ],
 )
@@ -189,7 +190,7 @@ def test_wrong_answers_never_reach_the_file(tmp_path: Path) -> None:
     write_submission(str(path), FILES)
     before = path.read_bytes()
     for answer in ("5.001", "nan", "high"):
-        with pytest.raises(UserError, match="is none of STS-B"):
+        with pytest.raises(UserError, match="is no STS-B label"):
             write_submission(str(path), {"STS-B.tsv": (TASKS["stsb"], [answer])})
     assert path.read_bytes() == before
 
@@ -293,7 +294,7 @@ def test_from_runs_to_a_submission(
     with pytest.raises(UserError, match=r"mnli-seed1.safetensors: no such file, from which runs of RTE"):
         glue.main(make_config(tasks, "seeds=[1, 2, 3]", "intermediate=true", "predict.enabled=false"))
     (group / "sst2-seed1.npz").unlink()
-    with pytest.raises(UserError, match=r"sst2-seed1.npz: no such file: the run was done with predict.enabled=false"):
+    with pytest.raises(UserError, match=r"sst2-seed1.npz: no such file: the run had predict.enabled=false"):
         glue.main(make_config("tasks=[sst2, mnli]", "seeds=[1, 2, 3]", "intermediate=true"))
     assert len(trained) == count
 

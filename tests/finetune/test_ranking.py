@@ -18,14 +18,9 @@ from electra_composer.config import GlueConfig, GlueModelConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.finetune.files import Example
-from electra_composer.finetune.ranking import (
-    build_ranker,
-    collate_ranked,
-    encode_ranked,
-    ranking_logits,
-    ranking_loss,
-    split_ranked,
-)
+from electra_composer.finetune.loader import collate_ranked, split_ranked
+from electra_composer.finetune.ranker import build_ranker, ranking_logits, ranking_loss
+from electra_composer.finetune.ranking import encode_ranked
 from electra_composer.finetune.tasks import TASKS
 from electra_composer.glue import main
 
@@ -176,5 +171,5 @@ def test_a_source_without_the_head_is_refused(tmp_path):
     source, data = write_source(tmp_path / "source", ElectraModel), write_wnli(tmp_path / "data")
     words = [*settings(source, data, tmp_path), "tasks=[wnli]", "wnli=coreference"]
     config = load_config(str(ROOT / "yamls/glue.yaml"), words, GlueConfig)
-    with pytest.raises(UserError, match=r"no discriminator's head.*wnli=classification"):
+    with pytest.raises(UserError, match=r"no discriminator head.*wnli=classification"):
         main(config)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from electra_composer.errors import UserError
-from electra_composer.finetune.tasks import TASKS, MatthewsCorrCoef, Task, build_metrics, find_task
+from electra_composer.finetune.metrics import MatthewsCorrCoef, build_metrics
+from electra_composer.finetune.tasks import TASKS, Task, find_task
 
 
 def test_names_folders_and_cases_find_a_task() -> None:
@@ -76,9 +77,9 @@ def test_submission_files_and_labels_are_the_server_s() -> None:
     for task in TASKS.values():
         assert set(task.submission) == {split for split in task.splits if split.startswith("test")}
     by_name = {"mnli", "ax", "qnli", "rte"}
-    assert all(TASKS[name].server_labels[0] == "entailment" for name in by_name)
-    assert all(TASKS[name].server_labels == ("0", "1") for name in ("cola", "sst2", "mrpc", "qqp", "wnli"))
-    assert TASKS["stsb"].server_labels == ()
+    assert all(TASKS[name].labels[0] == "entailment" for name in by_name)
+    assert all(TASKS[name].labels == ("0", "1") for name in ("cola", "sst2", "mrpc", "qqp", "wnli"))
+    assert TASKS["stsb"].labels == ()
 
 
 def test_mnli_has_two_dev_sets() -> None:
