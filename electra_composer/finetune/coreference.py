@@ -33,7 +33,7 @@ FUNCTION_WORDS = _words(
     who whoever whom whose why will with within without would yet you
     """
 )
-MOST_CANDIDATE_WORDS = 3  # after the determiner; candidates of 1, 2 and 3 words all compete
+MAX_CANDIDATE_WORDS = 3  # after the determiner; candidates of 1, 2 and 3 words all compete
 # "he's" is two words, since the hypothesis may have "Bob is"; possessives ("Bob's", "dogs'") are one word.
 CONTRACTIONS = {"s": "is", "re": "are", "ll": "will", "d": "would", "ve": "have"}
 WORD = re.compile(r"\b(?:he|she|it|they)(?=['’]\w)|\w+(?:['’-]\w+)*['’]?", re.IGNORECASE)
@@ -55,14 +55,10 @@ class Blank:
     others: tuple[str, ...]
 
 
-@dataclass(frozen=True)
 class _Words:
-    text: str
-    spans: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, text: str) -> _Words:
-        return cls(text, tuple(match.span() for match in WORD.finditer(text)))
+    def __init__(self, text: str):
+        self.text = text
+        self.spans = [match.span() for match in WORD.finditer(text)]
 
     def lower(self, index: int) -> str:
         start, end = self.spans[index]
@@ -84,7 +80,7 @@ def find_blank(premise: str, hypothesis: str) -> Blank | None:
     Returns:
         None if no word next to any pronoun is in the hypothesis: there is nothing to rank.
     """
-    before, after = _Words.of(premise), _Words.of(hypothesis)
+    before, after = _Words(premise), _Words(hypothesis)
     best: tuple[tuple[int, int, int], int, int, int] | None = None
     for pronoun in range(len(before)):
         if before.lower(pronoun) not in PRONOUNS:
@@ -142,8 +138,8 @@ def _noun_phrases(words: _Words) -> list[tuple[int, int]]:
     for start in range(len(words)):
         first = words.lower(start)
         if first in DETERMINERS:
-            for end in range(start + 2, start + 2 + MOST_CANDIDATE_WORDS):
-                if end > len(words) or not _continues(words, end - 1):
+            for end in range(start + 2, start + 2 + MAX_CANDIDATE_WORDS):
+                if end > len(words) or not _adjacent(words, end - 1) or _is_function(words.lower(end - 1)):
                     break
                 spans.append((start, end))
         elif _is_name(words, start) and not (start > 0 and _is_name(words, start - 1) and _adjacent(words, start)):
@@ -152,11 +148,6 @@ def _noun_phrases(words: _Words) -> list[tuple[int, int]]:
                 end += 1
             spans.append((start, end))
     return spans
-
-
-def _continues(words: _Words, index: int) -> bool:
-    """Whether a word can continue the noun phrase of the word before it."""
-    return _adjacent(words, index) and not _is_function(words.lower(index))
 
 
 def _adjacent(words: _Words, index: int) -> bool:

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 HUB = "hub"  # value of data.path
 HUB_DATASET = "nyu-mll/glue"
-MOST_BROKEN = 0.01  # maximum fraction of rows that lack columns
+MAX_BROKEN_FRACTION = 0.01  # maximum fraction of rows that lack columns
 
 
 class Example(NamedTuple):
@@ -142,12 +142,12 @@ def _report_broken(broken: int, total: int, width: int, file: str) -> None:
     """Log the number of skipped rows.
 
     Raises:
-        UserError: more than one row and more than :data:`MOST_BROKEN` of all rows were skipped.
+        UserError: more than one row and more than :data:`MAX_BROKEN_FRACTION` of all rows were skipped.
     """
-    if broken > max(1, MOST_BROKEN * total):
+    if broken > max(1, MAX_BROKEN_FRACTION * total):
         raise UserError(
-            f"{file}: {broken} of {total} rows have fewer than {width} columns; expected at most {MOST_BROKEN:.0%}; "
-            "download the file again"
+            f"{file}: {broken} of {total} rows have fewer than {width} columns; "
+            f"expected at most {MAX_BROKEN_FRACTION:.0%}; download the file again"
         )
     if broken:
         log.warning("%s: skipped %d of %d rows: they have fewer than %d columns", file, broken, total, width)

@@ -164,7 +164,7 @@ def build_classifier(
     Raises:
         UserError: the weights of the source do not fit; only those of the head may be missing.
     """
-    sizes = sizes_of(source, config)
+    sizes = encoder_config(source, config)
     if config.random_init:
         model = ElectraForClassification(sizes, task.num_outputs, config.classifier_dropout)
         return ElectraClassifier(model, task, cpu_autocast)
@@ -177,7 +177,7 @@ def build_classifier(
     return ElectraClassifier(model, task, cpu_autocast)
 
 
-def sizes_of(source: Pretrained, config: GlueModelConfig) -> EncoderConfig:
+def encoder_config(source: Pretrained, config: GlueModelConfig) -> EncoderConfig:
     """Return the sizes of the source, with the dropout of the configuration if set."""
     if config.dropout is None:
         return source.encoder

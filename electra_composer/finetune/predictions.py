@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,7 +133,7 @@ def select_runs(runs: Sequence[dict[str, Any]], task: Task, select: str) -> list
     return named
 
 
-def answers(task: Task, logits: Tensor) -> list[str]:
+def format_predictions(task: Task, logits: Tensor) -> list[str]:
     """Convert logits to the strings of the `prediction` column, one per example.
 
     Args:
@@ -146,7 +146,7 @@ def answers(task: Task, logits: Tensor) -> list[str]:
 
 
 def submission_files(
-    tasks: Sequence[Task], runs: Sequence[dict[str, Any]], select: str, logits_path: Any
+    tasks: Sequence[Task], runs: Sequence[dict[str, Any]], select: str, logits_path: Callable[[str], str]
 ) -> dict[str, tuple[Task, list[str]]]:
     """Compute the predictions for every test set: file name in the submission → task and predictions.
 
@@ -175,7 +175,7 @@ def submission_files(
                     f"{len(missing)} of the selected runs of {trained.folder} have no logits for {key}; set another "
                     "results=… to repeat the runs"
                 )
-            files[name] = (task, answers(task, torch.stack([each[key] for each in chosen]).mean(0)))
+            files[name] = (task, format_predictions(task, torch.stack([each[key] for each in chosen]).mean(0)))
     return files
 
 
@@ -235,7 +235,7 @@ def check_submission(path: str, expected: Mapping[str, tuple[Task, int]]) -> Non
             index, _, prediction = line.partition("\t")
             if index != str(number):
                 raise UserError(f"{path}: {name}: index {index!r}; expected {number}")
-            if not _is_answer(task, prediction):
+            if not _is_valid(task, prediction):
                 raise UserError(f"{path}: {name}: prediction {prediction!r} of index {index} is no {task.folder} label")
 
 
@@ -251,7 +251,7 @@ def missing_of(files: Mapping[str, tuple[Task, list[str]]]) -> str | None:
     return "; ".join(parts) or None
 
 
-def _is_answer(task: Task, text: str) -> bool:
+def _is_valid(task: Task, text: str) -> bool:
     if task.score_range is None:
         return text in task.labels
     low, high = task.score_range

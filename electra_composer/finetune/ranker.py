@@ -14,7 +14,7 @@ from torch import Tensor
 from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueModelConfig
 from electra_composer.errors import UserError
-from electra_composer.finetune.model import ElectraClassifier, load_body, sizes_of
+from electra_composer.finetune.model import ElectraClassifier, encoder_config, load_body
 from electra_composer.finetune.tasks import Task
 from electra_composer.model.finetuning import ElectraForReplacedTokens
 
@@ -78,7 +78,7 @@ def build_ranker(source: Pretrained, task: Task, config: GlueModelConfig, cpu_au
     Raises:
         UserError: the source has no discriminator head, or its weights do not fit.
     """
-    sizes = sizes_of(source, config)
+    sizes = encoder_config(source, config)
     if config.random_init:
         return ElectraRanker(ElectraForReplacedTokens(sizes), task, cpu_autocast)
     if source.rtd_head is None:

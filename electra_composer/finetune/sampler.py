@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 # Both as in transformers' get_length_grouped_indices.
 WINDOW_BATCHES = 50  # batches per window; examples are sorted by length within a window
-LEAST_WINDOWS = 4  # minimum per epoch, so that batches of a small task stay random
+MIN_WINDOWS = 4  # minimum per epoch, so that batches of a small task stay random
 
 
 class LengthGroupedSampler(DistributedSampler):
@@ -58,7 +58,7 @@ class LengthGroupedSampler(DistributedSampler):
         order = rng.permutation(len(self.lengths))
         count = len(order) // self.batch_size
         full, rest = np.split(order, [count * self.batch_size])
-        window = self.batch_size * max(1, min(WINDOW_BATCHES, count // LEAST_WINDOWS))
+        window = self.batch_size * max(1, min(WINDOW_BATCHES, count // MIN_WINDOWS))
         windows = [full[start : start + window] for start in range(0, len(full), window)]
         grouped = [part[np.argsort(self.lengths[part], kind="stable")] for part in windows]
         batches = np.concatenate([*grouped, full[:0]]).reshape(count, self.batch_size)

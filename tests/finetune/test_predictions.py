@@ -28,10 +28,10 @@ from electra_composer.finetune.loader import collate
 from electra_composer.finetune.one_run import RunFiles, TaskData, finetune
 from electra_composer.finetune.predictions import (
     SERVER_ROWS,
-    answers,
     check_indices,
     check_select,
     check_submission,
+    format_predictions,
     load_logits,
     missing_of,
     save_logits,
@@ -66,15 +66,15 @@ def runs_of(task: str, *scores: float | None) -> list[dict[str, Any]]:
     ],
 )
 def test_classes_are_written_as_the_server_has_them(name: str, expected: list[str]) -> None:
-    assert answers(TASKS[name], torch.eye(len(expected))) == expected
+    assert format_predictions(TASKS[name], torch.eye(len(expected))) == expected
 
 
 def test_scores_have_three_decimals_and_stay_within_the_scale() -> None:
     task = TASKS["stsb"]  # trained as 0…1
     logits = torch.tensor([[-0.3], [0.0], [0.432], [1.0], [1.7]])
-    assert answers(task, logits) == ["0.000", "0.000", "2.160", "5.000", "5.000"]
+    assert format_predictions(task, logits) == ["0.000", "0.000", "2.160", "5.000", "5.000"]
     raw = dataclasses.replace(task, target_scale=1.0)
-    assert answers(raw, logits * 5) == answers(task, logits)
+    assert format_predictions(raw, logits * 5) == format_predictions(task, logits)
 
 
 # --- which runs speak
@@ -286,7 +286,7 @@ def test_from_runs_to_a_submission(
     glue.main(make_config(tasks, "seeds=[1, 2]", "intermediate=true", "predict.select=ensemble"))
     assert len(trained) == count == 8
     both = [load_logits(str(group / f"rte-seed{seed}.npz"))["rte-test"] for seed in (1, 2)]
-    expected = answers(TASKS["rte"], torch.stack(both).mean(0))
+    expected = format_predictions(TASKS["rte"], torch.stack(both).mean(0))
     assert predictions(file)["RTE.tsv"] == expected
 
     # Without the weights that others start from, or the logits that are asked for, nothing starts.
