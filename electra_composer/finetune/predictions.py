@@ -108,7 +108,7 @@ def load_logits(path: str) -> dict[str, Tensor]:
 
 
 def select_runs(runs: Sequence[dict[str, Any]], task: Task, select: str) -> list[dict[str, Any]]:
-    """Select the runs of a task whose logits are averaged: one, or all for an ensemble.
+    """Select the runs of a task to average: one, or all for an ensemble.
 
     Args:
         runs: recorded runs of this task, each with `seed` and `score` (on dev).

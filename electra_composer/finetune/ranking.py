@@ -1,6 +1,6 @@
 """WNLI as ranking of candidates (`wnli: coreference`): encoding of the examples.
 
-coreference.py finds the candidates, ranker.py scores them. Training examples whose candidate is wrong give no loss in
+coreference.py finds the candidates, ranker.py scores them. Training examples with a wrong candidate give no loss in
 richarddwang/electra_pytorch (`_utils/wsc_trick.py`); here they are dropped, so that batches are full.
 """
 

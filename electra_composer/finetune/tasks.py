@@ -63,7 +63,7 @@ class Task:
         epochs: epochs of finetuning.
         swap_augmentation: also train on each pair with A and B swapped (`double_unordered` in google-research/electra).
         intermediate: may start from a model finetuned on MNLI (intermediate-task training, arXiv 1811.01088).
-        trained_by: name of the task whose model predicts this one, which is never trained itself.
+        trained_by: name of the task that trains the model for this one, which is never trained itself.
         submission: test split → file name in a submission to the server.
         in_average: belongs to the eight tasks of the paper's average. WNLI does not.
         score_range: lowest and highest label of a regression; None for classification.
