@@ -35,10 +35,12 @@ from electra_composer.checkpoints.weights import Pretrained, load_source
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.finetune.data import build_loader, encode, training_examples
+from electra_composer.finetune.data import encode, training_examples
 from electra_composer.finetune.files import Example, read_examples
+from electra_composer.finetune.loader import build_loader
+from electra_composer.finetune.metrics import build_metrics
 from electra_composer.finetune.model import build_classifier
-from electra_composer.finetune.tasks import Task, build_metrics, find_task
+from electra_composer.finetune.tasks import Task, find_task
 from electra_composer.training.devices import choose_attention
 from electra_composer.training.startup import start
 from electra_composer.training.trainer import build_trainer

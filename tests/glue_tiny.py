@@ -1,4 +1,4 @@
-"""What the tests of finetuning share: a tiny discriminator, tiny tasks in the official layout, settings for seconds."""
+"""Helpers of the finetuning tests: a tiny discriminator, tiny tasks in the official layout, settings for short runs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ from pathlib import Path
 import torch
 from transformers import ElectraConfig, ElectraForPreTraining, ElectraTokenizerFast
 
+from electra_composer.finetune.data import EncodedExamples
+
 WORDS = ["good", "bad", "film", "the", "a", "dull", "fine", "plot", "is", "was", "very", "and"]
 ENTRIES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 SIZES = {"train": 64, "dev": 23, "test": 11}
 NLI = ["entailment", "neutral", "contradiction"]
 
+LETTERS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnop", '"', "."]
+PAD, CLS, SEP, A = 0, 2, 3, 5  # ids in LETTERS; A: the letter a
+MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\ta b c\td\n0\t3\t4\te\tf g\n"
+
+
+def ids(encoded: EncodedExamples) -> list[list[int]]:
+    """Return the token ids of each example."""
+    return [encoded[i].input_ids.tolist() for i in range(len(encoded))]
+
 
 def write_source(folder: Path, model: type = ElectraForPreTraining) -> str:
-    """A Hugging Face folder with a tiny discriminator."""
+    """Write a Hugging Face folder with a tiny discriminator."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(ENTRIES) + "\n")
     ElectraTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
@@ -28,15 +39,16 @@ def write_source(folder: Path, model: type = ElectraForPreTraining) -> str:
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=32,
-        initializer_range=0.2,  # so that so small a model can learn at all
+        initializer_range=0.2,  # a model this small does not learn with the default
     )
     model(config).save_pretrained(folder)
     return str(folder)
 
 
 def write_data(folder: Path, tests: bool = False) -> str:
-    """SST-2 whose label is whether `good` occurs, STS-B whose score is how many words two sentences share, and, with
-    their test sets if `tests`, also RTE, MNLI and AX, of the same kind as STS-B.
+    """Write SST-2 (label: whether `good` occurs) and STS-B (score: number of words in common).
+
+    With `tests`, also write their test sets, and RTE, MNLI and AX, whose labels are made like those of STS-B.
     """
     rng = random.Random(0)
     parts = ("train", "dev", "test") if tests else ("train", "dev")
@@ -54,7 +66,7 @@ def write_data(folder: Path, tests: bool = False) -> str:
 
 
 def settings(source: str, data: str, folder: Path) -> list[str]:
-    """Overrides of yamls/glue.yaml."""
+    """Return overrides of yamls/glue.yaml."""
     return [
         f"model.source={source}",
         f"data.path={data}",

@@ -1,7 +1,7 @@
-"""Tokenized files, kept on disk and found again by content.
+"""Cache of tokenized files, addressed by content.
 
-A cache file is named after everything that its content depends on, so that none is ever out of date, and any may be
-deleted at any time. Processes need not agree: each writes aside and renames, and two write the same.
+The name of a cache file is a hash of everything that its content depends on: it is never out of date, and may be
+deleted at any time. Processes need no lock: each writes a temporary file and renames it, and their content is equal.
 """
 
 from __future__ import annotations
@@ -22,52 +22,53 @@ from electra_composer.errors import UserError
 log = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
-PER_CALL = ("truncation", "padding", "post_processor")  # of a tokenizer's state: what its callers set, not what it is
+# Parts of a tokenizer's state that calls change. post_processor: we add special tokens ourselves.
+PER_CALL = ("truncation", "padding", "post_processor")
 
 
 def cache_file(folder: str, name: str, settings: dict[str, Any]) -> str:
-    """Where the arrays of `settings` are, or will be: `folder/name-<hash of settings>.npz`.
+    """Return the path of the cache file for `settings`: `folder/name-<hash of settings>.npz`.
 
     Args:
-        settings: JSON values; everything that the arrays depend on.
+        settings: everything that the arrays depend on, as JSON values.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return os.path.join(folder, f"{name}-{digest[:24]}.npz")
 
 
 def read_cache(file: str, names: set[str]) -> Arrays | None:
-    """The arrays of a cache file; None where there is none, or, with a warning, none that can be read.
+    """Read the arrays of a cache file; None if it does not exist or, with a warning, if it is corrupt.
 
     Args:
-        names: of the arrays that must be there; others may be.
+        names: arrays that must exist; others may.
     """
     if not os.path.exists(file):
         return None
     try:
-        with np.load(file, allow_pickle=False) as content:  # the archive's checksums are compared on reading
+        with np.load(file, allow_pickle=False) as content:  # reading compares the archive's checksums
             arrays = {name: content[name] for name in content.files}
         if missing := names - arrays.keys():
             raise KeyError(f"no array {min(missing)}")
         return arrays
-    except Exception as error:  # there is no end to the kinds that a broken archive raises
-        log.warning("%s: not a readable cache file (%s: %s); it is made anew", file, type(error).__name__, error)
+    except Exception as error:  # a corrupt archive raises many kinds of errors
+        log.warning("%s: not a readable cache file (%s: %s); recreating it", file, type(error).__name__, error)
         return None
 
 
 def write_cache(file: str, arrays: Arrays) -> None:
-    """Write beside the file's place, then rename: nobody sees half of it.
+    """Write a cache file atomically: write a temporary file beside it, then rename.
 
-    A disk that is full costs the time that the cache would have saved, not the run: it is warned of.
+    If the file cannot be written, for example on a full disk, only warn: the run does not need it.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be created.
     """
     folder = os.path.dirname(file)
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"data.cache {folder}: no folder, and none can be made ({error.strerror}); give another, or null"
+            f"data.cache {folder}: cannot create this folder ({error.strerror}); set another one, or null for no cache"
         ) from error
     aside = f"{file}.{uuid.uuid4().hex}.tmp"
     try:
@@ -75,14 +76,14 @@ def write_cache(file: str, arrays: Arrays) -> None:
             np.savez(stream, **arrays)
         os.replace(aside, file)
     except OSError as error:
-        log.warning("data.cache %s: not written (%s); the file is tokenized anew next time", file, error.strerror)
+        log.warning("data.cache %s: not written (%s); the next run tokenizes again", file, error.strerror)
     finally:
         if os.path.exists(aside):
             os.remove(aside)
 
 
 def file_sha256(file: str) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):
@@ -91,7 +92,7 @@ def file_sha256(file: str) -> str:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of a tokenizer: vocabulary, normalization, splitting and the special tokens of an example."""
+    """Return the SHA-256 of a tokenizer: vocabulary, normalization, splitting, and the ids of `[CLS]` and `[SEP]`."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state = {name: value for name, value in state.items() if name not in PER_CALL}
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id]

@@ -1,12 +1,12 @@
-"""Winograd sentences as a choice among candidates: what stands for the pronoun, read off GLUE's WNLI.
+"""Find the pronoun and the candidates for its referent in the sentence pairs of WNLI.
 
-WNLI asks whether a hypothesis follows in which a pronoun of the premise was replaced by what it may stand for. Ranked
-instead of classified, every noun phrase of the premise is put in the pronoun's place, and the discriminator says which
-sentence looks least tampered with. Source: the idea of RoBERTa (arXiv 1907.11692, section 5.1) with a discriminator in
-place of the masked language model, as richarddwang/electra_pytorch `_utils/wsc_trick.py` has it; that one needs
-SuperGLUE's spans and a parser. Here the pronoun and the candidate in question are found by comparing hypothesis and
-premise, and other candidates by determiners and capital letters: no parser, and some candidates that are no phrases,
-which a discriminator finds unlikely as it should.
+The hypothesis of a WNLI example repeats a part of the premise with a pronoun replaced by a candidate; the label says
+whether it follows. To rank instead of classify, every noun phrase of the premise replaces the pronoun, and the
+discriminator decides which sentence looks most original. RoBERTa (arXiv 1907.11692, section 5.1) does so with a masked
+language model; richarddwang/electra_pytorch (`_utils/wsc_trick.py`) uses a discriminator, with SuperGLUE's spans and a
+parser. Here the pronoun and the candidate of the hypothesis are found by comparing hypothesis and premise, and the
+competing candidates by determiners and capital letters. Without a parser some candidates are not noun phrases; the
+discriminator finds them unlikely.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _words(text: str) -> frozenset[str]:
 
 PRONOUNS = _words("he she it they him her them his hers its their theirs himself herself itself themselves")
 DETERMINERS = _words("a an the this that these those my your his her its our their some any each every another no")
-# Words that end a noun phrase, or never begin one: beside these, pronouns and determiners.
+# Words that end or cannot start a noun phrase, in addition to pronouns and determiners.
 FUNCTION_WORDS = _words(
     """
     about above across after against along although am among and are around as at away back be because been before
@@ -33,20 +33,20 @@ FUNCTION_WORDS = _words(
     who whoever whom whose why will with within without would yet you
     """
 )
-MOST_CANDIDATE_WORDS = 3  # after the determiner; candidates of 1, 2 and 3 words compete
-# "he's" is a pronoun and a verb, which the hypothesis may write out; "Bob's" is one word, as is a plural's possessive.
+MAX_CANDIDATE_WORDS = 3  # after the determiner; candidates of 1, 2 and 3 words all compete
+# "he's" is two words, since the hypothesis may have "Bob is"; possessives ("Bob's", "dogs'") are one word.
 CONTRACTIONS = {"s": "is", "re": "are", "ll": "will", "d": "would", "ve": "have"}
 WORD = re.compile(r"\b(?:he|she|it|they)(?=['’]\w)|\w+(?:['’-]\w+)*['’]?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Blank:
-    """A premise whose pronoun has been taken out.
+    """A premise with a blank in place of the pronoun.
 
     Attributes:
-        before, after: the text around the pronoun.
-        candidate: what the hypothesis puts in its place.
-        others: the other noun phrases of the premise, each once; may be empty.
+        before, after: text around the pronoun.
+        candidate: replacement of the pronoun in the hypothesis.
+        others: competing candidates: other noun phrases of the premise, without duplicates; may be empty.
     """
 
     before: str
@@ -55,14 +55,10 @@ class Blank:
     others: tuple[str, ...]
 
 
-@dataclass(frozen=True)
 class _Words:
-    text: str
-    spans: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, text: str) -> _Words:
-        return cls(text, tuple(match.span() for match in WORD.finditer(text)))
+    def __init__(self, text: str):
+        self.text = text
+        self.spans = [match.span() for match in WORD.finditer(text)]
 
     def lower(self, index: int) -> str:
         start, end = self.spans[index]
@@ -74,16 +70,17 @@ class _Words:
 
 
 def find_blank(premise: str, hypothesis: str) -> Blank | None:
-    """Find the pronoun of `premise` that `hypothesis` has replaced, and by what.
+    """Find the pronoun of `premise` that `hypothesis` replaces, and its candidates.
 
-    The hypothesis is a stretch of the premise around the pronoun, with the candidate in its place. Of all pronouns and
-    all stretches of the hypothesis taken for the candidate, that one counts which leaves most words beside it equal to
-    those beside the pronoun, and fewest unexplained; then the shortest candidate, then the last pronoun.
+    The hypothesis is a part of the premise around the pronoun, with the candidate in its place. All pairs of a pronoun
+    and a span of the hypothesis are compared. The best pair has the largest number of words next to the span that equal
+    those next to the pronoun, minus the other words outside the span. Ties go to the shortest span, then the last
+    pronoun.
 
     Returns:
-        None where no word beside any pronoun is found again in the hypothesis: there is nothing to rank.
+        None if no word next to any pronoun is in the hypothesis: there is nothing to rank.
     """
-    before, after = _Words.of(premise), _Words.of(hypothesis)
+    before, after = _Words(premise), _Words(hypothesis)
     best: tuple[tuple[int, int, int], int, int, int] | None = None
     for pronoun in range(len(before)):
         if before.lower(pronoun) not in PRONOUNS:
@@ -108,7 +105,7 @@ def find_blank(premise: str, hypothesis: str) -> Blank | None:
 
 
 def _matches(left: _Words, i: int, right: _Words, j: int, step: int) -> int:
-    """How many words in a row are equal, going from `i` and `j` in the direction of `step`."""
+    """Count equal consecutive words, starting at `i` and `j` in the direction of `step`."""
     count = 0
     while 0 <= i < len(left) and 0 <= j < len(right) and left.lower(i) == right.lower(j):
         count, i, j = count + 1, i + step, j + step
@@ -116,9 +113,9 @@ def _matches(left: _Words, i: int, right: _Words, j: int, step: int) -> int:
 
 
 def _other_candidates(premise: _Words, pronoun: int, candidate: str) -> tuple[str, ...]:
-    """Noun phrases of the premise that share no word of meaning with `candidate`, in its form: possessive or not.
+    """Find noun phrases of the premise that share no content word with `candidate` and do not contain the pronoun.
 
-    One that `pronoun` is a part of is none of them.
+    They are possessive if `candidate` is.
     """
     taken = {_stem(word) for word in WORD.findall(candidate.lower())} - DETERMINERS - FUNCTION_WORDS
     possessive = candidate.endswith(("'s", "’s", "s'", "s’"))
@@ -136,13 +133,13 @@ def _other_candidates(premise: _Words, pronoun: int, candidate: str) -> tuple[st
 
 
 def _noun_phrases(words: _Words) -> list[tuple[int, int]]:
-    """Spans of words that may be noun phrases: a determiner with what follows it, or capitalised words."""
+    """Return spans of words that may be noun phrases: a determiner with the words after it, or capitalized words."""
     spans = []
     for start in range(len(words)):
         first = words.lower(start)
         if first in DETERMINERS:
-            for end in range(start + 2, start + 2 + MOST_CANDIDATE_WORDS):
-                if end > len(words) or not _continues(words, end - 1):
+            for end in range(start + 2, start + 2 + MAX_CANDIDATE_WORDS):
+                if end > len(words) or not _adjacent(words, end - 1) or _is_function(words.lower(end - 1)):
                     break
                 spans.append((start, end))
         elif _is_name(words, start) and not (start > 0 and _is_name(words, start - 1) and _adjacent(words, start)):
@@ -153,13 +150,8 @@ def _noun_phrases(words: _Words) -> list[tuple[int, int]]:
     return spans
 
 
-def _continues(words: _Words, index: int) -> bool:
-    """Whether a word can belong to the noun phrase of the word before it."""
-    return _adjacent(words, index) and not _is_function(words.lower(index))
-
-
 def _adjacent(words: _Words, index: int) -> bool:
-    """Whether nothing but space stands before a word."""
+    """Whether only space separates a word from the word before it."""
     return words.text[words.spans[index - 1][1] : words.spans[index][0]].isspace()
 
 
@@ -173,5 +165,5 @@ def _is_function(word: str) -> bool:
 
 
 def _stem(word: str) -> str:
-    """A word without the endings in which the same phrase may differ: possessive and plural."""
+    """Strip the endings of possessive and plural."""
     return re.sub(r"(?:['’]s?|(?<=\w{3})s)$", "", word)

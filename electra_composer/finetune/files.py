@@ -1,8 +1,7 @@
-"""GLUE's examples from its TSV files or from the hub.
+"""Read GLUE examples from TSV files or from the hub.
 
-The reader is strict where the files are: no quoting, a byte-order mark where there is one, a header where the task's
-row says so. What does not fit is reported with its file and line instead of being skipped; only QQP's broken rows are
-left out, as everybody leaves them out, and counted.
+The TSV reader is strict: no quoting, an optional byte-order mark, a header if the task says so. Malformed rows are
+errors with file and line; only QQP's broken rows are skipped, as in other readers, and counted.
 """
 
 from __future__ import annotations
@@ -18,18 +17,20 @@ from electra_composer.finetune.tasks import Split, Task
 
 log = logging.getLogger(__name__)
 
-HUB = "hub"  # data.path that means the hub instead of a folder
+HUB = "hub"  # value of data.path
 HUB_DATASET = "nyu-mll/glue"
-MOST_BROKEN = 0.01  # share of rows that lack columns beyond which a file is not what it is taken for
+MAX_BROKEN_FRACTION = 0.01  # maximum fraction of rows that lack columns
 
 
 class Example(NamedTuple):
     """One or two sentences and their label.
 
+    The `repr` of examples is part of the cache key of hub data (data.py).
+
     Attributes:
         texts: A, or A and B.
-        label: a class's number, a regression's score as written, None in a test file.
-        server_index: by which the server knows an example of a test file; None elsewhere.
+        label: class number, or unscaled score of a regression; None in a test set.
+        server_index: the example's number on the server; None except in a test set.
     """
 
     texts: tuple[str, ...]
@@ -38,28 +39,28 @@ class Example(NamedTuple):
 
 
 def read_examples(task: Task, split: str, path: str) -> list[Example]:
-    """All examples of a split, in the order of the file.
+    """Read all examples of a split, in the order of the file.
 
     Args:
-        split: a key of `task.splits`.
-        path: the folder that holds a folder per task, or `hub`.
+        split: key of `task.splits`.
+        path: folder with one folder per task, or `hub`.
 
     Raises:
-        UserError: folder or file missing, hub out of reach, a missing column, a row of another width, an unknown label.
+        UserError: missing folder, file or column, unreachable hub, wrong number of columns in a row, unknown label.
     """
     if path == HUB:
         examples = read_hub(task, _row(task, split))
     else:
         examples = read_tsv(task, *find_file(task, split, path))
     if not examples:
-        raise UserError(f"{task.folder} {split}: no examples in {path}; expected at least one")
+        raise UserError(f"{task.folder} {split}: no examples in {path}; expected at least one; check data.path")
     return examples
 
 
 def find_file(task: Task, split: str, path: str) -> tuple[str, Split]:
-    """The file of a split, wherever it is, and how it is laid out.
+    """Find the file of a split and its layout.
 
-    Folders are found whatever their case, and by the names that google-research/electra and the hub give them.
+    Folder names may differ in case, or be those of google-research/electra or the hub.
 
     Raises:
         UserError: no such folder or file.
@@ -90,13 +91,12 @@ def _row(task: Task, split: str) -> Split:
 
 
 def read_tsv(task: Task, file: str, split: Split) -> list[Example]:
-    """Read one file of the official download; see :func:`read_examples`."""
+    """Read a file of the official download; see :func:`read_examples`."""
     rows = _rows(file)
-    header = next(rows, None) if split.has_header else (0, [])
-    if header is None:
-        raise UserError(f"{file}: the file is empty")
-    names = header[1] if split.has_header else None
-    width = split.width or len(header[1])
+    names = next(rows, (0, []))[1] if split.width is None else []
+    width = split.width or len(names)
+    if not width:
+        raise UserError(f"{file}: the file is empty; download it again")
     texts = [_position(column, names, file) for column in split.texts]
     label = None if split.label is None else _position(split.label, names, file)
     index = None if split.index is None else _position(split.index, names, file)
@@ -122,10 +122,10 @@ def read_tsv(task: Task, file: str, split: Split) -> list[Example]:
 
 
 def _rows(file: str) -> Iterator[tuple[int, list[str]]]:
-    """Number of the line and columns of each row that is not blank."""
+    """Yield line number and columns of each row that is not blank."""
     line = 0
     try:
-        # utf-8-sig: MRPC's files begin with a byte-order mark. No quoting: sentences hold bare quotation marks.
+        # utf-8-sig: MRPC's files start with a byte-order mark. No quoting: sentences contain unpaired quotation marks.
         with open(file, encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
             for row in reader:
@@ -133,40 +133,41 @@ def _rows(file: str) -> Iterator[tuple[int, list[str]]]:
                 if row:
                     yield line, row
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: after line {line}: {error}; expected UTF-8 text, tab between columns") from error
+        raise UserError(f"{file}: after line {line}: {error}; expected UTF-8 text with tabs between columns") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; check the file and its permissions") from error
 
 
 def _report_broken(broken: int, total: int, width: int, file: str) -> None:
-    """Say how many rows were left out.
+    """Log the number of skipped rows.
 
     Raises:
-        UserError: so many that this cannot be the file it is taken for.
+        UserError: more than one row and more than :data:`MAX_BROKEN_FRACTION` of all rows were skipped.
     """
-    if broken > max(1, MOST_BROKEN * total):
+    if broken > max(1, MAX_BROKEN_FRACTION * total):
         raise UserError(
-            f"{file}: {broken} of {total} rows have fewer than {width} columns; expected at most some dozens of them; "
-            "download the file again"
+            f"{file}: {broken} of {total} rows have fewer than {width} columns; "
+            f"expected at most {MAX_BROKEN_FRACTION:.0%}; download the file again"
         )
     if broken:
-        log.warning("%s: %d of %d rows left out: they have fewer than %d columns", file, broken, total, width)
+        log.warning("%s: skipped %d of %d rows: they have fewer than %d columns", file, broken, total, width)
 
 
 def read_hub(task: Task, split: Split) -> list[Example]:
-    """Read one split of `nyu-mll/glue` from the Hugging Face hub, or its cache; see :func:`read_examples`."""
+    """Read a split of `nyu-mll/glue` from the Hugging Face hub or its local cache; see :func:`read_examples`."""
     if not task.on_hub:
-        raise UserError(f"data.path is hub, but {task.name} is not on it; give the folder that synthetic.py wrote")
-    # Here, because it takes a second that a folder of files need not wait for.
-    import datasets
+        raise UserError(
+            f"data.path is hub, but {task.name} is not on the hub; set it to the folder that synthetic.py wrote"
+        )
+    import datasets  # takes a second, which reading files does not need
 
     try:
         rows = datasets.load_dataset(HUB_DATASET, task.name, split=split.hub)
-    except Exception as error:  # the hub's client raises a dozen kinds, none of which the person can mend in code
+    except Exception as error:  # the hub's client raises a dozen kinds of errors
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"data.path is hub, but {HUB_DATASET} ({task.name}, {split.hub}) cannot be read: {reason}; "
-            "check the connection, or give the folder of the TSV files"
+            "check the connection, or set data.path to a folder of TSV files"
         ) from error
     where = f"{HUB_DATASET} {task.name} {split.hub}"
     is_test = split.label is None
@@ -182,7 +183,7 @@ def read_hub(task: Task, split: Split) -> list[Example]:
 
 
 def _check_class_names(task: Task, names: list[str] | None, where: str) -> None:
-    """Refuse a data set whose classes are numbered otherwise. Where files have 0 and 1, the hub has its own names."""
+    """Refuse a data set with other class numbers. For labels 0 and 1 the hub's names differ and are not compared."""
     if names is not None and not all(label.isdigit() for label in task.labels) and tuple(names) != task.labels:
         raise UserError(
             f"{where}: its classes are {', '.join(names)}; expected {', '.join(task.labels)}, in this order"
@@ -197,10 +198,9 @@ def _hub_label(task: Task, label: int | float, where: str) -> int | float:
     return int(label)
 
 
-def _position(column: str | int, names: list[str] | None, file: str) -> int:
+def _position(column: str | int, names: list[str], file: str) -> int:
     if isinstance(column, int):
         return column
-    assert names is not None
     if column not in names:
         raise UserError(f"{file}:1: no column {column!r} in the header; found {', '.join(map(repr, names))}")
     return names.index(column)
@@ -208,7 +208,7 @@ def _position(column: str | int, names: list[str] | None, file: str) -> int:
 
 def _parse_index(text: str, where: str) -> int:
     if not text.isdecimal():
-        raise UserError(f"{where}: index {text!r}; expected a whole number, by which the server knows the example")
+        raise UserError(f"{where}: index {text!r}; expected an integer, the example's number on the server")
     return int(text)
 
 
@@ -220,7 +220,7 @@ def _parse_label(task: Task, text: str, where: str) -> int | float:
     try:
         score = float(text)
     except ValueError as error:
-        raise UserError(f"{where}: label {text!r} is not a number; expected one from {task.score_range}") from error
+        raise UserError(f"{where}: label {text!r}; expected a number") from error
     return _check_score(task, score, where)
 
 
@@ -228,5 +228,5 @@ def _check_score(task: Task, score: float, where: str) -> float:
     assert task.score_range is not None
     low, high = task.score_range
     if not low <= score <= high:
-        raise UserError(f"{where}: score {score} is outside of {low:g} to {high:g}")
+        raise UserError(f"{where}: score {score} is out of range; expected {low:g} to {high:g}")
     return score

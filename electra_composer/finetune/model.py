@@ -1,4 +1,4 @@
-"""The classifier that is finetuned, as a `ComposerModel`, and what is kept of a run besides its loss."""
+"""Classifier to finetune as a `ComposerModel`, and callbacks that keep its scores and logits."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from torchmetrics import Metric
 from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueModelConfig
 from electra_composer.errors import UserError
-from electra_composer.finetune.tasks import Task, build_metrics
+from electra_composer.finetune.metrics import build_metrics
+from electra_composer.finetune.tasks import Task
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.finetuning import ElectraForClassification, ElectraForReplacedTokens
 from electra_composer.model.weight_maps import State as Weights
 
 MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")
-HEAD = "head."  # names of the only weights that no pretrained discriminator has
-EVAL_LABEL = "eval"  # of the dev set; a further one's has the suffix of its metrics
+HEAD = "head."  # prefix of the weights that a pretrained discriminator does not have
+EVAL_LABEL = "eval"  # evaluator label of the dev set; a second dev set appends the suffix of its metrics
 COLLAPSED = "collapsed"
-CONSTANT_REGRESSION = 1e-3  # share of the range of targets within which all predictions count as one value
+CONSTANT_REGRESSION = 1e-3  # fraction of the target range within which predictions count as equal
 
 
 class Collapsed(Metric):
-    """1 if all predictions are the same, else 0: one class, or a regression within `tolerance`.
+    """1 if all predictions are equal (a regression: within `tolerance`), else 0.
 
-    A small model that has started badly may end by giving one answer to everything; its score is then no spread around
-    what the method reaches, but a failed run.
+    A small model may collapse to one answer after a bad start. Its score then shows a failed run, not the variance of
+    the method.
     """
 
     full_state_update = False
@@ -48,7 +49,7 @@ class Collapsed(Metric):
         self.add_state("highest", torch.tensor(-math.inf), dist_reduce_fx="max")
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Classes as integers or values of a regression, `[rows]`; the labels do not matter."""
+        """Update with class numbers or values of a regression, `[rows]`; labels are ignored."""
         self.lowest = torch.minimum(self.lowest, predictions.min().float())
         self.highest = torch.maximum(self.highest, predictions.max().float())
 
@@ -57,12 +58,12 @@ class Collapsed(Metric):
 
 
 class ElectraClassifier(ComposerModel):
-    """A task's loss and metrics over :class:`ElectraForClassification`.
+    """`ComposerModel` with the loss and metrics of a task.
 
     Args:
-        model: the only child, called `model`, so that parameters are named `model.embeddings.…` (see optim.py).
-        task: the row of the task.
-        cpu_autocast: run the forward under bfloat16 autocast on the CPU (see devices.py).
+        model: the only child module, named `model`: parameter names are `model.embeddings.…` (see optim.py).
+        task: the task.
+        cpu_autocast: run the forward pass under bfloat16 autocast on the CPU (see devices.py).
     """
 
     def __init__(
@@ -74,19 +75,19 @@ class ElectraClassifier(ComposerModel):
         self.cpu_autocast = cpu_autocast
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        """A batch of glue_data.py → fp32 `[rows, num_outputs]`."""
+        """Return the logits of a batch of loader.py, fp32 `[rows, num_outputs]`."""
         autocast = torch.autocast("cpu", torch.bfloat16) if self.cpu_autocast else contextlib.nullcontext()
         with autocast:
             return self.model(*(batch[name] for name in MODEL_INPUTS))
 
     def loss(self, outputs: Tensor, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Mean over the rows, fp32: cross-entropy, or the squared error of a regression."""
+        """Return the mean cross-entropy of the rows, or the mean squared error for regression, fp32."""
         if self.task.is_regression:
             return F.mse_loss(outputs[:, 0], batch["labels"])
         return F.cross_entropy(outputs, batch["labels"])
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """The task's metrics on its dev set, and whether the model has collapsed; training logs its loss alone."""
+        """Return the dev metrics of the task and :class:`Collapsed`; none for training, which logs only its loss."""
         if is_train:
             return {}
         tolerance = 0.0
@@ -101,12 +102,12 @@ class ElectraClassifier(ComposerModel):
 
 
 class EpochScores(Callback):
-    """Keeps the dev scores of every evaluation.
+    """Keep the dev scores of every evaluation.
 
     Attributes:
-        epochs: of each evaluation `epoch` (whole ones done), `step` and `metrics`: name → score × 100, None where it
-            is undefined. Metrics of a second dev set have its suffix (`accuracy_mm`).
-        collapsed: whether the model gave one answer to the whole dev set at the last one.
+        epochs: one entry per evaluation: `epoch` (completed epochs), `step` and `metrics`, name → score × 100 or None
+            if undefined. Metrics of a second dev set have its suffix (`accuracy_mm`).
+        collapsed: whether all predictions on the first dev set were equal at the last evaluation.
     """
 
     def __init__(self) -> None:
@@ -120,7 +121,7 @@ class EpochScores(Callback):
         if not self.epochs or self.epochs[-1]["step"] != step:
             self.epochs.append({"epoch": state.timestamp.epoch.value, "step": step, "metrics": {}})
         for name, metric in state.eval_metrics[label].items():
-            assert metric.update_count, f"{name} of {label} was never fed"
+            assert metric.update_count, f"{name} of {label} was never updated"
             value = float(metric.compute())
             if name == COLLAPSED:
                 if label == EVAL_LABEL:
@@ -132,9 +133,9 @@ class EpochScores(Callback):
 
 
 class KeepLogits(Callback):
-    """Keeps what the model gives for the batches of `Trainer.predict`, in the order of the examples.
+    """Keep the outputs of `Trainer.predict`, in the order of the examples.
 
-    Composer's own list of outputs is in the order of the batches, which are sorted by length.
+    The outputs that `Trainer.predict` returns are in the order of the batches, which are sorted by length.
     """
 
     def __init__(self) -> None:
@@ -147,27 +148,27 @@ class KeepLogits(Callback):
         self.rows.append((state.batch["indices"].cpu(), state.outputs.float().cpu()))
 
     def logits(self) -> Tensor:
-        """fp32 `[examples, num_outputs]`."""
+        """Return the logits of the last `Trainer.predict`, fp32 `[examples, num_outputs]`."""
         indices, outputs = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
-        assert torch.equal(indices.sort().values, torch.arange(len(indices))), "not every example once"
+        assert torch.equal(indices.sort().values, torch.arange(len(indices))), "each example is expected exactly once"
         return outputs[indices.argsort()]
 
 
 def build_classifier(
     source: Pretrained, task: Task, config: GlueModelConfig, cpu_autocast: bool = False
 ) -> ElectraClassifier:
-    """A classifier for `task` with a copy of the weights of `source` and a new head, from torch's random state.
+    """Build a classifier for `task` with copies of the weights of `source` and a randomly initialized head.
 
-    With `config.random_init` all weights are new: the same sizes, nothing learnt.
+    With `config.random_init` all weights are random. Random numbers are drawn from torch's global generator.
 
     Raises:
-        UserError: weights that do not fit; only those of the head may be missing.
+        UserError: the weights of the source do not fit; only those of the head may be missing.
     """
-    sizes = sizes_of(source, config)
+    sizes = encoder_config(source, config)
     if config.random_init:
         model = ElectraForClassification(sizes, task.num_outputs, config.classifier_dropout)
         return ElectraClassifier(model, task, cpu_autocast)
-    with torch.device("meta"):  # nothing is drawn that the weights of `source` would replace
+    with torch.device("meta"):  # draws no random numbers for weights that `source` replaces
         model = ElectraForClassification(sizes, task.num_outputs, config.classifier_dropout)
     head = nn.Linear(sizes.hidden_size, task.num_outputs)
     nn.init.xavier_uniform_(head.weight)
@@ -176,31 +177,34 @@ def build_classifier(
     return ElectraClassifier(model, task, cpu_autocast)
 
 
-def sizes_of(source: Pretrained, config: GlueModelConfig) -> EncoderConfig:
-    """The sizes of the source, with the dropout of the configuration where it names one."""
+def encoder_config(source: Pretrained, config: GlueModelConfig) -> EncoderConfig:
+    """Return the sizes of the source, with the dropout of the configuration if set."""
     if config.dropout is None:
         return source.encoder
     return dataclasses.replace(source.encoder, dropout=config.dropout, attention_dropout=config.dropout)
 
 
 def load_body(model: nn.Module, source: Pretrained, head: Weights) -> None:
-    """Give a model on the meta device copies of the weights of `source`, and those of `head`, which names them in full.
+    """Load copies of the weights of `source`, and `head`, into a model on the meta device.
+
+    Args:
+        head: weights of the head by full name, not copied.
 
     Raises:
-        UserError: weights missing, too many, or of other shapes.
+        UserError: missing or unexpected weights, or other shapes.
     """
     weights: Weights = {**{name: tensor.clone() for name, tensor in source.weights.items()}, **head}
     try:
         model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:  # names and shapes
+    except RuntimeError as error:  # wrong names or shapes
         raise UserError(
-            f"model.source {source.name}: its weights are not those of an ELECTRA discriminator of its sizes: "
-            f"{' '.join(str(error).split())[:500]}"
+            f"model.source {source.name}: its weights do not fit an ELECTRA discriminator of its configuration: "
+            f"{' '.join(str(error).split())[:500]}; use another source"
         ) from error
 
 
 def body_weights(classifier: ElectraClassifier) -> Weights:
-    """Copies on the CPU of all weights but the head's, named as in :class:`Pretrained`."""
+    """Return CPU copies of all weights except the head's, named as in :class:`Pretrained`."""
     return {
         name: tensor.detach().cpu().clone()
         for name, tensor in classifier.model.state_dict().items()

@@ -1,8 +1,9 @@
-"""One finetuning run: its settings, its data, its training, its scores."""
+"""One finetuning run: settings, data, training, scores."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import math
 import os
@@ -11,15 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
-from composer import Evaluator, Trainer
-from composer.core import DataSpec
+from composer import Evaluator
+from composer.core import Timestamp
 from composer.utils import reproducibility
 from safetensors import SafetensorError
 
 from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueConfig, TaskSettings
 from electra_composer.errors import UserError
-from electra_composer.finetune.data import EncodedExamples, build_loader
+from electra_composer.finetune.loader import Encoded, build_loader
 from electra_composer.finetune.model import (
     EVAL_LABEL,
     ElectraClassifier,
@@ -29,7 +30,7 @@ from electra_composer.finetune.model import (
     build_classifier,
 )
 from electra_composer.finetune.predictions import logits_key, save_logits
-from electra_composer.finetune.ranking import RankedExamples, build_ranker, build_ranking_loader
+from electra_composer.finetune.ranker import build_ranker
 from electra_composer.finetune.runs import PlannedRun, now
 from electra_composer.finetune.tasks import Task
 from electra_composer.training.builders import build_callbacks, build_optimizer, build_scheduler
@@ -38,16 +39,14 @@ from electra_composer.training.startup import device_batch_size
 from electra_composer.training.times import parse_time
 from electra_composer.training.trainer import build_trainer
 
-Encoded = EncodedExamples | RankedExamples
-
 
 @dataclass
 class TaskData:
-    """What the runs of a task need, tokenized.
+    """Tokenized examples of a task.
 
     Attributes:
-        dev: by split: `dev`, for MNLI `dev_mm` as well.
-        test: by the name under which its logits are kept; empty unless they are wanted.
+        dev: dev sets by split: `dev`, for MNLI also `dev_mm`.
+        test: test sets by the key of their logits; empty unless predictions are wanted.
     """
 
     train: Encoded
@@ -57,7 +56,7 @@ class TaskData:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where the runs of a group leave what is not in the record: one folder per group, so that none is mixed up."""
+    """Paths of the files of a group of runs, in a folder of its own."""
 
     folder: str
 
@@ -73,34 +72,30 @@ class RunFiles:
 
 
 def config_of_task(config: GlueConfig, task: Task) -> GlueConfig:
-    """The configuration with `task_settings` of this task in their places, and `trainer.max_duration` filled in."""
+    """Apply the `task_settings` of a task, and fill in `trainer.max_duration`."""
     own = config.task_settings.get(task.name, TaskSettings())
 
-    def chosen(mine: Any, common: Any) -> Any:
-        return common if mine is None else mine
+    def override(section: Any, **values: Any) -> Any:
+        return dataclasses.replace(section, **{name: value for name, value in values.items() if value is not None})
 
     epochs = config.trainer.max_duration or f"{task.epochs}ep"
     return dataclasses.replace(
         config,
-        optimizer=dataclasses.replace(
-            config.optimizer,
-            lr=chosen(own.lr, config.optimizer.lr),
-            layerwise_decay=chosen(own.layerwise_decay, config.optimizer.layerwise_decay),
-        ),
-        schedule=dataclasses.replace(config.schedule, warmup=chosen(own.warmup, config.schedule.warmup)),
-        trainer=dataclasses.replace(
+        optimizer=override(config.optimizer, lr=own.lr, layerwise_decay=own.layerwise_decay),
+        schedule=override(config.schedule, warmup=own.warmup),
+        trainer=override(
             config.trainer,
             max_duration=epochs if own.epochs is None else f"{own.epochs}ep",
-            global_train_batch_size=chosen(own.batch_size, config.trainer.global_train_batch_size),
+            global_train_batch_size=own.batch_size,
         ),
     )
 
 
 def rehearse(config: GlueConfig, source: Pretrained, task: Task) -> None:
-    """Build what a run of the task builds, and drop it: what is wrong shows before the first run, and leaves nothing.
+    """Build and discard the components of a run of the task, so that invalid settings fail before the first run.
 
     Raises:
-        UserError: what the builders find wrong, named with the task if it is its own settings.
+        UserError: raised by the builders; names `task_settings.<task>` if the task has settings of its own.
     """
     mine = config_of_task(config, task)
     own = task.name in config.task_settings
@@ -108,7 +103,7 @@ def rehearse(config: GlueConfig, source: Pretrained, task: Task) -> None:
     try:
         device_batch_size(mine.trainer)
         if parse_time(mine.trainer.max_duration, "trainer.max_duration").value <= 0:
-            raise UserError(f"trainer.max_duration is {mine.trainer.max_duration}; expected more than nothing")
+            raise UserError(f"trainer.max_duration is {mine.trainer.max_duration}; expected more than 0, such as 3ep")
         build_optimizer(mine.optimizer, build_model(source, task, config))
         build_scheduler(mine.schedule, mine.trainer.max_duration)
         build_callbacks(mine.callbacks)
@@ -117,13 +112,13 @@ def rehearse(config: GlueConfig, source: Pretrained, task: Task) -> None:
 
 
 def build_model(source: Pretrained, task: Task, config: GlueConfig, cpu_autocast: bool = False) -> ElectraClassifier:
-    """What is finetuned: a classifier, or, for a task that is ranked, the discriminator itself."""
+    """Build the model to finetune: a classifier or, for a ranked task, the discriminator."""
     build = build_ranker if task.ranked else build_classifier
     return build(source, task, config.model, cpu_autocast)
 
 
 def examples_seen(config: GlueConfig, task: Task, train_examples: int) -> int:
-    """About how many training examples a run of the task goes through: what its time is told from."""
+    """Estimate the training examples of a run of the task over all epochs, from which its duration is estimated."""
     mine = config_of_task(config, task)
     assert mine.trainer.max_duration is not None
     time = parse_time(mine.trainer.max_duration, "trainer.max_duration")
@@ -143,86 +138,42 @@ def finetune(
     cpu_autocast: bool = False,
     attention_path: str = "sdpa",
 ) -> dict[str, Any]:
-    """Train a fresh model from `source` and score it on dev; keep its logits and weights where they are wanted.
+    """Finetune a copy of `source`, score it on dev, and save logits and weights that are needed later.
 
     Args:
-        config: of all runs.
-        source: whose weights are copied; what is in memory stays as it is.
-        data: of the run's task.
-        files: where logits (`predict.enabled`) and MNLI's weights (`intermediate`) go, and these are taken from.
+        config: configuration of all runs.
+        source: pretrained weights; not modified.
+        data: examples of the run's task.
+        files: paths of logits (with `predict.enabled`) and of the weights of MNLI runs (with `intermediate`).
 
     Returns:
-        What the record keeps of the run, but for its group and settings: `task`, `seed`, `score` and `metrics` × 100
-        (None where undefined), `epochs` (the scores at each evaluation), `collapsed`, `started_from` (the name of
-        another run, or None), `steps`, sizes, seconds of training and of the whole run.
+        The record of the run without group and settings: `task`, `seed`, `score` and `metrics` × 100 (None if
+        undefined), `epochs` (scores of each evaluation), `collapsed`, `started_from` (name of another run, or None),
+        `steps`, numbers of examples, seconds of training and of the run.
 
     Raises:
         UserError: disk full, or `torch.compile` failed.
     """
     started = time.monotonic()
-    task, seed = run.task, run.seed
-    mine = config_of_task(config, task)
-    mine = dataclasses.replace(
-        mine,
-        run_name=f"{config.run_name}-{run.name}",
-        seed=seed,
-        checkpoints=dataclasses.replace(
-            config.checkpoints,
-            folder=os.path.join(config.checkpoints.folder, os.path.basename(files.folder), run.name),
-            # A run is minutes: one that was cut off starts anew, and never from what another left there.
-            resume=False,
-            overwrite=True,
-        ),
-    )
+    task = run.task
+    mine = config_of_run(config, run, files)
     if run.needs is not None:
         source = dataclasses.replace(source, weights=_load_weights(files.weights(run.needs.name)))
-    reproducibility.seed_all(seed)  # the head, and random weights, follow from it
+    reproducibility.seed_all(run.seed)  # determines the head, and random weights
     model = build_model(source, task, config, cpu_autocast)
     model.model.attention_path = attention_path
-    pad_id, workers = source.tokenizer.pad_token_id, config.data.num_workers
-
-    def load(examples: Encoded, batch_size: int, shuffle_seed: int | None) -> DataSpec:
-        if isinstance(examples, RankedExamples):
-            return build_ranking_loader(examples, pad_id, batch_size, workers, shuffle_seed)
-        return build_loader(examples, pad_id, batch_size, workers, shuffle_seed)
-
-    def evaluation(examples: Encoded) -> DataSpec:
-        return load(examples, config.trainer.device_eval_batch_size, shuffle_seed=None)
-
-    scores, keep = EpochScores(), KeepLogits()
-    assert mine.trainer.max_duration is not None
-    trainer = build_trainer(
-        mine,
-        model,
-        load(data.train, device_batch_size(mine.trainer), shuffle_seed=seed),
-        evaluation(data.dev["dev"]),
-        mine.trainer.max_duration,
-        callbacks=[scores, keep],
-        static_shapes=False,  # a batch is as long as its longest example
-    )
     try:
-        with compile_errors_named():
-            _fit(
-                trainer, mine, {EVAL_LABEL + task.dev_splits[name]: evaluation(part) for name, part in data.dev.items()}
-            )
-        timestamp = trainer.state.timestamp
-        train_seconds = timestamp.total_wct.total_seconds()
-        if data.test:
-            logits = {}
-            for name, part in data.test.items():
-                trainer.predict(evaluation(part), return_outputs=False)
-                logits[name] = keep.logits()
-            save_logits(files.logits(run.name), logits)
-        if config.intermediate and task.name == "mnli":
-            _save_weights(files.weights(run.name), body_weights(model))
+        scores, timestamp = _train_and_predict(mine, model, run, data, files, source.tokenizer.pad_token_id)
     finally:
-        trainer.close()
-        del trainer, model
-        gc.collect()  # trainers refer to themselves; without this their models pile up on the device
+        # Workaround (composer 0.32): trainers are in reference cycles, and their models accumulate on the device until
+        # a garbage collection; goes when closing a trainer breaks the cycles.
+        del model
+        gc.collect()
     metrics = scores.epochs[-1]["metrics"]
+    train_seconds = timestamp.total_wct.total_seconds()
     return {
         "task": task.name,
-        "seed": seed,
+        "seed": run.seed,
         "score": metrics[task.metrics[0]],
         "metrics": metrics,
         "epochs": scores.epochs,
@@ -238,23 +189,72 @@ def finetune(
     }
 
 
+def config_of_run(config: GlueConfig, run: PlannedRun, files: RunFiles) -> GlueConfig:
+    """Apply the settings of the run's task, and give the run its own name, seed and checkpoint folder."""
+    group = os.path.basename(files.folder)
+    return dataclasses.replace(
+        config_of_task(config, run.task),
+        run_name=f"{config.run_name}-{run.name}",
+        seed=run.seed,
+        checkpoints=dataclasses.replace(
+            config.checkpoints,
+            folder=os.path.join(config.checkpoints.folder, group, run.name),
+            # A run takes minutes: an interrupted run starts from the beginning and overwrites its checkpoints.
+            resume=False,
+            overwrite=True,
+        ),
+    )
+
+
+def _train_and_predict(
+    config: GlueConfig, model: ElectraClassifier, run: PlannedRun, data: TaskData, files: RunFiles, pad_id: int
+) -> tuple[EpochScores, Timestamp]:
+    """Train and evaluate; predict the test sets; save logits, and the weights of an intermediate task."""
+    load = functools.partial(build_loader, pad_id=pad_id, num_workers=config.data.num_workers)
+    load_eval = functools.partial(load, device_batch_size=config.trainer.device_eval_batch_size, shuffle_seed=None)
+    scores, keep = EpochScores(), KeepLogits()
+    assert config.trainer.max_duration is not None
+    trainer = build_trainer(
+        config,
+        model,
+        load(data.train, device_batch_size=device_batch_size(config.trainer), shuffle_seed=run.seed),
+        load_eval(data.dev["dev"]),
+        config.trainer.max_duration,
+        callbacks=[scores, keep],
+        static_shapes=False,  # a batch is as long as its longest example
+    )
+    try:
+        with compile_errors_named():
+            if len(data.dev) == 1:
+                trainer.fit()
+            else:
+                evaluators = [
+                    Evaluator(label=EVAL_LABEL + run.task.dev_splits[name], dataloader=load_eval(part))
+                    for name, part in data.dev.items()
+                ]
+                trainer.fit(eval_dataloader=evaluators, eval_interval=config.trainer.eval_interval)
+        timestamp = trainer.state.timestamp
+        if data.test:
+            logits = {}
+            for name, part in data.test.items():
+                trainer.predict(load_eval(part), return_outputs=False)
+                logits[name] = keep.logits()
+            save_logits(files.logits(run.name), logits)
+        if config.intermediate and run.task.name == "mnli":
+            _save_weights(files.weights(run.name), body_weights(model))
+    finally:
+        trainer.close()
+    return scores, timestamp
+
+
 def test_sets(task: Task, tasks: list[Task]) -> dict[str, tuple[Task, str]]:
-    """The test sets that a run of `task` answers, among them those of tasks that are never trained (AX).
+    """Return the test sets that a run of `task` predicts, including those of tasks that are never trained (AX).
 
     Returns:
-        By the name under which their logits are kept: the task whose files it is of, and its split.
+        Key of the logits → task and split of the test set.
     """
     asked = [each for each in tasks if each.name == task.name or each.trained_by == task.name]
     return {logits_key(each, split): (each, split) for each in asked for split in each.submission}
-
-
-def _fit(trainer: Trainer, config: GlueConfig, dev: dict[str, DataSpec]) -> None:
-    """Train; with several dev sets, all are scored at each evaluation."""
-    if len(dev) == 1:
-        trainer.fit()
-        return
-    evaluators = [Evaluator(label=label, dataloader=data) for label, data in dev.items()]
-    trainer.fit(eval_dataloader=evaluators, eval_interval=config.trainer.eval_interval)
 
 
 def _save_weights(path: str, weights: dict[str, Any]) -> None:
@@ -262,7 +262,7 @@ def _save_weights(path: str, weights: dict[str, Any]) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         safetensors.torch.save_file(weights, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+    except (OSError, SafetensorError) as error:  # safetensors wraps errors of the system
         raise UserError(f"{path}: cannot be written: {error}; free some space or set another results=…") from error
 
 
@@ -271,6 +271,6 @@ def _load_weights(path: str) -> dict[str, Any]:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}: the weights of a run that others start from cannot be read: {error}; "
-            "set another results=… to do that run again"
+            f"{path}: cannot read the weights from which other runs start: {error}; "
+            "set another results=… to repeat that run"
         ) from error

@@ -1,15 +1,15 @@
-"""Predictions for the test sets, as the GLUE server takes them: a zip of TSV files.
+"""Predictions for the test sets as a submission to the GLUE server: a zip of TSV files.
 
-Every run keeps its logits on the test sets of its task; which of the runs speak is decided afterwards, so that another
-choice costs no training. A file has the server's name, a header, and the columns `index` (the row's number, from 0) and
-`prediction`: the label's name for MNLI, QNLI, RTE and AX, 0 or 1 for the others, a number from 0 to 5 for STS-B.
+Every run saves its logits on the test sets of its task. Which runs are used is chosen afterwards, so another choice
+needs no training. A file has the name that the server expects, a header, and the columns `index` (row number, from 0)
+and `prediction`: the label's name for MNLI, QNLI, RTE and AX, 0 or 1 for the others, a number in [0, 5] for STS-B.
 """
 
 from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,14 +35,14 @@ SERVER_ROWS = {
     "WNLI.tsv": 146,
     "AX.tsv": 1104,
 }
-"""What a whole submission has: each file and its predictions, without the header."""
+"""Files of a complete submission, with their number of predictions."""
 
 
 def check_select(select: str, seeds: Sequence[int]) -> None:
-    """Refuse a choice of runs that there is not.
+    """Check `predict.select`.
 
     Raises:
-        UserError: neither `best` nor `ensemble` nor one of the seeds.
+        UserError: it is not `best`, `ensemble` or one of the seeds.
     """
     if select not in (BEST, ENSEMBLE, *map(str, seeds)):
         raise UserError(
@@ -51,28 +51,29 @@ def check_select(select: str, seeds: Sequence[int]) -> None:
 
 
 def check_indices(indices: Any, where: str) -> None:
-    """Refuse a test set whose own index is not 0, 1, 2, …, as the server's are: rows lost or in another order.
+    """Check that the index column of a test set is 0, 1, 2, … as on the server: no rows missing, none out of order.
 
     Args:
-        indices: int64 `[examples]`, or None where the file has none.
+        indices: int64 `[examples]`, or None if the file has no such column.
 
     Raises:
-        UserError: naming the first that differs.
+        UserError: naming the first index that differs.
     """
     if indices is None:
         return
     wrong = np.flatnonzero(np.asarray(indices) != np.arange(len(indices)))
     if len(wrong):
         raise UserError(
-            f"{where}: index {indices[wrong[0]]} stands at place {wrong[0]}; expected 0, 1, 2, …, as the server has"
+            f"{where}: row {wrong[0]} has index {indices[wrong[0]]}; expected 0, 1, 2, … as on the server; "
+            "download the file again"
         )
 
 
 def save_logits(path: str, logits: Mapping[str, Tensor]) -> None:
-    """Keep the logits of a run, fp32 `[examples, num_outputs]` by `task-split`, in NumPy's format without pickle.
+    """Save the logits of a run, fp32 `[examples, num_outputs]` by `task-split`, as `.npz` without pickle.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     temporary = f"{path}.tmp"
     try:
@@ -87,31 +88,33 @@ def save_logits(path: str, logits: Mapping[str, Tensor]) -> None:
 
 
 def load_logits(path: str) -> dict[str, Tensor]:
-    """What :func:`save_logits` kept.
+    """Load the logits written by :func:`save_logits`.
 
     Raises:
-        UserError: no such file, or not one of ours.
+        UserError: the file does not exist or is corrupt.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except FileNotFoundError as error:
         raise UserError(
-            f"{path}: no such file: the run was done with predict.enabled=false, or the file was removed; "
-            "set another results=… to do the runs again"
+            f"{path}: no such file: the run had predict.enabled=false, or the file was deleted; "
+            "set another results=… to repeat the runs"
         ) from error
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path}: not the logits of a run: {error}; remove the run's results to do it again") from error
+        raise UserError(
+            f"{path}: not a readable logits file: {error}; set another results=… to repeat the runs"
+        ) from error
 
 
 def select_runs(runs: Sequence[dict[str, Any]], task: Task, select: str) -> list[dict[str, Any]]:
-    """The runs of one task whose logits are averaged: one, or all for an ensemble.
+    """Select the runs of a task to average: one, or all for an ensemble.
 
     Args:
-        runs: on record, of this task, each with `seed` and `score` (on dev).
+        runs: recorded runs of this task, each with `seed` and `score` (on dev).
 
     Raises:
-        UserError: the named run is not done, or no score is defined.
+        UserError: the selected run is not finished, or no run has a defined score.
     """
     if select == ENSEMBLE:
         return list(runs)
@@ -119,17 +122,19 @@ def select_runs(runs: Sequence[dict[str, Any]], task: Task, select: str) -> list
         scored = [run for run in runs if run["score"] is not None]
         if not scored:
             raise UserError(
-                f"predict.select is {BEST}, but no run of {task.folder} has a score on dev; name a seed, or {ENSEMBLE}"
+                f"predict.select is {BEST}, but no run of {task.folder} has a dev score; set it to a seed or {ENSEMBLE}"
             )
         return [max(scored, key=lambda run: (run["score"], -run["seed"]))]
     named = [run for run in runs if str(run["seed"]) == select]
     if not named:
-        raise UserError(f"predict.select is {select}, but {task.folder} has no finished run of this seed")
+        raise UserError(
+            f"predict.select is {select}, but {task.folder} has no finished run with this seed; set another"
+        )
     return named
 
 
-def answers(task: Task, logits: Tensor) -> list[str]:
-    """What the server is told, a string per example.
+def format_predictions(task: Task, logits: Tensor) -> list[str]:
+    """Convert logits to the strings of the `prediction` column, one per example.
 
     Args:
         logits: fp32 `[examples, num_outputs]`, in the order of the test file.
@@ -137,22 +142,22 @@ def answers(task: Task, logits: Tensor) -> list[str]:
     if task.score_range is not None:
         low, high = task.score_range
         return [f"{value:.3f}" for value in (logits[:, 0].double() / task.target_scale).clamp(low, high).tolist()]
-    return [task.server_labels[index] for index in logits.argmax(-1).tolist()]
+    return [task.labels[index] for index in logits.argmax(-1).tolist()]
 
 
 def submission_files(
-    tasks: Sequence[Task], runs: Sequence[dict[str, Any]], select: str, logits_path: Any
+    tasks: Sequence[Task], runs: Sequence[dict[str, Any]], select: str, logits_path: Callable[[str], str]
 ) -> dict[str, tuple[Task, list[str]]]:
-    """The answers of every test set: official file name → its task and the answers.
+    """Compute the predictions for every test set: file name in the submission → task and predictions.
 
     Args:
-        tasks: AX among them is answered by the runs of the task that `trained_by` names.
-        runs: on record, of one group.
-        select: `best` (on dev, the lower seed if two are), the seed of one, or `ensemble`.
-        logits_path: run's name such as `rte-seed1` → the file of its logits.
+        tasks: the tasks; AX is predicted by the runs of the task named by its `trained_by`.
+        runs: recorded runs of one group.
+        select: `best` (best dev score, ties to the lower seed), a seed, or `ensemble`.
+        logits_path: name of a run, such as `rte-seed1` → file of its logits.
 
     Raises:
-        UserError: no run of a task, or one without logits.
+        UserError: no selected run of a task, or a run without logits.
     """
     files: dict[str, tuple[Task, list[str]]] = {}
     for task in tasks:
@@ -167,23 +172,23 @@ def submission_files(
             key = logits_key(task, split)
             if missing := [each for each in chosen if key not in each]:
                 raise UserError(
-                    f"{len(missing)} of the chosen runs of {trained.folder} have no logits of {key}; set another "
-                    "results=… to do the runs again"
+                    f"{len(missing)} of the selected runs of {trained.folder} have no logits for {key}; set another "
+                    "results=… to repeat the runs"
                 )
-            files[name] = (task, answers(task, torch.stack([each[key] for each in chosen]).mean(0)))
+            files[name] = (task, format_predictions(task, torch.stack([each[key] for each in chosen]).mean(0)))
     return files
 
 
 def logits_key(task: Task, split: str) -> str:
-    """How a test set is called among the logits of a run."""
+    """Return the key of a test set in the logits of a run."""
     return f"{task.name}-{split}"
 
 
 def write_submission(path: str, files: Mapping[str, tuple[Task, list[str]]]) -> None:
-    """Write the zip, and read it again to see that it is what the server takes; it appears whole or not at all.
+    """Write a submission atomically; before the final rename, check it with :func:`check_submission`.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written, or fails the check.
     """
     temporary = f"{path}.tmp"
     try:
@@ -191,7 +196,7 @@ def write_submission(path: str, files: Mapping[str, tuple[Task, list[str]]]) -> 
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, (_, predictions) in files.items():
                 lines = [HEADER, *(f"{index}\t{prediction}" for index, prediction in enumerate(predictions))]
-                # ZipInfo: without the time of day, the same predictions are the same bytes.
+                # ZipInfo has a fixed modification time, so equal predictions give equal bytes.
                 archive.writestr(zipfile.ZipInfo(name), "\n".join(lines) + "\n", zipfile.ZIP_DEFLATED)
         check_submission(temporary, {name: (task, len(predictions)) for name, (task, predictions) in files.items()})
         os.replace(temporary, path)
@@ -202,21 +207,21 @@ def write_submission(path: str, files: Mapping[str, tuple[Task, list[str]]]) -> 
 
 
 def check_submission(path: str, expected: Mapping[str, tuple[Task, int]]) -> None:
-    """Read a submission as the server does.
+    """Check a submission against the format that the server requires.
 
     Args:
-        path: of the zip.
-        expected: file name → its task and how many predictions it must have.
+        path: path of the zip.
+        expected: file name → task and number of predictions.
 
     Raises:
-        UserError: a file missing or too many, another header, a row count that differs, an index out of order, or a
-            prediction that is none of the task's.
+        UserError: missing or unexpected file, wrong header, wrong number of rows, index out of order, or a prediction
+            that is not a label of the task.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             contents = {name: archive.read(name).decode("utf-8") for name in archive.namelist()}
     except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a submission that can be read: {error}") from error
+        raise UserError(f"{path}: not a readable submission: {error}") from error
     if contents.keys() != expected.keys():
         raise UserError(f"{path}: holds {', '.join(sorted(contents))}; expected {', '.join(sorted(expected))}")
     for name, text in contents.items():
@@ -229,13 +234,13 @@ def check_submission(path: str, expected: Mapping[str, tuple[Task, int]]) -> Non
         for number, line in enumerate(lines):
             index, _, prediction = line.partition("\t")
             if index != str(number):
-                raise UserError(f"{path}: {name}: index {index!r} stands where {number} is expected")
-            if not _is_answer(task, prediction):
-                raise UserError(f"{path}: {name}: prediction {prediction!r} of index {index} is none of {task.folder}")
+                raise UserError(f"{path}: {name}: index {index!r}; expected {number}")
+            if not _is_valid(task, prediction):
+                raise UserError(f"{path}: {name}: prediction {prediction!r} of index {index} is no {task.folder} label")
 
 
 def missing_of(files: Mapping[str, tuple[Task, list[str]]]) -> str | None:
-    """Why the server would refuse the files, in a line; None if they are a whole submission."""
+    """Return, in one line, why the server would reject the files; None for a complete submission."""
     absent = [name for name in SERVER_ROWS if name not in files]
     others = [
         f"{name} has {len(files[name][1])} predictions, not {rows}"
@@ -246,9 +251,9 @@ def missing_of(files: Mapping[str, tuple[Task, list[str]]]) -> str | None:
     return "; ".join(parts) or None
 
 
-def _is_answer(task: Task, text: str) -> bool:
+def _is_valid(task: Task, text: str) -> bool:
     if task.score_range is None:
-        return text in task.server_labels
+        return text in task.labels
     low, high = task.score_range
     try:
         return low <= float(text) <= high

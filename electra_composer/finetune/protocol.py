@@ -1,4 +1,4 @@
-"""How finetuning scores were made, in words; scores compare only under one protocol, so it stands above the table."""
+"""Describe the finetuning protocol above the table of scores: only scores of the same protocol are comparable."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 
 from electra_composer.finetune.tasks import TASKS
 
-OF_SOURCE = " of model.source"  # ends the settings that say what was finetuned, not how
+OF_SOURCE = " of model.source"  # suffix of the settings that identify the source
 
 
 def protocol(results: Mapping[str, Any]) -> str:
-    """A Markdown list of what :func:`electra_composer.finetune.results.summary` gives; empty while no run is finished.
+    """Return the protocol as a Markdown list; empty while no run is finished.
 
-    Finetuning, what single tasks do otherwise, from which weights, the source, seeds, versions.
+    The list gives the recipe, exceptions of single tasks, initial weights, source, seeds and versions.
+
+    Args:
+        results: see :func:`electra_composer.finetune.results.summary`.
     """
     if not results["tasks"]:
         return ""
@@ -34,7 +37,7 @@ def protocol(results: Mapping[str, Any]) -> str:
 
 
 def is_random(results: Mapping[str, Any]) -> bool:
-    """Whether finetuning began from random weights: the baseline."""
+    """Whether finetuning started from random weights: the baseline."""
     return bool(results["settings"].get("model.random_init"))
 
 
@@ -66,7 +69,7 @@ def _epochs(results: Mapping[str, Any]) -> str:
 
 
 def _exceptions(results: Mapping[str, Any]) -> list[str]:
-    """What single tasks do beside or otherwise than the recipe says."""
+    """List deviations of single tasks from the recipe."""
     settings = results["settings"]
     parts = []
     for name, row in results["tasks"].items():
@@ -84,7 +87,7 @@ def _exceptions(results: Mapping[str, Any]) -> list[str]:
 
 
 def _start(results: Mapping[str, Any]) -> str:
-    """From which weights: an intermediate task is another protocol, and is said where it was used."""
+    """State the initial weights, and the tasks that started from an intermediate task."""
     everything = f"every task from {'random' if is_random(results) else 'the pretrained'} weights"
     others = []
     for row in results["tasks"].values():
@@ -105,7 +108,7 @@ def _seeds(results: Mapping[str, Any]) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers, written 1–5, 8."""
+    """Format ascending numbers as in `1–5, 8`."""
     ends: list[list[int]] = []
     for number in numbers:
         if ends and number == ends[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""The order of examples: batches of similar length, random but for that."""
+"""Sampler that groups examples of similar length into batches, otherwise at random."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ from composer.utils import dist
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
-WINDOW_BATCHES = 50  # batches among whose examples similar lengths are looked for: transformers' number
-LEAST_WINDOWS = 4  # of an epoch, so that a small task's batches stay random, too; transformers' number as well
+# Both as in transformers' get_length_grouped_indices.
+WINDOW_BATCHES = 50  # batches per window; examples are sorted by length within a window
+MIN_WINDOWS = 4  # minimum per epoch, so that batches of a small task stay random
 
 
 class LengthGroupedSampler(DistributedSampler):
-    """Batches of examples of similar length, so that little of them is padding.
+    """Group examples of similar length into batches, to reduce padding.
 
-    Shuffled: a new random order every epoch; within windows of many batches examples are sorted by length; then the
-    batches are shuffled. Which examples meet in a batch stays random but for their length. What does not fill a batch
-    is the end of the random order, unsorted, and comes last. Otherwise: all examples from the longest to the shortest,
-    so that a batch that does not fit into memory is the first.
+    With a seed: draw a new random order every epoch, sort by length within windows of many batches, then shuffle the
+    batches. Apart from their lengths, the examples of a batch are random. The examples that do not fill a batch are
+    the end of the random order; they are not sorted and come last.
 
-    The order depends on seed and epoch alone. A process gets every `num_replicas`-th example of a batch, and, as by the
-    class above, some examples are repeated at the end where the processes cannot share them evenly.
+    Without a seed: sort all examples from the longest to the shortest, so that the batch that needs most memory is the
+    first.
 
-    Source: `get_length_grouped_indices` of transformers' `trainer_pt_utils.py`, which goes through the batches of a
-    window in the order of their lengths.
+    The order depends only on seed and epoch. A rank gets every `num_replicas`-th example of a batch. As in
+    `DistributedSampler`, some examples are repeated at the end if the ranks cannot share them evenly.
+
+    Source: `get_length_grouped_indices` of transformers' `trainer_pt_utils.py`, which does not shuffle the batches of
+    a window.
 
     Args:
-        dataset: what is sampled: Composer asks for its length, to leave out what is repeated.
-        lengths: tokens of each example, int64 `[examples]`.
-        device_batch_size: examples per batch of this process.
-        shuffle_seed: of the order; None: not shuffled.
+        dataset: the examples; Composer uses its length to drop the repeats.
+        lengths: number of tokens of each example, int64 `[examples]`.
+        device_batch_size: examples per batch of this rank.
+        shuffle_seed: seed of the order; None for no shuffling.
     """
 
     def __init__(self, dataset: Dataset, lengths: NDArray[np.int64], device_batch_size: int, shuffle_seed: int | None):
@@ -46,18 +49,16 @@ class LengthGroupedSampler(DistributedSampler):
         self.batch_size = device_batch_size * self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        # A generator of both numbers: seed + epoch would give one run's second epoch to another run as its first.
-        order = self._shuffled(np.random.default_rng([self.seed, self.epoch])) if self.shuffle else self._sorted()
+        order = self._shuffled() if self.shuffle else np.argsort(-self.lengths, kind="stable")
         return iter(np.resize(order, self.total_size)[self.rank :: self.num_replicas].tolist())
 
-    def _sorted(self) -> NDArray[np.int64]:
-        return np.argsort(-self.lengths, kind="stable")
-
-    def _shuffled(self, rng: np.random.Generator) -> NDArray[np.int64]:
+    def _shuffled(self) -> NDArray[np.int64]:
+        # Not seed + epoch: the second epoch of one seed would equal the first epoch of the next seed.
+        rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.lengths))
         count = len(order) // self.batch_size
         full, rest = np.split(order, [count * self.batch_size])
-        window = self.batch_size * max(1, min(WINDOW_BATCHES, count // LEAST_WINDOWS))
+        window = self.batch_size * max(1, min(WINDOW_BATCHES, count // MIN_WINDOWS))
         windows = [full[start : start + window] for start in range(0, len(full), window)]
         grouped = [part[np.argsort(self.lengths[part], kind="stable")] for part in windows]
         batches = np.concatenate([*grouped, full[:0]]).reshape(count, self.batch_size)

@@ -17,8 +17,9 @@ sys.path.insert(0, str(BENCHMARKS))  # they are scripts: their folder comes firs
 import glue as benchmark
 
 from electra_composer.errors import UserError
-from electra_composer.finetune.data import collate, encode
+from electra_composer.finetune.data import encode
 from electra_composer.finetune.files import Example
+from electra_composer.finetune.loader import collate
 from electra_composer.finetune.tasks import TASKS
 from electra_composer.vocabulary import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""Pronoun and candidates, read off premise and hypothesis."""
+"""Finding the pronoun and its candidates in premise and hypothesis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CASES = [
         {"a pin", "the pin"},
     ),
     (
-        # The last pronoun of two that could be meant, and the nearer words decide.
+        # Two pronouns match; more equal words next to the last one decide.
         "George got free tickets to the play, but he gave them to Eric, because he was particularly eager to see it.",
         "George was particularly eager to see it.",
         (
@@ -27,7 +27,7 @@ CASES = [
         {"the play", "Eric"},
     ),
     (
-        # A possessive pronoun stands for a possessive, and so do those beside it.
+        # A possessive pronoun: the candidate and its competitors are possessive.
         "Lily spoke to Donna, breaking her concentration.",
         "breaking Donna's concentration.",
         ("Lily spoke to Donna, breaking ", "Donna's", " concentration."),

@@ -1,4 +1,4 @@
-"""WNLI as a choice among candidates: encoding, loss and decision against loops; the whole command on tiny files."""
+"""WNLI as ranking of candidates: encoding, loss and decision compared with loops; the command on tiny files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,9 @@ from electra_composer.config import GlueConfig, GlueModelConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.finetune.files import Example
-from electra_composer.finetune.ranking import (
-    build_ranker,
-    collate_ranked,
-    encode_ranked,
-    ranking_logits,
-    ranking_loss,
-    split_ranked,
-)
+from electra_composer.finetune.loader import collate_ranked, split_ranked
+from electra_composer.finetune.ranker import build_ranker, ranking_logits, ranking_loss
+from electra_composer.finetune.ranking import encode_ranked
 from electra_composer.finetune.tasks import TASKS
 from electra_composer.glue import main
 
@@ -58,7 +53,7 @@ def test_a_row_per_candidate_that_knows_where_it_is(tokenizer):
     assert "[CLS] ann saw the dog because ann was very big . [SEP]" in texts
     assert words_of(tokenizer, first.rows[0].input_ids[first.rows[0].start : first.rows[0].end]) == "the dog"
     assert words_of(tokenizer, encoded[1].rows[0].input_ids) == texts[1]
-    # Without a pronoun the hypothesis is judged by itself.
+    # Without a pronoun, the hypothesis is the only candidate.
     (alone,) = encoded[2].rows
     assert words_of(tokenizer, alone.input_ids[alone.start : alone.end]) == "the dog was big ."
     assert encoded.labels is not None
@@ -102,7 +97,7 @@ def test_loss_and_decision_against_loops():
     scores = [rng.normal(size=count) for count in counts]
     losses, margins = [], []
     for group, label in zip(scores, labels, strict=True):
-        # -log of: original for the first, replaced for the others
+        # -log p(original) of the first, -log p(replaced) of the others
         terms = [math.log1p(math.exp(group[0])), *(math.log1p(math.exp(-other)) for other in group[1:])]
         if label:
             losses.append(sum(terms) / len(terms))
@@ -160,9 +155,9 @@ def test_the_command_ranks_and_predicts(tmp_path):
     )
     results = main(config)
     (run,) = results["tasks"]["wnli"]["runs"]
-    assert run["train_examples"] == 12  # those whose candidate is right
+    assert run["train_examples"] == 12  # those with a right candidate
     assert run["dev_examples"] == 9
-    # Every right candidate is `film`: eight epochs suffice to learn that. `plot` is then never the likelier one.
+    # Every right candidate is `film`. Eight epochs are enough to learn that `plot` is less likely.
     assert run["score"] == 100.0
     with zipfile.ZipFile(tmp_path / "run/submission.zip") as archive:
         lines = archive.read("WNLI.tsv").decode().split()
@@ -176,5 +171,5 @@ def test_a_source_without_the_head_is_refused(tmp_path):
     source, data = write_source(tmp_path / "source", ElectraModel), write_wnli(tmp_path / "data")
     words = [*settings(source, data, tmp_path), "tasks=[wnli]", "wnli=coreference"]
     config = load_config(str(ROOT / "yamls/glue.yaml"), words, GlueConfig)
-    with pytest.raises(UserError, match=r"no discriminator's head.*wnli=classification"):
+    with pytest.raises(UserError, match=r"no discriminator head.*wnli=classification"):
         main(config)

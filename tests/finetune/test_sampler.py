@@ -1,4 +1,4 @@
-"""The order of examples: every one once, similar lengths together, the shares of several processes."""
+"""Sampler: every example once, similar lengths per batch, shares of several ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LENGTHS = np.random.default_rng(0).integers(3, 128, 6543)
 
 
 def order(lengths: NDArray[np.int64], batch: int, seed: int | None, epoch: int = 0) -> list[int]:
-    data: Any = lengths  # of a data set only the length is asked
+    data: Any = lengths  # only the length of the data set is used
     sampler = LengthGroupedSampler(data, lengths, batch, seed)
     sampler.set_epoch(epoch)
     return list(sampler)
@@ -34,7 +34,7 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
 
 
 def padding(found: list[int], batch: int = 32) -> float:
-    """Padding tokens for each real one."""
+    """Return the number of padding tokens per token."""
     batches = [LENGTHS[found[start : start + batch]] for start in range(0, len(found), batch)]
     return sum(len(lengths) * lengths.max() for lengths in batches) / LENGTHS.sum() - 1
 
@@ -49,7 +49,7 @@ def test_batches_hold_similar_lengths() -> None:
 def test_lengths_of_batches_come_in_no_order_and_the_last_batch_is_as_random_as_any() -> None:
     means = np.array([LENGTHS[order(LENGTHS, 32, 0)][start : start + 32].mean() for start in range(0, 6528, 32)])
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2
-    # 6543 = 204 × 32 + 15: the rest is drawn before lengths are looked at.
+    # 6543 = 204 × 32 + 15: the remainder is drawn before sorting by length.
     rests = [LENGTHS[order(LENGTHS, 32, 0, epoch)[-15:]].mean() for epoch in range(40)]
     assert np.mean(rests) == pytest.approx(LENGTHS.mean(), rel=0.1)
 
@@ -58,7 +58,7 @@ def test_examples_of_a_batch_do_not_stay_together() -> None:
     first, second = (order(LENGTHS, 32, 0, epoch) for epoch in (0, 1))
     batch_of = {example: place // 32 for place, example in enumerate(second)}
     companions = [len({batch_of[example] for example in first[start : start + 32]}) for start in range(0, 6400, 32)]
-    assert np.mean(companions) > 6  # of 32; 1 if they did
+    assert np.mean(companions) > 6  # of 32; 1 if all stayed together
 
 
 def test_evaluation_goes_from_the_longest_to_the_shortest_and_keeps_ties_in_order() -> None:
@@ -80,4 +80,4 @@ def test_processes_share_what_one_would_see(monkeypatch: pytest.MonkeyPatch, pro
     assert {len(share) for share in shares} == {-(-100 // processes)}
     together = [example for row in zip(*shares, strict=True) for example in row]
     assert together[:100] == alone
-    assert together[100:] == alone[: len(together) - 100]  # repeated, to be even
+    assert together[100:] == alone[: len(together) - 100]  # repeated to give each rank equally many

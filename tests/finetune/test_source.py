@@ -1,4 +1,4 @@
-"""From what weights finetuning starts: every kind of source gives the same body, and what does not fit is refused."""
+"""Sources of finetuning: every kind gives the same weights; unsuitable ones are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def assert_same(found: Pretrained, expected: Pretrained) -> None:
     assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
 
 
-# --- ours
+# --- checkpoints and exports of this package
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_checkpoint_run_folder_and_export_are_one_source(run_folder: Path, tmp_p
     assert_same(load_source(str(tmp_path / "exported" / "discriminator")), expected)
 
 
-# --- transformers'
+# --- models of transformers
 
 
 def test_a_model_without_a_head_is_a_source(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_model_without_a_head_is_a_source(tmp_path: Path) -> None:
 
 
 def test_weights_in_a_pickle_in_half_precision_and_with_the_old_table_of_positions(tmp_path: Path) -> None:
-    """As google/electra-*-discriminator are kept on the hub."""
+    """Formats of google/electra-*-discriminator on the hub."""
     folder = tmp_path / "a"
     expected = load_source(write_source(folder))
     state = load_file(folder / "model.safetensors")
@@ -105,7 +105,7 @@ def test_a_generator_or_a_finetuned_model_is_no_discriminator(tmp_path: Path, mo
 
 
 def test_the_source_in_memory_stays_as_it_is(tmp_path: Path) -> None:
-    """A run trains a copy."""
+    """Finetuning trains a copy of the source."""
     from electra_composer.config import GlueModelConfig
     from electra_composer.finetune.model import body_weights, build_classifier
     from electra_composer.finetune.tasks import TASKS

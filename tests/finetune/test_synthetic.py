@@ -11,7 +11,7 @@ import pytest
 
 from electra_composer.errors import UserError
 from electra_composer.finetune import synthetic
-from electra_composer.finetune.data import read_examples
+from electra_composer.finetune.files import read_examples
 from electra_composer.finetune.tasks import TASKS
 
 SENTENCE = "The quick brown fox (so they say) jumps over lazy dogs, and then sleeps for some hours."

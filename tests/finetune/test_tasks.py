@@ -1,4 +1,4 @@
-"""The rows of the tasks, and their metrics against definitions written out here."""
+"""Tasks, and their metrics compared with definitions in NumPy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from electra_composer.errors import UserError
-from electra_composer.finetune.tasks import TASKS, MatthewsCorrCoef, Task, build_metrics, find_task
+from electra_composer.finetune.metrics import MatthewsCorrCoef, build_metrics
+from electra_composer.finetune.tasks import TASKS, Task, find_task
 
 
 def test_names_folders_and_cases_find_a_task() -> None:
@@ -76,9 +77,9 @@ def test_submission_files_and_labels_are_the_server_s() -> None:
     for task in TASKS.values():
         assert set(task.submission) == {split for split in task.splits if split.startswith("test")}
     by_name = {"mnli", "ax", "qnli", "rte"}
-    assert all(TASKS[name].server_labels[0] == "entailment" for name in by_name)
-    assert all(TASKS[name].server_labels == ("0", "1") for name in ("cola", "sst2", "mrpc", "qqp", "wnli"))
-    assert TASKS["stsb"].server_labels == ()
+    assert all(TASKS[name].labels[0] == "entailment" for name in by_name)
+    assert all(TASKS[name].labels == ("0", "1") for name in ("cola", "sst2", "mrpc", "qqp", "wnli"))
+    assert TASKS["stsb"].labels == ()
 
 
 def test_mnli_has_two_dev_sets() -> None:
@@ -98,14 +99,14 @@ def test_classification_metrics_are_their_definitions() -> None:
     found = {}
     for task in (TASKS["cola"], TASKS["mrpc"]):
         for name, metric in build_metrics(task).items():
-            for part in np.array_split(np.arange(200), 7):  # as batches
+            for part in np.array_split(np.arange(200), 7):  # in batches
                 metric.update(torch.tensor(predictions[part]), torch.tensor(labels[part]))
             found[name] = float(metric.compute())
     tp, tn = ((predictions == 1) & (labels == 1)).sum(), ((predictions == 0) & (labels == 0)).sum()
     fp, fn = ((predictions == 1) & (labels == 0)).sum(), ((predictions == 0) & (labels == 1)).sum()
     assert found["accuracy"] == pytest.approx((tp + tn) / 200)
     assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
-    # Matthews' coefficient is Pearson's of the two indicator variables.
+    # The Matthews correlation is the Pearson correlation of the two binary variables.
     assert found["matthews"] == pytest.approx(np.corrcoef(predictions, labels)[0, 1], abs=1e-6)
 
 
@@ -141,7 +142,7 @@ def test_correlations_against_pandas_ties_included() -> None:
         for part in np.array_split(np.arange(300), 4):
             metric.update(torch.tensor(predictions[part]).float(), torch.tensor(scores[part] * 0.2).float())
         found[name] = float(metric.compute())
-    # Spearman's coefficient is Pearson's of the ranks; the targets' scale does not matter.
+    # Spearman's correlation is Pearson's of the ranks; the scale of the targets does not matter.
     ranks = np.corrcoef(pd.Series(predictions).rank(), pd.Series(scores).rank())[0, 1]
     assert found["spearman"] == pytest.approx(ranks, abs=1e-4)
     assert found["pearson"] == pytest.approx(np.corrcoef(predictions, scores)[0, 1], abs=1e-4)
@@ -149,17 +150,17 @@ def test_correlations_against_pandas_ties_included() -> None:
 
 
 def counts_of(predictions: np.ndarray, labels: np.ndarray) -> tuple[float, float, float, float]:
-    """True and false positives, true and false negatives."""
+    """Count true and false positives, true and false negatives."""
     positive, truth = predictions == 1, labels == 1
     pairs = ((positive, truth), (positive, ~truth), (~positive, ~truth), (~positive, truth))
     return tuple(float((a & b).sum()) for a, b in pairs)  # type: ignore[return-value]
 
 
 def by_hand(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The definition of a metric, in NumPy."""
+    """Compute a metric by its definition."""
     if name == "pearson":
         return float(np.corrcoef(predictions, labels)[0, 1])
-    if name == "spearman":  # Pearson's of the ranks, ties at their mean
+    if name == "spearman":  # Pearson's of the ranks, ties at their mean rank
         ranks = [pd.Series(values).rank() for values in (predictions, labels)]
         return float(np.corrcoef(*ranks)[0, 1])
     if name == "accuracy":
@@ -172,7 +173,7 @@ def by_hand(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def by_scikit_learn(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The same of scikit-learn and SciPy."""
+    """Compute a metric with scikit-learn or SciPy."""
     metrics = pytest.importorskip("sklearn.metrics")
     stats = pytest.importorskip("scipy.stats")
     if name in ("pearson", "spearman"):
@@ -183,7 +184,7 @@ def by_scikit_learn(name: str, predictions: np.ndarray, labels: np.ndarray) -> f
 
 
 def cases(task: Task) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Predictions and labels: random, tied, constant, perfect."""
+    """Return predictions and labels: random, tied, constant, perfect, wrong."""
     rng = np.random.default_rng(0)
     if task.is_regression:
         labels = rng.integers(0, 26, 300) / 5.0  # as STS-B: many ties
@@ -201,11 +202,11 @@ def test_metrics_against_their_definitions_and_scikit_learn(name: str, reference
     task = TASKS[name]
     for case, (predictions, labels) in cases(task).items():
         for metric_name, metric in build_metrics(task).items():
-            for part in np.array_split(np.arange(len(labels)), 7):  # as batches
+            for part in np.array_split(np.arange(len(labels)), 7):  # in batches
                 dtype = torch.float32 if task.is_regression else torch.int64
                 metric.update(torch.tensor(predictions[part], dtype=dtype), torch.tensor(labels[part], dtype=dtype))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the correlation with a constant, which nobody can define
+                warnings.simplefilter("ignore")  # of the undefined correlation with a constant
                 found, expected = float(metric.compute()), reference(metric_name, predictions, labels)
             assert found == pytest.approx(expected, abs=1e-5, nan_ok=True), (case, metric_name)
             assert math.isnan(found) == (case == "constant" and task.is_regression), (case, metric_name)
