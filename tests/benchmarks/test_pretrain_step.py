@@ -171,7 +171,7 @@ def test_bad_options(arguments: list[str], message: str) -> None:
 
 def test_shards_that_are_too_few_or_of_another_length(tmp_path: Path, shards: Path) -> None:
     options = pretrain_step.parse([*TINY, "--data", str(shards)])
-    with pytest.raises(pretrain_step.UserError, match="are needed"):
+    with pytest.raises(pretrain_step.UserError, match="expected at least"):
         workload.make_workload(options, tmp_path / "a", 32, rows=10**9)
     with pytest.raises(pretrain_step.UserError, match="rows of 32 tokens; expected 64"):
         workload.make_workload(options, tmp_path / "b", 64, rows=2)

@@ -87,5 +87,5 @@ def test_growth_is_found(memory, files, grows):
 
 @pytest.mark.parametrize("argument", ["--kills=0", "--minutes=0", "--processes=0"])
 def test_nothing_is_refused(argument):
-    with pytest.raises(soak.UserError, match="expected more than nothing"):
+    with pytest.raises(soak.UserError, match="expected values above 0"):
         soak.main([argument])
