@@ -87,8 +87,7 @@ class Run:
         return self.process.poll()
 
     def _watch(self) -> None:
-        assert self.process is not None
-        if time.monotonic() >= self.next_watch:
+        if self.process is not None and time.monotonic() >= self.next_watch:
             self.next_watch = time.monotonic() + 1.0
             with contextlib.suppress(psutil.Error, OSError):  # it is ending
                 self.watched.append(_usage(psutil.Process(self.process.pid)))

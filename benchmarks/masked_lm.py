@@ -3,9 +3,9 @@
     python benchmarks/masked_lm.py --device cuda --precision bf16
 
 `ours` is the implementation that `objective.masked_lm: auto` selects for the device. `plain` computes all logits at
-once, as the paper's code does: `F.cross_entropy`, autograd, and a sample by noise over the whole vocabulary. Liger's and
-Apple's fused linear cross entropies are measured if installed: loss and gradients only, since they draw no sample. The
-variants run in alternation. The exit status is 1 if losses or gradients of `ours` and `plain` differ.
+once, as the paper's code does: `F.cross_entropy`, autograd, and a sample by noise over the whole vocabulary. The fused
+linear cross entropies of Liger and Apple are measured if installed: loss and gradients only, since they draw no sample.
+The variants run in alternation. The exit status is 1 if losses or gradients of `ours` and `plain` differ.
 """
 
 from __future__ import annotations

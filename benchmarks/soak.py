@@ -58,13 +58,9 @@ loggers: {{metrics_file: {{}}}}
 def main(arguments: list[str] | None = None) -> int:
     """Run the soak and print one JSON line; return 1 if anything differs or grows."""
     parser = argparse.ArgumentParser(prog="benchmarks/soak.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--minutes", type=float, default=30.0, help="approximate duration (%(default)s)"
-    )
+    parser.add_argument("--minutes", type=float, default=30.0, help="approximate duration (%(default)s)")
     parser.add_argument("--kills", type=int, default=30, help="number of kills (%(default)s)")
-    parser.add_argument(
-        "--processes", type=int, default=1, help="number of ranks (%(default)s)"
-    )
+    parser.add_argument("--processes", type=int, default=1, help="number of ranks (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="loader workers per rank (%(default)s)")
     parser.add_argument("--interval", type=int, default=50, help="batches between checkpoints (%(default)s)")
     parser.add_argument("--batches", type=int, help="batches of the run, instead of --minutes")

@@ -1,4 +1,4 @@
-"""The soak itself: a short one passes, and it would notice what it is there to notice."""
+"""Soak benchmark: a short one passes, and it detects differences and growth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ARGUMENTS = ["--batches=200", "--kills=3", "--minutes=2", "--documents=200", "--
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """A soak of three kills: its line, and the folder of its runs."""
+    """Soak with three kills: exit status, printed line, and folder of the runs."""
     folder = tmp_path_factory.mktemp("soak")
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
@@ -36,7 +36,7 @@ def test_a_short_soak(short):
 
 @pytest.mark.slow
 def test_differences_are_found(short, tmp_path):
-    """One row of one batch twice instead of another, one loss another, one row of metrics missing."""
+    """One row of a batch replaced by another, one loss changed, one row of metrics missing."""
     *_, folder = short
     whole, killed = (FakeRun(folder / name) for name in ("whole", "killed"))
     assert not any(soak.compare(whole, killed)[name] for name in soak.MUST_BE_ZERO)
@@ -56,7 +56,7 @@ def test_differences_are_found(short, tmp_path):
 
 
 class FakeRun:
-    """What `compare` asks of a run that has been."""
+    """The parts of a finished `Run` that `compare` uses."""
 
     def __init__(self, folder):
         options = soak.argparse.Namespace(processes=1, overrides=[])
