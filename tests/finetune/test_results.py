@@ -127,7 +127,7 @@ def test_a_torn_last_line_is_dropped_and_then_replaced(
         store = RunStore(str(path))
         assert [run["seed"] for run in store.runs("g")] == [1]
         assert not store.is_done("g", "sst2", 2)
-    assert caplog.text.count("its last line is cut short") == 1
+    assert caplog.text.count("the last line is incomplete") == 1
     store.add(make_run("sst2", 3, 92.0))
     assert [run["seed"] for run in RunStore(str(path)).runs("g")] == [1, 3]
     assert path.read_bytes().startswith(whole)
@@ -169,7 +169,7 @@ def test_a_full_disk_loses_no_finished_run(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, hard))
     try:
-        with pytest.raises(UserError, match=r"run sst2, seed 2 \(score 91.0\) cannot be written: .*start again"):
+        with pytest.raises(UserError, match=r"run sst2, seed 2 \(score 91.0\) cannot be written: .*rerun the command"):
             store.add(make_run("sst2", 2, 91.0))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
