@@ -221,7 +221,7 @@ def check_config(config: GlueConfig) -> tuple[list[Task], GlueConfig]:
         raise UserError("checkpoints.remote applies to pretraining only; copy checkpoints.folder after the runs")
     if parse_time(config.trainer.eval_interval, "trainer.eval_interval").value == 0:
         raise UserError(
-            f"trainer.eval_interval is {config.trainer.eval_interval}: no run would be scored; expected above 0, such as 1ep"
+            f"trainer.eval_interval is {config.trainer.eval_interval}: nothing would be scored; expected above 0"
         )
     if config.trainer.eval_batches is not None:
         raise UserError("trainer.eval_batches applies to pretraining only; all dev examples are scored: set it to null")

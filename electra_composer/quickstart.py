@@ -1,7 +1,7 @@
 """`make quickstart`: convert, pretrain, finetune and export on installed text, in minutes on two CPU cores.
 
-Every step is a command, printed before it runs. The last output is a table of finetuning scores from pretrained and from
-random weights.
+Every step is a command, printed before it runs. The last output is a table of finetuning scores from pretrained and
+from random weights.
 """
 
 from __future__ import annotations

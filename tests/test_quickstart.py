@@ -1,4 +1,4 @@
-"""The quickstart's every step, as short as it goes; and that what the README says can be typed."""
+"""Every step of the quickstart in short; commands and links of the README."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_smoke(tmp_path):
     for said in (
         "pretrained weights",
         "random weights",
-        "pretraining bought",
+        "gain from pretraining",
         "logits of both models within",
         "RTD AUC",
     ):
