@@ -156,7 +156,7 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Line]], str]]] = {
     "pretrain_step": ("A pretraining step (medians)", steps),
     "masked_lm": ("The masked-LM head: loss, sample and gradients", kernels),
     "profile": ("The largest kernels of a step", profiles),
-    "failure": ("What did not run to its end", failures),
+    "failure": ("Parts that failed or ran out of time", failures),
 }
 
 

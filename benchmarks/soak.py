@@ -86,22 +86,22 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batches, seconds = options.batches, options.minutes * 60
     if batches is None:
         batches = batches_for(options, folder, seconds)
-    whole, killed = (Run(options, folder, name, batches) for name in ("whole", "killed"))
-    undisturbed = threading.Thread(target=whole.until_done)
-    undisturbed.start()
+    undisturbed, killed = (Run(options, folder, name, batches) for name in ("whole", "killed"))
+    thread = threading.Thread(target=undisturbed.until_done)
+    thread.start()
     start = time.monotonic()
     try:
         killed.through_kills(options.kills, seconds, batches, random.Random(options.seed))
         lasted = time.monotonic() - start
-        undisturbed.join()
+        thread.join()
     finally:
-        whole.end()
+        undisturbed.end()
         killed.end()
-    result = compare(whole, killed)
+    result = compare(undisturbed, killed)
     kills = sum(killed.kills.values())
     failures = {
         f"{kills} kills instead of {options.kills}": kills < options.kills,
-        "the undisturbed run grows": grows(whole.watched),
+        "the undisturbed run grows": grows(undisturbed.watched),
         "the last start grows": grows(killed.watched),
         "the last start is larger than the first": grows_over_lives(killed),
         **{name: result[name] != 0 for name in MUST_BE_ZERO},
@@ -120,7 +120,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "resumes": killed.resumes,
         "batches_done_again": killed.lines() - batches * options.processes,
         **result,
-        "undisturbed": first_and_last(whole.watched),
+        "undisturbed": first_and_last(undisturbed.watched),
         "killed": {
             "first_life": first_and_last(killed.lives[0]) if killed.lives else None,
             "last_life": first_and_last(killed.watched),
@@ -176,9 +176,9 @@ def batches_for(options: argparse.Namespace, folder: Path, seconds: float) -> in
     return max(options.kills, math.ceil(rate * max(seconds - options.kills * (start_up + lost), seconds / 4)))
 
 
-def compare(whole: Run, killed: Run) -> dict[str, Any]:
+def compare(undisturbed: Run, killed: Run) -> dict[str, Any]:
     """Compare rows, losses, weights and metrics of a killed run with those of an undisturbed one."""
-    expected, seen = read_record(whole.folder / "record"), read_record(killed.folder / "record")
+    expected, seen = read_record(undisturbed.folder / "record"), read_record(killed.folder / "record")
     twice = missed = other = 0
     for epoch in {line["epoch"] for line in expected.values()}:
         rows = Counter(row for line in expected.values() if line["epoch"] == epoch for row in line["rows"])
@@ -191,9 +191,9 @@ def compare(whole: Run, killed: Run) -> dict[str, Any]:
         for name, value in expected[batch].items():
             if name.startswith("loss/"):
                 loss = max(loss, abs(value - seen[batch][name]))
-    left, right = whole.weights(), killed.weights()
+    left, right = undisturbed.weights(), killed.weights()
     weight = max(float((left[name] - right[name]).abs().max()) for name in left)
-    rows, ours = whole.metrics(), killed.metrics()
+    rows, ours = undisturbed.metrics(), killed.metrics()
     return {
         "samples": sum(len(line["rows"]) for line in seen.values()),
         "epochs": len({line["epoch"] for line in seen.values()}),

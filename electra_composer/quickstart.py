@@ -69,31 +69,19 @@ def commands(size: Size) -> list[tuple[str, list[str]]]:
     python = sys.executable
     composer = [os.path.join(os.path.dirname(python), "composer"), "-n", "1"] if size.launcher else [python]
     convert = [python, "data_prep/convert_owt.py", "--source", "docstrings", "--tokenizer", "train", "--out", SHARDS]
-    convert += ["--max-seq-length", "32", "--lines", "sentence"]
+    convert += ["--max-seq-length", "32", "--lines", "sentence", *size.convert]
+    train = [*composer, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *pretrain, *size.pretrain]
     synthetic = [python, "-m", "electra_composer.finetune.synthetic", "--source", "docstrings", "--out", GLUE_DATA]
+    synthetic += size.synthetic
     finetune = [*composer, "electra_composer/glue.py", "yamls/quickstart_glue.yaml", *size.finetune]
+    baseline = [f"checkpoints.folder={FOLDER}/glue-random", "model.random_init=true"]
     return [
-        (
-            "the docstrings of the installed Python packages → a WordPiece vocabulary and MDS shards",
-            [*convert, *size.convert],
-        ),
-        (
-            "pretraining of a tiny ELECTRA on them",
-            [*composer, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *pretrain, *size.pretrain],
-        ),
-        (
-            "a synthetic GLUE-style task from the same text: original or corrupted sentence?",
-            [*synthetic, *size.synthetic],
-        ),
+        ("docstrings of the installed Python packages → a WordPiece vocabulary and MDS shards", convert),
+        ("pretraining of a tiny ELECTRA on them", train),
+        ("a synthetic GLUE-style task from the same text: original or corrupted sentence?", synthetic),
         ("finetuning from the pretrained weights", [*finetune, f"checkpoints.folder={FOLDER}/glue-pretrained"]),
-        (
-            "the same finetuning from random weights",
-            [*finetune, f"checkpoints.folder={FOLDER}/glue-random", "model.random_init=true"],
-        ),
-        (
-            "export to folders that transformers loads",
-            [python, "electra_composer/export.py", PRETRAIN, EXPORT],
-        ),
+        ("the same finetuning from random weights", [*finetune, *baseline]),
+        ("export to folders that transformers loads", [python, "electra_composer/export.py", PRETRAIN, EXPORT]),
     ]
 
 

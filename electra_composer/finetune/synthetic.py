@@ -100,11 +100,11 @@ def build(documents: Iterable[str], train_size: int, dev_size: int, seed: int) -
     rng = random.Random(seed)
     sizes = {"dev": dev_size - dev_size % 2, "train": train_size - train_size % 2}
     pools: dict[str, list[str]] = {"dev": [], "train": []}
-    dev_share = max(0.1, sizes["dev"] / max(1, sum(sizes.values())))
+    dev_fraction = max(0.1, sizes["dev"] / max(1, sum(sizes.values())))
     seen: set[str] = set()
     for document in documents:
         found = list(sentences(document))
-        part = "dev" if rng.random() < dev_share else "train"
+        part = "dev" if rng.random() < dev_fraction else "train"
         for sentence in rng.sample(found, min(len(found), PER_DOCUMENT)):
             if (key := sentence.casefold()) not in seen:
                 seen.add(key)

@@ -38,8 +38,8 @@ def test_a_short_soak(short):
 def test_differences_are_found(short, tmp_path):
     """One row of a batch replaced by another, one loss changed, one row of metrics missing."""
     *_, folder = short
-    whole, killed = (FakeRun(folder / name) for name in ("whole", "killed"))
-    assert not any(soak.compare(whole, killed)[name] for name in soak.MUST_BE_ZERO)
+    undisturbed, killed = (FakeRun(folder / name) for name in ("whole", "killed"))
+    assert not any(soak.compare(undisturbed, killed)[name] for name in soak.MUST_BE_ZERO)
     record = read_record(folder / "killed" / "record")
     record[7]["rows"][0] = record[7]["rows"][1]
     record[9]["loss/train/total"] += 0.5
@@ -47,12 +47,12 @@ def test_differences_are_found(short, tmp_path):
     killed.rows = killed.rows[:-1]
     (tmp_path / "record").mkdir()
     (tmp_path / "record" / "rank0.jsonl").write_text("\n".join(map(json.dumps, record.values())))
-    found = soak.compare(whole, killed)
+    found = soak.compare(undisturbed, killed)
     assert (found["samples_seen_twice"], found["samples_missed"], found["batches_with_other_samples"]) == (1, 1, 1)
     assert found["largest_loss_difference"] == 0.5
     assert found["metric_rows_that_differ"] == 1
     (tmp_path / "record" / "rank0.jsonl").write_text("\n".join(map(json.dumps, list(record.values())[:-1])))
-    assert soak.compare(whole, killed)["largest_loss_difference"] == float("inf")
+    assert soak.compare(undisturbed, killed)["largest_loss_difference"] == float("inf")
 
 
 class FakeRun:
