@@ -113,6 +113,6 @@ def test_command_line_writes_what_glue_reads(tmp_path: Path, capsys: pytest.Capt
 def test_nothing_is_left_looking_whole_where_there_is_too_little_text(tmp_path: Path) -> None:
     source, out = tmp_path / "texts.jsonl", tmp_path / "out"
     source.write_text(json.dumps({"text": SENTENCE}) + "\n")
-    with pytest.raises(UserError, match=r"expected \d+: give more text"):
+    with pytest.raises(UserError, match="give more text"):
         synthetic.main(["--source", str(source), "--out", str(out)])
     assert not (out / "synthetic-words").exists()
