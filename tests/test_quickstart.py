@@ -1,4 +1,4 @@
-"""Every step of the quickstart in short; commands and links of the README."""
+"""The quickstart's every step, as short as it goes; and that what the README says can be typed."""
 
 from __future__ import annotations
 
