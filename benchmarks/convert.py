@@ -1,11 +1,11 @@
-"""Conversion to shards against the usual way and against the tokenizer alone, in turns; prints one JSON line.
+"""Conversion to shards compared with a single-process baseline and with the tokenizer alone; prints one JSON line.
 
     python benchmarks/convert.py --source '../shared/data/corpus/*.jsonl.gz' --tokenizer vocab.txt --workers 2
 
-`usual` is one process that calls the tokenizer line by line, as most data preparations do, and builds, packs and writes
-the same rows. `tokenizer` is `encode_batch_fast` of the `tokenizers` library on all lines at once, on all cores, and
-nothing else: no conversion can be faster. What is compared is text in MB/s, from documents in memory. It fails unless
-`usual` and `ours` write the same tokens.
+`usual` is one process that calls the tokenizer line by line, as most data preparation scripts do, and builds, packs and
+writes the same rows. `tokenizer` is only `encode_batch_fast` of the `tokenizers` library on all lines at once, on all
+cores: an upper bound for any conversion. The variants run in alternation; the result is MB of text per second, from
+documents in memory. The exit status is 1 unless `usual` and `ours` write the same tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe, interleave
+from machine import interleave, print_result
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.batches.row_reader import reader_of_split
@@ -42,7 +42,7 @@ LENGTH = 128
 
 
 def usual(documents: list[str], tokenizer: PreTrainedTokenizerFast, lines: str, out: str) -> int:
-    """One process, one call of the tokenizer a line; the tokens of the rows."""
+    """Convert in one process with one tokenizer call per line; return the number of tokens in the rows."""
     ids, dtype, counts = special_ids(tokenizer), id_dtype(len(tokenizer)), SplitCounts(documents=len(documents))
     builder = ExampleBuilder(LENGTH, ids["cls"], ids["sep"], random.Random(0), "carry")
     packer = Packer(LENGTH)
@@ -69,7 +69,7 @@ def usual(documents: list[str], tokenizer: PreTrainedTokenizerFast, lines: str, 
 
 
 def tokenizer_alone(documents: list[str], tokenizer: PreTrainedTokenizerFast, lines: str) -> int:
-    """All lines through `encode_batch_fast`, on all cores; their tokens."""
+    """Encode all lines with `encode_batch_fast` on all cores; return the number of tokens."""
     batch = list(itertools.chain.from_iterable(document_lines(document, lines) for document in documents))
     total = 0
     for first in range(0, len(batch), 20_000):
@@ -81,16 +81,16 @@ def tokenizer_alone(documents: list[str], tokenizer: PreTrainedTokenizerFast, li
 
 
 def words_in(folder: str, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Tokens of a folder's shards that are not `[CLS]` or `[SEP]`: nothing else is added, and nothing is dropped."""
+    """Count the tokens in a folder of shards other than `[CLS]` and `[SEP]`, the only tokens that conversion adds."""
     reader = reader_of_split(folder, "train")
-    assert reader is not None  # written here, uncompressed
+    assert reader is not None  # written by this program, uncompressed
     ids = reader.read(np.arange(reader.rows)).input_ids
     special = special_ids(tokenizer)
     return int((~np.isin(ids, [special["cls"], special["sep"]])).sum())
 
 
 class Runs:
-    """Repeats a conversion into folders of their own, and keeps what it said."""
+    """Callable that runs a conversion into a new folder each time and keeps its results."""
 
     def __init__(self, make: Callable[[str], Any], folder: str, name: str) -> None:
         self._make, self._folder, self._name = make, folder, name
@@ -102,12 +102,16 @@ class Runs:
 
 @report_user_errors
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print one JSON line; 1 where both ways do not give the same tokens."""
+    """Measure and print one JSON line.
+
+    Returns:
+        1 if the variants do not give the same tokens, otherwise 0.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--lines", choices=("newline", "sentence"), default="sentence")
-    parser.add_argument("--megabytes", type=float, default=20, help="of text")
+    parser.add_argument("--megabytes", type=float, default=20, help="of text to convert (%(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
@@ -120,19 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
         text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
 
         def ours(out: str) -> Summary:
-            return convert(
-                Conversion(
-                    Sources.of(str(text)),
-                    out,
-                    options.tokenizer,
-                    max_seq_length=LENGTH,
-                    lines=options.lines,
-                    overflow="carry",
-                    val_fraction=0.0,
-                    workers=options.workers,
-                    progress=False,
-                )
-            )
+            settings = {"max_seq_length": LENGTH, "lines": options.lines, "overflow": "carry", "val_fraction": 0.0}
+            rest = {"workers": options.workers, "progress": False}
+            return convert(Conversion(Sources.of(str(text)), out, options.tokenizer, **settings, **rest))
 
         def alone(_: str) -> int:
             os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -147,23 +141,17 @@ def main(arguments: list[str] | None = None) -> int:
         words = [words_in(os.path.join(folder, name), tokenizer) for name in ("usual-0", "ours-0")]
     speed = {name: megabytes / statistics.median(taken) for name, taken in seconds.items()}
     summary = runs["ours"].results[-1]
-    print(
-        json.dumps(
-            {
-                "benchmark": "convert",
-                "lines": options.lines,
-                "workers": options.workers,
-                "max_seq_length": LENGTH,
-                "text_megabytes": round(megabytes, 2),
-                "tokens": summary.total.tokens,
-                "megabytes_per_second": {name: round(value, 2) for name, value in speed.items()},
-                "ours_tokens_per_second": round(speed["ours"] * summary.total.tokens / megabytes),
-                "ours_over_usual": round(speed["ours"] / speed["usual"], 2),
-                "ours_over_tokenizer": round(speed["ours"] / speed["tokenizer"], 3),
-                "machine": describe(),
-            }
-        ),
-        flush=True,
+    print_result(
+        "convert",
+        lines=options.lines,
+        workers=options.workers,
+        max_seq_length=LENGTH,
+        text_megabytes=round(megabytes, 2),
+        tokens=summary.total.tokens,
+        megabytes_per_second={name: round(value, 2) for name, value in speed.items()},
+        ours_tokens_per_second=round(speed["ours"] * summary.total.tokens / megabytes),
+        ours_over_usual=round(speed["ours"] / speed["usual"], 2),
+        ours_over_tokenizer=round(speed["ours"] / speed["tokenizer"], 3),
     )
     if {*words, runs["tokenizer"].results[0]} != {words[0]}:
         print(f"not the same text: {words} and {runs['tokenizer'].results[0]} tokens", file=sys.stderr)

@@ -1,17 +1,17 @@
-"""Tokens/s that the loader gives, against Streaming's usual one sample at a time, in turns; prints one JSON line.
+"""Tokens/s of the loader compared with Streaming's standard loader; prints one JSON line.
 
     python benchmarks/dataloader.py --data data/reviews --workers 1 2
 
-`usual` is `StreamingDataset` and `StreamingDataLoader` over the same shards with the same collation. Both shuffle with
-the same seed, and the program fails unless they give the same batches. `shuffle` says how far neighbours of the corpus
-end up apart in each epoch: the median distance as a share of the epoch (0.293 where every order is as likely), and how
-many are in one batch.
+`usual` is `StreamingDataset` and `StreamingDataLoader`, one sample at a time, over the same shards with the same
+collation. Both run in alternation and shuffle with the same seed; the program fails unless they give the same batches.
+`shuffle` is the distance between rows that are neighbours in the corpus, for each epoch: the median as a fraction of
+the epoch (0.293 for a uniformly random order), and the fraction of neighbours in the same batch.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import statistics
 import sys
 import time
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import describe, interleave
+from machine import interleave, print_result
 from streaming import StreamingDataLoader, StreamingDataset
 
 from electra_composer.batches.collation import COLUMNS, Batch, collate_rows
@@ -35,7 +35,7 @@ SEED = 0
 
 
 def usual_loader(config: ShardsConfig, meta: Meta, batch_size: int) -> StreamingDataLoader:
-    """What Streaming's documentation shows, with a collation that makes our batches."""
+    """Build the loader of Streaming's documentation, with a collation that gives our batches."""
     dataset = StreamingDataset(
         local=config.path, split=config.train_split, batch_size=batch_size, shuffle=True, shuffle_seed=SEED
     )
@@ -62,7 +62,7 @@ def _collate(samples: Sequence[dict[str, Any]], max_seq_length: int, pad_id: int
 
 
 class Stream:
-    """Epoch after epoch of a loader, some batches at a time."""
+    """Endless batches of a loader, epoch after epoch."""
 
     def __init__(self, loader: Any) -> None:
         self._batches = self._endless(loader)
@@ -73,7 +73,7 @@ class Stream:
             yield from loader
 
     def take(self, batches: int) -> None:
-        """Read so many batches, and count their tokens."""
+        """Read `batches` batches and count their tokens."""
         for _ in range(batches):
             self.tokens += next(self._batches)["num_tokens"]
 
@@ -81,21 +81,21 @@ class Stream:
 def check_same_batches(left: Any, right: Any, batches: int) -> int:
     """Compare the first batches of two loaders.
 
+    Returns:
+        The number of batches compared.
+
     Raises:
         RuntimeError: they differ.
     """
     compared = 0
-    for a, b in zip(left, right, strict=False):
+    for compared, (a, b) in enumerate(itertools.islice(zip(left, right, strict=False), batches), 1):
         if any(not torch.equal(a[name], b[name]) for name in COLUMNS):
-            raise RuntimeError(f"batch {compared} of our loader is not that of Streaming's")
-        compared += 1
-        if compared == batches:
-            break
+            raise RuntimeError(f"batch {compared - 1} of our loader differs from Streaming's")
     return compared
 
 
 def shuffle_quality(config: ShardsConfig, meta: Meta, batch_size: int, epochs: int) -> list[dict[str, float]]:
-    """Where neighbours of the corpus go, epoch by epoch."""
+    """Return the distances between rows that are neighbours in the corpus, epoch by epoch."""
     loader = build_dataloader(config, meta, config.train_split, batch_size, shuffle=True, drop_last=False, seed=SEED)
     result = []
     for epoch in range(epochs):
@@ -114,7 +114,7 @@ def shuffle_quality(config: ShardsConfig, meta: Meta, batch_size: int, epochs: i
 
 
 def reading_alone(config: ShardsConfig, rows: int) -> float:
-    """Tokens/s of reading and decoding blocks of rows in their order, in this process, without batches of a loader."""
+    """Return tokens/s of reading and decoding blocks of rows in order, in this process, without a loader."""
     reader = reader_of_split(config.path, config.train_split)
     if reader is None:
         raise UserError(f"--data {config.path}: compressed; convert without --compression")
@@ -132,14 +132,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="a folder of shards")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=32, help="rows")
-    parser.add_argument("--segment", type=int, default=500, help="batches of each timed call")
+    parser.add_argument("--segment", type=int, default=500, help="batches per timed call")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
     meta = read_meta(options.data)
     rows = meta.splits["train"].rows
     if min(options.workers) < 1 or rows < options.batch * 2 * max(options.workers):
         raise UserError(
-            f"--data {options.data}: {rows} rows are too few for --batch {options.batch}, or --workers below 1"
+            f"--data {options.data}: {rows} rows are too few for --batch {options.batch}, or --workers is below 1"
         )
     results = {}
     for workers in options.workers:
@@ -165,19 +165,13 @@ def main(arguments: list[str] | None = None) -> int:
         }
         del streams, loaders
     config = ShardsConfig(options.data, meta.max_seq_length, num_workers=0)
-    print(
-        json.dumps(
-            {
-                "benchmark": "dataloader",
-                **vars(options),
-                "max_seq_length": meta.max_seq_length,
-                "results": results,
-                "reading_alone_tokens_per_second": round(reading_alone(config, rows)),
-                "shuffle": shuffle_quality(config, meta, options.batch, epochs=3),
-                "machine": describe(),
-            }
-        ),
-        flush=True,
+    print_result(
+        "dataloader",
+        **vars(options),
+        max_seq_length=meta.max_seq_length,
+        results=results,
+        reading_alone_tokens_per_second=round(reading_alone(config, rows)),
+        shuffle=shuffle_quality(config, meta, options.batch, epochs=3),
     )
     return 0
 

@@ -6,8 +6,8 @@
 
 Converts a small corpus, pretrains for 50 steps, exports the model, and finetunes it on two tasks, each by the command
 line that users type. Prints one JSON line: SHA-256 hashes of the shards (every file), of the training and evaluation
-metrics, of the checkpoint's tensors (weights, optimizer state and random state), of the export (every file), and of the
-finetuning results. Times, throughput and versions are excluded. Equal lines mean results equal to the byte.
+metrics, of the checkpoint's tensors (weights and optimizer state), of the export (every file), and of the finetuning
+results. Times, throughput and versions are excluded. Equal lines mean bitwise identical results.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that a GPU machine should measure, in at most ten minutes:
+# Run all measurements for a GPU machine in at most ten minutes:
 #
-#     benchmarks/gpu.sh OUT             results.jsonl, report.md and a log of each part in the folder OUT
-#     benchmarks/gpu.sh --smoke OUT     the same programs on the CPU with tiny sizes: is the script right?
+#     benchmarks/gpu.sh OUT             writes results.jsonl, report.md and a log of each part to the folder OUT
+#     benchmarks/gpu.sh --smoke OUT     runs the same programs on the CPU with tiny sizes, to test the script
 #
-# $PYTHON names the interpreter of the environment (default: python). No network is needed. A part that fails or runs
-# into its time limit is recorded, the rest goes on, and the script ends with status 1.
+# $PYTHON names the interpreter of the environment (default: python). No network is needed. If a part fails or exceeds
+# its time limit, this is recorded, the other parts still run, and the script ends with status 1.
 set -uo pipefail
 
 smoke=false
@@ -24,8 +24,8 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 deadline=$((SECONDS + 585)) # the report takes a few seconds more
 failed=0
 
-# part NAME LIMIT COMMAND…: run it for LIMIT seconds at most, keep what it prints, and record it if it fails.
-# Lines of its standard output that are JSON are results; everything goes to NAME.log.
+# part NAME LIMIT COMMAND…: run a command for at most LIMIT seconds; record a failure.
+# JSON lines of its standard output are results; all output goes to NAME.log.
 part() {
     local name=$1 limit=$2 begin=$SECONDS status
     shift 2
@@ -51,7 +51,7 @@ part() {
     fi
 }
 
-step() { # step NAME LIMIT OPTIONS… of pretrain_step.py, with a profile if PROFILE is set
+step() { # step NAME LIMIT OPTIONS…: run pretrain_step.py, with a profile if PROFILE is set
     local name=$1 limit=$2 profile=()
     shift 2
     if [ -n "${PROFILE:-}" ]; then profile=(--profile "$out/$name.profile.json"); fi
@@ -67,8 +67,8 @@ if $smoke; then
     PROFILE=1 step step-tiny 150 --device cpu --size tiny --batch 2 --vocab 199 --repeats 1 --segment 2 --warmup 1 \
         --skip-memory data.num_workers=0
 else
-    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "error: no CUDA device; --smoke is for the CPU")' || exit 2
-    # Most wanted first: what the ten minutes do not reach is recorded as not run.
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "error: no CUDA device; use --smoke on a CPU")' || exit 2
+    # Most important first: parts that do not fit into the ten minutes are recorded as failed.
     PROFILE=1 step step-small 150 --size small --batch 128
     part masked-lm 60 "$python" benchmarks/masked_lm.py --device cuda --precision bf16
     PROFILE=1 step step-small-compiled 110 --size small --batch 128 --compile true --skip-memory

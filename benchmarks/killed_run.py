@@ -1,8 +1,9 @@
-"""A pretraining run that is killed and started again, and watched meanwhile; for soak.py."""
+"""Kill and restart a pretraining run, and sample its memory and open files; used by soak.py."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -23,18 +24,18 @@ from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.errors import UserError
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-QUIET = 0.25  # share of the time, at the end, in which nothing is killed any more
-TIMES = ("time/", "throughput/", "memory/")  # metrics that no two runs share
+QUIET = 0.25  # fraction of the time, at the end, without kills
+TIMES = ("time/", "throughput/", "memory/")  # metrics that differ between identical runs
 
 
 class Run:
-    """A pretraining run in a folder of its own, started as often as it takes.
+    """A pretraining run in its own folder, restarted after each kill.
 
     Attributes:
-        kills: signal → how often it was sent to a run that had not ended.
-        resumes: starts from a checkpoint.
-        watched: of the present or last start: (seconds since it, bytes resident, open files), once a second.
-        lives: `watched` of every start before.
+        kills: signal → number of times it was sent to the running run.
+        resumes: number of starts from a checkpoint.
+        watched: samples of the current or last start, one per second: (age in seconds, resident bytes, open files).
+        lives: `watched` of all earlier starts.
     """
 
     def __init__(self, options: argparse.Namespace, folder: Path, name: str, batches: int) -> None:
@@ -67,7 +68,7 @@ class Run:
                 self.command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that a signal can go to all of its processes, as from a terminal
+                start_new_session=True,  # a process group that signals can be sent to, as from a terminal
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
             )
         if self.watched:
@@ -75,7 +76,7 @@ class Run:
         self.watched = []
 
     def wait(self, seconds: float = math.inf) -> int | None:
-        """Its exit status, or None if it is still running after that time; memory and files are counted meanwhile."""
+        """Wait for the run's end while sampling memory and files; return its exit status, or None after `seconds`."""
         assert self.process is not None
         start = time.monotonic()
         while time.monotonic() - start < seconds:
@@ -86,40 +87,31 @@ class Run:
         return self.process.poll()
 
     def _watch(self) -> None:
-        assert self.process is not None
-        if time.monotonic() < self.next_watch:
-            return
-        self.next_watch = time.monotonic() + 1.0
-        resident = files = 0
-        try:
-            main = psutil.Process(self.process.pid)
-            age = time.time() - main.create_time()
-            for process in [main, *main.children(recursive=True)]:
-                resident += process.memory_info().rss
-                files += process.num_fds()
-        except (psutil.Error, OSError):
-            return  # just ending
-        self.watched.append((age, resident, files))
+        if self.process is not None and time.monotonic() >= self.next_watch:
+            self.next_watch = time.monotonic() + 1.0
+            with contextlib.suppress(psutil.Error, OSError):  # it is ending
+                self.watched.append(_usage(psutil.Process(self.process.pid)))
 
     def until_done(self) -> None:
-        """Start it and wait for its end.
+        """Start the run and wait for its end.
 
         Raises:
-            UserError: it fails.
+            UserError: the run fails.
         """
         self.start()
         self._check(self.wait())
 
     def through_kills(self, kills: int, seconds: float, batches: int, rng: random.Random) -> None:
-        """Start it until it is done, and kill it `kills` times on the way.
+        """Start the run until it is done, and kill it `kills` times on the way.
 
-        At any moment of the time, or when it comes to a batch, whichever is first: it must not be done before.
+        Each kill comes after a random time or at a random batch, whichever is first, so that the run cannot finish
+        before all kills.
         """
         share = (1 - QUIET) / kills
         stops = sorted(rng.uniform(0.0, 1 - QUIET) for _ in range(kills))
         while True:
             self.start()
-            # Every signal as often as any other; the last start is left alone.
+            # The signals take turns; the last start is not killed.
             done = sum(self.kills.values())
             number = SIGNALS[done % len(SIGNALS)]
             moment = rng.uniform(0.02, 2.0) * share * seconds
@@ -130,7 +122,7 @@ class Run:
             self._kill(number, rng)
 
     def _wait_for(self, seconds: float, batch: int) -> int | None:
-        """Until so much time has passed, or a batch has been done since, or the run has ended: its status then."""
+        """Wait until `seconds` have passed, `batch` is done or the run has ended; return its exit status if ended."""
         end = time.monotonic() + seconds
         record = self.folder / "record" / "rank0.jsonl"
         position = record.stat().st_size if record.exists() else 0
@@ -144,51 +136,43 @@ class Run:
     def _kill(self, number: signal.Signals, rng: random.Random) -> None:
         assert self.process is not None
         self.kills[number.name] += 1
-        # A scheduler may tell the first process alone, a terminal tells all of them; of SIGKILL none may be left.
+        # A scheduler may signal the first process only; a terminal signals all. SIGKILL must not leave any process.
         if number == signal.SIGTERM and rng.random() < 0.5:
             self.process.send_signal(number)
         else:
             os.killpg(self.process.pid, number)
-        expected = {-number, 128 + number}
         status = self.wait(120.0)
         if status is None:
             raise UserError(f"{self.folder}: still running two minutes after {number.name}")
-        if number == signal.SIGINT and self._ended_by_interrupt():
-            return  # before any code of ours was there: Python's own way to end, whatever it imported
-        if status != 0 and status not in expected:  # 0: it was done
-            raise UserError(f"{self.folder}: ended with {status} after {number.name}; its output is in output.txt")
-        self._await_orphans()
-
-    def _ended_by_interrupt(self) -> bool:
-        return (self.folder / "output.txt").read_bytes().rstrip().endswith(b"KeyboardInterrupt")
-
-    def _await_orphans(self) -> None:
-        """Ranks whose launcher a signal has ended save and end by themselves."""
-        assert self.process is not None
+        output = self.folder / "output.txt"
+        if number == signal.SIGINT and output.read_bytes().rstrip().endswith(b"KeyboardInterrupt"):
+            return  # interrupted during imports, before our signal handler was installed
+        if status not in (0, -number, 128 + number):  # 0: it finished before the signal
+            raise UserError(f"{self.folder}: ended with {status} after {number.name}; see its output.txt")
+        # Ranks whose launcher was ended by the signal save and end by themselves.
         deadline = time.monotonic() + 120.0
-        while time.monotonic() < deadline:
-            if not any(_group_of(process) == self.process.pid for process in psutil.process_iter()):
-                return
+        while any(_group_of(process) == self.process.pid for process in psutil.process_iter()):
+            if time.monotonic() > deadline:
+                raise UserError(f"{self.folder}: processes of the run are still alive two minutes after its end")
             time.sleep(0.1)
-        raise UserError(f"{self.folder}: processes of the run are left two minutes after its end")
 
     def _check(self, status: int | None) -> None:
         if status != 0:
-            raise UserError(f"{self.folder}: the run ended with {status}; its output is in output.txt")
+            raise UserError(f"{self.folder}: the run ended with {status}; see its output.txt")
 
     def end(self) -> None:
-        """Leave nothing running."""
+        """Kill the run if it is still running."""
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def lines(self) -> int:
-        """How many batches were done by all ranks, those that a resumed run did again included."""
+        """Count the batches done by all ranks, including those that a resumed run repeated."""
         paths = (self.folder / "record").glob("rank*.jsonl")
         return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Rows of the metrics file, without what the clock has a part in."""
+        """Return the rows of the metrics file without metrics that depend on the clock."""
         rows = [json.loads(line) for line in (self.folder / "run" / "metrics.jsonl").read_text().splitlines()]
         return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
 
@@ -197,11 +181,19 @@ class Run:
 
 
 def last_batch(record: Path, position: int) -> int:
-    """The last batch in a record after a position in bytes; -1: there is none yet."""
+    """Return the last batch in a record after a position in bytes, or -1 if there is none yet."""
     with open(record, "rb") as file:
-        file.seek(max(position, record.stat().st_size - 2**16))  # a line has far less
+        file.seek(max(position, record.stat().st_size - 2**16))  # longer than any line
         text = file.read().decode(errors="replace")
     return int(numbers[-1]) if (numbers := re.findall(r'"batch": (\d+),', text)) else -1
+
+
+def _usage(main: psutil.Process) -> tuple[float, int, int]:
+    """Return the age of a process in seconds, and the resident bytes and open files of it and its descendants."""
+    age = time.time() - main.create_time()
+    processes = [main, *main.children(recursive=True)]
+    resident = sum(process.memory_info().rss for process in processes)
+    return age, resident, sum(process.num_fds() for process in processes)
 
 
 def _group_of(process: psutil.Process) -> int | None:

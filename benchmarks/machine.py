@@ -1,10 +1,12 @@
-"""What the benchmarks share: which machine it was, how long a call took, how much memory it needed."""
+"""Shared parts of the benchmarks: machine description, timing, peak memory, the printed JSON line."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import gc
+import json
 import os
 import platform
 import statistics
@@ -12,15 +14,18 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from electra_composer.errors import UserError
 
 PACKAGES = {"torch": "torch", "composer": "mosaicml", "transformers": "transformers", "triton": "triton"}
 
 
 def describe() -> dict[str, object]:
-    """Date, processor, cores, GPU, operating system and versions; null for what is not there."""
+    """Return date, processor, cores, GPU, operating system and versions; None for what is missing."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "cpu": _cpu_model(),
@@ -34,6 +39,22 @@ def describe() -> dict[str, object]:
             **{name: _version(distribution) for name, distribution in PACKAGES.items()},
         },
     }
+
+
+def print_result(benchmark: str, **fields: Any) -> None:
+    """Print one JSON line: the benchmark's name, its fields, and the machine."""
+    print(json.dumps({"benchmark": benchmark, **fields, "machine": describe()}), flush=True)
+
+
+def require_positive(options: argparse.Namespace, *names: str) -> None:
+    """Check that integer options are at least 1.
+
+    Raises:
+        UserError: one is smaller.
+    """
+    for name in names:
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")
 
 
 def _cpu_model() -> str:
@@ -52,17 +73,17 @@ def _version(distribution: str) -> str | None:
 
 
 class PeakMemory:
-    """How many bytes the code inside needed at most, on top of what was in use when it began.
+    """Context manager that measures peak memory above the amount in use on entry.
 
-    On CUDA the allocator's count of tensors; on the CPU the growth of the process's resident memory, for which Linux
-    lets a process reset its high-water mark. The first call of anything also pays for libraries and their caches: warm
-    up before.
+    On CUDA: memory of tensors, as counted by torch's allocator. On the CPU: growth of the process's resident memory,
+    by resetting its high-water mark (Linux only). A first call also loads libraries and fills caches, so warm up
+    before measuring.
 
     Args:
         device: `cpu` or `cuda`.
 
     Attributes:
-        bytes: set at the end; None where the system does not tell.
+        bytes: set on exit; None if the system does not report it.
     """
 
     def __init__(self, device: torch.device | str):
@@ -91,7 +112,7 @@ class PeakMemory:
 
 
 def _return_free_memory() -> None:
-    """What malloc keeps of an earlier call would be used again unseen."""
+    """Return malloc's free memory to the system; reusing it would not show as growth."""
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     if libc is not None and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -116,16 +137,16 @@ def _status_bytes(field: str) -> int | None:
 def interleave(
     functions: dict[str, Callable[[], object]], repeats: int, warmup: int, device: torch.device | str
 ) -> dict[str, list[float]]:
-    """Seconds of each call, measured in turns (A B A B …), so that a machine that slows down slows all of them.
+    """Time functions in alternation (A B A B …), so that a change in machine speed affects all of them.
 
     Args:
-        functions: name → what is timed.
+        functions: name → function to time.
         repeats: measured rounds.
-        warmup: rounds before them that do not count.
+        warmup: rounds before them, not measured.
         device: on CUDA, events on the current stream are the clock, and every call starts on an idle device.
 
     Returns:
-        Name → `repeats` seconds, in the order measured.
+        Name → `repeats` durations in seconds, in the order measured.
     """
     clock = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -154,5 +175,5 @@ def _cuda_seconds(function: Callable[[], object]) -> float:
 
 
 def median_ms(seconds: list[float]) -> float:
-    """Median in milliseconds, to the microsecond."""
+    """Return the median in milliseconds, rounded to the microsecond."""
     return round(statistics.median(seconds) * 1000.0, 3)

@@ -1,42 +1,41 @@
-"""The masked-LM head: our loss, gradients and sample against plain PyTorch's, in turns; prints one JSON line.
+"""Masked-LM head: loss, gradients and sample of our kernel compared with plain PyTorch; prints one JSON line.
 
     python benchmarks/masked_lm.py --device cuda --precision bf16
 
-`ours` is what `objective.masked_lm: auto` picks for the device. `plain` makes all logits at once, as the paper's code
-does: `F.cross_entropy`, autograd, and a sample by noise over the whole vocabulary. Liger's and Apple's fused linear
-cross entropies are measured where they are installed: loss and gradients only, for they draw no sample. Fails if losses
-or gradients of `ours` and `plain` differ.
+`ours` is the implementation that `objective.masked_lm: auto` selects for the device. `plain` computes all logits at
+once, as the paper's code does: `F.cross_entropy`, autograd, and a sample by noise over the whole vocabulary. The fused
+linear cross entropies of Liger and Apple are measured if installed: loss and gradients only, since they draw no sample.
+The variants run in alternation. The exit status is 1 if losses or gradients of `ours` and `plain` differ.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from machine import PeakMemory, describe, interleave, median_ms
+from machine import PeakMemory, interleave, median_ms, print_result, require_positive
 from torch import Tensor
 
-from electra_composer.errors import report_user_errors
+from electra_composer.errors import UserError, report_user_errors
 from electra_composer.model.kernels.masked_lm import masked_lm, resolve_implementation
 from electra_composer.model.kernels.sampling import SAMPLING_BLOCK
 
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-"""Relative; TF32, where it is on, is within those of bf16."""
+"""Relative tolerances; TF32, where it is enabled, is within those of bf16."""
 
 Loss = Callable[[], Tensor]
 
 
 class Problem:
-    """Inputs at the scale of a fresh model's, the same for all that are measured.
+    """Inputs at the scale of a newly initialized model, shared by all implementations.
 
     Args:
         rows: masked positions of a batch.
-        vocab_size: tokens; the table has padding rows beyond.
+        vocab_size: number of tokens; the embedding table has padding rows beyond.
         hidden: embedding size.
         precision: `fp32`, or `bf16` by autocast over fp32 parameters.
         device: `cpu` or `cuda`.
@@ -56,14 +55,14 @@ class Problem:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
     def ours(self) -> Tensor:
-        """Loss and sample of `masked_lm`."""
+        """Compute loss and sample with `masked_lm`."""
         with self._autocast():
             return masked_lm(
                 self.features, self.weight, self.bias, self.targets, self.row_weights, self.noise, self.vocab_size
             ).loss
 
     def plain(self) -> Tensor:
-        """Loss and sample with all logits at once."""
+        """Compute loss and sample with all logits at once."""
         with self._autocast():
             logits = F.linear(self.features, self.weight[: self.vocab_size], self.bias[: self.vocab_size]).float()
         loss = F.cross_entropy(logits, self.targets, reduction="sum")
@@ -73,7 +72,7 @@ class Problem:
         return loss
 
     def liger(self) -> Loss:
-        """Liger-Kernel's fused linear cross entropy.
+        """Return Liger-Kernel's fused linear cross entropy.
 
         Raises:
             ImportError: it is not installed.
@@ -87,7 +86,7 @@ class Problem:
         return self._cast(self.weight[: self.vocab_size]), self._cast(self.features), self.targets
 
     def cut_cross_entropy(self) -> Loss:
-        """Apple's cut cross entropy.
+        """Return Apple's cut cross entropy.
 
         Raises:
             ImportError: it is not installed.
@@ -105,13 +104,13 @@ class Problem:
         return tensor.bfloat16() if self.precision == "bf16" else tensor
 
     def step(self, loss: Loss) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss and gradients of features, embeddings and bias."""
+        """Compute the loss and the gradients of features, embeddings and bias."""
         value = loss()
         return value.detach(), torch.autograd.grad(value, (self.features, self.weight, self.bias))
 
 
 def _others(problem: Problem) -> tuple[dict[str, Loss], dict[str, str]]:
-    """Fused cross entropies that can be measured here, and why the rest cannot."""
+    """Return the fused cross entropies that can be measured here, and for the others the reason."""
     available: dict[str, Loss] = {}
     reasons: dict[str, str] = {}
     for name in ("liger", "cut_cross_entropy"):
@@ -124,7 +123,7 @@ def _others(problem: Problem) -> tuple[dict[str, Loss], dict[str, str]]:
             available[name] = candidate
         except ImportError:
             reasons[name] = "not installed"
-        except Exception as error:  # another project's kernel: its failure is a result, not the end of the run
+        except Exception as error:  # a failure of another project's kernel is a result
             reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return available, reasons
 
@@ -134,7 +133,7 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def _agreement(problem: Problem) -> dict[str, float]:
-    """Relative differences of ours from plain PyTorch's."""
+    """Compute the relative differences between ours and plain PyTorch."""
     loss, gradients = problem.step(problem.ours)
     expected, expected_gradients = problem.step(problem.plain)
     names = ("features", "weight", "bias")
@@ -156,7 +155,7 @@ def _disagreements(agreement: dict[str, float], precision: str) -> list[str]:
 
 
 def measure(problem: Problem, repeats: int, warmup: int) -> dict[str, object]:
-    """Times, memory, agreement; see `main` for what is added."""
+    """Measure times, memory and agreement; `main` adds the options and the machine."""
     others, reasons = _others(problem)
     losses: dict[str, Loss] = {"ours": problem.ours, "plain": problem.plain, **others}
     steps = {name: (lambda loss=loss: problem.step(loss)) for name, loss in losses.items()}
@@ -168,8 +167,8 @@ def measure(problem: Problem, repeats: int, warmup: int) -> dict[str, object]:
             step()
         peaks[name] = peak.bytes
     rows, ours = len(problem.targets), peaks["ours"]
-    # A step that holds all logits needs at least one tensor of them, in the precision of the products; gradients are
-    # in the peak too, so that being below is proof, and being above is not at small sizes.
+    # A step that stores all logits needs at least one tensor of them, in the precision of the products. The peak
+    # includes gradients: below this size proves that they are not stored, above it proves nothing at small sizes.
     logits_bytes = rows * problem.vocab_size * (2 if problem.precision == "bf16" else 4)
     results: dict[str, object] = {
         name: {"median_ms": median_ms(taken), "min_ms": median_ms([min(taken)]), "peak_bytes": peaks[name]}
@@ -188,37 +187,28 @@ def measure(problem: Problem, repeats: int, warmup: int) -> dict[str, object]:
 
 @report_user_errors
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print one JSON line; 1 where ours and plain PyTorch differ."""
+    """Measure and print one JSON line.
+
+    Returns:
+        1 if ours and plain PyTorch differ, otherwise 0.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", type=int, default=2432, help="masked positions; 128 rows × 19 for ELECTRA-Small")
+    parser.add_argument("--rows", type=int, default=2432, help="masked positions (%(default)s: 128 rows × 19)")
     parser.add_argument("--vocab", type=int, default=30522)
     parser.add_argument("--hidden", type=int, default=128, help="embedding size")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     options = parser.parse_args(arguments)
-    for name in ("rows", "vocab", "hidden", "repeats"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}; expected at least 1")
+    require_positive(options, "rows", "vocab", "hidden", "repeats")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device is cuda and there is none here; use --device cpu")
+        raise UserError("--device is cuda, but no CUDA device is available; use --device cpu")
     problem = Problem(options.rows, options.vocab, options.hidden, options.precision, options.device)
     implementation = resolve_implementation("auto", options.device, *problem.weight.shape)
     results = measure(problem, options.repeats, options.warmup)
-    print(
-        json.dumps(
-            {
-                "benchmark": "masked_lm",
-                **vars(options),
-                "implementation": implementation,
-                "what": "forward and backward; ours and plain also draw a sample",
-                **results,
-                "machine": describe(),
-            }
-        ),
-        flush=True,
-    )
+    what = "forward and backward; ours and plain also draw a sample"
+    print_result("masked_lm", **vars(options), implementation=implementation, what=what, **results)
     wrong = _disagreements(results["relative_difference"], options.precision)  # type: ignore[arg-type]
     if wrong:
         print(f"ours and plain PyTorch differ: {', '.join(wrong)}", file=sys.stderr)

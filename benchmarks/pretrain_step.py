@@ -1,10 +1,10 @@
-"""A pretraining step of ours against the reference's, and inside Composer's `Trainer`: one JSON line.
+"""Pretraining step of ours compared with the reference, bare and in Composer's `Trainer`; prints one JSON line.
 
     python benchmarks/pretrain_step.py [--size small] [--precision fp32] [--what a,b,c,d] [key=value …]
 
-One process, one run, the same weights, examples and precision, in turns: a block of steps of each variant, then all of
-them again, so that a machine that slows down slows all. First the losses of reference and ours must agree.
-`key=value` are overrides of the YAML of the size, as for `pretrain.py`.
+All variants run in one process with the same weights, examples and precision. They alternate in blocks of steps, so
+that a change in machine speed affects all of them. First, the losses of reference and ours must agree. `key=value` are
+overrides of the YAML of the size, as for `pretrain.py`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from typing import Any
 
 import reference
 import torch
+from agreement import compare_losses, magnify
 from composer.callbacks.speed_monitor import get_gpu_flops_available
 from composer.core import Precision
-from machine import PeakMemory, describe, median_ms
+from machine import PeakMemory, describe, median_ms, require_positive
+from profiling import profile
 from tqdm import tqdm
-from variants import NAMES, BareSteps, Setup, TrainerSteps, agreement, magnify, use_allocator_of
+from variants import NAMES, BareSteps, Setup, TrainerSteps, use_allocator_of
 from workload import SIZES, make_workload, read_config
 
 from electra_composer.errors import UserError, report_user_errors
@@ -36,8 +38,8 @@ from electra_composer.model.sizes import discriminator_config
 from electra_composer.training.devices import choose_attention, resolve_device
 from electra_composer.training.startup import start
 
-MEMORY_OF = "abc"  # d is c but for callbacks, which hold nothing
-MEMORY_STEPS = 3  # the first makes the optimizer's state, the others meet it
+MEMORY_OF = "abc"  # d differs from c only in callbacks, which hold no memory
+MEMORY_STEPS = 3  # the first allocates the optimizer's state
 HOW_FLOPS = (
     "ours: model FLOPs, what the step needs without padding and with the vocabulary at masked positions only "
     "(ElectraPretraining.flops_per_batch), from which every MFU here is taken; reference: what it computes, padding "
@@ -51,7 +53,7 @@ HOW_MEMORY = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Measure and print one JSON line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,30 +65,32 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Options with their defaults for this machine filled in.
+    """Parse the options and fill in the defaults for this machine.
 
     Raises:
-        UserError: one that cannot be.
+        UserError: an option is out of range.
     """
     parser = argparse.ArgumentParser(prog="benchmarks/pretrain_step.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where there is one")
-    parser.add_argument("--precision", choices=("fp32", "amp_bf16", "amp_fp16"), help="default: amp_bf16 on gpu, fp32")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if available")
+    parser.add_argument(
+        "--precision", choices=("fp32", "amp_bf16", "amp_fp16"), help="default: amp_bf16 on gpu, fp32 on cpu"
+    )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--batch", type=int, help="rows; default: 128 on gpu, 32 on cpu")
-    parser.add_argument("--length", type=int, help="tokens in a row; default: the YAML's")
-    parser.add_argument("--vocab", type=int, default=30522, help="of synthetic rows (%(default)s)")
-    parser.add_argument("--data", help="a folder of shards instead of synthetic rows; the reference gets them unpacked")
+    parser.add_argument("--length", type=int, help="tokens per row; default: as in the YAML")
+    parser.add_argument("--vocab", type=int, default=30522, help="vocabulary size of synthetic rows (%(default)s)")
+    parser.add_argument("--data", help="folder of shards to use instead of synthetic rows; unpacked for the reference")
     parser.add_argument(
         "--compile", default="false", help="ours: false, true, or a mode of torch.compile (trainer.compile)"
     )
     parser.add_argument("--what", default="a,b,c,d", help="; ".join(f"{key}: {name}" for key, name in NAMES.items()))
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, in each a block of every variant (%(default)s)")
-    parser.add_argument("--segment", type=int, help="timed steps of a block; default: 40 on gpu, 4 on cpu")
-    parser.add_argument("--warmup", type=int, help="steps before them, not timed; default: 12 on gpu, 2 on cpu")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of one block per variant (%(default)s)")
+    parser.add_argument("--segment", type=int, help="timed steps per block; default: 40 on gpu, 4 on cpu")
+    parser.add_argument("--warmup", type=int, help="untimed steps before them; default: 12 on gpu, 2 on cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile", metavar="FILE", help="then profile b; its ten largest kernels go here as JSON")
-    parser.add_argument("--skip-memory", action="store_true", help="measure no memory")
-    parser.add_argument("--memory-only", choices=tuple(MEMORY_OF), help="measure the memory of one variant, no times")
+    parser.add_argument("--profile", metavar="FILE", help="also profile b and write its ten largest kernels as JSON")
+    parser.add_argument("--skip-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--memory-only", choices=tuple(MEMORY_OF), help="measure only the memory of one variant")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     options.what = options.what.split(",")
@@ -98,22 +102,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, default in (("batch", (32, 128)), ("segment", (4, 40)), ("warmup", (2, 12))):
         if getattr(options, name) is None:
             setattr(options, name, default[on_gpu])
-    for name in ("batch", "repeats", "segment", "warmup"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}; expected at least 1")
+    require_positive(options, "batch", "repeats", "segment", "warmup")
     if options.profile and "b" not in options.what:
-        raise UserError("--profile is of variant b; add it to --what")
+        raise UserError("--profile profiles variant b; add b to --what")
     return options
 
 
 def set_up(options: argparse.Namespace, folder: Path) -> Setup:
-    """Shards, device, precision and attention path, as `pretrain.py` has them.
+    """Set up shards, device, precision and attention path as `pretrain.py` does.
 
-    A run on the CPU begins with allocator settings of its own (devices.py), which the reference does not get: see
-    `use_allocator_of` for times; for memory it has a process of its own.
+    On the CPU, `start` changes the allocator's settings (devices.py). The reference does not get them: for times, see
+    `use_allocator_of`; for memory, it runs in its own process, which does not call `start`.
     """
     config = read_config(options, folder)
-    resolve_device(config.trainer)  # what cannot be is said before the shards are written
+    resolve_device(config.trainer)  # raises before the shards are written
     length, trainer = config.data.max_seq_length, config.trainer
     workload = make_workload(options, folder / "shards", length, (options.warmup + options.segment) * options.batch)
     cpu_autocast = resolve_device(trainer)[2] if options.memory_only == "a" else start(config)
@@ -125,7 +127,7 @@ def set_up(options: argparse.Namespace, folder: Path) -> Setup:
 
 
 def measure(options: argparse.Namespace, folder: Path, memory: dict[str, int | None]) -> dict[str, Any]:
-    """Agreement, times and what follows from them."""
+    """Check agreement, time all variants and summarize."""
     setup = set_up(options, folder)
     batches = setup.workload.batches(setup.config, options.warmup + options.segment)
     agreed, flops = agree(setup, batches)
@@ -136,7 +138,7 @@ def measure(options: argparse.Namespace, folder: Path, memory: dict[str, int | N
         if options.device == "cpu":
             use_allocator_of(what)
         taken = variants[what].block(options.warmup + options.segment)[options.warmup - 1 :]
-        if turn:  # the first block of each pays for compilation, libraries and the loader's workers
+        if turn:  # the first block of each includes compilation and the start of libraries and workers
             seconds[what] += taken
     result = {
         "benchmark": "pretrain_step",
@@ -163,16 +165,16 @@ def measure(options: argparse.Namespace, folder: Path, memory: dict[str, int | N
 
 
 def agree(setup: Setup, batches: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Losses of both on the first batch, which must agree, and FLOPs of a step of each, the mean over the batches.
+    """Check that the losses of both agree on the first batch, and count FLOPs per step, averaged over the batches.
 
-    The forward is the eager one, in full fp32 where the precision is fp32: TF32, which Composer turns on, is off here.
+    The forward is eager. TF32, which Composer enables, is disabled here, so that fp32 is full fp32.
     """
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     ours = setup.ours()
     magnify(ours.model)
     theirs = reference.ReferenceElectra(ours.model)
-    agreed = agreement(setup, ours, theirs, batches[0])
+    agreed = compare_losses(setup, ours, theirs, batches[0])
     agreed.check()
     torch.backends.cuda.matmul.allow_tf32 = tf32
     length = setup.config.data.max_seq_length
@@ -190,13 +192,13 @@ def summary(
     flops: dict[str, float],
     memory: dict[str, int | None],
 ) -> dict[str, Any]:
-    """Step times, tokens per second, and the ratios that the times are taken for.
+    """Summarize step times, tokens per second and ratios between variants.
 
     Args:
-        seconds: of every timed step, by variant.
-        batches: of an epoch, packed.
-        flops: of a step, of a and b.
-        memory: bytes, by variant; empty where not measured.
+        seconds: variant → duration of every timed step.
+        batches: packed batches of an epoch.
+        flops: FLOPs per step of a and b.
+        memory: variant → peak bytes; empty if not measured.
     """
     tokens = statistics.mean(int((batch["sequence_ids"] > 0).sum()) for batch in batches)
     median = {what: statistics.median(taken) for what, taken in seconds.items()}
@@ -222,11 +224,13 @@ def summary(
 
 
 def mfu(seconds: dict[str, list[float]], flops: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
-    """Model FLOPs utilisation: what the step needs, over time × the dense peak that Composer knows of this GPU."""
+    """Compute MFU: FLOPs that the step needs, divided by time and the GPU's dense peak in Composer's table."""
     if options.device != "gpu":
         return {"mfu": None, "mfu_note": "the peak of a CPU is not known"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # Workaround (composer 0.32): the table of peaks can only be read by a function of a State, of which it needs
+        # the precision; goes when Composer has a function of device and precision.
         peak = get_gpu_flops_available(SimpleNamespace(precision=Precision(options.precision)))
     if not peak:
         note = f"Composer's SpeedMonitor knows no peak of {torch.cuda.get_device_name()} in {options.precision}"
@@ -236,23 +240,23 @@ def mfu(seconds: dict[str, list[float]], flops: dict[str, float], options: argpa
 
 
 def memory_in_processes(options: argparse.Namespace, arguments: list[str]) -> dict[str, int | None]:
-    """Peak memory of each variant, one after another in a process of its own: nobody's buffers but its own count.
+    """Measure the peak memory of each variant, each in its own process, so that only its own buffers count.
 
     Raises:
-        SystemExit: such a process failed.
+        SystemExit: a process failed.
     """
     found = {}
     for what in (what for what in options.what if what in MEMORY_OF):
         command = [sys.executable, __file__, "--memory-only", what, *arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            raise SystemExit(f"error: the memory of {NAMES[what]} could not be measured; see above, or --skip-memory")
+            raise SystemExit(f"error: measuring the memory of {NAMES[what]} failed; see above, or set --skip-memory")
         found[what] = json.loads(done.stdout.splitlines()[-1])["bytes"]
     return found
 
 
 def memory_of(options: argparse.Namespace, folder: Path) -> int | None:
-    """Bytes that :data:`MEMORY_STEPS` steps of `options.memory_only` need at most, the model included."""
+    """Measure the peak bytes of building `options.memory_only` and running :data:`MEMORY_STEPS` steps."""
     options.what = [options.memory_only]
     options.warmup, options.segment = 1, MEMORY_STEPS - 1
     sizes = {"size": "tiny", "batch": 2, "vocab": 99, "data": None, "length": None, "overrides": []}
@@ -271,37 +275,6 @@ def run_memory_steps(setup: Setup, what: str) -> None:
         variant.trainer.close()
     del variant
     gc.collect()
-
-
-def profile(variant: BareSteps, path: str, result: dict[str, Any], steps: int = 5, largest: int = 10) -> None:
-    """Write the largest kernels of some steps to `path` as a JSON line, and as a table to stderr.
-
-    On CUDA by the device's own time; on the CPU by the operators' own.
-    """
-    on_gpu = variant.clock.device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if on_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        variant.block(steps)
-    averages = profiler.key_averages()
-    by_time = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    # On CUDA the operators that launched a kernel carry its time a second time.
-    events = [event for event in averages if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA]
-    events.sort(key=lambda event: getattr(event, by_time), reverse=True)
-    total = sum(getattr(event, by_time) for event in events)
-    kernels = [
-        {
-            "name": event.key,
-            "calls_per_step": event.count / steps,
-            "ms_per_step": round(getattr(event, by_time) / 1000 / steps, 4),
-            "share": round(getattr(event, by_time) / total, 4),
-        }
-        for event in events[:largest]
-    ]
-    print(averages.table(sort_by=by_time, row_limit=largest), file=sys.stderr)
-    about = {"benchmark": "profile", "clock": by_time, "options": result["options"], "length": result["length"]}
-    Path(path).write_text(json.dumps({**about, "kernels": kernels, "machine": result["machine"]}) + "\n")
 
 
 if __name__ == "__main__":

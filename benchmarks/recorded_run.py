@@ -1,4 +1,4 @@
-"""`pretrain.py`, with a record of which rows each batch had and what came of it; soak.py and the tests start it.
+"""`pretrain.py` with a record of each batch's rows and losses; started by soak.py and the tests.
 
 python benchmarks/recorded_run.py YAML callbacks.record.folder=FOLDER [callbacks.signal_at.batch=7 …] [key=value …]
 """
@@ -24,10 +24,10 @@ from electra_composer.training.builders import CALLBACKS
 
 
 class Record(Callback):
-    """Appends a line per batch to `rank<n>.jsonl`: its number, its epoch, the rows' digests, the losses.
+    """Append a line per batch to `rank<n>.jsonl`: its number, epoch, digests of its rows, and losses.
 
-    A row's digest is of its token ids, so rows must differ for it to stand for them. A line is written when the batch
-    is done; a run that is resumed from before a batch does it again, and the last line of a batch counts.
+    A row's digest is of its token ids, so it identifies the row only if no two rows are the same. A line is written at
+    the end of the batch. A resumed run may repeat a batch; its last line counts.
     """
 
     def __init__(self, folder: str) -> None:
@@ -42,15 +42,15 @@ class Record(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         self.line |= {name: float(value) for name, value in state.total_loss_dict.items()}
         with open(self.path, "a", encoding="utf-8") as file:
-            # After a line that a kill has cut, a new one.
+            # A line break first, in case a kill has cut the line before.
             file.write(("" if file.tell() == 0 else "\n") + json.dumps(self.line))
 
 
 def read_record(folder: str | Path) -> dict[int, dict[str, Any]]:
-    """Batch → its line, the rows of all ranks together in the order of the ranks.
+    """Read the records of all ranks: batch → its line, with the rows of all ranks in rank order.
 
     Raises:
-        ValueError: ranks that do not have the same batches.
+        ValueError: the ranks do not have the same batches.
     """
     ranks = []
     for path in sorted(Path(folder).glob("rank*.jsonl")):
@@ -59,7 +59,7 @@ def read_record(folder: str | Path) -> dict[int, dict[str, Any]]:
             try:
                 line = json.loads(text)
             except ValueError:
-                continue  # cut by a kill; its batch is done again
+                continue  # cut by a kill; the batch was repeated
             lines[line["batch"]] = line
         ranks.append(lines)
     if not ranks or any(lines.keys() != ranks[0].keys() for lines in ranks):
@@ -71,12 +71,12 @@ def read_record(folder: str | Path) -> dict[int, dict[str, Any]]:
 
 
 class SignalAt(Callback):
-    """Sends a signal to its own process at the end of a batch, if the process has begun before it.
+    """Send a signal to the own process at the end of a batch.
 
     Args:
-        batch: number of batches done then.
-        signal: its number.
-        rank: which process does; -1: each.
+        batch: number of batches done at that moment.
+        signal: number of the signal.
+        rank: rank that sends it; -1: every rank.
     """
 
     def __init__(self, batch: int, signal: int, rank: int = -1) -> None:

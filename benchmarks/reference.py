@@ -1,9 +1,9 @@
-"""The step that ours is measured against: ELECTRA with transformers' modules, as it is trained with them today.
+"""Reference pretraining step: ELECTRA built from transformers' modules.
 
-`ElectraForMaskedLM` and `ElectraForPreTraining` in a loop of one's own, as richarddwang/electra_pytorch does it: eager
-attention, one example per row padded to the full length, generator logits and cross entropy over all positions, Gumbel
-noise over the whole vocabulary for the masked ones. The recipe is the paper's (arXiv 2003.10555), and so are the
-weights: ours, through `weight_maps.py`.
+`ElectraForMaskedLM` and `ElectraForPreTraining` in a custom training loop, as in richarddwang/electra_pytorch: eager
+attention, one example per row padded to the full length, generator logits and cross entropy at all positions, Gumbel
+noise over the whole vocabulary at the masked ones. The recipe is the paper's (arXiv 2003.10555). The weights are copied
+from our model by `weight_maps.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import ElectraForMaskedLM, ElectraForPreTraining
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
 from electra_composer.config import OptimizerConfig
 from electra_composer.model.electra import ElectraForPretraining
@@ -24,19 +24,19 @@ from electra_composer.model.weight_maps import (
 from electra_composer.training.optim import parameter_groups
 
 IGNORED = -100
-"""Label of a position that the masked-LM loss skips (transformers' convention)."""
+"""Label of positions that the masked-LM loss ignores (transformers' convention)."""
 
 KEPT = 0.15
-"""Share of the masked positions that keep their token; the others become `[MASK]`."""
+"""Fraction of the masked positions that keep their token; the others become `[MASK]`."""
 
 OPTIMIZER = "torch.optim.AdamW with its defaults (with bias correction; foreach on CUDA), torch's clip_grad_norm_"
 
 
 class Losses(NamedTuple):
-    """Of one forward, fp32 scalars."""
+    """Losses of one forward pass, fp32 scalars."""
 
     mlm: Tensor  # mean over the masked tokens
-    rtd: Tensor  # mean over the tokens that are not padding
+    rtd: Tensor  # mean over the tokens other than padding
     total: Tensor
 
 
@@ -44,32 +44,29 @@ class ReferenceElectra(nn.Module):
     """Generator and discriminator of transformers with tied embeddings and the joint objective.
 
     Args:
-        model: ours, whose sizes, weights and device are copied. Its objective must be the recipe's: there are no
-            switches here.
+        model: our model; sizes, weights and device are copied from it. Its objective must be the paper's.
 
     Raises:
-        ValueError: an objective that the reference does not compute.
+        ValueError: the reference does not implement the model's objective.
     """
 
     def __init__(self, model: ElectraForPretraining):
         super().__init__()
         objective = model.objective
         if (objective.mask_style, objective.temperature, objective.disallow_correct) != ("electra", 1.0, False):
-            raise ValueError("the reference masks 85/15 and samples at temperature 1 only; leave these as they are")
+            raise ValueError("the reference only masks 85/15 and samples at temperature 1; keep the defaults")
         if objective.mlm_label_smoothing or objective.rtd_label_smoothing or model.generator_embeddings is not None:
-            raise ValueError("the reference has tied embeddings and no label smoothing; leave these as they are")
+            raise ValueError("the reference has tied embeddings and no label smoothing; keep the defaults")
         self.objective = objective
         self.special_ids = model.special_ids
         sizes = model.encoder_of_generator.config, model.discriminator.config
         configs = [transformers_config(size, self.special_ids.pad) for size in sizes]
-        for config in configs:
-            config._attn_implementation = "eager"  # transformers' ELECTRA has no other
-        self.generator = ElectraForMaskedLM(configs[0])
-        self.discriminator = ElectraForPreTraining(configs[1])
+        self.generator = AutoModelForMaskedLM.from_config(configs[0], attn_implementation="eager")
+        self.discriminator = AutoModelForPreTraining.from_config(configs[1], attn_implementation="eager")
         state = model.state_dict()
         self.generator.load_state_dict(generator_to_transformers(state, sizes[0]))
         self.discriminator.load_state_dict(discriminator_to_transformers(state, sizes[1]))
-        # Token, position and token-type embeddings and their LayerNorm are one module, as richarddwang ties them.
+        # One module of token, position and token-type embeddings and LayerNorm, as in richarddwang/electra_pytorch.
         self.discriminator.electra.embeddings = self.generator.electra.embeddings
         self.generator.generator_lm_head.weight = self.generator.electra.embeddings.word_embeddings.weight
         device = model.embeddings.word.weight.device
@@ -77,13 +74,13 @@ class ReferenceElectra(nn.Module):
         self.gumbel = torch.distributions.Gumbel(torch.zeros((), device=device), torch.ones((), device=device))
 
     def mask(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Dynamic masking: each token but the special ones with `mask_prob`, of these 85% `[MASK]`, 15% kept.
+        """Mask tokens other than special ones with probability `mask_prob`; 85% become `[MASK]`, 15% keep their token.
 
         Args:
             input_ids, attention_mask: integers `[rows, length]`.
 
         Returns:
-            What the generator sees, `[rows, length]`, and its labels: the original token, or -100 where not masked.
+            The generator's input, `[rows, length]`, and its labels: the original token, or -100 where not masked.
         """
         special = self.special_ids
         allowed = attention_mask.bool()
@@ -95,7 +92,7 @@ class ReferenceElectra(nn.Module):
         return torch.where(masked & (uniform[1] >= KEPT), special.mask, input_ids), labels
 
     def sample(self, logits: Tensor) -> Tensor:
-        """One draw from `softmax(logits)` per row by Gumbel-max. `[masked, vocabulary]` → ids `[masked]`."""
+        """Draw one id per row from `softmax(logits)` by Gumbel-max: `[masked, vocabulary]` → `[masked]`."""
         return (logits.float() + self.gumbel.sample(logits.shape)).argmax(dim=-1)
 
     def forward(
@@ -105,12 +102,12 @@ class ReferenceElectra(nn.Module):
         labels: Tensor | None = None,
         corrupted_ids: Tensor | None = None,
     ) -> Losses:
-        """One step's losses.
+        """Compute the losses of one step.
 
         Args:
             batch: `input_ids`, `token_type_ids`, `attention_mask`, integers `[rows, length]`, one example per row.
-            masked_ids, labels, corrupted_ids: integers `[rows, length]` that another model drew, to compare with it;
-                by default drawn here.
+            masked_ids, labels, corrupted_ids: integers `[rows, length]` drawn by another model, to compare losses with
+                it; drawn here by default.
         """
         input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
         shared = {"attention_mask": attention_mask, "token_type_ids": batch["token_type_ids"]}
@@ -129,10 +126,10 @@ class ReferenceElectra(nn.Module):
 
 
 class Unpacking:
-    """The places of packed examples when each gets a row of its own, padded to the length of the packed rows.
+    """Map packed examples to one row each, padded to the length of the packed rows.
 
     Args:
-        batch: a batch of shards.py, `[rows, length]`; `position_ids` restart at every example.
+        batch: packed batch, `[rows, length]`; `position_ids` restart at every example.
     """
 
     def __init__(self, batch: dict[str, Tensor]):
@@ -145,14 +142,14 @@ class Unpacking:
         self.place = batch["position_ids"][self.is_token]
 
     def __call__(self, values: Tensor, fill: int) -> Tensor:
-        """`[rows, length]` of the packed batch → `[examples, length]`, `fill` where there is padding."""
+        """Unpack values of the batch: `[rows, length]` → `[examples, length]`, with `fill` as padding."""
         unpacked = values.new_full((self.rows, self.length), fill)
         unpacked[self.example, self.place] = values[self.is_token]
         return unpacked
 
 
 def unpack(batch: dict[str, Tensor], pad_id: int) -> dict[str, Tensor]:
-    """A packed batch as transformers takes it: the same examples, one per row, with `attention_mask`."""
+    """Convert a packed batch to transformers' inputs: the same examples, one per row, with `attention_mask`."""
     unpacking = Unpacking(batch)
     return {
         "input_ids": unpacking(batch["input_ids"], pad_id),
@@ -162,18 +159,18 @@ def unpack(batch: dict[str, Tensor], pad_id: int) -> dict[str, Tensor]:
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW as most loops have it (:data:`OPTIMIZER`), with the recipe's numbers and groups."""
+    """Build torch's AdamW (:data:`OPTIMIZER`) with the recipe's hyperparameters and parameter groups."""
     named = [(name.replace("LayerNorm", "norm"), parameter) for name, parameter in model.named_parameters()]
     groups = parameter_groups(named, config.weight_decay, config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
 
 
 def flops(model: ReferenceElectra, rows: int, length: int) -> int:
-    """Floating-point operations that one reference step computes on `rows` of `length`, padding included.
+    """Count the floating-point operations of one reference step on `rows` rows of `length` tokens, padding included.
 
-    Multiply-adds as two, backward as twice the forward, matrix products and attention only; as
-    `ElectraPretraining.flops_per_batch`, but for what is done, not for what is needed: every position of every row
-    meets the vocabulary here.
+    A multiply-add counts as two, the backward pass as twice the forward; only matrix products and attention count, as
+    in `ElectraPretraining.flops_per_batch`. Unlike there, padding and the vocabulary at all positions count, because
+    the reference computes them.
     """
     tokens = rows * length
     total = 0

@@ -1,6 +1,6 @@
-"""JSON lines of the benchmarks as the Markdown tables of RESULTS.md.
+"""Render JSON lines of the benchmarks as the Markdown tables of RESULTS.md.
 
-python benchmarks/report.py results.jsonl …        or the lines on stdin
+python benchmarks/report.py results.jsonl …        (without files: stdin)
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from electra_composer.errors import UserError, report_user_errors
 
 Line = dict[str, Any]
 OPEN = "–"
-"""Stands where nothing was measured."""
+"""Cell of a value that was not measured."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Print the report of the given files."""
     parser = argparse.ArgumentParser(prog="benchmarks/report.py", description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", help="of JSON lines; none: stdin")
+    parser.add_argument("files", nargs="*", help="files of JSON lines; default: stdin")
     options = parser.parse_args(arguments)
     lines: list[Line] = []
     for name in options.files or ["-"]:
@@ -30,10 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read(name: str) -> list[Line]:
-    """The lines of a file, or of stdin for `-`.
+    """Read the JSON lines of a file, or of stdin for `-`.
 
     Raises:
-        UserError: not there, or a line that is none of a benchmark's.
+        UserError: the file cannot be read, or a line is not the result of a known benchmark.
     """
     try:
         with open(sys.stdin.fileno() if name == "-" else name, encoding="utf-8", closefd=name != "-") as file:
@@ -49,10 +49,8 @@ def read(name: str) -> list[Line]:
 
 
 def report(lines: list[Line]) -> str:
-    """All tables, each under its heading, and one line for each machine that they were measured on."""
-    parts = []
-    for machine in unique(describe(line["machine"]) for line in lines if "machine" in line):
-        parts.append(machine)
+    """Render one line per machine, then every table under its heading."""
+    parts = list(dict.fromkeys(describe(line["machine"]) for line in lines if "machine" in line))
     for kind, (heading, render) in SECTIONS.items():
         chosen = [line for line in lines if line["benchmark"] == kind]
         if chosen:
@@ -61,25 +59,20 @@ def report(lines: list[Line]) -> str:
 
 
 def describe(machine: Line) -> str:
-    """Hardware, versions and date in one line."""
+    """Render hardware, versions and date in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     hardware = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, no GPU"
     return f"{hardware}; {machine['system']}; {versions}; {machine['date']}."
 
 
-def unique(texts: Iterable[str]) -> list[str]:
-    """Each once, in the order they came."""
-    return list(dict.fromkeys(texts))
-
-
 def table(header: list[str], rows: Iterable[list[Any]]) -> str:
-    """A Markdown table; None is :data:`OPEN`."""
+    """Render a Markdown table, with :data:`OPEN` for None."""
     cells = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(OPEN if cell is None else str(cell) for cell in row) + " |" for row in cells)
 
 
 def steps(lines: list[Line]) -> str:
-    """One row for each run of pretrain_step.py: medians in milliseconds, and what they say."""
+    """Render one row per run of pretrain_step.py: median step times, speed, ratios, memory and MFU."""
     header = ["size", "rows × tokens", "data", "precision", "compile", "reference ms", "ours ms", "in Trainer ms"]
     header += ["no callbacks ms", "ours tokens/s", "ours / reference", "Trainer", "callbacks", "memory", "MFU"]
     rows = []
@@ -111,7 +104,7 @@ def _with(value: float | None, form: str) -> str | None:
 
 
 def profiles(lines: list[Line]) -> str:
-    """The largest kernels of each profile, by their own time."""
+    """Render the largest kernels of each profile, by their own time."""
     parts = []
     for line in lines:
         options = line["options"]
@@ -132,7 +125,7 @@ def profiles(lines: list[Line]) -> str:
 
 
 def failures(lines: list[Line]) -> str:
-    """What did not run, or not in time: a row of its own each, so that nobody takes it for measured."""
+    """Render one row per part that failed or ran out of time."""
     return table(
         ["part", "exit status", "seconds"], [[line["part"], line["status"], line["seconds"]] for line in lines]
     )
@@ -142,7 +135,7 @@ KERNELS = ("ours", "plain", "liger", "cut_cross_entropy")
 
 
 def kernels(lines: list[Line]) -> str:
-    """One row for each implementation in each run of masked_lm.py; `/ ours`: its median time over ours."""
+    """Render one row per implementation and run of masked_lm.py; `/ ours` is its median time divided by ours."""
     header = ["rows × vocabulary × width", "precision", "implementation", "median ms", "min ms", "/ ours", "peak MiB"]
     rows: list[list[Any]] = []
     for line in lines:
@@ -163,7 +156,7 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Line]], str]]] = {
     "pretrain_step": ("A pretraining step (medians)", steps),
     "masked_lm": ("The masked-LM head: loss, sample and gradients", kernels),
     "profile": ("The largest kernels of a step", profiles),
-    "failure": ("What did not run to its end", failures),
+    "failure": ("Parts that failed or ran out of time", failures),
 }
 
 

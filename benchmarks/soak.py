@@ -1,12 +1,12 @@
-"""Trains, kills the run at random moments, resumes it, and compares with a run that nothing happened to; one JSON line.
+"""Kill and resume a run at random moments and compare it with an undisturbed run; prints one JSON line.
 
     python benchmarks/soak.py --minutes 30 --kills 30
 
 Both runs are started by the same command, over the same shards and at the same time. One is killed by SIGKILL, SIGTERM
-and SIGINT in turn at moments that a seed decides, start-up and saving included, and started again each time; the number
-of batches is chosen so that it lasts about the minutes asked for. At the end rows, losses, metrics and weights of both
-must be the same to the bit. Every second, the resident memory and the open files of all processes are counted. The
-exit status is 1 if anything differs or grows.
+and SIGINT in turn and restarted each time. The moments follow from the seed and may fall into start-up or saving. The
+number of batches is chosen so that the run lasts about `--minutes`. At the end, rows, losses, metrics and weights of
+both must be bitwise identical. Resident memory and open files of all processes are sampled every second. The exit
+status is 1 if anything differs or grows.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from electra_composer.errors import UserError, report_user_errors
 
 LENGTH = 64
 CALIBRATION = 200  # batches
-STARTED = 60  # seconds after which a run has all it needs
-GROWTH = 1.1  # of memory, from a tenth of a run to its end, that is no leak yet
-MORE_FILES = 10  # of all processes together, likewise: they come and go
-ENDING = 30  # seconds before its end, in which a run stops its workers
+STARTED = 60  # seconds after which a run has allocated what it needs
+GROWTH = 1.1  # of memory, from a tenth of a run to its end; more is a leak
+MORE_FILES = 10  # growth in open files of all processes together; more is a leak
+ENDING = 30  # seconds before the end of a run, in which it stops its workers
 
 YAML = """
 run_name: soak
@@ -56,21 +56,21 @@ loggers: {{metrics_file: {{}}}}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the soak and print one JSON line; return 1 if anything differs or grows."""
     parser = argparse.ArgumentParser(prog="benchmarks/soak.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=30.0, help="about how long the killed run lasts")
-    parser.add_argument("--kills", type=int, default=30, help="at least")
-    parser.add_argument("--processes", type=int, default=1, help="more than one: under Composer's launcher")
-    parser.add_argument("--workers", type=int, default=2, help="loader workers per process")
-    parser.add_argument("--interval", type=int, default=50, help="batches between checkpoints")
-    parser.add_argument("--batches", type=int, help="of the run, instead of as many as the minutes have room for")
-    parser.add_argument("--documents", type=int, default=2000, help="of the invented corpus")
-    parser.add_argument("--seed", type=int, default=0, help="of signals and moments")
-    parser.add_argument("--folder", help="where everything goes; default: a temporary one, which is removed")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    parser.add_argument("--minutes", type=float, default=30.0, help="approximate duration (%(default)s)")
+    parser.add_argument("--kills", type=int, default=30, help="number of kills (%(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="number of ranks (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="loader workers per rank (%(default)s)")
+    parser.add_argument("--interval", type=int, default=50, help="batches between checkpoints (%(default)s)")
+    parser.add_argument("--batches", type=int, help="batches of the run, instead of --minutes")
+    parser.add_argument("--documents", type=int, default=2000, help="documents of the synthetic corpus (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills (%(default)s)")
+    parser.add_argument("--folder", help="for all files; default: a temporary folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
     options = parser.parse_args(arguments)
     if options.kills < 1 or options.minutes <= 0 or options.processes < 1:
-        raise UserError("--kills, --minutes and --processes: expected more than nothing")
+        raise UserError("--kills, --minutes and --processes: expected values above 0")
     with tempfile.TemporaryDirectory() as temporary:
         result = soak(options, Path(options.folder or temporary))
     print(json.dumps(result))
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Both runs, and how they compare."""
+    """Do both runs and compare them."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = make_shards(folder / "corpus", options.documents)
     text = YAML.format(shards=shards, length=LENGTH, workers=options.workers, interval=options.interval)
@@ -86,22 +86,22 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batches, seconds = options.batches, options.minutes * 60
     if batches is None:
         batches = batches_for(options, folder, seconds)
-    whole, killed = Run(options, folder, "whole", batches), Run(options, folder, "killed", batches)
-    undisturbed = threading.Thread(target=whole.until_done)
-    undisturbed.start()
+    undisturbed, killed = (Run(options, folder, name, batches) for name in ("whole", "killed"))
+    thread = threading.Thread(target=undisturbed.until_done)
+    thread.start()
     start = time.monotonic()
     try:
         killed.through_kills(options.kills, seconds, batches, random.Random(options.seed))
         lasted = time.monotonic() - start
-        undisturbed.join()
+        thread.join()
     finally:
-        whole.end()
+        undisturbed.end()
         killed.end()
-    result = compare(whole, killed)
+    result = compare(undisturbed, killed)
     kills = sum(killed.kills.values())
     failures = {
         f"{kills} kills instead of {options.kills}": kills < options.kills,
-        "the undisturbed run grows": grows(whole.watched),
+        "the undisturbed run grows": grows(undisturbed.watched),
         "the last start grows": grows(killed.watched),
         "the last start is larger than the first": grows_over_lives(killed),
         **{name: result[name] != 0 for name in MUST_BE_ZERO},
@@ -120,7 +120,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "resumes": killed.resumes,
         "batches_done_again": killed.lines() - batches * options.processes,
         **result,
-        "undisturbed": first_and_last(whole.watched),
+        "undisturbed": first_and_last(undisturbed.watched),
         "killed": {
             "first_life": first_and_last(killed.lives[0]) if killed.lives else None,
             "last_life": first_and_last(killed.watched),
@@ -139,7 +139,7 @@ MUST_BE_ZERO = (
 
 
 def make_shards(folder: Path, documents: int) -> Path:
-    """Text of an invented language, in which no two rows are the same."""
+    """Convert random text in which no two rows are the same."""
     if not (folder / "shards" / "meta.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         rng = random.Random(0)
@@ -161,7 +161,7 @@ def make_shards(folder: Path, documents: int) -> Path:
 
 
 def batches_for(options: argparse.Namespace, folder: Path, seconds: float) -> int:
-    """How many batches fit: two runs at once, and a start for each kill."""
+    """Measure how many batches fit into `seconds` with two runs at once and a start for each kill."""
     times = []
     for batches in (1, 1 + CALIBRATION):
         runs = [Run(options, folder, f"calibration-{batches}-{n}", batches) for n in (1, 2)]
@@ -172,13 +172,13 @@ def batches_for(options: argparse.Namespace, folder: Path, seconds: float) -> in
             run.wait()
         times.append(time.monotonic() - start)
     start_up, rate = times[0], CALIBRATION / max(times[1] - times[0], 1.0)
-    lost = options.interval / 2 / rate / 3  # a third of the signals loses half an interval
+    lost = options.interval / 2 / rate / 3  # a third of the signals (SIGKILL) loses half an interval on average
     return max(options.kills, math.ceil(rate * max(seconds - options.kills * (start_up + lost), seconds / 4)))
 
 
-def compare(whole: Run, killed: Run) -> dict[str, Any]:
-    """How a run that was killed differs from one that was not."""
-    expected, seen = read_record(whole.folder / "record"), read_record(killed.folder / "record")
+def compare(undisturbed: Run, killed: Run) -> dict[str, Any]:
+    """Compare rows, losses, weights and metrics of a killed run with those of an undisturbed one."""
+    expected, seen = read_record(undisturbed.folder / "record"), read_record(killed.folder / "record")
     twice = missed = other = 0
     for epoch in {line["epoch"] for line in expected.values()}:
         rows = Counter(row for line in expected.values() if line["epoch"] == epoch for row in line["rows"])
@@ -191,9 +191,9 @@ def compare(whole: Run, killed: Run) -> dict[str, Any]:
         for name, value in expected[batch].items():
             if name.startswith("loss/"):
                 loss = max(loss, abs(value - seen[batch][name]))
-    left, right = whole.weights(), killed.weights()
+    left, right = undisturbed.weights(), killed.weights()
     weight = max(float((left[name] - right[name]).abs().max()) for name in left)
-    rows, ours = whole.metrics(), killed.metrics()
+    rows, ours = undisturbed.metrics(), killed.metrics()
     return {
         "samples": sum(len(line["rows"]) for line in seen.values()),
         "epochs": len({line["epoch"] for line in seen.values()}),
@@ -208,7 +208,7 @@ def compare(whole: Run, killed: Run) -> dict[str, Any]:
 
 
 def first_and_last(watched: list[tuple[float, int, int]]) -> dict[str, Any] | None:
-    """Memory and files after a tenth of the time, but not during the start, and at the end: medians of a few counts."""
+    """Return memory and open files after start-up (a tenth of the run) and at the end, as medians of five samples."""
     if len(watched) < 3 * STARTED:
         return None
     begins = (max(STARTED, len(watched) // 10), len(watched) - ENDING)
@@ -226,7 +226,7 @@ def _median(counts: list[tuple[float, int, int]]) -> tuple[int, int]:
 
 
 def grows(watched: list[tuple[float, int, int]]) -> bool:
-    """Whether a process ends with more open files, or clearly more memory, than it had after a tenth of its time."""
+    """Whether open files or memory grew beyond the limits between a tenth of the run and its end."""
     counts = first_and_last(watched)
     if counts is None:
         return False
@@ -235,7 +235,7 @@ def grows(watched: list[tuple[float, int, int]]) -> bool:
 
 
 def grows_over_lives(run: Run) -> bool:
-    """Whether the last start had more open files, or clearly more memory, than the first at the same age."""
+    """Whether the last start used more open files or memory than the first at the same age, beyond the limits."""
     if not run.lives or min(len(run.lives[0]), len(run.watched)) < STARTED:
         return False
     length = min(len(run.lives[0]), len(run.watched))

@@ -1,6 +1,6 @@
-"""What the step benchmark times, each behind the same two calls: build it, run a block of steps.
+"""Variants of the pretraining-step benchmark behind one interface.
 
-a: the reference; b: ours, bare; c: ours inside Composer's `Trainer`; d: as c without the optional callbacks.
+a: the reference; b: ours in a bare loop; c: ours in Composer's `Trainer`; d: c without the optional callbacks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from workload import Workload
 from electra_composer.batches.shards import build_data_spec
 from electra_composer.checkpoints.weights import special_ids
 from electra_composer.config import PretrainConfig
-from electra_composer.model import masking
 from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.training.builders import build_optimizer
@@ -40,24 +39,23 @@ from electra_composer.training.devices import (
 from electra_composer.training.trainer import build_trainer
 
 NAMES = {"a": "reference", "b": "ours", "c": "trainer", "d": "trainer_without_callbacks"}
-TOLERANCE = {"fp32": 1e-4, "amp_bf16": 2e-2, "amp_fp16": 2e-2}
 AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 class Variant(Protocol):
-    """One way to train."""
+    """One way to run training steps."""
 
     model: torch.nn.Module
 
     def block(self, batches: int) -> list[float]:
-        """Seconds between the ends of consecutive steps, `batches - 1` of them."""
+        """Run `batches` steps and return the `batches - 1` durations between the ends of consecutive steps."""
 
 
 class StepClock(Callback):
-    """Takes the time at the end of every step without making it wait.
+    """Record the time at the end of every step without synchronising.
 
-    On CUDA by events: between two of them lies what the device did and what it waited for; so the host may run ahead,
-    as it does in training. It is a callback too, to be ticked by the trainer.
+    On CUDA by events, which measure the device's time including its idle time, so that the host can run ahead as in
+    training. It is also a callback, so that the trainer can drive it.
     """
 
     def __init__(self, device: torch.device):
@@ -76,7 +74,7 @@ class StepClock(Callback):
         self.tick()
 
     def seconds(self) -> list[float]:
-        """Of the intervals since the last call."""
+        """Return the intervals between the ticks since the last call."""
         ticks, self.ticks = self.ticks, []
         if self.device.type != "cuda":
             return [end - begin for begin, end in itertools.pairwise(ticks)]
@@ -86,14 +84,14 @@ class StepClock(Callback):
 
 @dataclass
 class Setup:
-    """What all variants share.
+    """Configuration, data and device shared by all variants.
 
     Attributes:
-        config: of the run.
-        workload: the shards.
-        device: where it runs.
+        config: configuration of the run.
+        workload: shards to train on.
+        device: where the steps run.
         cpu_autocast: whether bf16 on the CPU is the model's own autocast (see devices.py).
-        attention: the path of our attention, as `pretrain.py` chooses it. The reference's is eager, as transformers'.
+        attention: attention path of our model, chosen as in `pretrain.py`. The reference's attention is eager.
     """
 
     config: PretrainConfig
@@ -103,12 +101,12 @@ class Setup:
     attention: str
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision of forward and loss; to be entered where Composer or our model would."""
+        """Return the autocast context that Composer or our model would enter for forward and loss."""
         dtype = AUTOCAST.get(self.config.trainer.precision)
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def ours(self) -> ElectraPretraining:
-        """Our model on the device, the same weights at every call."""
+        """Build our model on the device, with the same weights at every call."""
         torch.manual_seed(self.config.seed)
         tokenizer = self.workload.tokenizer
         model = ElectraForPretraining(
@@ -122,7 +120,7 @@ class Setup:
         return ElectraPretraining(model, self.cpu_autocast).to(self.device)
 
     def build(self, what: str, batches: list[dict[str, Any]]) -> Variant:
-        """Variant `what` of :data:`NAMES`, for the packed `batches` on the CPU."""
+        """Build variant `what` of :data:`NAMES` for packed batches on the CPU."""
         if what in "cd":
             return TrainerSteps(self, with_callbacks=what == "c")
         return self._bare(batches) if what == "b" else self._reference(batches)
@@ -130,10 +128,10 @@ class Setup:
     def _bare(self, batches: list[dict[str, Any]]) -> Variant:
         model = self.ours()
         optimizer = build_optimizer(self.config.optimizer, model)
-        prepared = [_to_device(model.count_batch(batch), self.device) for batch in batches]
+        prepared = [to_device(model.count_batch(batch), self.device) for batch in batches]
         arguments = compile_config(self.config.trainer, static_shapes=True)
-        if arguments is not None:  # the reference stays eager, as it is used
-            model.forward = torch.compile(model.forward, **arguments)  # what Composer's Trainer compiles
+        if arguments is not None:  # the reference stays eager
+            model.forward = torch.compile(model.forward, **arguments)  # as Composer's Trainer does
         # On the CPU the model enters autocast itself; on CUDA the trainer would.
         context = contextlib.nullcontext if self.cpu_autocast else self.autocast
         return BareSteps(self, model, optimizer, prepared, lambda batch: _our_loss(model, batch), context)
@@ -142,7 +140,7 @@ class Setup:
         model = reference.ReferenceElectra(self.ours().model)
         optimizer = reference.build_optimizer(self.config.optimizer, model)
         pad_id = model.special_ids.pad
-        prepared = [reference.unpack(_to_device(batch, self.device), pad_id) for batch in batches]
+        prepared = [reference.unpack(to_device(batch, self.device), pad_id) for batch in batches]
         return BareSteps(self, model, optimizer, prepared, lambda batch: model(batch).total, self.autocast)
 
 
@@ -150,12 +148,12 @@ def _our_loss(model: ElectraPretraining, batch: dict[str, Any]) -> Tensor:
     return model.loss(model(batch), batch)["total"]
 
 
-def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 class BareSteps:
-    """Forward, loss, backward, clipping, optimizer: a training loop and nothing around it."""
+    """Bare training loop: forward, loss, backward, clipping, optimizer step."""
 
     def __init__(
         self,
@@ -171,7 +169,7 @@ class BareSteps:
         self.clip = setup.config.trainer.gradient_clip
         self.parameters = list(model.parameters())
         self.clock = StepClock(setup.device)
-        # Without fp16 it passes everything through.
+        # A no-op unless the precision is fp16.
         self.scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.config.trainer.precision == "amp_fp16")
 
     def step(self, batch: dict[str, Any]) -> None:
@@ -193,16 +191,17 @@ class BareSteps:
 
 
 class TrainerSteps:
-    """Our model as `pretrain.py` trains it: loaders, callbacks, loggers; but no checkpoints and no progress bar.
+    """Our model trained as by `pretrain.py`, with loaders, callbacks and loggers, but no checkpoints or progress bar.
 
-    One epoch of the workload is one block, so that every block begins with the loader's start, which the caller drops.
+    A block is one epoch of the workload, so that every block begins with the start of the loader, which the caller
+    leaves out.
     """
 
     def __init__(self, setup: Setup, with_callbacks: bool):
         config = setup.config if with_callbacks else replace(setup.config, callbacks={})
         meta, trainer = setup.workload.meta, config.trainer
         self.clock = StepClock(setup.device)
-        # The trainer compiles and moves it; it is built on the same device so that its weights are the same.
+        # Built on the same device as the other variants so that its weights are the same.
         self.model = setup.ours()
         train: DataSpec = build_data_spec(
             config.data,
@@ -228,36 +227,11 @@ class TrainerSteps:
         return self.clock.seconds()
 
 
-@dataclass
-class Agreement:
-    """Mean losses of one batch by both, without dropout, on the same masked tokens and samples."""
-
-    ours: dict[str, float]
-    reference: dict[str, float]
-    tolerance: float
-
-    @property
-    def relative_difference(self) -> float:
-        """The largest of the losses'; NaN where one is NaN."""
-        return max(
-            abs(self.ours[name] - value) / abs(value) if value == value else value
-            for name, value in self.reference.items()
-        )
-
-    def check(self) -> None:
-        """Raises SystemExit, which ends a program with status 1, with both values."""
-        if not self.relative_difference <= self.tolerance:  # so that NaN does not pass
-            raise SystemExit(
-                f"error: the losses do not agree to {self.tolerance}: ours {self.ours}, reference {self.reference}; "
-                "a step time means nothing before they do"
-            )
-
-
 def use_allocator_of(what: str) -> None:
-    """On a CPU: memory as a loop that somebody wrote has it for the reference, as `pretrain.py` has it for ours.
+    """Set malloc on a CPU: glibc's defaults for the reference, the settings of `pretrain.py` for ours.
 
-    Glibc's defaults begin with small thresholds, which grow with what is freed; the reference gets them fully grown,
-    which is the best that they become, and starts with all freed memory handed back.
+    Glibc's thresholds start small and grow with the sizes freed. The reference gets them fully grown, the best that
+    the defaults reach, and starts with all free memory returned to the system.
     """
     if what != "a":
         keep_freed_memory()
@@ -265,56 +239,3 @@ def use_allocator_of(what: str) -> None:
     grown = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26, M_TOP_PAD: 2**17}
     if set_malloc(grown):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-@torch.no_grad()
-def magnify(model: ElectraForPretraining, factor: float = 4.0) -> None:
-    """Weight matrices as large as after some training.
-
-    At the start a discriminator says the same of every token, and its loss is ln 2 whatever it computes.
-    """
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.mul_(factor)
-
-
-@torch.no_grad()
-def agreement(
-    setup: Setup, ours: ElectraPretraining, theirs: reference.ReferenceElectra, batch: dict[str, Any]
-) -> Agreement:
-    """First losses of both on one packed batch: what ours masked and sampled is given to the reference."""
-    ours.eval()
-    theirs.eval()
-    batch = _to_device(ours.count_batch(batch), setup.device)
-    model, input_ids = ours.model, batch["input_ids"]
-    noise = model.draw_noise(input_ids, torch.Generator(setup.device).manual_seed(setup.config.seed))
-    with contextlib.nullcontext() if setup.cpu_autocast else setup.autocast():
-        outputs = ours({**batch, "noise": noise})
-        losses = ours.loss(outputs, batch)
-    positions, weights = outputs["masked_positions"], outputs["masked_weights"]
-    originals = input_ids.gather(1, positions)
-    _, replace_noise, random_noise, _ = masking.split_noise(noise, model.slots)
-    masked = masking.mask_tokens(
-        originals,
-        weights,
-        model.objective.mask_style,
-        model.special_ids.mask,
-        model.vocab_size,
-        replace_noise,
-        random_noise,
-    )
-    targets = torch.where(weights > 0, originals, reference.IGNORED)
-    labels = torch.full_like(input_ids, reference.IGNORED).scatter(1, positions, targets)
-    unpacking, pad = reference.Unpacking(batch), model.special_ids.pad
-    with setup.autocast():
-        expected = theirs(
-            reference.unpack(batch, pad),
-            masked_ids=unpacking(input_ids.scatter(1, positions, masked), pad),
-            labels=unpacking(labels, reference.IGNORED),
-            corrupted_ids=unpacking(outputs["corrupted_ids"], pad),
-        )
-    return Agreement(
-        {name: losses[name].item() for name in ("mlm", "rtd")},
-        {"mlm": expected.mlm.item(), "rtd": expected.rtd.item()},
-        TOLERANCE[setup.config.trainer.precision],
-    )

@@ -1,8 +1,8 @@
-"""What the step benchmark trains on, and with which configuration: the same rows for every variant.
+"""Data and configuration of the pretraining-step benchmark, the same for every variant.
 
-By default rows of one example that fills them, as most of OpenWebText's are, with tokens drawn evenly over the
-vocabulary; or the first rows of a folder of shards. They are written as shards by the package's own writer, so that the
-trainer reads what the bare steps are given.
+By default synthetic rows: one example that fills the row, as in most rows of OpenWebText, with tokens drawn uniformly
+from the vocabulary; or the first rows of a folder of shards. The rows are written as shards by the package's own
+writer, so that the trainer reads the same rows as the bare steps.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ SPLITS = ("train", "val")
 
 @dataclass
 class Workload:
-    """A folder of shards whose `train` split is one epoch of `batches` batches, and what its ids mean."""
+    """A folder of shards, one epoch of training rows for the benchmark, with its tokenizer."""
 
     folder: Path
     tokenizer: PreTrainedTokenizerFast
     meta: Meta
 
     def batches(self, config: PretrainConfig, count: int) -> list[dict[str, torch.Tensor]]:
-        """The first batches of the training split, in its order, on the CPU, by the package's loader."""
+        """Read the first `count` batches of the training split in order, on the CPU, by the package's loader."""
         shards = ShardsConfig(str(self.folder), config.data.max_seq_length, num_workers=0, shuffle=False)
         loader = build_data_spec(shards, "train", config.trainer.global_train_batch_size, self.meta, config.seed)
         return [batch for batch, _ in zip(loader.dataloader, range(count), strict=False)]
 
 
 def read_config(options: argparse.Namespace, folder: Path) -> PretrainConfig:
-    """The YAML of the size, with what the benchmark sets and what the user sets, the latter last.
+    """Load the YAML of the size with the benchmark's overrides, then the user's.
 
-    The learning rate is tiny and constant: weights that hardly move cost the same as others, and stay finite.
+    The learning rate is tiny and constant, so that the weights stay finite.
     """
     name = "small" if options.size == "tiny" else options.size
     overrides = [
@@ -68,7 +68,7 @@ def read_config(options: argparse.Namespace, folder: Path) -> PretrainConfig:
         *([f"data.max_seq_length={options.length}"] if options.length else ()),
         f"data.path={folder / 'shards'}",
         "data.shuffle=false",
-        *(["data.num_workers=1"] if options.device == "cpu" else ()),  # the cores belong to the step
+        *(["data.num_workers=1"] if options.device == "cpu" else ()),  # leave the cores to the step
         f"seed={options.seed}",
         "optimizer.lr=1.0e-5",
         "schedule.warmup=0ba",
@@ -92,16 +92,16 @@ def read_config(options: argparse.Namespace, folder: Path) -> PretrainConfig:
 
 
 def make_workload(options: argparse.Namespace, folder: Path, length: int, rows: int) -> Workload:
-    """Write `rows` training rows, and as many for evaluation as a batch has, to `folder`.
+    """Write `rows` training rows and one batch of evaluation rows to `folder`.
 
     Args:
         options: `data`, `vocab`, `batch`, `seed` of the command line.
         folder: a new folder.
-        length: tokens in a row.
-        rows: of training.
+        length: tokens per row.
+        rows: number of training rows.
 
     Raises:
-        UserError: shards of another length, or too few of them.
+        UserError: the shards given have rows of another length, or too few rows.
     """
     if options.data is None:
         tokenizer = make_tokenizer(options.vocab)
@@ -124,7 +124,7 @@ def make_workload(options: argparse.Namespace, folder: Path, length: int, rows: 
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer with BERT's special tokens and `vocab_size` entries, which nobody reads text with."""
+    """Build a placeholder WordPiece tokenizer with BERT's special tokens and `vocab_size` entries."""
     if vocab_size <= len(SPECIAL_TOKENS):
         raise UserError(f"--vocab {vocab_size}: expected more than the {len(SPECIAL_TOKENS)} special tokens")
     words = [f"w{index}" for index in range(vocab_size - len(SPECIAL_TOKENS))]
@@ -135,7 +135,7 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def synthetic_rows(rng: np.random.Generator, vocab_size: int, length: int) -> Iterator[Row]:
-    """Endless rows of one example `[CLS] A [SEP] B [SEP]` each, without padding."""
+    """Generate endless rows of one example `[CLS] A [SEP] B [SEP]` each, without padding."""
     first = length // 2
     cls_id, sep_id = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
     while True:
@@ -145,7 +145,7 @@ def synthetic_rows(rng: np.random.Generator, vocab_size: int, length: int) -> It
 
 
 def _rows_of(path: str, length: int, needed: int) -> tuple[PreTrainedTokenizerFast, Iterator[Row]]:
-    """The tokenizer and the first training rows of a folder of shards."""
+    """Return the tokenizer and the first training rows of a folder of shards."""
     meta = read_meta(path)
     shards = ShardsConfig(path, length, num_workers=0)
     check_split(shards, meta, "train")
@@ -153,7 +153,7 @@ def _rows_of(path: str, length: int, needed: int) -> tuple[PreTrainedTokenizerFa
         raise UserError(f"--data {path}: rows of {meta.max_seq_length} tokens; expected {length}: set --length")
     if meta.splits["train"].rows < needed:
         raise UserError(
-            f"--data {path}: {meta.splits['train'].rows:,} training rows, of which {needed:,} are needed; "
+            f"--data {path}: {meta.splits['train'].rows:,} training rows; expected at least {needed:,}: "
             "give more text, or a smaller --batch or --segment"
         )
     dataset = LocalDataset(local=path, split="train")

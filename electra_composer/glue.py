@@ -25,7 +25,7 @@ from electra_composer.finetune.predictions import (
 from electra_composer.finetune.ranking import rank_split
 from electra_composer.finetune.report import markdown
 from electra_composer.finetune.results import describe_source, group_of, open_store, summary, write_reports
-from electra_composer.finetune.runs import PlannedRun, Processes, do_all, duration, key_of, make_plan, seconds_left
+from electra_composer.finetune.runs import PlannedRun, Processes, duration, key_of, make_plan, run_all, seconds_left
 from electra_composer.finetune.store import RunStore, store_path
 from electra_composer.finetune.tasks import TASKS, Task, find_task
 from electra_composer.training.devices import choose_attention, resolve_device
@@ -37,59 +37,65 @@ from electra_composer.versions import check_versions
 def main(config: GlueConfig) -> dict[str, Any]:
     """Finetune one model per task and seed, score each on the task's dev set, report, and predict the test sets.
 
-    Under `composer -n N` every process does whole runs by itself (see glue_runs.py).
+    Under `composer -n N` every process does complete runs on its own (see `finetune/runs.py`).
 
     Args:
-        config: see config.py.
+        config: see `config.py`.
 
     Returns:
-        What the results file holds; see `glue_results.summary`. Scores are multiplied by 100.
+        Content of the results file; see :func:`electra_composer.finetune.results.summary`. Scores are multiplied by
+        100.
 
     Raises:
-        UserError: anything about the configuration, the source or the data that the caller can mend. The results of
-            the runs before it are on disk.
-        SystemExit: with 1, on the first process, if a run has failed; all others are done and reported.
+        UserError: the configuration, the source or the data has an error. The results of earlier runs are on disk.
+        SystemExit: with status 1, on rank 0, if a run failed; all other runs are done and reported.
     """
     check_versions()
     tasks, config = check_config(config)
     device = resolve_device(config.trainer)[0]
-    processes = Processes.of_launcher()
-    processes.join_alone(device)
+    processes = Processes.from_launcher()
+    processes.init_process_group(device)
     cpu_autocast = start(config)
-    with processes.first_alone():
+    with processes.rank_zero_first():
         job = prepare(config, tasks, processes)
-    processes.say(f"attention: {job.attention}")
-    processes.say(f"{len(job.plan)} runs; results in {config.results}; {job.progress(processes.count)}")
+    processes.print(f"attention: {job.attention}")
+    processes.print(f"{len(job.plan)} runs; results in {config.results}; {job.progress(processes.count)}")
 
-    def do(run: PlannedRun) -> None:
+    def run_one(run: PlannedRun) -> None:
         data = job.data[run.task.name]
         start_from = f" from {run.needs.name}" if run.needs else ""
-        processes.say(
+        processes.print(
             f"\n{run.task.folder}, seed {run.seed}{start_from}: {len(data.train)} training, {len(data.dev['dev'])} dev "
             "examples"
         )
         record = finetune(config, job.source, run, data, job.files, cpu_autocast, job.attention_path)
         job.store.add({"group": job.group, "settings": job.settings, "source": job.source.name, **record})
         write_reports(job.store, job.group, config.results)
-        processes.say(f"{run.name}: {describe(record)}; {job.progress(processes.count)}")
+        processes.print(f"{run.name}: {describe(record)}; {job.progress(processes.count)}")
 
-    failed = do_all(job.plan, job.store, job.group, job.files.claims, do, processes.since, processes.say)
+    failed = run_all(job.plan, job.store, job.group, job.files.claims, run_one, processes.since, processes.print)
     if processes.rank > 0:
         return summary(job.store.runs(job.group), job.settings, job.group)
     results = write_reports(job.store, job.group, config.results, job.settings)
-    processes.say(f"\n{markdown(results)}\nwritten to {config.results}")
+    processes.print(f"\n{markdown(results)}\nwritten to {config.results}")
     if config.predict.enabled:
         predict(config, tasks, job)
     if failed:
         runs = "\n".join(f"  {failure['task']}-seed{failure['seed']}: {failure['error']}" for failure in failed)
-        print(f"{len(failed)} runs failed; the same command tries them again:\n{runs}", file=sys.stderr, flush=True)
+        print(f"{len(failed)} runs failed; rerun the same command to retry them:\n{runs}", file=sys.stderr, flush=True)
         sys.exit(1)
     return results
 
 
 @dataclass
 class Job:
-    """All that the runs share."""
+    """State shared by the runs.
+
+    Attributes:
+        attention_path: see :func:`choose_attention`.
+        attention: the path and the reason for it.
+        data: task name → encoded data; tasks with all runs finished are left out.
+    """
 
     source: Pretrained
     attention_path: str
@@ -98,11 +104,11 @@ class Job:
     settings: dict[str, Any]
     store: RunStore
     files: RunFiles
-    data: dict[str, TaskData]  # by task; those that are done are left out
+    data: dict[str, TaskData]
     plan: list[PlannedRun]
 
     def progress(self, processes: int) -> str:
-        """How many runs of the plan are done, and how long the others will take."""
+        """Describe the number of finished runs and the time left."""
         keys = {run.key for run in self.plan}
         done = [run for run in self.store.runs(self.group) if key_of(run) in keys]
         left = seconds_left(self.plan, done, processes)
@@ -111,12 +117,12 @@ class Job:
 
 
 def prepare(config: GlueConfig, tasks: list[Task], processes: Processes) -> Job:
-    """Load, check and tokenize everything before the first run: what is wrong with the last task shows now."""
+    """Load, check and tokenize everything, so that an error in any task is raised before the first run."""
     source = load_source(config.model.source)
     if config.data.max_seq_length > source.encoder.max_positions:
         raise UserError(
             f"data.max_seq_length is {config.data.max_seq_length}, but {source.name} has "
-            f"{source.encoder.max_positions} positions; expected no more than these"
+            f"{source.encoder.max_positions} positions; expected at most that many"
         )
     attention_path, reason = choose_attention(
         config.trainer, source.encoder, microbatch_size(config.trainer), config.data.max_seq_length
@@ -125,7 +131,7 @@ def prepare(config: GlueConfig, tasks: list[Task], processes: Processes) -> Job:
     trained = [task for task in tasks if task.trained_by is None]
     for task in trained:
         rehearse(config, source, task)
-    # The first process alone may put an earlier start's runs aside; when the others look, new ones may be there.
+    # Only rank 0 may discard earlier runs; when the other ranks open the record, it may have new ones.
     store = open_store(config, group) if processes.rank == 0 else RunStore(store_path(config.results))
     files = RunFiles(os.path.join(os.path.dirname(config.results), group))
     done = {key_of(run): run for run in store.runs(group)}
@@ -143,31 +149,16 @@ def prepare(config: GlueConfig, tasks: list[Task], processes: Processes) -> Job:
 
 
 def read_task(config: GlueConfig, source: Pretrained, task: Task, tasks: list[Task], progress: bool) -> TaskData:
-    """A task's training (sampled and swapped as wanted) and dev examples, and the test examples its runs answer."""
+    """Encode the training and dev examples of a task, and the test examples that its runs predict."""
     settings = config.data
 
     def read(of: Task, split: str) -> Encoded:
+        common = of, split, settings.path, source.tokenizer, settings.max_seq_length
+        limit, seed = config.max_train_examples, config.seed
         if of.ranked:
-            return rank_split(
-                of,
-                split,
-                settings.path,
-                source.tokenizer,
-                settings.max_seq_length,
-                limit=config.max_train_examples,
-                seed=config.seed,
-            )
-        return encode_split(
-            of,
-            split,
-            settings.path,
-            source.tokenizer,
-            settings.max_seq_length,
-            settings.cache,
-            limit=config.max_train_examples,
-            seed=config.seed,
-            progress=progress and config.trainer.progress_bar,
-        )
+            return rank_split(*common, limit=limit, seed=seed)
+        show = progress and config.trainer.progress_bar
+        return encode_split(*common, settings.cache, limit=limit, seed=seed, progress=show)
 
     test = {}
     if config.predict.enabled:
@@ -180,7 +171,7 @@ def read_task(config: GlueConfig, source: Pretrained, task: Task, tasks: list[Ta
 
 
 def check_files(config: GlueConfig, done: list[PlannedRun], files: RunFiles) -> None:
-    """What finished runs have left for others: logits for the predictions, weights to start from.
+    """Check that finished runs have left the files that are needed: logits to predict from, weights to start from.
 
     Raises:
         UserError: a file is missing or cannot be read.
@@ -190,59 +181,59 @@ def check_files(config: GlueConfig, done: list[PlannedRun], files: RunFiles) -> 
             load_logits(files.logits(run.name))
         if config.intermediate and run.task.name == "mnli" and not os.path.isfile(files.weights(run.name)):
             raise UserError(
-                f"{files.weights(run.name)}: no such file, from which runs of RTE, MRPC and STS-B are to start; "
-                "set another results=… to do the MNLI runs again"
+                f"{files.weights(run.name)}: no such file, but runs of RTE, MRPC and STS-B start from it; "
+                "set another results=… to repeat the MNLI runs"
             )
 
 
 def predict(config: GlueConfig, tasks: list[Task], job: Job) -> None:
-    """Write the submission of the chosen runs, and say what the server would miss."""
+    """Write the submission of the selected runs, and print which files it lacks."""
     runs = [run for run in job.store.runs(job.group) if run["seed"] in config.seeds]
     files = submission_files(tasks, runs, config.predict.select, job.files.logits)
     write_submission(config.predict.file, files)
     print(f"predictions of {len(files)} test sets ({config.predict.select}): {config.predict.file}", flush=True)
     if (missing := missing_of(files)) is not None:
-        print(f"the GLUE server wants a whole submission: {missing}", flush=True)
+        print(f"the GLUE server expects a complete submission: {missing}", flush=True)
 
 
 def describe(record: dict[str, Any]) -> str:
-    """A finished run in a few words."""
+    """Describe a finished run: score, collapse, duration."""
     score = "undefined" if record["score"] is None else f"{record['score']:.1f}"
     return f"{score}{', collapsed' if record['collapsed'] else ''} in {duration(record['seconds'])}"
 
 
 def check_config(config: GlueConfig) -> tuple[list[Task], GlueConfig]:
-    """The tasks of the configuration, once each, and the configuration with tasks named as their rows are.
+    """Check the configuration; return its tasks without duplicates, and itself with `task_settings` keyed by task name.
 
     Raises:
-        UserError: an unknown task, none at all, or settings that finetuning does not take.
+        UserError: a task is unknown, there is none, or a setting is out of range or not supported in finetuning.
     """
     names = list(dict.fromkeys(find_task(name).name for name in config.tasks))
     if not names:
         raise UserError("tasks is empty; expected names such as [cola, sst2]")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds) or not all(0 <= s < 2**32 for s in config.seeds):
-        raise UserError(f"seeds is {config.seeds}; expected different whole numbers from 0, one per run")
+        raise UserError(f"seeds is {config.seeds}; expected different integers in [0, 2**32), one per run")
     if config.max_train_examples is not None and config.max_train_examples < 1:
         raise UserError(f"max_train_examples is {config.max_train_examples}; expected at least 1, or null for all")
     if config.checkpoints.load_path is not None:
-        raise UserError("checkpoints.load_path is for pretraining; what is finetuned is model.source")
+        raise UserError("checkpoints.load_path applies to pretraining only; set model.source instead")
     if config.checkpoints.remote is not None:
-        raise UserError("checkpoints.remote is for pretraining; copy checkpoints.folder when the runs are done")
+        raise UserError("checkpoints.remote applies to pretraining only; copy checkpoints.folder after the runs")
     if parse_time(config.trainer.eval_interval, "trainer.eval_interval").value == 0:
         raise UserError(
-            f"trainer.eval_interval is {config.trainer.eval_interval}: nothing would be scored; expected 1ep"
+            f"trainer.eval_interval is {config.trainer.eval_interval}: nothing would be scored; expected above 0"
         )
     if config.trainer.eval_batches is not None:
-        raise UserError("trainer.eval_batches is for pretraining; scores are of the whole dev set: set it to null")
+        raise UserError("trainer.eval_batches applies to pretraining only; all dev examples are scored: set it to null")
     if config.trainer.fsdp is not None:
-        raise UserError("trainer.fsdp is for pretraining; a finetuning run has one device: set it to null")
+        raise UserError("trainer.fsdp applies to pretraining only; a finetuning run has one device: set it to null")
     for name in names:
         if (other := TASKS[name].trained_by) is not None and other not in names:
-            raise UserError(f"tasks: {name} is predicted by the runs of {other}; add {other}, or leave {name} out")
+            raise UserError(f"tasks: {name} is predicted by the runs of {other}; add {other}, or remove {name}")
     if all(TASKS[name].trained_by for name in names):
-        raise UserError(f"tasks is {config.tasks}: nothing to finetune")
+        raise UserError(f"tasks is {config.tasks}: nothing to finetune; expected names such as [cola, sst2]")
     if config.intermediate and "mnli" not in names:
-        raise UserError("intermediate is true: runs start from those of MNLI; add mnli to tasks")
+        raise UserError("intermediate is true: runs start from MNLI runs; add mnli to tasks")
     if config.predict.enabled:
         check_select(config.predict.select, config.seeds)
     settings = {check_task_settings(name, own): own for name, own in config.task_settings.items()}
@@ -251,10 +242,10 @@ def check_config(config: GlueConfig) -> tuple[list[Task], GlueConfig]:
 
 
 def check_task_settings(name: str, settings: TaskSettings) -> str:
-    """The name of the task's row.
+    """Check the settings of one task and return its name.
 
     Raises:
-        UserError: no such task, or a value out of range.
+        UserError: there is no such task, or a value is out of range.
     """
     for task in TASKS.values():
         if name.casefold() in (task.name, task.folder.casefold()) and task.trained_by is None:
@@ -267,17 +258,17 @@ def check_task_settings(name: str, settings: TaskSettings) -> str:
         "batch_size": (settings.batch_size is None or settings.batch_size >= 1, "at least 1"),
         "layerwise_decay": (
             settings.layerwise_decay is None or 0 < settings.layerwise_decay <= 1,
-            "above 0, at most 1",
+            "a number in (0, 1]",
         ),
     }
-    for key, (is_fine, expected) in ranges.items():
-        if not is_fine:
+    for key, (valid, expected) in ranges.items():
+        if not valid:
             raise UserError(f"task_settings.{name}.{key} is {getattr(settings, key)}; expected {expected}")
     return task.name
 
 
 def _protocol(config: GlueConfig, task: Task) -> dict[str, Any]:
-    """What the configuration changes in a task's row."""
+    """Return the attributes of a task that the configuration changes."""
     changes: dict[str, Any] = {}
     if config.regression_targets == "raw":
         changes["target_scale"] = 1.0
@@ -289,7 +280,8 @@ def _protocol(config: GlueConfig, task: Task) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # Loader processes are forked after the tokenizer has run, and never use it: nothing to be warned of.
+    # Workaround (tokenizers 0.22): warns in loader workers forked after the tokenizer has run, though they never use
+    # it; goes when the warning waits for a use.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     report_user_errors(main)(
         load_config_from_command_line(GlueConfig, "composer electra_composer/glue.py yamls/glue.yaml [key=value …]")

@@ -1,7 +1,7 @@
-"""`make quickstart`: the main job from end to end, on text that every installation has, in minutes on two CPU cores.
+"""`make quickstart`: convert, pretrain, finetune and export on installed text, in minutes on two CPU cores.
 
-Every step is a command that the user can type again; it is shown before it runs. At the end stands one table: what the
-same finetuning reaches from pretrained weights and from random ones.
+Every step is a command, printed before it runs. The last output is a table of finetuning scores from pretrained and
+from random weights.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ REAL_RUN = """The real run, ELECTRA-Small of the paper on OpenWebText (times and
 
 @dataclass(frozen=True)
 class Size:
-    """How much of each step is done."""
+    """Options of each step that set the amount of work."""
 
     convert: tuple[str, ...] = ("--vocab-size", "4096", "--val-fraction", "0.02", "--overflow", "carry")
     pretrain: tuple[str, ...] = ()
     synthetic: tuple[str, ...] = ()
     finetune: tuple[str, ...] = ()
-    launcher: bool = True  # Composer's, as a user types it; a process more for each command
+    launcher: bool = True  # use Composer's launcher, which adds a process per command
 
 
 SMOKE = Size(
@@ -58,60 +58,51 @@ SMOKE = Size(
     finetune=("trainer.max_duration=1ep", "seeds=[1]"),
     launcher=False,
 )
-"""A minute that shows that every step works; what pretraining buys takes longer."""
+"""Takes a minute; tests every step, but is too short to show a gain from pretraining."""
 
 
 def commands(size: Size) -> list[tuple[str, list[str]]]:
-    """What is done, step by step: a title and the command line."""
-    # With bfloat16 a CPU does half as much again in the time; without its instructions it gets two thirds of the steps.
+    """Return the steps in order: title and command line."""
+    # bfloat16 makes a CPU 1.5 times as fast; a CPU without its instructions gets two thirds of the steps.
     fast = torch.cuda.is_available() or cpu_multiplies_bfloat16()
     pretrain = ["trainer.precision=amp_bf16"] if fast else ["trainer.max_duration=4000ba"]
     python = sys.executable
     composer = [os.path.join(os.path.dirname(python), "composer"), "-n", "1"] if size.launcher else [python]
     convert = [python, "data_prep/convert_owt.py", "--source", "docstrings", "--tokenizer", "train", "--out", SHARDS]
-    convert += ["--max-seq-length", "32", "--lines", "sentence"]
+    convert += ["--max-seq-length", "32", "--lines", "sentence", *size.convert]
+    train = [*composer, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *pretrain, *size.pretrain]
     synthetic = [python, "-m", "electra_composer.finetune.synthetic", "--source", "docstrings", "--out", GLUE_DATA]
+    synthetic += size.synthetic
     finetune = [*composer, "electra_composer/glue.py", "yamls/quickstart_glue.yaml", *size.finetune]
+    baseline = [f"checkpoints.folder={FOLDER}/glue-random", "model.random_init=true"]
     return [
-        (
-            "the docstrings of the installed Python packages → a WordPiece vocabulary and MDS shards",
-            [*convert, *size.convert],
-        ),
-        (
-            "a tiny ELECTRA, pretrained on them",
-            [*composer, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *pretrain, *size.pretrain],
-        ),
-        (
-            "a synthetic GLUE-shaped task from the same text: whole or corrupted sentence?",
-            [*synthetic, *size.synthetic],
-        ),
+        ("docstrings of the installed Python packages → a WordPiece vocabulary and MDS shards", convert),
+        ("pretraining of a tiny ELECTRA on them", train),
+        ("a synthetic GLUE-style task from the same text: original or corrupted sentence?", synthetic),
         ("finetuning from the pretrained weights", [*finetune, f"checkpoints.folder={FOLDER}/glue-pretrained"]),
-        (
-            "the same finetuning from random weights",
-            [*finetune, f"checkpoints.folder={FOLDER}/glue-random", "model.random_init=true"],
-        ),
-        (
-            "export to folders that transformers loads",
-            [python, "electra_composer/export.py", PRETRAIN, EXPORT],
-        ),
+        ("the same finetuning from random weights", [*finetune, *baseline]),
+        ("export to folders that transformers loads", [python, "electra_composer/export.py", PRETRAIN, EXPORT]),
     ]
 
 
 def run(title: str, command: list[str]) -> None:
-    """Show a command and run it; stop everything if it fails."""
+    """Print a command and run it; exit if it fails."""
     shown = shlex.join(os.path.basename(part) if index == 0 else part for index, part in enumerate(command))
     print(f"\n━━ {title}\n$ {shown}", flush=True)
     code = subprocess.run(command, check=False).returncode
     if code:
-        print(f"\nquickstart: stopped, since the command above failed (exit code {code})", file=sys.stderr)
+        print(f"\nquickstart: the command above failed with exit status {code}", file=sys.stderr)
         sys.exit(code)
 
 
 def check_export() -> str:
-    """Load the export through transformers and compare it with our own model on one sentence.
+    """Load the export through transformers and compare its logits with our model's on one sentence.
 
     Returns:
-        One line that says what was found; it fails if the two differ.
+        The result in one line.
+
+    Raises:
+        RuntimeError: the logits differ.
     """
     tokenizer = AutoTokenizer.from_pretrained(f"{EXPORT}/discriminator")
     discriminator = ElectraForPreTraining.from_pretrained(f"{EXPORT}/discriminator").eval()
@@ -134,17 +125,17 @@ def check_export() -> str:
 
 
 def metrics_of(folder: str) -> list[dict[str, Any]]:
-    """The rows of a run's metrics file."""
+    """Read the rows of a run's metrics file."""
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def pretraining_summary(rows: list[dict[str, Any]], without_context: float | None) -> str:
-    """First and last losses, AUC and speed of the pretraining run, a line each.
+    """Format losses, AUC and speed of the pretraining run, one per line.
 
     Args:
-        rows: of the metrics file.
-        without_context: MLM loss of word frequencies alone.
+        rows: rows of the metrics file.
+        without_context: MLM loss of predicting by word frequencies; None if unknown.
     """
     mlm = [row["metrics/train/mlm_loss"] for row in rows if "metrics/train/mlm_loss" in row]
     rtd = [row["metrics/train/rtd_loss"] for row in rows if "metrics/train/rtd_loss" in row]
@@ -162,7 +153,7 @@ def pretraining_summary(rows: list[dict[str, Any]], without_context: float | Non
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """What pretraining bought: accuracy by start, mean and spread over the seeds."""
+    """Format accuracy from pretrained and random weights: mean and spread over the seeds, and the difference."""
     lines = [f"  {'finetuned from':<22}{'accuracy':>9}{'± std':>8}   seeds"]
     means = {}
     for start, label in zip(STARTS, ("pretrained weights", "random weights"), strict=True):
@@ -172,14 +163,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
         each = " ".join(f"{score:.1f}" for score in scores)
         lines.append(f"  {label:<22}{means[start]:>9.1f}{spread:>8.1f}   {each}")
-    lines.append(f"  {'pretraining bought':<22}{means['pretrained'] - means['random']:>+9.1f}   points")
+    lines.append(f"  {'gain from pretraining':<22}{means['pretrained'] - means['random']:>+9.1f}   points")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Run the steps and print what came out."""
+    """Run the steps and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a minute that only shows that every step works")
+    parser.add_argument("--smoke", action="store_true", help="only test every step, in a minute")
     options = parser.parse_args()
     started = time.monotonic()
     if os.path.isdir(FOLDER):
@@ -196,9 +187,9 @@ def main() -> None:
         ShardsConfig(SHARDS, max_seq_length=32), read_meta(SHARDS), ObjectiveConfig()
     )
     print(f"\n━━ pretraining\n{pretraining_summary(metrics_of(PRETRAIN), without_context)}")
-    print(f"\n━━ a synthetic task: whole or corrupted sentence (chance 50)\n{table(results)}")
+    print(f"\n━━ a synthetic task: original or corrupted sentence (chance 50)\n{table(results)}")
     print(f"\n━━ export\n  {EXPORT}: {exported}")
-    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in all; everything is in {FOLDER}\n\n{REAL_RUN}")
+    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in total; all files are in {FOLDER}\n\n{REAL_RUN}")
 
 
 if __name__ == "__main__":

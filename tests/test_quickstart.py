@@ -31,7 +31,7 @@ def test_smoke(tmp_path):
     for said in (
         "pretrained weights",
         "random weights",
-        "pretraining bought",
+        "gain from pretraining",
         "logits of both models within",
         "RTD AUC",
     ):

@@ -1,6 +1,6 @@
-"""Published GLUE scores of ELECTRA, each under its own name and with what kind of number it is.
+"""Published GLUE scores of ELECTRA with their statistic and source.
 
-Only figures that were read at their source, or in a source that quotes them, which is then named.
+All numbers were read at their source, or in a quotation of it that the source names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 EXPECTED_RESULTS = "google-research/electra, README, expected results"
 REPLICATED_RESULTS = "richarddwang/electra_pytorch, README, table 1"
-SMALL, BASE, LARGE = 256, 768, 1024  # hidden sizes of the three models
+SMALL, BASE, LARGE = 256, 768, 1024  # hidden sizes
 # Order of the columns in both READMEs.
 COLUMNS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 
@@ -21,13 +21,13 @@ class Published:
     """A published row.
 
     Attributes:
-        model: as its authors call it.
-        statistic: what a score is of the runs behind it, in the source's words.
-        split: `dev` or `test`; only `dev` compares with what finetuning prints.
-        hidden_size: of the model; which of the rows stand beside a table follows from it.
-        source: where it was published, and where it was read if that is another place.
-        scores: × 100, by task; MNLI matched.
-        average: over the eight, where it is all that was published.
+        model: name given by its authors.
+        statistic: statistic over the runs, in the source's words.
+        split: `dev` or `test`; only `dev` compares with scores of finetuning.
+        hidden_size: hidden size of the model; selects the rows for a table.
+        source: where it was published, and where it was read if elsewhere.
+        scores: task → score × 100; MNLI matched.
+        average: over the eight tasks, if only that was published.
     """
 
     model: str
@@ -110,11 +110,11 @@ PUBLISHED_MODELS = {
     "min": 80.42,
     "models": 14,
 }
-"""Over small models pretrained with different seeds: the average over the tasks of the best of 10 runs each."""
+"""ELECTRA-Small pretrained with different seeds: average over the tasks of the best of 10 runs each."""
 
 
 def published_rows(hidden_size: int | None) -> list[dict[str, Any]]:
-    """The rows of models of a hidden size, or those of ELECTRA-Small if none was published of it."""
+    """Return the rows of models of a hidden size, or of ELECTRA-Small if there are none."""
     known = {row.hidden_size for row in PUBLISHED}
     wanted = hidden_size if hidden_size in known else SMALL
     return [dataclasses.asdict(row) for row in PUBLISHED if row.hidden_size == wanted]

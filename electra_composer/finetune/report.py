@@ -1,9 +1,9 @@
-"""The report on finetuning runs in Markdown and CSV, and the paper's statistics over several pretraining runs.
+"""Report finetuning runs in Markdown and CSV, and compute the paper's statistics over several pretraining runs.
 
     python -m electra_composer.finetune.report A/results.json B/results.json …
 
-How a score is made stands above it, what the authors of ELECTRA and of its replication published beside it, and how
-many runs collapsed below it.
+A report states the finetuning protocol, the scores with the number of collapsed runs, and the published scores of
+ELECTRA and its replication.
 """
 
 from __future__ import annotations
@@ -22,39 +22,44 @@ from electra_composer.finetune.published import PUBLISHED_MODELS
 from electra_composer.finetune.tasks import TASKS
 
 COLLAPSED = "†"
+AVERAGED = [name for name, task in TASKS.items() if task.in_average]  # the eight tasks of the paper's average
 
 
 def headline(results: Mapping[str, Any]) -> str:
-    """One line on what the table shows."""
-    source = results["source"]
-    return f"Dev scores × 100 of {f'random weights of the sizes of {source}' if is_random(results) else source}"
+    """Return the title of the report."""
+    return f"Dev scores × 100 of {model_name(results)}"
+
+
+def model_name(results: Mapping[str, Any]) -> str:
+    """Name the model that was finetuned."""
+    return f"random weights with the sizes of {results['source']}" if is_random(results) else results["source"]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The whole report of what :func:`electra_composer.finetune.results.summary` gives."""
+    """Render the complete report of a :func:`electra_composer.finetune.results.summary`."""
     parts = [f"# {headline(results)}" if results["tasks"] else "# No finished run yet", protocol(results)]
     if results["tasks"]:
         parts += [table(results), _collapsed_note(results)]
         if results["average"]["tasks"]:
-            parts += ["## Beside published scores", published_table(results)]
+            parts += ["## Comparison with published scores", published_table(results)]
     if results["failures"]:
         lines = [
             f"- {TASKS[each['task']].folder if each['task'] in TASKS else each['task']}, seed {each['seed']}, "
             f"{each['at']}: {' '.join(str(each['error']).split())}"
             for each in results["failures"]
         ]
-        parts += ["## Failed runs", "The next start tries them again.", "\n".join(lines)]
+        parts += ["## Failed runs", "Rerunning the same command retries them.", "\n".join(lines)]
     if results["other_groups"]:
         lines = []
         for other in results["other_groups"]:
             differs = ", ".join(f"{key} = {there} (here {here})" for key, (there, here) in other["differs"].items())
             lines.append(f"- group {other['group']}, {other['runs']} runs of {other['source']}: {differs}")
-        parts += ["## Runs of other settings in the same record, not in this report", "\n".join(lines)]
+        parts += ["## Runs with other settings in the same record, not included here", "\n".join(lines)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """A Markdown table with a row per task and, of two or more of the eight, their average."""
+    """Render a Markdown table with a row per task and, for two or more averaged tasks, their average."""
     rows = [["Task", "Metric", "Mean ± std", "Median", "Best", "n", "Score (seed)", "Other metrics (mean)"]]
     for row in results["tasks"].values():
         runs = ", ".join(
@@ -74,16 +79,15 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def average_name(results: Mapping[str, Any]) -> str:
-    """What the average is of: an average of fewer than the eight tasks says so."""
-    if results["average_without_wnli"] is not None or len(results["average"]["tasks"]) == len(_eight()):
-        return "Average without WNLI"
-    return f"Average of these {len(results['average']['tasks'])}"
+    """Return the name of the average, which states the number of tasks if it is below eight."""
+    count = len(results["average"]["tasks"])
+    return "Average without WNLI" if count == len(AVERAGED) else f"Average of these {count}"
 
 
 def published_table(results: Mapping[str, Any]) -> str:
-    """These scores and published ones, a row each; the averages of all are over the tasks that are here.
+    """Render these scores and the published ones, one row each; all averages are over the tasks of `results`.
 
-    A row of a test set is marked as one: it compares with a submission, not with dev scores.
+    Column `Set` marks rows of a test set, which do not compare with dev scores.
     """
     names = results["average"]["tasks"]
     rows = [["Scores of", "Statistic", "Set", *(TASKS[name].folder for name in names), average_name(results)]]
@@ -104,7 +108,7 @@ def published_table(results: Mapping[str, Any]) -> str:
 
 
 def csv_text(results: Mapping[str, Any]) -> str:
-    """A line per task, then the average: statistics, then a column per published row. Empty: undefined or unknown."""
+    """Render CSV: a line per task and the average, with a column per published row. Empty: undefined or unknown."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     published = results["published"]
@@ -125,20 +129,20 @@ def csv_text(results: Mapping[str, Any]) -> str:
 
 
 def over_models(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The paper's statistics over pretraining runs: a model's score is the average of its best runs on each task.
+    """Compute the paper's statistics over pretraining runs; a model's score is the average of its best run per task.
 
-    As many runs of each task count as the model with the fewest has, those of the lowest seeds: the best of more runs
-    is a higher number.
+    The best is taken of the same number of runs per task and model, the fewest that any model has, in the order of
+    their seeds, because the best of more runs is higher.
 
     Args:
-        models: name → what its results file holds.
+        models: name → content of its results file.
 
     Returns:
-        `best_of`: how many runs; `tasks`: names; `models`: name → `best` by task and `average`; and over the models'
-        averages `mean`, `std` (of a sample; None for one model), `max`, `min`.
+        `best_of`: number of runs; `tasks`: names; `models`: name → `best` by task and `average`; and over the models'
+        averages `mean`, sample `std` (None for one model), `max`, `min`.
 
     Raises:
-        UserError: models of other tasks or another protocol, the same model twice, or a task without a score.
+        UserError: the models differ in tasks or protocol, a model is given twice, or a task has no score.
     """
     first, tasks = next(iter(models)), None
     seen: dict[str, str] = {}
@@ -146,14 +150,16 @@ def over_models(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if tasks is None:
             tasks = results["average"]["tasks"]
         if not tasks:
-            raise UserError(f"{name}: no run of any GLUE task that is in the average")
+            raise UserError(f"{name}: no run of any GLUE task of the average; expected at least one")
         if results["average"]["tasks"] != tasks:
             found, expected = (", ".join(each) or "none" for each in (results["average"]["tasks"], tasks))
-            raise UserError(f"{name}: has the tasks {found}, but {first} has {expected}; finetune all on the same")
+            raise UserError(
+                f"{name}: has the tasks {found}, but {first} has {expected}; finetune all on the same tasks"
+            )
         _refuse_other_protocol(name, results["settings"], first, models[first]["settings"])
         weights = results["settings"].get(f"weights_sha256{OF_SOURCE}") or name
         if weights in seen:
-            raise UserError(f"{name} and {seen[weights]} are of the same weights; expected different pretraining runs")
+            raise UserError(f"{name} and {seen[weights]} have the same weights; expected different pretraining runs")
         seen[weights] = name
     assert tasks is not None
     best_of = min(results["tasks"][task]["n"] for results in models.values() for task in tasks)
@@ -174,7 +180,7 @@ def over_models(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def models_report(found: Mapping[str, Any]) -> str:
-    """What :func:`over_models` gives, in Markdown."""
+    """Render the result of :func:`over_models` in Markdown."""
     rows = [["Model", *(TASKS[task].folder for task in found["tasks"]), "Average"]]
     for name, row in found["models"].items():
         rows.append([name, *(_number(row["best"][task]) for task in found["tasks"]), _number(row["average"], 2)])
@@ -184,7 +190,7 @@ def models_report(found: Mapping[str, Any]) -> str:
         ["these", *("" if found[key] is None else _number(found[key], 2) for key in keys), str(len(found["models"]))]
     )
     parts = [f"Dev scores × 100: the best of {found['best_of']} runs per task, averaged over the tasks", _render(rows)]
-    if found["tasks"] == _eight():
+    if found["tasks"] == AVERAGED:
         published = [f"{PUBLISHED_MODELS[key]:.2f}" for key in keys]
         numbers.append(["ELECTRA-Small, best of 10", *published, str(PUBLISHED_MODELS["models"])])
         return "\n\n".join([*parts, _render(numbers), f"- ELECTRA-Small, best of 10: {PUBLISHED_MODELS['source']}."])
@@ -192,10 +198,10 @@ def models_report(found: Mapping[str, Any]) -> str:
 
 
 def read_results(path: str) -> dict[str, Any]:
-    """A results file of `glue.py`.
+    """Read a results file of `glue.py`.
 
     Raises:
-        UserError: no such file, or no results file.
+        UserError: the file does not exist or is not a results file.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -210,25 +216,21 @@ def read_results(path: str) -> dict[str, Any]:
     return results
 
 
-def _eight() -> list[str]:
-    return [name for name, task in TASKS.items() if task.in_average]
-
-
 def _collapsed_note(results: Mapping[str, Any]) -> str:
-    """How many runs collapsed, and where; a report without any says so too."""
+    """State how many runs collapsed on which tasks."""
     rows = results["tasks"].values()
     total, n = (sum(row[key] for row in rows) for key in ("collapsed", "n"))
     if not total:
         return f"None of the {n} runs collapsed to one class or value."
     where = ", ".join(f"{row['task']} {row['collapsed']} of {row['n']}" for row in rows if row["collapsed"])
-    return f"{COLLAPSED} {total} of {n} runs collapsed to one class or value, and are counted in: {where}."
+    return f"{COLLAPSED} {total} of {n} runs collapsed to one class or value (included in the statistics): {where}."
 
 
 def _average_of(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
-    """A published row's average over the same tasks as here; None where it lacks one of them."""
+    """Return a published row's average over the given tasks; None if it lacks one of them."""
     if all(name in row["scores"] for name in names):
         return statistics.fmean(row["scores"][name] for name in names)
-    return row["average"] if list(names) == _eight() else None
+    return row["average"] if list(names) == AVERAGED else None
 
 
 def _refuse_other_protocol(name: str, settings: Mapping[str, Any], first: str, expected: Mapping[str, Any]) -> None:
@@ -237,7 +239,7 @@ def _refuse_other_protocol(name: str, settings: Mapping[str, Any], first: str, e
         if not about_source and settings.get(key) != expected.get(key):
             raise UserError(
                 f"{name}: was finetuned with {key} = {settings.get(key)}, but {first} with {expected.get(key)}; "
-                "finetune all in the same way"
+                "finetune all with the same settings"
             )
 
 
@@ -253,12 +255,12 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def _as_published(value: float) -> str:
-    """With as many digits as it was published with: one, or two."""
+    """Format a score with the number of decimals it was published with, one or two."""
     return f"{value:.1f}" if round(value, 1) == value else f"{value:.2f}"
 
 
 def _render(rows: list[list[str]]) -> str:
-    """A Markdown table whose columns are aligned for those who read it as text."""
+    """Render a Markdown table with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -269,12 +271,12 @@ def _render(rows: list[list[str]]) -> str:
 
 @report_user_errors
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the statistics over the models of some results files."""
+    """Print the statistics over the models of several results files."""
     parser = argparse.ArgumentParser(
         prog="python -m electra_composer.finetune.report",
         description="GLUE statistics over models pretrained with different seeds: best run per task, averaged.",
     )
-    parser.add_argument("results", nargs="+", help="results.json of each model, as glue.py wrote it")
+    parser.add_argument("results", nargs="+", help="results.json of each model, written by glue.py")
     options = parser.parse_args(arguments)
     if len(set(options.results)) < len(options.results):
         raise UserError("a results file is given twice; expected one per model")

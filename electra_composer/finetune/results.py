@@ -1,8 +1,8 @@
-"""What finetuning runs add up to, and the files that say so.
+"""Summarize finetuning runs and write `results.json`, `.md`, `.csv` and `.png`.
 
-`results.json`, `.md`, `.csv` and `.png` are made anew from the record of runs (glue_store.py) after each run. Runs
-whose settings differ are in different groups: one record may hold many, a report shows one and names the others. All
-scores are multiplied by 100, as papers print them.
+The files are rewritten from the record of runs (`store.py`) after each run. Runs with different settings are in
+different groups: a record may hold several groups; a report shows one and lists the others. All scores are multiplied
+by 100.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import to_dict
 from electra_composer.errors import UserError
-from electra_composer.finetune.picture import picture
+from electra_composer.finetune.plot import plot
 from electra_composer.finetune.published import published_rows
-from electra_composer.finetune.report import csv_text, markdown
+from electra_composer.finetune.report import AVERAGED, csv_text, markdown
 from electra_composer.finetune.store import RunStore, store_path
 from electra_composer.finetune.tasks import TASKS
 from electra_composer.vocabulary import vocabulary_sha256
 
-# What may change between runs of one group: it changes no score.
-FREE_KEYS = ("run_name", "tasks", "seeds", "results", "checkpoints", "callbacks", "loggers", "predict")
-FREE_SUBKEYS = (
+# Settings that may differ within a group because they do not affect scores.
+IGNORED_KEYS = ("run_name", "tasks", "seeds", "results", "checkpoints", "callbacks", "loggers", "predict")
+IGNORED_SUBKEYS = (
     ("trainer", "progress_bar"),
     ("trainer", "log_interval"),
     ("trainer", "eval_interval"),
@@ -38,11 +38,11 @@ FREE_SUBKEYS = (
     ("data", "cache"),
 )
 
-OF_GROUP = ("group", "settings", "source")  # the same in all runs of a group: once in results.json, not in each run
+GROUP_KEYS = ("group", "settings", "source")  # equal in all runs of a group: stored once in results.json
 
 
 def describe_source(source: Pretrained, random_init: bool) -> dict[str, Any]:
-    """What was finetuned: the weights by their SHA-256, since a path such as `latest-rank0.pt` moves on."""
+    """Describe the finetuned model, with SHA-256 of its weights because a path such as `latest-rank0.pt` is reused."""
     digest = hashlib.sha256()
     for name in sorted(source.weights):
         digest.update(name.encode())
@@ -57,21 +57,21 @@ def describe_source(source: Pretrained, random_init: bool) -> dict[str, Any]:
 
 
 def group_of(config: GlueConfig, source: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Which runs may stand in one table.
+    """Return the group of a configuration; only runs of one group are summarized together.
 
     Args:
-        source: of :func:`describe_source`.
+        source: from :func:`describe_source`.
 
     Returns:
-        The group's key, 12 hexadecimal digits, and the settings it is made of, flat: `optimizer.lr`, …,
+        The group's key, 12 hexadecimal digits, and the flat settings that it is a hash of: `optimizer.lr`, …,
         `weights_sha256 of model.source`, ….
     """
     flat: dict[str, Any] = {}
     for key, value in to_dict(config).items():
         for subkey, subvalue in value.items() if isinstance(value, dict) else [(None, value)]:
-            if key not in FREE_KEYS and (key, subkey) not in FREE_SUBKEYS:
+            if key not in IGNORED_KEYS and (key, subkey) not in IGNORED_SUBKEYS:
                 flat[f"{key}.{subkey}" if subkey else key] = subvalue
-    # The sizes too: random weights have no hash, and dropout is taken from them.
+    # Includes the sizes because random weights have no hash, and because they include dropout.
     described = {**source["sizes"], **{key: source[key] for key in ("weights_sha256", "vocabulary_sha256")}}
     flat.update({f"{key} of model.source": value for key, value in described.items()})
     text = json.dumps(flat, sort_keys=True)
@@ -79,11 +79,11 @@ def group_of(config: GlueConfig, source: dict[str, Any]) -> tuple[str, dict[str,
 
 
 def open_store(config: GlueConfig, group: str) -> RunStore:
-    """The record of `config.results`, ready for runs of `group`. For one process, before the others look.
+    """Open the record of `config.results` for runs of `group`; call on rank 0, before other ranks read the record.
 
     Raises:
-        UserError: a file of another kind is in the way; or runs of the group are there and `checkpoints.resume` is
-            off, unless they may be overwritten.
+        UserError: the path is another kind of file; or the record has runs of the group and `checkpoints.resume` and
+            `checkpoints.overwrite` are false.
     """
     check_results_path(config.results)
     store = RunStore(store_path(config.results))
@@ -92,17 +92,17 @@ def open_store(config: GlueConfig, group: str) -> RunStore:
             store.restart(group)
         elif not config.checkpoints.resume:
             raise UserError(
-                f"results {config.results}: holds runs of these settings, and checkpoints.resume is false; "
+                f"results {config.results}: has runs with these settings, and checkpoints.resume is false; "
                 "set another results=…, or checkpoints.overwrite=true to replace them"
             )
     return store
 
 
 def check_results_path(path: str) -> None:
-    """Refuse a results file that would replace something else.
+    """Check that writing the results file would not replace another kind of file.
 
     Raises:
-        UserError: there is a file, and not one of :func:`write_reports`.
+        UserError: the file exists and was not written by :func:`write_reports`.
     """
     if not os.path.lexists(path):
         return
@@ -123,36 +123,41 @@ def summary(
     failures: Sequence[dict[str, Any]] = (),
     others: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What the results file holds.
+    """Compute the content of the results file.
 
     Args:
-        runs: of one group, as :meth:`RunStore.runs` gives them.
-        settings: of the group.
-        failures: of :meth:`RunStore.failures`.
+        runs: runs of one group, from :meth:`RunStore.runs`.
+        settings: settings of the group.
+        failures: from :meth:`RunStore.failures`.
         others: runs of other groups in the same record.
 
     Returns:
-        `tasks`: by name, each with `mean`, `std` (of a sample), `median` and `best` of its score, `n`, `collapsed` (how
-        many did), `metrics` (the mean of each) and `runs`; None where a score is undefined.
-        `average`: over `tasks`, the names of those of the eight that are there, of `mean`, `median` and `best`.
-        `average_without_wnli`: its `mean`, or None while one of the eight is missing.
+        `tasks`: name → `mean`, sample `std`, `median` and `best` of the scores, `n`, `collapsed` (number of collapsed
+        runs), `metrics` (mean of each) and `runs`; None where a score is undefined.
+        `average`: `tasks`, the names of those of the eight averaged tasks that have runs, and the averages over them of
+        `mean`, `median` and `best`.
+        `average_without_wnli`: the average `mean`, or None while one of the eight is missing.
         Also `group`, `settings`, `source`, `versions`, `published`, `failures`, `other_groups`.
+
+    Raises:
+        UserError: a run is of an unknown task.
     """
     for run in (*runs, *others):
         if run["task"] not in TASKS:
-            raise UserError(f"the record has runs of a task called {run['task']!r}, which this version does not know")
+            raise UserError(
+                f"the record has runs of task {run['task']!r}, unknown to this version; set another results=…"
+            )
     tasks = {}
     for name in TASKS:
         if mine := [run for run in runs if run["task"] == name]:
             tasks[name] = _task_summary(name, sorted(mine, key=lambda run: run["seed"]))
-    eight = [name for name, task in TASKS.items() if task.in_average]
-    averaged = [name for name in eight if name in tasks]
+    averaged = [name for name in AVERAGED if name in tasks]
     average = {key: _mean([tasks[name][key] for name in averaged]) for key in ("mean", "median", "best")}
     return {
         "group": group,
         "source": runs[0]["source"] if runs else None,
         "tasks": tasks,
-        "average_without_wnli": average["mean"] if averaged == eight else None,
+        "average_without_wnli": average["mean"] if averaged == AVERAGED else None,
         "average": {"tasks": averaged, **average},
         "published": published_rows(settings.get("hidden_size of model.source")),
         "failures": list(failures),
@@ -163,23 +168,23 @@ def summary(
 
 
 def write_reports(store: RunStore, group: str, path: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Write `results.json`, `.md`, `.csv` and `.png` from the record; each replaces the former in one move.
+    """Write `results.json`, `.md`, `.csv` and `.png` from the record; each file is replaced atomically.
 
     Args:
-        path: of `results.json`; the others are beside it, under the same name.
-        settings: of the group; needed only while it has no finished run.
+        path: path of `results.json`; the others are beside it with the same stem.
+        settings: settings of the group; only needed while it has no finished run.
 
     Returns:
-        What `results.json` holds; see :func:`summary`.
+        The content of `results.json`; see :func:`summary`.
 
     Raises:
-        UserError: a file of another kind is in the way, or a full disk: the record and the former files are whole.
+        UserError: the path is another kind of file, or the disk is full; the record and the former files stay intact.
     """
     folder, stem = os.path.dirname(path) or ".", os.path.splitext(path)[0]
     check_results_path(path)
     try:
         os.makedirs(folder, exist_ok=True)
-        # Between reading the record and the last move no other process may do the same: it could put back older files.
+        # Locked from reading the record to the last replacement; otherwise another process could restore older files.
         with _locked(folder):
             every = store.runs()
             runs = [run for run in every if run["group"] == group]
@@ -188,14 +193,14 @@ def write_reports(store: RunStore, group: str, path: str, settings: dict[str, An
                 settings = runs[0]["settings"]
             results = summary(runs, settings or {}, group, store.failures(group), others)
             if results["tasks"]:
-                _replace(f"{stem}.png", picture(results))
+                _replace(f"{stem}.png", plot(results))
             _replace(f"{stem}.csv", csv_text(results).encode())
             _replace(f"{stem}.md", markdown(results).encode())
             _replace(path, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
     except OSError as error:
         raise UserError(
             f"results {path}: cannot be written: {error.strerror}; all finished runs are kept in {store.path}: free "
-            "some space and start again"
+            "some space and rerun the command"
         ) from error
     return results
 
@@ -215,12 +220,12 @@ def _task_summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "n": len(runs),
         "collapsed": sum(run["collapsed"] for run in runs),
         "metrics": {metric: _mean([run["metrics"].get(metric) for run in runs]) for metric in metrics},
-        "runs": [{key: value for key, value in run.items() if key not in OF_GROUP} for run in runs],
+        "runs": [{key: value for key, value in run.items() if key not in GROUP_KEYS} for run in runs],
     }
 
 
 def _other_groups(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each other group of the record: its key, how many runs it has, and what differs: key → [there, here]."""
+    """Describe each other group: its key, number of runs, source, and differing settings: key → [there, here]."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in others:
         groups.setdefault(run["group"], []).append(run)
@@ -242,7 +247,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _all_versions(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Package → the versions that the runs were made with."""
+    """Return the library versions of the runs: package → versions."""
     found: dict[str, set[str]] = {}
     for run in runs:
         for package, number in run.get("versions", {}).items():
@@ -266,7 +271,7 @@ def _replace(path: str, content: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # else a crash could leave an empty file under the final name
+            os.fsync(file.fileno())  # otherwise a crash could leave an empty file under the final name
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""The plan of finetuning: which runs there are, in what order, and which process does which.
+"""Plan finetuning runs and distribute them over processes.
 
-Under `composer -n N` every process is a world of one. It takes one run at a time for its own device, and claims it by a
-lock on a file, which the system frees when the process ends in whatever way. So a run's batches, and its scores, do not
-depend on how many processes there are.
+Under `composer -n N` every process has a world size of 1. It takes one run at a time for its own device and claims it
+by locking a file; the system releases the lock when the process ends for any reason. Batches and scores of a run
+therefore do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from electra_composer.finetune.store import RunStore
 from electra_composer.finetune.tasks import Task
 from electra_composer.training.devices import run_device
 
-POLL_SECONDS = 0.2  # between looks at what other processes have done
+POLL_SECONDS = 0.2  # interval between checks for progress of other processes
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class PlannedRun:
     """One finetuning run.
 
     Attributes:
-        examples: that training sees, over all epochs: what the time of a run is measured in.
-        needs: the run whose weights it starts from.
+        examples: number of training examples over all epochs; the estimate of the run's duration.
+        needs: run to take the initial weights from; None: start from the pretrained weights.
     """
 
     task: Task
@@ -54,11 +54,11 @@ class PlannedRun:
 def make_plan(
     tasks: Sequence[Task], seeds: Sequence[int], examples: dict[str, int], intermediate: bool
 ) -> list[PlannedRun]:
-    """Tasks × seeds, longest first: the last runs to end are then short ones, and no process waits long for another.
+    """Plan tasks × seeds, longest run first, so that short runs come last and processes finish at about the same time.
 
     Args:
-        examples: by a task's name, what training sees over all epochs.
-        intermediate: whether the tasks of which it is customary start from the MNLI run of the same seed.
+        examples: task name → number of training examples over all epochs.
+        intermediate: whether tasks with :attr:`Task.intermediate` start from the MNLI run of the same seed.
     """
     starts = {
         seed: PlannedRun(task, seed, examples[task.name]) for task in tasks if task.name == "mnli" for seed in seeds
@@ -73,10 +73,10 @@ def make_plan(
 
 @contextlib.contextmanager
 def claim(path: str) -> Iterator[bool]:
-    """Lock a file while the block runs. Gives whether it is ours; another process that holds it is not waited for.
+    """Lock a file while the block runs, without waiting; yield whether the lock was acquired.
 
     Raises:
-        UserError: the file cannot be made, or its file system has no locks.
+        UserError: the file cannot be created, or its file system does not support locks.
     """
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -91,34 +91,35 @@ def claim(path: str) -> Iterator[bool]:
             return
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be locked: {error.strerror}; expected a file system with locks: set results=… on one"
+                f"{path}: cannot be locked: {error.strerror}; expected a file system with locks: set another results=…"
             ) from error
         yield True
     finally:
         os.close(descriptor)
 
 
-def do_all(
+def run_all(
     plan: Sequence[PlannedRun],
     store: RunStore,
     group: str,
     claims: str,
-    do: Callable[[PlannedRun], None],
+    run_one: Callable[[PlannedRun], None],
     since: str,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Do the runs of a plan that nobody has done and nobody does, until all are done or have failed.
+    """Do the unfinished and unclaimed runs of a plan until all runs are done or have failed.
 
     Args:
-        claims: the folder of the lock files.
-        do: trains, and adds the run to the store.
-        since: when this start began, as :func:`now` gives it; failures before it are tried again.
+        claims: folder of the lock files.
+        run_one: trains and adds the run to the store.
+        since: start time of this invocation, from :func:`now`; runs that failed earlier are retried.
+        report: receives progress messages.
 
     Returns:
-        The failures of this start, of all processes, as the store has them.
+        Failures since `since` of all processes, as recorded in the store.
 
     Raises:
-        UserError: what `do` raises as one: it would stop every run.
+        UserError: raised by `run_one`, for errors that would stop every run.
     """
     waiting = False
     while True:
@@ -129,28 +130,28 @@ def do_all(
             return [failed[run.key] for run in plan if run.key in failed]
         for run in todo:
             if run.needs is not None and run.needs.key in failed:
-                add_failure(store, group, run, f"not started, since {run.needs.name} failed")
+                add_failure(store, group, run, f"not started: {run.needs.name} failed")
                 break
             if run.needs is not None and run.needs.key not in done:
                 continue
-            with claim(os.path.join(claims, f"{run.name}.lock")) as is_ours:
-                # Another may have ended it between the look at the store and the lock.
-                if not is_ours or store.is_done(group, *run.key):
+            with claim(os.path.join(claims, f"{run.name}.lock")) as acquired:
+                # Another process may have finished it between the query above and the lock.
+                if not acquired or store.is_done(group, *run.key):
                     continue
                 waiting = False
-                _try(run, store, group, do)
+                _try(run, store, group, run_one)
                 break
         else:
             if not waiting:
-                say(f"waiting for {len(todo)} runs that other processes do")
+                report(f"waiting for {len(todo)} runs of other processes")
             waiting = True
             time.sleep(POLL_SECONDS)
 
 
-def _try(run: PlannedRun, store: RunStore, group: str, do: Callable[[PlannedRun], None]) -> None:
-    """Do a run; what goes wrong with it alone is put on record, and the others go on."""
+def _try(run: PlannedRun, store: RunStore, group: str, run_one: Callable[[PlannedRun], None]) -> None:
+    """Do a run; record a failure that does not concern the other runs."""
     try:
-        do(run)
+        run_one(run)
     except UserError:
         raise
     except Exception as error:
@@ -159,29 +160,29 @@ def _try(run: PlannedRun, store: RunStore, group: str, do: Callable[[PlannedRun]
 
 
 def add_failure(store: RunStore, group: str, run: PlannedRun, error: str) -> None:
-    """Put a failed run on record: a later start tries it again."""
+    """Record a failed run; the next invocation retries it."""
     store.add_failure({"group": group, "task": run.task.name, "seed": run.seed, "error": error, "at": now()})
 
 
 def key_of(record: dict[str, Any]) -> tuple[str, int]:
-    """Task and seed of a run or failure on record."""
+    """Return task and seed of a recorded run or failure."""
     return record["task"], record["seed"]
 
 
 def now() -> str:
-    """The time as ISO 8601 in UTC, with as many digits always: such times sort as they are."""
+    """Return the time in UTC as ISO 8601 with a fixed number of digits, so that times sort as strings."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
 
 
 def seconds_left(plan: Sequence[PlannedRun], done: Sequence[dict[str, Any]], processes: int) -> float | None:
-    """How long the runs that are not done will take, or None if none is done from which to tell.
+    """Estimate the duration of the unfinished runs; None if no run is finished.
 
-    Told from the seconds per training example of the runs on record: of the same task, since sentences differ in
-    length, or of all where the task has none.
+    The estimate uses the seconds per training example of the finished runs of the same task, because sentence lengths
+    differ between tasks, or of all finished runs if the task has none.
 
     Args:
-        done: the runs on record, each with `task`, `seed` and `seconds`.
-        processes: that share the work.
+        done: finished runs, each with `task`, `seed` and `seconds`.
+        processes: number of processes that share the work.
     """
     planned = {run.key: run for run in plan}
     measured = [(planned[key_of(run)], run["seconds"]) for run in done if key_of(run) in planned]
@@ -191,17 +192,17 @@ def seconds_left(plan: Sequence[PlannedRun], done: Sequence[dict[str, Any]], pro
     def rate(pairs: list[tuple[PlannedRun, float]]) -> float:
         return sum(seconds for _, seconds in pairs) / max(1, sum(run.examples for run, _ in pairs))
 
-    ended = {run.key for run, _ in measured}
+    finished = {run.key for run, _ in measured}
     left = []
     for run in plan:
-        if run.key not in ended:
-            alike = [pair for pair in measured if pair[0].task.name == run.task.name]
-            left.append(run.examples * rate(alike or measured))
+        if run.key not in finished:
+            same_task = [pair for pair in measured if pair[0].task.name == run.task.name]
+            left.append(run.examples * rate(same_task or measured))
     return max([sum(left) / processes, *left], default=0.0)
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: `40 s`, `12 min`, `3 h 05 min`."""
+    """Format seconds as `40 s`, `12 min` or `3 h 05 min`."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return f"{seconds:.0f} s"
@@ -209,12 +210,12 @@ def duration(seconds: float) -> str:
 
 
 class Processes:
-    """This process among those that the launcher started; none of them computes with another.
+    """The processes of the launcher, each of which computes on its own.
 
     Args:
-        rank: 0 prints, writes the tables and prepares the data before the others need it.
-        count: how many there are.
-        store: through which they meet at the start; None where there is one alone.
+        rank: rank of this process. Rank 0 prints, writes the tables and prepares the data before the others.
+        count: number of processes.
+        store: TCPStore for synchronisation at the start; None for a single process.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, store: Any = None):
@@ -224,15 +225,16 @@ class Processes:
         self.since = now()
 
     @classmethod
-    def of_launcher(cls) -> Processes:
-        """Read what the launcher has set, and make this process a world of one for all that comes after.
+    def from_launcher(cls) -> Processes:
+        """Read the launcher's environment variables, then set them to a world size of 1 for this process.
 
-        To be called before Composer asks for its world. `LOCAL_RANK` stays as it is: it chooses the GPU.
+        Must be called before Composer reads them. `LOCAL_RANK` is kept: it selects the GPU.
         """
         rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if count == 1:
             return cls()
-        # It waits deaf for a first process that has failed meanwhile: the launcher's signal must end it by itself.
+        # Workaround (torch 2.7): the constructor blocks without running Python's signal handlers, so that only the
+        # default action of SIGTERM can end a process that waits for a failed rank 0; goes when it can be interrupted.
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         store = torch.distributed.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -240,51 +242,53 @@ class Processes:
             is_master=rank == 0,
             wait_for_workers=False,
         )
-        if handler is not None:  # None: one that was not set from Python
+        if handler is not None:  # None: not installed from Python
             signal.signal(signal.SIGTERM, handler)
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", NODE_RANK="0")
         return cls(rank, count, store)
 
-    def join_alone(self, device: str) -> None:
-        """Make the process group of this process alone; without a launcher Composer does so itself.
+    def init_process_group(self, device: str) -> None:
+        """Initialize a process group with this process as its only member; without a launcher, Composer does it.
 
         Args:
             device: `gpu` or `cpu`.
 
         Raises:
-            UserError: more processes on this machine than it has GPUs.
+            UserError: there are more processes on this machine than GPUs.
         """
         if self.count == 1:
             return
         local_rank = int(os.environ["LOCAL_RANK"])
         if device == "gpu" and local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"the launcher started a process for GPU {local_rank}, and there are {torch.cuda.device_count()}; "
-                "start as many as there are, composer -n …, or set trainer.device=cpu"
+                f"the launcher started a process for GPU {local_rank}, but there are {torch.cuda.device_count()} GPUs; "
+                "start one process per GPU by composer -n …, or set trainer.device=cpu"
             )
         if not torch.distributed.is_initialized():
             backend, store = run_device(device).dist_backend, torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, world_size=1, rank=0)
 
     @contextlib.contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """The first process runs the block before the others do: it meets what is wrong, and leaves what it made.
+    def rank_zero_first(self) -> Iterator[None]:
+        """Run the block on rank 0 before the other ranks, so that they find its files.
 
-        If it fails, the launcher ends the others.
+        If rank 0 fails, the launcher ends the others.
         """
         if self.store is not None and self.rank > 0:
-            while not self.store.check(["since"]):  # `get` waits deaf, and not for long enough
+            # Workaround (torch 2.7): `get` blocks without running Python's signal handlers and times out after five
+            # minutes; goes when it can be interrupted.
+            while not self.store.check(["since"]):
                 time.sleep(POLL_SECONDS)
             self.since = self.store.get("since").decode()
             self.store.add("told", 1)
         yield
         if self.store is not None and self.rank == 0:
             self.store.set("since", self.since)
-            # This process is the store's server, and may have nothing more to do: not before all have heard.
+            # This process is the store's server and may exit soon: wait until all ranks have read the key.
             while self.store.add("told", 0) < self.count - 1:
                 time.sleep(POLL_SECONDS)
 
-    def say(self, text: str) -> None:
-        """Print, on the first process alone."""
+    def print(self, text: str) -> None:
+        """Print on rank 0."""
         if self.rank == 0:
             print(text, flush=True)

@@ -1,11 +1,12 @@
-"""The append-only record of finetuning runs, which any number of processes share.
+"""Append-only record of finetuning runs, shared by any number of processes.
 
-A JSON object per line, as in [JSON Lines](https://jsonlines.org): a finished run, a run that failed, or a mark from
-which on a group's runs count anew.
+The format is [JSON Lines](https://jsonlines.org). A line is a finished run, a failed run, or a restart, which discards
+the earlier runs of a group.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -24,22 +25,22 @@ PACKAGES = ("electra-composer", "torch", "mosaicml", "transformers", "torchmetri
 
 RUN_KEYS = {"group", "task", "seed", "score", "metrics", "collapsed", "source", "settings"}
 KEYS = {"run": RUN_KEYS, "failure": {"group", "task", "seed", "error", "at"}, "restart": {"group"}}
-LINE_START = b'{"kind": "'  # of every line: what tells a torn line of ours from a stranger's text
+LINE_START = b'{"kind": "'  # of every line; tells an incomplete record from other content
 
 
 def store_path(results: str) -> str:
-    """Where the record of a results file is: `runs.jsonl` beside it."""
+    """Return the path of the record that belongs to a results file: `runs.jsonl` beside it."""
     return os.path.join(os.path.dirname(results), "runs.jsonl")
 
 
 class RunStore:
-    """The append-only record of runs, a JSON object per line; see the module's text.
+    """Append-only record of runs; see the module's docstring for the format.
 
-    Several processes may add and read at once: a line is one write under a lock. A line that a killed process left
-    unfinished is dropped, with a warning, so that its run is done again.
+    Several processes may add and read concurrently: a line is one write under a lock. An incomplete last line, left by
+    a killed process, is ignored with a warning, so that its run is repeated.
 
     Args:
-        path: of `runs.jsonl`, which need not exist; see :func:`store_path`.
+        path: path of `runs.jsonl`, which need not exist; see :func:`store_path`.
     """
 
     def __init__(self, path: str):
@@ -47,7 +48,7 @@ class RunStore:
         self._warned = False
 
     def runs(self, group: str | None = None) -> list[dict[str, Any]]:
-        """Finished runs of one group, or of all, by group, task and seed: whatever the order in which they ended.
+        """Return the finished runs of one group, or of all, sorted by group, task and seed.
 
         Raises:
             UserError: the file cannot be read, or is not a record of runs.
@@ -57,7 +58,7 @@ class RunStore:
         return sorted(found, key=lambda run: (run["group"], order.get(run["task"], len(order)), run["seed"]))
 
     def failures(self, group: str) -> list[dict[str, Any]]:
-        """The last failure of each run of a group that has not been finished since."""
+        """Return the last failure of each run of a group that has not finished."""
         done = self._current("run")
         failed = {key: each for key, each in self._current("failure").items() if each["group"] == group}
         return [failed[key] for key in sorted(failed.keys() - done.keys())]
@@ -66,28 +67,28 @@ class RunStore:
         return (group, task_name, seed) in self._current("run")
 
     def add(self, run: dict[str, Any]) -> None:
-        """Record a finished run, with the libraries' versions; on return it is on the disk.
+        """Record a finished run with the versions of the libraries, durably (`fsync`).
 
         Args:
             run: `group`, `task`, `seed`, `score` × 100 or None, `metrics` (name → score × 100 or None), `collapsed`
-                (whether it predicts one class, or one value), `source`, `settings` (both as of :func:`group_of`), and
-                whatever else is worth keeping. NaN and infinity become null.
+                (whether it predicts a single class or value), `source`, `settings` (as in :func:`group_of`), and any
+                other values. NaN and infinity become null.
 
         Raises:
-            UserError: it cannot be written, such as on a full disk; the runs before it are whole.
+            UserError: the run cannot be written, such as on a full disk; earlier runs stay intact.
         """
         self._append("run", {"versions": _versions(), **run})
 
     def add_failure(self, failure: dict[str, Any]) -> None:
-        """Record that a run failed: `group`, `task`, `seed`, `error`, `at`. It is not done: the next start tries it."""
+        """Record a failed run: `group`, `task`, `seed`, `error`, `at`. The next invocation retries it."""
         self._append("failure", failure)
 
     def restart(self, group: str) -> None:
-        """Let the runs of a group so far no longer count. They stay in the file."""
+        """Discard the runs of a group so far. They stay in the file."""
         self._append("restart", {"group": group})
 
     def _current(self, kind: str) -> dict[tuple[str, str, int], dict[str, Any]]:
-        """Records of a kind that no restart has put aside: of several of one run the first, of failures the last."""
+        """Return the records of a kind that no restart has discarded: of each run the first, or the last failure."""
         found: dict[tuple[str, str, int], dict[str, Any]] = {}
         for record in self._records():
             if record["kind"] == "restart":
@@ -107,11 +108,11 @@ class RunStore:
             return []
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror}") from error
-        whole, torn = _split(data, self.path)
-        if torn and not self._warned:
+        complete, rest = _split(data, self.path)
+        if rest and not self._warned:
             self._warned = True
-            log.warning("%s: its last line is cut short; the run that was writing it will be done again", self.path)
-        return [_parse(line, f"{self.path}:{number}") for number, line in enumerate(whole.splitlines(), 1)]
+            log.warning("%s: the last line is incomplete; the run that was writing it will be repeated", self.path)
+        return [_parse(line, f"{self.path}:{number}") for number, line in enumerate(complete.splitlines(), 1)]
 
     def _append(self, kind: str, record: dict[str, Any]) -> None:
         if missing := sorted(KEYS[kind] - record.keys()):
@@ -128,23 +129,21 @@ class RunStore:
         except OSError as error:
             lost = f"{kind} {record.get('task')}, seed {record.get('seed')} (score {record.get('score')})"
             raise UserError(
-                f"{self.path}: {lost} cannot be written: {error.strerror}; those before it are kept: free some space "
-                "or set another results=…, and start again"
+                f"{self.path}: {lost} cannot be written: {error.strerror}; earlier runs are kept: free some space "
+                "or set another results=…, and rerun the command"
             ) from error
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
     return found
 
 
 def _finite(value: Any) -> Any:
-    """The value with None for every NaN and infinity, which JSON does not have."""
+    """Replace every NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -153,12 +152,11 @@ def _finite(value: Any) -> Any:
 
 
 def _split(data: bytes, path: str) -> tuple[bytes, bytes]:
-    """The whole lines of a record, and the torn one at its end, if there is one."""
+    """Split the content of a record into its complete lines and the incomplete line at its end, which may be empty."""
     end = data.rfind(b"\n") + 1
-    whole, torn = data[:end], data[end:]
-    if not LINE_START.startswith(torn[: len(LINE_START)]):
+    if not LINE_START.startswith(data[end:][: len(LINE_START)]):
         raise UserError(f"{path}: does not end in a record of a run; move the file away or set another results=…")
-    return whole, torn
+    return data[:end], data[end:]
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
@@ -173,7 +171,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _write_line(descriptor: int, line: bytes, path: str) -> None:
-    """Append a line, or nothing: what a full disk took of it is cut off again, and so is a line torn before."""
+    """Append a complete line or nothing, and remove an incomplete line at the end of the file."""
     start = len(_split(os.pread(descriptor, os.fstat(descriptor).st_size, 0), path)[0])
     os.ftruncate(descriptor, start)
     try:

@@ -1,10 +1,10 @@
-"""A small GLUE-shaped data set from any plain text: whole sentences against corrupted ones.
+"""Build a small synthetic GLUE-style task from plain text: original against corrupted sentences.
 
     python -m electra_composer.finetune.synthetic --source docstrings --out data/synthetic_glue
 
-It is **synthetic** and called so wherever it appears; its scores compare with nobody's. It exists to show in a minute
-what pretraining buys. In a corrupted sentence some words have given their places to others, drawn evenly from the words
-of the text: to tell, one has to know which words are at home where, and a few hundred examples show few of them.
+The task is **synthetic** and named so wherever it appears; its scores do not compare with published ones. It shows the
+gain from pretraining in a minute. In a corrupted sentence, some words are replaced by others, drawn uniformly from the
+words of the text. To detect this, a model must know which words fit where; a few hundred examples show few of them.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from electra_composer.errors import UserError, report_user_errors
 from electra_composer.finetune.tasks import TASKS
 
 TASK = TASKS["synthetic-words"]
-WORDS = range(6, 19)  # of a sentence that is taken; with [CLS] and [SEP] it fits the quickstart's 32 tokens
-REPLACEABLE = re.compile(r"[A-Za-z]{2,}")  # words that may be replaced: without marks that would show it
-REPLACED_SHARE = 0.25  # of the replaceable words of a corrupted sentence, at least REPLACED_LEAST
-REPLACED_LEAST = 2
-LEAST_COUNT = 2  # of a word that may replace another
-PER_DOCUMENT = 8  # sentences of one document at most, so that many documents are heard
-MAX_DOCUMENTS = 100_000  # read at most; the rest of a large source is left alone
+WORDS = range(6, 19)  # words of a sentence; with [CLS] and [SEP] it fits into the 32 tokens of the quickstart
+REPLACEABLE = re.compile(r"[A-Za-z]{2,}")  # words that may be replaced: without punctuation
+REPLACED_FRACTION = 0.25  # of the replaceable words of a corrupted sentence, at least MIN_REPLACED words
+MIN_REPLACED = 2
+MIN_COUNT = 2  # occurrences of a word that may replace another
+PER_DOCUMENT = 8  # maximum number of sentences of one document, so that many documents contribute
+MAX_DOCUMENTS = 100_000  # maximum number of documents to read
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A sentence and whether it is whole (1) or corrupted (0)."""
+    """A sentence with its label: original (1) or corrupted (0)."""
 
     sentence: str
     label: int
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Prose sentences of 6 to 18 words, single spaces between them, in their order.
+    """Yield the prose sentences of 6 to 18 words in order, with whitespace reduced to single spaces.
 
-    A blank line ends a sentence too. What is mostly not words (code, tables, markup) is left out.
+    A blank line ends a sentence too. Text that is mostly not words (code, tables, markup) is skipped.
     """
     for paragraph in re.split(r"\n\s*\n", text):
         for sentence in SENTENCE_END.split(" ".join(paragraph.split())):
@@ -60,21 +60,21 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def vocabulary(pool: Iterable[str]) -> list[str]:
-    """The words that a corrupted sentence may get: all that occur often enough, each once, in alphabetical order."""
+    """Return the replacement words: all that occur at least :data:`MIN_COUNT` times, sorted."""
     counts = Counter(
         word.casefold() for sentence in pool for word in sentence.split(" ") if REPLACEABLE.fullmatch(word)
     )
-    return sorted(word for word, count in counts.items() if count >= LEAST_COUNT)
+    return sorted(word for word, count in counts.items() if count >= MIN_COUNT)
 
 
 def corrupt(sentence: str, words: list[str], rng: random.Random) -> str | None:
-    """The sentence with about a quarter of its words replaced by other ones; None if it has too few.
+    """Replace about a quarter of the words of a sentence by other words; return None if it has too few.
 
-    The first word and words with punctuation stay: capitals and full stops would give the game away.
+    The first word and words with punctuation are kept, because their replacements would lack capitals and punctuation.
     """
     parts = sentence.split(" ")
     replaceable = [i for i in range(1, len(parts)) if REPLACEABLE.fullmatch(parts[i])]
-    count = max(REPLACED_LEAST, round(REPLACED_SHARE * len(replaceable)))
+    count = max(MIN_REPLACED, round(REPLACED_FRACTION * len(replaceable)))
     if len(replaceable) < count:
         return None
     for i in rng.sample(replaceable, count):
@@ -86,25 +86,25 @@ def corrupt(sentence: str, words: list[str], rng: random.Random) -> str | None:
 
 
 def build(documents: Iterable[str], train_size: int, dev_size: int, seed: int) -> tuple[list[Labelled], list[Labelled]]:
-    """Train and dev sets: balanced, without duplicates, from different documents; the same for the same input and seed.
+    """Build train and dev sets: balanced, without duplicates, from different documents, determined by input and seed.
 
-    A sentence is used once, whole or corrupted, so that no pair of the two gives an answer away.
+    A sentence is used once, original or corrupted, so that no pair reveals an answer.
 
     Args:
         documents: texts; read once.
-        train_size, dev_size: examples; each is made even.
+        train_size, dev_size: number of examples; rounded down to even numbers.
 
     Raises:
-        UserError: not enough sentences.
+        UserError: there are not enough sentences.
     """
     rng = random.Random(seed)
     sizes = {"dev": dev_size - dev_size % 2, "train": train_size - train_size % 2}
     pools: dict[str, list[str]] = {"dev": [], "train": []}
-    dev_share = max(0.1, sizes["dev"] / max(1, sum(sizes.values())))
+    dev_fraction = max(0.1, sizes["dev"] / max(1, sum(sizes.values())))
     seen: set[str] = set()
     for document in documents:
         found = list(sentences(document))
-        part = "dev" if rng.random() < dev_share else "train"
+        part = "dev" if rng.random() < dev_fraction else "train"
         for sentence in rng.sample(found, min(len(found), PER_DOCUMENT)):
             if (key := sentence.casefold()) not in seen:
                 seen.add(key)
@@ -112,22 +112,24 @@ def build(documents: Iterable[str], train_size: int, dev_size: int, seed: int) -
     parts = {}
     words = vocabulary(pools["dev"] + pools["train"])
     if len(words) < 2:
-        raise UserError(f"synthetic task: {len(words)} words occur {LEAST_COUNT} times; 2 are needed; give more text")
+        raise UserError(
+            f"synthetic task: {len(words)} words occur {MIN_COUNT} times; expected at least 2: give more text"
+        )
     for part, size in sizes.items():
         rng.shuffle(pools[part])
         parts[part] = _label(pools[part], size, words, rng)
         if len(parts[part]) < size or not size:
             raise UserError(
-                f"synthetic task: {len(parts[part])} sentences of {WORDS[0]} to {WORDS[-1]} words for {part}, "
-                f"{max(size, 2)} are needed; give more text or ask for fewer"
+                f"synthetic task: {len(parts[part])} sentences of {WORDS[0]} to {WORDS[-1]} words for {part}; "
+                f"expected {max(size, 2)}: give more text, or a smaller --{part}"
             )
     return parts["train"], parts["dev"]
 
 
 def _label(pool: list[str], size: int, words: list[str], rng: random.Random) -> list[Labelled]:
-    """The first `size` sentences that can be corrupted, every other one of them corrupted, in random order.
+    """Take the first `size` sentences that can be corrupted, corrupt every other one, and shuffle.
 
-    Whole ones too must be such as could be corrupted: otherwise what cannot be would always be whole.
+    Original sentences must be corruptible too; otherwise, sentences that are not would always be originals.
     """
     examples: list[Labelled] = []
     for sentence in pool:
@@ -142,10 +144,10 @@ def _label(pool: list[str], size: int, words: list[str], rng: random.Random) -> 
 
 
 def write(out: str, train: list[Labelled], dev: list[Labelled], about: dict[str, object]) -> None:
-    """`out/synthetic-words/{train,dev}.tsv` in the layout of SST-2, and `about.json`; all of it or nothing.
+    """Write `out/synthetic-words/{train,dev}.tsv` in the format of SST-2, and `about.json`, atomically.
 
     Raises:
-        UserError: the folder is there already.
+        UserError: the folder exists.
     """
     folder = os.path.join(out, TASK.folder)
     if os.path.exists(folder):
@@ -164,20 +166,18 @@ def write(out: str, train: list[Labelled], dev: list[Labelled], about: dict[str,
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Build the task from a source of text and write it."""
     parser = argparse.ArgumentParser(
         prog="python -m electra_composer.finetune.synthetic", description=__doc__.split("\n")[0]
     )
-    parser.add_argument(
-        "--source", required=True, help="text, as data_prep/convert_owt.py takes it: docstrings, a file, …"
-    )
-    parser.add_argument("--out", required=True, help=f"the data.path for glue.py; {TASK.folder}/ is made in it")
+    parser.add_argument("--source", required=True, help="text as for data_prep/convert_owt.py: docstrings, a file, …")
+    parser.add_argument("--out", required=True, help=f"folder for {TASK.folder}/; the data.path for glue.py")
     parser.add_argument("--train", type=int, default=600, help="training examples (%(default)s)")
     parser.add_argument("--dev", type=int, default=1000, help="dev examples (%(default)s)")
-    parser.add_argument("--max-documents", type=int, default=MAX_DOCUMENTS, help="read at most (%(default)s)")
+    parser.add_argument("--max-documents", type=int, default=MAX_DOCUMENTS, help="maximum number to read (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if os.path.exists(os.path.join(options.out, TASK.folder)):  # before the text is read, not after
+    if os.path.exists(os.path.join(options.out, TASK.folder)):  # before reading the text
         raise UserError(f"{os.path.join(options.out, TASK.folder)}: exists already; remove it, or give another --out")
     sources = Sources.of(options.source, max_documents=options.max_documents)
     documents = tqdm(read_documents(sources, ReadStats()), desc="reading", unit="doc", leave=False, disable=None)

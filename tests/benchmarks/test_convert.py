@@ -1,4 +1,4 @@
-"""The conversion's benchmark: the three ways are given the same text, and losing some of it is found."""
+"""Conversion benchmark: its output, and that it fails if a variant loses text."""
 
 from __future__ import annotations
 

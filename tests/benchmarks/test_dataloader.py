@@ -1,4 +1,4 @@
-"""The loader's benchmark: it compares what it should, and fails where the batches are not the same."""
+"""Loader benchmark: its output, and that it fails if the batches differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The finetuning benchmark: both sides get the same, the clock counts right, a missing package is named."""
+"""Finetuning benchmark: equal inputs for both sides, correct timing, an error for a missing package."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from tiny import BENCHMARKS
 
-sys.path.insert(0, str(BENCHMARKS))  # they are scripts: their folder comes first when they run
+sys.path.insert(0, str(BENCHMARKS))  # as when they run as scripts
 
 import glue as benchmark
+import glue_runs
 
 from electra_composer.errors import UserError
 from electra_composer.finetune.data import encode
@@ -38,7 +39,7 @@ def vocabulary(tmp_path: Path) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """SST-2 whose label is whether `good` occurs, and STS-B."""
+    """SST-2 files, labelled by whether `good` occurs, and STS-B files."""
     rng = random.Random(0)
     for split, size in (("train", 70), ("dev", 21)):
         sst2, stsb = ["sentence\tlabel"], ["sentence1\tsentence2\tscore"]
@@ -59,27 +60,27 @@ def test_a_missing_accelerate_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_options_that_leave_nothing_to_time() -> None:
-    with pytest.raises(UserError, match="3 steps, of which --warmup 3"):
+    with pytest.raises(UserError, match="3 steps; expected more than --warmup 3"):
         benchmark.parse(["--examples=70", "--warmup=3"])
     with pytest.raises(UserError, match="--repeats is 0"):
         benchmark.parse(["--repeats=0"])
 
 
 def test_the_clock_leaves_out_the_first_steps_and_knows_the_last_batch() -> None:
-    clock = benchmark.Clock(on_gpu=False)
+    clock = glue_runs.Clock(on_gpu=False)
     clock.ends = [10.0, 12.0, 13.0, 20.0, 21.0, 21.5]  # two epochs of 32 + 32 + 6
     result = clock.result(examples=70, batch=32, epochs=2, warmup=2, score=50.0)
     assert result["train_seconds"] == pytest.approx(9.5)
     assert result["examples_per_second"] == pytest.approx((6 + 32 + 32 + 6) / 9.5)
     clock.ends.pop()
-    with pytest.raises(AssertionError, match="not seen"):
+    with pytest.raises(AssertionError, match="not recorded"):
         clock.result(examples=70, batch=32, epochs=2, warmup=2, score=50.0)
 
 
 def test_both_sides_get_the_same_tokens(vocabulary: str) -> None:
     tokenizer = load_tokenizer(vocabulary)
     examples = [Example(("good film the plot", "bad"), 4.0), Example(("a", "the dull film a fine plot a a a"), 1.0)]
-    theirs = benchmark.padded(TASKS["stsb"], examples, tokenizer, 24)
+    theirs = glue_runs.padded(TASKS["stsb"], examples, tokenizer, 24)
     encoded = encode(TASKS["stsb"], examples, tokenizer, 24)
     ours = collate([encoded[0], encoded[1]], tokenizer.pad_token_id)
     width = ours["input_ids"].shape[1]

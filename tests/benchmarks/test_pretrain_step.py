@@ -1,4 +1,4 @@
-"""The benchmarks: what they compare is the same, what they count is right, and the GPU script runs to its end."""
+"""Pretraining-step benchmark: comparable variants, correct counts, report, and the GPU script."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 import torch
 from tiny import BENCHMARKS
 
-sys.path.insert(0, str(BENCHMARKS))  # they are scripts: their folder comes first when they run
+sys.path.insert(0, str(BENCHMARKS))  # as when they run as scripts
 
+import agreement
 import pretrain_step
 import reference
 import report
-import variants
 import workload
 
 SIZES = ["--device=cpu", "--size=tiny", "--batch=2", "--vocab=199", "--segment=2", "--warmup=1", "--repeats=1"]
@@ -29,7 +29,7 @@ TINY = [*SIZES, "--skip-memory"]
 
 @pytest.fixture
 def packed(make_batch: Callable[..., Any]) -> dict[str, torch.Tensor]:
-    """Three rows of 32: two examples and padding, one that fills the row, three examples."""
+    """Three rows of 32 tokens: two examples and padding, one full example, three examples."""
     return make_batch([[(6, 5), (9, 0)], [(16, 16)], [(5, 0), (7, 4), (8, 8)]])
 
 
@@ -77,13 +77,13 @@ def test_reference_samples_the_softmax(make_model: Callable[..., Any]) -> None:
 
 
 def test_reference_flops_by_hand(make_model: Callable[..., Any]) -> None:
-    """Two layers; generator 16 wide, discriminator 32, embeddings 16, vocabulary 99; 3 rows of 32 tokens."""
+    """Two layers; generator width 16, discriminator 32, embeddings 16, vocabulary 99; 3 rows of 32 tokens."""
     theirs = reference.ReferenceElectra(make_model())
     tokens = 3 * 32
     generator = 2 * (4 * 16 * 16 + 2 * 16 * 64)  # no projection: embeddings are as wide
     discriminator = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 16 * 32
     heads = (16 * 16 + 16 * 99) + (32 * 32 + 32)
-    # Scores and values: two products of 32 × 32 × width multiply-adds, a layer and row; two operations each.
+    # Scores and values: two products of 32 × 32 × width multiply-adds per layer and row; two operations each.
     attention = 2 * 3 * (2 * 2 * 32 * 32 * 16) + 2 * 3 * (2 * 2 * 32 * 32 * 32)
     expected = 3 * (2 * tokens * (generator + discriminator + heads) + attention)
     assert reference.flops(theirs, rows=3, length=32) == expected
@@ -103,10 +103,10 @@ def test_same_losses_on_shards_and_packed_rows_and_a_perturbed_weight_is_found(
     options = pretrain_step.parse([*TINY, "--what", "a,b", "--data", str(shards)])
     setup = pretrain_step.set_up(options, tmp_path)
     ours = setup.ours()
-    variants.magnify(ours.model)
+    agreement.magnify(ours.model)
     theirs = reference.ReferenceElectra(ours.model)
     for batch in (setup.workload.batches(setup.config, 1)[0], packed):
-        agreed = variants.agreement(setup, ours, theirs, batch)
+        agreed = agreement.compare_losses(setup, ours, theirs, batch)
         agreed.check()
         assert agreed.relative_difference < 1e-5
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_same_losses_on_shards_and_packed_rows_and_a_perturbed_weight_is_found(
             if name.startswith(perturbed):
                 parameter += torch.randn_like(parameter)
     with pytest.raises(SystemExit, match=r"do not agree.*ours.*reference"):
-        variants.agreement(setup, ours, theirs, packed).check()
+        agreement.compare_losses(setup, ours, theirs, packed).check()
 
 
 def test_program_ends_with_an_error_where_losses_differ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_agreement_does_not_take_nan_for_equal() -> None:
     nan = float("nan")
     for ours, theirs in ((nan, 1.0), (1.0, nan)):
         with pytest.raises(SystemExit):
-            variants.Agreement({"mlm": ours, "rtd": 1.0}, {"mlm": theirs, "rtd": 1.0}, 0.1).check()
+            agreement.Agreement({"mlm": ours, "rtd": 1.0}, {"mlm": theirs, "rtd": 1.0}, 0.1).check()
 
 
 def test_memory_of_one_variant(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +161,7 @@ def test_summary_by_hand() -> None:
     [
         (["--what", "a,x"], "--what a,x: expected some of a,b,c,d"),
         (["--batch", "0"], "--batch is 0; expected at least 1"),
-        (["--what", "a", "--profile", "x.json"], "--profile is of variant b"),
+        (["--what", "a", "--profile", "x.json"], "--profile profiles variant b"),
     ],
 )
 def test_bad_options(arguments: list[str], message: str) -> None:
@@ -171,7 +171,7 @@ def test_bad_options(arguments: list[str], message: str) -> None:
 
 def test_shards_that_are_too_few_or_of_another_length(tmp_path: Path, shards: Path) -> None:
     options = pretrain_step.parse([*TINY, "--data", str(shards)])
-    with pytest.raises(pretrain_step.UserError, match="are needed"):
+    with pytest.raises(pretrain_step.UserError, match="expected at least"):
         workload.make_workload(options, tmp_path / "a", 32, rows=10**9)
     with pytest.raises(pretrain_step.UserError, match="rows of 32 tokens; expected 64"):
         workload.make_workload(options, tmp_path / "b", 64, rows=2)
@@ -222,7 +222,7 @@ def test_report_refuses_other_lines(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.long
 def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
-    """Every program of benchmarks/gpu.sh, tiny; the report has all that the results have."""
+    """Every program of benchmarks/gpu.sh in tiny; the report includes all results."""
     done = subprocess.run(
         [BENCHMARKS / "gpu.sh", "--smoke", tmp_path / "out"],
         env={**os.environ, "PYTHON": sys.executable},
@@ -239,7 +239,7 @@ def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_gpu_script_records_what_fails_and_goes_on(tmp_path: Path) -> None:
-    fake = tmp_path / "python"  # every part fails but the report
+    fake = tmp_path / "python"  # every part except the report fails
     fake.write_text(f'#!/bin/sh\ncase "$1" in *report.py) exec {sys.executable} "$@";; esac\nexit 3\n')
     fake.chmod(0o755)
     done = subprocess.run(

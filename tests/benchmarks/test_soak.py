@@ -1,4 +1,4 @@
-"""The soak itself: a short one passes, and it would notice what it is there to notice."""
+"""Soak benchmark: a short one passes, and it detects differences and growth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ARGUMENTS = ["--batches=200", "--kills=3", "--minutes=2", "--documents=200", "--
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """A soak of three kills: its line, and the folder of its runs."""
+    """Soak with three kills: exit status, printed line, and folder of the runs."""
     folder = tmp_path_factory.mktemp("soak")
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
@@ -36,10 +36,10 @@ def test_a_short_soak(short):
 
 @pytest.mark.slow
 def test_differences_are_found(short, tmp_path):
-    """One row of one batch twice instead of another, one loss another, one row of metrics missing."""
+    """One row of a batch replaced by another, one loss changed, one row of metrics missing."""
     *_, folder = short
-    whole, killed = (FakeRun(folder / name) for name in ("whole", "killed"))
-    assert not any(soak.compare(whole, killed)[name] for name in soak.MUST_BE_ZERO)
+    undisturbed, killed = (FakeRun(folder / name) for name in ("whole", "killed"))
+    assert not any(soak.compare(undisturbed, killed)[name] for name in soak.MUST_BE_ZERO)
     record = read_record(folder / "killed" / "record")
     record[7]["rows"][0] = record[7]["rows"][1]
     record[9]["loss/train/total"] += 0.5
@@ -47,16 +47,16 @@ def test_differences_are_found(short, tmp_path):
     killed.rows = killed.rows[:-1]
     (tmp_path / "record").mkdir()
     (tmp_path / "record" / "rank0.jsonl").write_text("\n".join(map(json.dumps, record.values())))
-    found = soak.compare(whole, killed)
+    found = soak.compare(undisturbed, killed)
     assert (found["samples_seen_twice"], found["samples_missed"], found["batches_with_other_samples"]) == (1, 1, 1)
     assert found["largest_loss_difference"] == 0.5
     assert found["metric_rows_that_differ"] == 1
     (tmp_path / "record" / "rank0.jsonl").write_text("\n".join(map(json.dumps, list(record.values())[:-1])))
-    assert soak.compare(whole, killed)["largest_loss_difference"] == float("inf")
+    assert soak.compare(undisturbed, killed)["largest_loss_difference"] == float("inf")
 
 
 class FakeRun:
-    """What `compare` asks of a run that has been."""
+    """The parts of a finished `Run` that `compare` uses."""
 
     def __init__(self, folder):
         options = soak.argparse.Namespace(processes=1, overrides=[])
@@ -87,5 +87,5 @@ def test_growth_is_found(memory, files, grows):
 
 @pytest.mark.parametrize("argument", ["--kills=0", "--minutes=0", "--processes=0"])
 def test_nothing_is_refused(argument):
-    with pytest.raises(soak.UserError, match="expected more than nothing"):
+    with pytest.raises(soak.UserError, match="expected values above 0"):
         soak.main([argument])

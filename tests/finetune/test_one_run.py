@@ -27,7 +27,7 @@ from electra_composer.finetune.one_run import RunFiles, TaskData, finetune
 from electra_composer.finetune.predictions import format_predictions, load_logits
 from electra_composer.finetune.runs import PlannedRun
 from electra_composer.finetune.tasks import TASKS
-from electra_composer.training.runs import start
+from electra_composer.training.startup import start
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The report: tables, the picture, published rows, and the statistics over several pretraining runs."""
+"""Report of finetuning runs: tables, plot, published scores, statistics over several pretraining runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from typing import Any
 
 import matplotlib.figure
 import pytest
-from tiny import ROOT
+from finetuning_runs import make_run, settings_of
 
-from electra_composer.config import GlueConfig
-from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.finetune import report as glue_report
-from electra_composer.finetune.picture import picture
+from electra_composer.finetune.plot import plot
 from electra_composer.finetune.published import PUBLISHED, PUBLISHED_MODELS, published_rows
 from electra_composer.finetune.report import (
     csv_text,
@@ -31,30 +29,23 @@ from electra_composer.finetune.report import (
     published_table,
     table,
 )
-from electra_composer.finetune.results import group_of, summary
+from electra_composer.finetune.results import summary
 from electra_composer.finetune.tasks import TASKS
 
 EIGHT = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
 Scores = Mapping[str, list[float | None]]
 
 
-def settings_of(*overrides: str, weights: str | None = "ab" * 32, hidden_size: int = 256) -> dict[str, Any]:
-    paths = ["model.source=somewhere", "checkpoints.folder=runs"]
-    config = load_config(str(ROOT / "yamls" / "glue.yaml"), [*paths, *overrides], GlueConfig)
-    source = {"sizes": {"hidden_size": hidden_size}, "weights_sha256": weights, "vocabulary_sha256": "cd" * 32}
-    return group_of(config, source)[1]
-
-
 def make_results(scores: Scores, settings: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """The results of runs of seeds 1, 2, …; a run without a score, or of 0, has collapsed."""
+    """Summarize runs with seeds 1, 2, …; a run without a score or with a score of 0 counts as collapsed."""
     settings = settings or settings_of()
     runs = []
     for name, values in scores.items():
         for seed, score in enumerate(values, 1):
-            run = {"group": "g", "task": name, "seed": seed, "score": score, "source": "a model", "settings": settings}
-            metrics = dict.fromkeys(TASKS[name].metrics, score)
-            run |= {"metrics": metrics, "collapsed": not score, "versions": {"torch": "2.7.0"}, "started_from": None}
-            runs.append({**run, **changes})
+            run = make_run(name, seed, score, settings=settings, metrics=dict.fromkeys(TASKS[name].metrics, score))
+            runs.append(
+                {**run, "collapsed": not score, "versions": {"torch": "2.7.0"}, "started_from": None, **changes}
+            )
     return summary(runs, settings, "g")
 
 
@@ -69,7 +60,7 @@ def test_table_rows_and_average() -> None:
     runs = "80.0 (1), 82.0 (2), 90.0 (3)"
     assert rows["SST-2"] == ["accuracy", f"84.0 ± {std}", "82.0", "90.0", "3", runs, ""]
     assert rows["CoLA"] == ["matthews", "40.0", "40.0", "40.0", "1", "40.0 (1)", "accuracy 40.0"]
-    assert rows["Average of these 2"][1:4] == ["62.00", "61.00", "65.00"]  # without WNLI and what is synthetic
+    assert rows["Average of these 2"][1:4] == ["62.00", "61.00", "65.00"]  # without WNLI and the synthetic task
     alone = make_results({"sst2": [80.0], "wnli": [50.0]})
     assert "Average" not in table(alone)
 
@@ -84,8 +75,10 @@ def test_collapsed_runs_are_marked_and_counted() -> None:
     text = markdown(results)
     assert "0.0† (1), 40.0 (2)" in text
     assert "nan† (1), 80.0 (2), 81.0 (3)" in text
-    assert "† 2 of 6 runs collapsed to one class or value, and are counted in: CoLA 1 of 2, STS-B 1 of 3." in text
-    assert cells(table(results))[-1][2] == "nan"  # an average that lacks STS-B's would be another one
+    assert (
+        "† 2 of 6 runs collapsed to one class or value (included in the statistics): CoLA 1 of 2, STS-B 1 of 3." in text
+    )
+    assert cells(table(results))[-1][2] == "nan"  # not the average of the other tasks
     assert "None of the 1 runs collapsed" in markdown(make_results({"sst2": [90.0]}))
 
 
@@ -109,7 +102,7 @@ def test_other_protocols_are_stated() -> None:
     overrides += ("max_train_examples=100", "model.random_init=true")
     results = make_results({"mrpc": [80.0]}, settings_of(*overrides, weights=None), started_from="mnli-seed1")
     text = markdown(results)
-    assert headline(results) == "Dev scores × 100 of random weights of the sizes of a model"
+    assert headline(results) == "Dev scores × 100 of random weights with the sizes of a model"
     assert "5ep of training, batch 32, learning rate 0.0003, no layerwise decay" in text
     assert "a sample of at most 100 training examples" in text
     assert "MRPC: pairs not swapped" in text
@@ -118,7 +111,7 @@ def test_other_protocols_are_stated() -> None:
 
 
 def test_published_rows_are_what_their_sources_give() -> None:
-    """Their own averages, as far as they print them: 80.36 twice (richarddwang, table 1), 79.7 (table 2)."""
+    """The averages that richarddwang/electra_pytorch prints: 80.36 twice (table 1), 79.7 (table 2)."""
     rows = {row.model: row for row in PUBLISHED}
     averages = {name: statistics.mean(row.scores.values()) for name, row in rows.items() if row.scores}
     assert averages["ELECTRA-Small-OWT"] == pytest.approx(80.36, abs=0.005)
@@ -126,7 +119,7 @@ def test_published_rows_are_what_their_sources_give() -> None:
     assert averages["ELECTRA-Small++ (paper)"] == pytest.approx(79.7, abs=0.05)
     assert all(sorted(row.scores) == sorted(EIGHT) for row in PUBLISHED if row.scores)
     assert {row["model"] for row in published_rows(768)} == {"ELECTRA-Base (released)"}
-    assert published_rows(128) == published_rows(256)  # a size nobody published: the smallest there is
+    assert published_rows(128) == published_rows(256)  # no published row of this size: the smallest model
 
 
 def test_published_averages_are_over_the_tasks_that_are_here() -> None:
@@ -159,7 +152,7 @@ def test_csv_has_every_number_in_full() -> None:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are saved, as matplotlib has them."""
+    """Collect the matplotlib figures that are saved."""
     found: list[Any] = []
     save = matplotlib.figure.Figure.savefig
 
@@ -173,9 +166,9 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_the_picture_has_every_run_the_mean_and_the_published_scores(figures: list[Any]) -> None:
     results = make_results({"cola": [0.0, 50.0, 58.0], "stsb": [None, 86.0], "synthetic-words": [70.0]})
-    png = picture(results)
+    png = plot(results)
     assert png.startswith(b"\x89PNG")
-    assert picture(results) == png
+    assert plot(results) == png
     panels = [axes for axes in figures[0].axes if axes.axison]
     assert [axes.get_title().strip() for axes in panels] == ["CoLA", "STS-B", "synthetic-words"]
 
@@ -187,8 +180,8 @@ def test_the_picture_has_every_run_the_mean_and_the_published_scores(figures: li
     assert heights(stsb, "o") == [86.0]
     assert "1 undefined" in stsb.get_xlabel()
     flat = {float(line.get_ydata()[0]) for line in cola.lines if line.get_marker() == "None"}
-    assert flat == {36.0, 56.8, 58.72, 57.0}  # the mean, then published dev scores: no test score among them
-    assert len(synthetic.lines) == 2  # mean and run: nothing was published of it
+    assert flat == {36.0, 56.8, 58.72, 57.0}  # the mean, then published dev scores but no test scores
+    assert len(synthetic.lines) == 2  # mean and run; no published scores
     for axes in panels:
         low, high = axes.get_ylim()
         assert all(low < float(y) < high for line in axes.lines for y in line.get_ydata())
@@ -198,13 +191,13 @@ def test_the_picture_has_every_run_the_mean_and_the_published_scores(figures: li
 @pytest.mark.parametrize("count", [1, 5, 10])
 def test_the_picture_grows_with_the_tasks(count: int) -> None:
     names = [*EIGHT, "wnli", "synthetic-words"][:count]
-    width, height = struct.unpack(">II", picture(make_results({name: [80.0, 81.0] for name in names}))[16:24])
+    width, height = struct.unpack(">II", plot(make_results({name: [80.0, 81.0] for name in names}))[16:24])
     assert 800 <= width <= 2000
     assert 400 <= height <= 1200
 
 
 def test_statistics_over_models_are_the_papers() -> None:
-    """The best of as many runs as all models have: 99 of the second model's third run does not count."""
+    """The best of the runs that all models have: the 99 of the second model's third run does not count."""
     scores: dict[str, Scores] = {
         "a": {"cola": [50.0, 60.0], "sst2": [90.0, 80.0]},
         "b": {"cola": [40.0, 44.0, 99.0], "sst2": [88.0, None]},
@@ -221,7 +214,7 @@ def test_statistics_over_models_are_the_papers() -> None:
     text = models_report(found)
     assert "the best of 2 runs per task" in text
     assert ["these", "72.67", "5.86", "77.00", "66.00", "3"] in cells(text)
-    assert "81.38" not in text  # that is of all eight tasks
+    assert "81.38" not in text  # the published statistics are of all eight tasks
     assert over_models({"a": models["a"]})["std"] is None
 
 
@@ -244,7 +237,7 @@ def test_models_that_do_not_compare_are_refused() -> None:
         (fewer, "y: has the tasks sst2, but x has cola"),
         (other, "y: was finetuned with optimizer.lr = 0.001, but x with 0.0003"),
         (undefined, "y: CoLA has no defined score in 1 runs"),
-        (one, "y and x are of the same weights"),
+        (one, "y and x have the same weights"),
         (synthetic, "y: has the tasks none, but x has cola"),
     ):
         with pytest.raises(UserError, match=message):

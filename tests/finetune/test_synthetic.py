@@ -1,4 +1,4 @@
-"""The synthetic task: what a sentence is, what corruption keeps, and what the two sets must not share."""
+"""Synthetic task: sentence extraction, corruption, and separate train and dev sets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERBS = ["returns", "computes", "reads", "shows", "builds", "checks", "moves", "
 
 
 def documents(count: int) -> list[str]:
-    """Documents of five different sentences each; every sentence names its document."""
+    """Make documents of five different sentences; every sentence contains the document's name."""
     rng = random.Random(0)
     texts = []
     for number in range(count):
@@ -69,7 +69,7 @@ def test_a_sentence_with_one_word_to_replace_is_not_corrupted() -> None:
 
 
 def test_replacing_words_occur_twice_and_once_in_the_list() -> None:
-    assert synthetic.vocabulary(["Bb aa, aa bb cc", "Cc dd bb"]) == ["bb", "cc"]  # "aa," has a mark
+    assert synthetic.vocabulary(["Bb aa, aa bb cc", "Cc dd bb"]) == ["bb", "cc"]  # "aa," has punctuation
 
 
 def test_sets_are_balanced_and_share_neither_sentences_nor_documents() -> None:
@@ -77,7 +77,7 @@ def test_sets_are_balanced_and_share_neither_sentences_nor_documents() -> None:
     assert (len(train), len(dev)) == (300, 100)
     for part in (train, dev):
         assert Counter(example.label for example in part) == {0: len(part) // 2, 1: len(part) // 2}
-    documents_of = [{document_of(e.sentence) for e in part if e.label} for part in (train, dev)]  # whole sentences
+    documents_of = [{document_of(e.sentence) for e in part if e.label} for part in (train, dev)]  # original sentences
     assert not documents_of[0] & documents_of[1]
     assert len({example.sentence for example in train + dev}) == len(train) + len(dev)
     originals = {sentence for text in documents(200) for sentence in synthetic.sentences(text)}
@@ -90,9 +90,9 @@ def test_the_seed_decides() -> None:
 
 
 def test_repeated_sentences_are_used_once_and_too_little_text_is_refused() -> None:
-    with pytest.raises(UserError, match=r"sentences of 6 to 18 words for (train|dev), \d+ are needed"):
+    with pytest.raises(UserError, match=r"sentences of 6 to 18 words for (train|dev); expected \d+"):
         synthetic.build(documents(3) * 100, 300, 100, seed=0)
-    with pytest.raises(UserError, match="2 are needed"):
+    with pytest.raises(UserError, match="expected 2"):
         synthetic.build(documents(50), 0, 10, seed=0)
 
 
@@ -113,6 +113,6 @@ def test_command_line_writes_what_glue_reads(tmp_path: Path, capsys: pytest.Capt
 def test_nothing_is_left_looking_whole_where_there_is_too_little_text(tmp_path: Path) -> None:
     source, out = tmp_path / "texts.jsonl", tmp_path / "out"
     source.write_text(json.dumps({"text": SENTENCE}) + "\n")
-    with pytest.raises(UserError, match="are needed"):
+    with pytest.raises(UserError, match="give more text"):
         synthetic.main(["--source", str(source), "--out", str(out)])
     assert not (out / "synthetic-words").exists()

@@ -1,4 +1,4 @@
-"""The picture of finetuning runs: per task every run as a point, their mean, and published scores."""
+"""Plot finetuning runs: for each task every run, their mean, and published scores."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-COLUMNS = 5  # most panels side by side
-SMALLEST_SPAN = 2.0  # of a panel's axis, in points: less would blow rounding up to a difference
+from electra_composer.finetune.report import model_name
+
+MAX_COLUMNS = 5
+SMALLEST_SPAN = 2.0  # of a panel's y-axis, in points, so that rounding does not look like a difference
 PANEL = (2.3, 2.7)  # inches
-RUN, BROKEN, MEAN = "#4c72b0", "#c0392b", "#222222"
-# Two lines that coincide stay apart by their dashes, and so does a print in grey.
+RUN, COLLAPSED, MEAN = "#4c72b0", "#c0392b", "#222222"
+# Different dashes keep lines apart where they coincide and in greyscale.
 PUBLISHED_STYLES = (("#dd8452", "--"), ("#55a868", ":"), ("#8172b3", "-."), ("#937860", (0, (5, 1, 1, 1, 1, 1))))
 
 
-def picture(results: Mapping[str, Any]) -> bytes:
-    """A PNG of what :func:`electra_composer.finetune.results.summary` gives; it must have at least one task.
+def plot(results: Mapping[str, Any]) -> bytes:
+    """Draw a :func:`electra_composer.finetune.results.summary` with at least one task as PNG.
 
-    Each task has a panel and an axis of its own: the spread within a task is a tenth of the distance between tasks.
-    Published test scores are left out: the points are dev scores.
+    Each task has its own panel and y-axis, because the spread within a task is a tenth of the distance between tasks.
+    Published test scores are left out, because the points are dev scores.
     """
-    # Here, because it takes a second that a command which draws nothing need not wait for. No pyplot: its state is
-    # global, and a bare Figure renders with Agg on a machine without a display.
+    # Imported here because it takes a second. Not pyplot, which has global state; a bare Figure renders with Agg on a
+    # machine without a display.
     from matplotlib.figure import Figure
 
     tasks = results["tasks"]
-    rows = -(-len(tasks) // COLUMNS)
+    rows = -(-len(tasks) // MAX_COLUMNS)
     columns = -(-len(tasks) // rows)  # six tasks as 3 + 3, not as 5 + 1
     width = max(PANEL[0] * columns, 6.0)
     figure = Figure(figsize=(width, PANEL[1] * rows + 1.2), layout="constrained")
@@ -44,7 +46,8 @@ def picture(results: Mapping[str, Any]) -> bytes:
         handles |= _panel(axes, tasks[name], marks, styles)
         if position % columns == 0:
             axes.set_ylabel("dev score × 100")
-    figure.suptitle(_title(results), fontsize=10)
+    runs = sum(task["n"] for task in tasks.values())
+    figure.suptitle(f"{model_name(results)}: {runs} finetuning runs", fontsize=10)
     figure.legend(
         handles.values(),
         handles.keys(),
@@ -66,7 +69,7 @@ def _panel(axes: Any, row: Mapping[str, Any], marks: Mapping[str, float], styles
         styles: label → colour and dashes.
 
     Returns:
-        What the legend needs: label → a drawn thing.
+        Legend entries: label → artist.
     """
     handles: dict[str, Any] = {}
     for label, score in marks.items():
@@ -94,10 +97,10 @@ def _panel(axes: Any, row: Mapping[str, Any], marks: Mapping[str, float], styles
 
 
 def _points(axes: Any, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Draw the runs that have a score, and return what the legend needs."""
+    """Draw the runs that have a score and return legend entries."""
     handles = {}
     for collapsed in (False, True):
-        # Spread in the order of the seeds, so that equal scores are seen apart and each drawing is the same.
+        # Spread horizontally in the order of seeds, so that equal scores stay visible and the plot is reproducible.
         step = 0.44 / max(1, len(runs) - 1)
         points = [
             (step * (index - (len(runs) - 1) / 2), run["score"])
@@ -109,7 +112,7 @@ def _points(axes: Any, runs: list[dict[str, Any]]) -> dict[str, Any]:
                 *zip(*points, strict=True),
                 linestyle="none",
                 marker="X" if collapsed else "o",
-                color=BROKEN if collapsed else RUN,
+                color=COLLAPSED if collapsed else RUN,
                 markersize=7 if collapsed else 6,
                 markeredgecolor="white",
                 markeredgewidth=0.6,
@@ -120,14 +123,9 @@ def _points(axes: Any, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _limit(axes: Any, values: list[float]) -> None:
-    """An axis around the values, never narrower than :data:`SMALLEST_SPAN`."""
+    """Set the y-axis around the values, with at least :data:`SMALLEST_SPAN`."""
     if not values:
         return
     low, high = min(values), max(values)
     middle, half = (low + high) / 2, max(high - low, SMALLEST_SPAN) / 2
     axes.set_ylim(middle - 1.12 * half, middle + 1.12 * half)
-
-
-def _title(results: Mapping[str, Any]) -> str:
-    weights = "random weights, sizes of " if results["settings"].get("model.random_init") else ""
-    return f"{weights}{results['source']}: {sum(row['n'] for row in results['tasks'].values())} finetuning runs"
