@@ -48,16 +48,19 @@ def pretrain(tiny_yaml):
     [
         (OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), "run/metrics.jsonl could not be writ"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "x"), "x could not be written: Disk quota exceeded; free some"),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission denied; mend the folder's"),
-        (OSError(errno.EROFS, "Read-only file system", "x"), "x: Read-only file system; mend the folder's"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "has died.*smaller data.num_workers"),
-        (RuntimeError("[gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4"), "rank 0 has lost another process"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission denied; fix the folder's"),
+        (OSError(errno.EROFS, "Read-only file system", "x"), "x: Read-only file system; fix the folder's"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "worker died.*smaller data.num_workers",
+        ),
+        (RuntimeError("[gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4"), "rank 0 lost the connection"),
     ],
 )
 def test_in_words(error, words):
     with pytest.raises(UserError, match=words) as caught, explain_failures():
         raise error
-    assert str(caught.value).endswith("the same command goes on from the last checkpoint")
+    assert str(caught.value).endswith("rerun the same command to resume from the last checkpoint")
 
 
 def test_everything_else_passes_through():
@@ -77,7 +80,7 @@ class KillWorker(Callback):
 
 def test_a_dead_loader_worker(pretrain, tmp_path, monkeypatch):
     monkeypatch.setitem(CALLBACKS, "kill_worker", KillWorker)
-    with pytest.raises(UserError, match=r"a process that loads data has died"):
+    with pytest.raises(UserError, match=r"a data loader worker died"):
         pretrain("data.num_workers=2", "callbacks.kill_worker={}", "trainer.max_duration=200ba")
     assert why_broken(str(tmp_path / "run" / "latest-rank0.pt")) is None
     assert pretrain("data.num_workers=2").state.timestamp.batch.value == 8
@@ -105,7 +108,7 @@ def test_a_dead_rank_ends_the_others_within_a_minute(tiny_yaml, tmp_path):
     )
     ended = time.time()
     assert done.returncode != 0
-    assert re.search(r"error: .*rank 0 has lost another process of the run.*goes on from the last", done.stderr)
+    assert re.search(r"error: .*rank 0 lost the connection to another rank.*resume from the last", done.stderr)
     assert "Rank 1 crashed with exit code -9" in done.stderr
     assert "Traceback" not in done.stderr
     # The last batch of both was the sixth; what came after it, the end included, took no more than a minute.
@@ -242,5 +245,5 @@ def test_a_loader_worker_that_dies_while_it_hands_a_batch_over():
         _ResourceSharer.get_connection(("/tmp/no-such-socket", 1))
     except OSError as gone:
         error = gone
-    assert "handed a batch over" in explain(error)
+    assert "transferring a batch" in explain(error)
     assert explain(ConnectionResetError("of something else")) is None
