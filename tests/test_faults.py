@@ -23,7 +23,7 @@ from tiny import ROOT
 from electra_composer.batches import row_reader
 from electra_composer.batches.shards import build_data_spec, read_meta
 from electra_composer.batches.stale_memory import SHARED_MEMORY
-from electra_composer.checkpoints.resuming import why_broken
+from electra_composer.checkpoints.resuming import find_corruption
 from electra_composer.config import PretrainConfig, ShardsConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
@@ -82,7 +82,7 @@ def test_a_dead_loader_worker(pretrain, tmp_path, monkeypatch):
     monkeypatch.setitem(CALLBACKS, "kill_worker", KillWorker)
     with pytest.raises(UserError, match=r"a data loader worker died"):
         pretrain("data.num_workers=2", "callbacks.kill_worker={}", "trainer.max_duration=200ba")
-    assert why_broken(str(tmp_path / "run" / "latest-rank0.pt")) is None
+    assert find_corruption(str(tmp_path / "run" / "latest-rank0.pt")) is None
     assert pretrain("data.num_workers=2").state.timestamp.batch.value == 8
 
 
@@ -113,7 +113,7 @@ def test_a_dead_rank_ends_the_others_within_a_minute(tiny_yaml, tmp_path):
     assert "Traceback" not in done.stderr
     # The last batch of both was the sixth; what came after it, the end included, took no more than a minute.
     assert ended - (tmp_path / "record" / "rank1.jsonl").stat().st_mtime < 60
-    assert why_broken(str(tmp_path / "run" / "latest-rank0.pt")) is None
+    assert find_corruption(str(tmp_path / "run" / "latest-rank0.pt")) is None
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from resumed_runs import run, signal_at
 from tiny import BENCHMARKS
 
 from electra_composer.checkpoints.remote import fetch_newest, other_files
-from electra_composer.checkpoints.remote_run import Contents, RemoteRun, Stored
+from electra_composer.checkpoints.remote_run import RemoteIndex, RemoteRun, StoredCheckpoint
 from electra_composer.checkpoints.saving import checkpoints_in
 from electra_composer.config import CheckpointConfig
 from electra_composer.errors import UserError
@@ -31,8 +31,8 @@ def objects(s3) -> dict[str, int]:
     return {item["Key"].removeprefix("my/run/"): item["Size"] for item in found}
 
 
-def contents(s3) -> Contents:
-    return Contents.from_json(s3.get_object(Bucket="corpus", Key="my/run/latest.json")["Body"].read().decode())
+def contents(s3) -> RemoteIndex:
+    return RemoteIndex.from_json(s3.get_object(Bucket="corpus", Key="my/run/latest.json")["Body"].read().decode())
 
 
 def lose_disk(folder: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_broken_newest_in_the_store_gives_way_to_the_one_before(copied, s3, tm
     whole = s3.get_object(Bucket="corpus", Key=key)["Body"].read()
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    for damaged, reason in ((whole[:-10], "bytes, where"), (flipped, "is not whole"), (None, "no such file")):
+    for damaged, reason in ((whole[:-10], "bytes; expected"), (flipped, "is corrupt"), (None, "no such file")):
         if damaged is None:
             s3.delete_object(Bucket="corpus", Key=key)
         else:
@@ -143,7 +143,7 @@ def test_a_broken_newest_in_the_store_gives_way_to_the_one_before(copied, s3, tm
         (warning,) = (record.message for record in caplog.records)
         assert "batch-8-rank0.pt in s3://corpus/my/run cannot be used" in warning
         assert reason in warning
-        assert "goes on from milestone-ba4-rank0.pt" in warning
+        assert "resuming from milestone-ba4-rank0.pt" in warning
         assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == "milestone-ba4-rank0.pt"
     s3.delete_object(Bucket="corpus", Key="my/run/milestone-ba4/checkpoint.pt")
     shutil.rmtree(tmp_path / "run")
@@ -161,7 +161,7 @@ def test_the_newer_of_folder_and_store_counts(copied, s3, tmp_path, caplog):
     copied("trainer.max_duration=16ba")
     assert len((tmp_path / "record/rank0.jsonl").read_text().splitlines()) - before == 4
     # A store that has missed some is older than the folder, and catches up: also of a run that is complete.
-    old = Contents("tiny", [stored for stored in contents(s3).checkpoints if stored.batch < 16])
+    old = RemoteIndex("tiny", [stored for stored in contents(s3).checkpoints if stored.batch < 16])
     RemoteRun(REMOTE).write(old)
     assert copied("trainer.max_duration=16ba")[0] == "batch-16-rank0.pt"
     assert len((tmp_path / "record/rank0.jsonl").read_text().splitlines()) - before == 4
@@ -187,7 +187,7 @@ def test_another_run_in_the_store(copied, s3, tmp_path, tiny_yaml):
     ("remote", "message"),
     [
         ("s3://no-such-bucket/run", r"checkpoints.remote: s3://no-such-bucket/run: .*the bucket"),
-        ("runs/copy", r"checkpoints.remote: runs/copy: it is no URL of an object store, such as s3://bucket/folder"),
+        ("runs/copy", r"checkpoints.remote: runs/copy: not the URL of an object store, such as s3://bucket/folder"),
         ("ftp://host/run", r"checkpoints.remote: ftp://host/run: There is no implementation"),
     ],
 )
@@ -241,10 +241,12 @@ def test_a_store_that_goes_away_for_a_while_is_no_matter(copied, s3, monkeypatch
     ],
 )
 def test_names_that_lead_out_of_the_folder_are_refused(s3, tmp_path, change):
-    good = json.loads(Contents("tiny", [Stored("batch-4-rank0.pt", "newest-0", {"batch-4-rank0.pt": 1})]).to_json())
-    Contents.from_json(json.dumps(good))
+    good = json.loads(
+        RemoteIndex("tiny", [StoredCheckpoint("batch-4-rank0.pt", "newest-0", {"batch-4-rank0.pt": 1})]).to_json()
+    )
+    RemoteIndex.from_json(json.dumps(good))
     s3.put_object(Bucket="corpus", Key="my/run/latest.json", Body=json.dumps(good | change).encode())
-    with pytest.raises(UserError, match=r"my/run/latest.json is not one that pretrain.py wrote"):
+    with pytest.raises(UserError, match=r"my/run/latest.json was not written by pretrain.py"):
         fetch_newest(CheckpointConfig(folder=str(tmp_path / "run"), remote=REMOTE), "tiny", "latest-rank0.pt")
     assert not (tmp_path / "run").exists()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from electra_composer.checkpoints.resuming import repair_latest_link, why_broken
+from electra_composer.checkpoints.resuming import find_corruption, repair_latest_link
 from electra_composer.checkpoints.safe_loading import SafeLoadPlanner
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
@@ -52,7 +52,7 @@ def test_a_broken_newest_gives_way(run_folder, caplog, damage):
         repair_latest_link(str(run_folder), LATEST)
     assert os.readlink(run_folder / LATEST) == "batch-9-rank0.pt"
     (record,) = caplog.records
-    assert "batch-10-rank0.pt is not a whole checkpoint" in record.message
+    assert "batch-10-rank0.pt is not a complete checkpoint" in record.message
     assert "batch-9-rank0.pt" in record.message
     if damage is not Path.unlink:
         assert (run_folder / "batch-10-rank0.pt.broken").exists()
@@ -81,7 +81,9 @@ def test_a_newer_one_of_another_time_is_not_taken(run_folder):
 def test_none_is_whole(run_folder):
     for path in run_folder.glob("batch-*"):
         cut(path)
-    with pytest.raises(UserError, match=r"batch-10-rank0.pt is not a readable .*no whole one before it; .*overwrite"):
+    with pytest.raises(
+        UserError, match=r"batch-10-rank0.pt is not a readable .*no complete one before it; .*overwrite"
+    ):
         repair_latest_link(str(run_folder), LATEST)
     assert os.readlink(run_folder / LATEST) == "batch-10-rank0.pt"
     assert not list(run_folder.glob("*.broken"))
@@ -105,13 +107,13 @@ def test_a_sharded_checkpoint(sharded_folder):
     newest = sharded_folder / "batch-8"
     (shard,) = newest.glob("*.distcp")
     whole = shard.read_bytes()
-    assert why_broken(str(newest)) is None
-    for damage, reason in ((cut, "cut short"), (flip, "damaged"), (Path.unlink, "it is gone")):
+    assert find_corruption(str(newest)) is None
+    for damage, reason in ((cut, "truncated"), (flip, "damaged"), (Path.unlink, "it does not exist")):
         damage(shard)
-        assert reason in why_broken(str(newest)), damage
+        assert reason in find_corruption(str(newest)), damage
         shard.write_bytes(whole)
     (newest / ".metadata").unlink()
-    assert "no .metadata" in why_broken(str(newest))
+    assert "no .metadata" in find_corruption(str(newest))
     repair_latest_link(str(sharded_folder), LATEST)
     assert os.readlink(sharded_folder / LATEST) == "batch-4"
 
@@ -120,7 +122,7 @@ def test_a_kill_between_the_two_moves_that_replace_a_folder(sharded_folder):
     os.rename(sharded_folder / "batch-8", sharded_folder / ".replaced-batch-8")
     repair_latest_link(str(sharded_folder), LATEST)
     assert os.readlink(sharded_folder / LATEST) == "batch-8"
-    assert why_broken(str(sharded_folder / "batch-8")) is None
+    assert find_corruption(str(sharded_folder / "batch-8")) is None
 
 
 def test_what_a_callback_has_not_saved_stays_as_it_is(sharded_folder, tmp_path):
@@ -148,7 +150,7 @@ def test_the_run_goes_on_from_the_one_before_and_ends_the_same(tiny_yaml, tmp_pa
             flip(run / name)
     with caplog.at_level(logging.WARNING):
         continued = pretrain()
-    assert "the run goes on from the one before it" in caplog.text
+    assert "resuming from the one before it" in caplog.text
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 

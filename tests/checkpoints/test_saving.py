@@ -16,8 +16,8 @@ import torch
 from resumed_runs import run
 
 from electra_composer.checkpoints import saving
-from electra_composer.checkpoints.resuming import why_broken
-from electra_composer.checkpoints.saving import checkpoints_in, point
+from electra_composer.checkpoints.resuming import find_corruption
+from electra_composer.checkpoints.saving import checkpoints_in, replace_link
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
@@ -53,7 +53,7 @@ def test_the_newest_are_kept_over_restarts_and_the_milestones_too(pretrain, tmp_
         "milestone-ba4-rank0.pt",
     ]
     assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == "batch-8-rank0.pt"
-    assert all(why_broken(saved.path) is None for saved in checkpoints_in(str(tmp_path / "run")))
+    assert all(find_corruption(saved.path) is None for saved in checkpoints_in(str(tmp_path / "run")))
 
 
 def test_none_is_kept_of_a_run_that_is_replaced(pretrain, tmp_path):
@@ -99,7 +99,7 @@ def test_a_kill_while_writing_leaves_the_one_before(pretrain, tmp_path, tiny_yam
     done = subprocess.run([sys.executable, "-c", DIES_WHILE_WRITING, str(tiny_yaml), *settings], check=False)
     assert done.returncode == 9
     assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == "batch-4-rank0.pt"
-    assert why_broken(str(tmp_path / "run" / "batch-4-rank0.pt")) is None
+    assert find_corruption(str(tmp_path / "run" / "batch-4-rank0.pt")) is None
     assert names(tmp_path / "run") == [".unfinished-batch-6-rank0.pt", "batch-4-rank0.pt", "latest-rank0.pt"]
     assert pretrain("checkpoints.milestones=[]", "checkpoints.keep=1").state.timestamp.batch.value == 8
     assert names(tmp_path / "run") == ["batch-8-rank0.pt", "latest-rank0.pt"]
@@ -110,13 +110,13 @@ def test_the_link_is_there_at_every_moment(tmp_path, monkeypatch):
     for number in (1, 2):
         (tmp_path / f"batch-{number}-rank0.pt").write_text(str(number))
     link = str(tmp_path / "latest-rank0.pt")
-    point(link, str(tmp_path / "batch-1-rank0.pt"))
+    replace_link(link, str(tmp_path / "batch-1-rank0.pt"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            point(link, str(tmp_path / "batch-2-rank0.pt"))
+            replace_link(link, str(tmp_path / "batch-2-rank0.pt"))
     assert Path(link).read_text() == "1"
-    point(link, str(tmp_path / "batch-2-rank0.pt"))
+    replace_link(link, str(tmp_path / "batch-2-rank0.pt"))
     assert Path(link).read_text() == "2"
     assert names(tmp_path) == ["batch-1-rank0.pt", "batch-2-rank0.pt", "latest-rank0.pt"]
 
@@ -130,7 +130,7 @@ def test_too_little_room_is_said_before_anything_is_written(pretrain, tmp_path, 
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, size // 2))
     with pytest.raises(UserError, match=r"batch-6-rank0.pt needs about 0\.\d MiB, and 0\.\d MiB are free") as caught:
         pretrain()
-    assert "the last good one is" in str(caught.value)
+    assert "the newest complete checkpoint is" in str(caught.value)
     assert "batch-4-rank0.pt" in str(caught.value)
     assert names(tmp_path / "run") == ["batch-4-rank0.pt", "latest-rank0.pt", "milestone-ba2-rank0.pt"]
     monkeypatch.undo()
@@ -188,7 +188,7 @@ def test_a_small_disk(pretrain, small_disk, monkeypatch):
             pass
     with pytest.raises(UserError, match=r"No space left on device|are free") as caught:
         pretrain(f"checkpoints.folder={small_disk}")
-    assert "the same command goes on" in str(caught.value)
+    assert "rerun the same command" in str(caught.value)
     assert [name for name in names(small_disk) if name != "filler"] == before
     # As with a quota, of which the system says nothing beforehand: there is room for a part of a checkpoint.
     os.truncate(filler, filler.stat().st_size - 200 * 1024)

@@ -14,7 +14,7 @@ from resumed_runs import run, signal_at
 from torch.utils.data import DataLoader
 
 from electra_composer.batches.workers import loader_workers
-from electra_composer.checkpoints.resuming import why_broken
+from electra_composer.checkpoints.resuming import find_corruption
 from electra_composer.training.interrupts import StopOnSignal
 
 
@@ -27,7 +27,7 @@ def test_a_signal_saves_and_ends_the_run(tiny_yaml, tmp_path, capfd, number, sta
     said = capfd.readouterr().err
     assert f"{number.name}: stopping after this batch" in said
     assert f"stopped by {number.name} after batch 4: saved {saved}; the same command goes on from there" in said
-    assert why_broken(str(saved)) is None
+    assert find_corruption(str(saved)) is None
     assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == saved.name
     assert {one: signal.getsignal(one) for one in before} == before
 
