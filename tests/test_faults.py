@@ -1,4 +1,4 @@
-"""What goes wrong around a run ends it in one line, and costs nothing that was saved."""
+"""Environment failures end a run with one line and lose nothing that was saved."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from electra_composer.training.builders import CALLBACKS
 
 @pytest.fixture
 def pretrain(tiny_yaml):
-    """`pretrain("key=value", …)`: a run of eight batches in `tmp_path / "run"`."""
+    """Return `pretrain("key=value", …)`: a run of 8 batches in `tmp_path / "run"`."""
 
     def start(*overrides: str):
         settings = ["trainer.max_duration=8ba", "trainer.eval_interval=8ba", *overrides]
@@ -71,7 +71,7 @@ def test_everything_else_passes_through():
 
 
 class KillWorker(Callback):
-    """Kills a process that loads data, as the system does when memory runs out."""
+    """Kills a data loader worker, as the system does when memory runs out."""
 
     def batch_end(self, state, logger):
         if state.timestamp.batch.value == 5:
@@ -111,14 +111,14 @@ def test_a_dead_rank_ends_the_others_within_a_minute(tiny_yaml, tmp_path):
     assert re.search(r"error: .*rank 0 lost the connection to another rank.*resume from the last", done.stderr)
     assert "Rank 1 crashed with exit code -9" in done.stderr
     assert "Traceback" not in done.stderr
-    # The last batch of both was the sixth; what came after it, the end included, took no more than a minute.
+    # The last batch of both ranks was the sixth; everything after it took at most a minute.
     assert ended - (tmp_path / "record" / "rank1.jsonl").stat().st_mtime < 60
     assert find_corruption(str(tmp_path / "run" / "latest-rank0.pt")) is None
 
 
 @pytest.fixture
 def many_shards(shards, tmp_path) -> Path:
-    """The rows of the small language in a dozen files."""
+    """The rows of the shared shards in a dozen files."""
     folder = tmp_path / "many"
     shutil.copytree(shards, folder)
     for split in ("train", "val"):
@@ -141,7 +141,7 @@ def test_a_shard_that_goes_bad_while_it_is_needed(pretrain, many_shards, tmp_pat
                     damage(path)
 
     monkeypatch.setitem(CALLBACKS, "damage", Damage)
-    monkeypatch.setattr(row_reader, "OPEN_SHARDS", 1)  # what is open does not go away
+    monkeypatch.setattr(row_reader, "OPEN_SHARDS", 1)  # open files stay readable
     copy = tmp_path / "copy"
     shutil.copytree(many_shards, copy)
     settings = [f"data.path={many_shards}", f"data.num_workers={workers}", "trainer.max_duration=30ba"]
@@ -167,7 +167,7 @@ time.sleep(600)
 
 @pytest.mark.skipif(not os.path.isdir(SHARED_MEMORY), reason="needs Linux's shared memory")
 def test_shared_memory_of_a_killed_run_is_removed_by_the_next(shards):
-    """And that of a run that is alive is not."""
+    """That of a live run is kept."""
     config = ShardsConfig(path=str(shards), max_seq_length=32, num_workers=0)
     command = [sys.executable, "-c", BUILDS_AND_DIES, str(shards)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -178,7 +178,7 @@ def test_shared_memory_of_a_killed_run_is_removed_by_the_next(shards):
 
     beside = build_data_spec(config, "train", 8, read_meta(str(shards)), seed=3)
     assert f"{prefix}locals" in left()
-    os.killpg(process.pid, signal.SIGKILL)  # with what would have cleaned up after it
+    os.killpg(process.pid, signal.SIGKILL)  # including its resource tracker, which would clean up
     process.wait()
     assert f"{prefix}locals" in left()
     after = build_data_spec(config, "train", 8, read_meta(str(shards)), seed=3)
@@ -188,7 +188,7 @@ def test_shared_memory_of_a_killed_run_is_removed_by_the_next(shards):
 
 
 def test_a_clock_that_jumps_changes_nothing(pretrain, tmp_path, monkeypatch):
-    """Forwards by a day and back by two, as when a machine's clock is set."""
+    """Forward by a day and back by two, as when a machine's clock is set."""
     expected = pretrain(f"checkpoints.folder={tmp_path / 'steady'}").state.model.state_dict()
     jumps = iter(range(10**6))
 
@@ -237,7 +237,7 @@ def test_weights_and_biases_without_a_network(pretrain, monkeypatch):
 
 
 def test_a_loader_worker_that_dies_while_it_hands_a_batch_over():
-    """Then its socket is gone, which the reader of the queue is told, instead of the worker's end."""
+    """The reader of the queue then fails at the worker's socket instead of learning that the worker died."""
     from multiprocessing.resource_sharer import _ResourceSharer
 
     error = None

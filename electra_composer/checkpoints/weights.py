@@ -94,20 +94,20 @@ def read_checkpoint(path: str) -> Checkpoint:
     """
     if os.path.isdir(path) and os.path.exists(os.path.join(path, LATEST)):
         path = os.path.join(path, LATEST)
-    if is_sharded(path):
-        model_state, record = read_sharded(path)
-    else:
-        content = read_file(path)
-        try:
-            model_state, record = content["state"]["model"], content["state"]["callbacks"]["RunRecord"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise _not_ours(path, error) from error
     try:
+        if is_sharded(path):
+            model_state, record = read_sharded(path)
+        else:
+            content = read_file(path)["state"]
+            model_state, record = content["model"], content["callbacks"]["RunRecord"]
         config, tokenizer_files = record["config"], record["tokenizer_files"]
         # Workaround (torch 2.7): torch.compile puts `_orig_mod.` before parameter names; goes when state_dict omits it.
         state = {name.removeprefix("model.").replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _not_ours(path, error) from error
+        raise UserError(
+            f"{path}: not a checkpoint of pretrain.py: model weights, configuration or tokenizer are missing "
+            f"({type(error).__name__}: {one_line(error, 300)})"
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name, text in tokenizer_files.items():
@@ -117,13 +117,6 @@ def read_checkpoint(path: str) -> Checkpoint:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: the tokenizer in it cannot be read: {one_line(error, 300)}") from error
     return Checkpoint(path, state, config, tokenizer)
-
-
-def _not_ours(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"{path}: not a checkpoint of pretrain.py: model weights, configuration or tokenizer are missing "
-        f"({type(error).__name__}: {one_line(error, 300)})"
-    )
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:

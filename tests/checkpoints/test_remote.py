@@ -1,4 +1,4 @@
-"""Checkpoints in an object store, a real S3 server on this machine: a run whose disk is gone goes on from there."""
+"""A run whose disk is lost resumes from its copy in an object store (a local S3 server)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def contents(s3) -> RemoteIndex:
 
 
 def lose_disk(folder: Path) -> None:
-    """What a new machine has of a run; the test's own record of it aside."""
+    """Remove a run's folder, as on a new machine; the test's record of the run stays."""
     shutil.rmtree(folder / "run")
 
 
@@ -48,7 +48,7 @@ def test_a_run_whose_disks_are_lost_is_the_run_that_never_was(s3, tiny_yaml, tmp
         lose_disk(tmp_path / "lost")
     assert run(str(tiny_yaml), tmp_path / "lost", *settings) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "lost")
-    # The third start went on from the checkpoint of batch 12; milestones of before are still in the store.
+    # The third start resumed from the checkpoint of batch 12; earlier milestones are still in the store.
     assert [saved.batch for saved in checkpoints_in(str(tmp_path / "lost" / "run"))] == [24]
     kept = contents(s3)
     assert [stored.name for stored in kept.checkpoints] == ["batch-24-rank0.pt", "milestone-ba12-rank0.pt"]
@@ -59,7 +59,7 @@ def test_a_run_whose_disks_are_lost_is_the_run_that_never_was(s3, tiny_yaml, tmp
     for stored in kept.checkpoints:
         assert all(found[f"{stored.place}/{name}"] == size for name, size in stored.files.items())
     assert found["files/metrics.jsonl"] == (tmp_path / "lost/run/metrics.jsonl").stat().st_size
-    # One place more than are kept, of which one is not named.
+    # One prefix more than checkpoints are kept; the index does not name it.
     assert {name.split("/")[0] for name in found} == {
         "latest.json",
         "files",
@@ -87,7 +87,7 @@ def test_google_cloud_storage(gcs, tiny_yaml, tmp_path):
 
 @pytest.mark.distributed
 def test_two_processes(s3, tiny_yaml, tmp_path):
-    """SIGTERM to one of them: both wait until the copy is complete. Then one process goes on from it elsewhere."""
+    """After SIGTERM to one rank both wait until the copy is complete. One process then resumes from it elsewhere."""
     sharded = "trainer.fsdp={state_dict_type: sharded}"
     script = BENCHMARKS / "recorded_run.py"
     (tmp_path / "record").mkdir()
@@ -103,7 +103,7 @@ def test_two_processes(s3, tiny_yaml, tmp_path):
     )
     assert done.returncode == 143, done.stdout[-2000:] + done.stderr[-4000:]
     newest = contents(s3).checkpoints[0]
-    assert newest.batch in (6, 7)  # it comes between two batches, or in the next
+    assert newest.batch in (6, 7)  # the signal arrives between two batches, or in the next one
     assert newest.files.keys() == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     lose_disk(tmp_path)
     assert run(str(tiny_yaml), tmp_path, *COPIED, sharded) == 0
@@ -112,7 +112,7 @@ def test_two_processes(s3, tiny_yaml, tmp_path):
 
 @pytest.fixture
 def copied(s3, tiny_yaml, tmp_path):
-    """`copied(…)`: the same short run, on, or again; the names of its copy."""
+    """Return `copied(…)`, which starts or resumes a short run and returns the names of its copied checkpoints."""
 
     def start(*overrides: str) -> list[str]:
         assert run(str(tiny_yaml), tmp_path, *COPIED, "trainer.max_duration=8ba", *overrides) == 0
@@ -156,11 +156,11 @@ def test_the_newer_of_folder_and_store_counts(copied, s3, tmp_path, caplog):
     saved = Path(shutil.copytree(tmp_path / "run", tmp_path / "of-batch-8", symlinks=True))
     copied("trainer.max_duration=12ba")
     shutil.rmtree(tmp_path / "run")
-    saved.rename(tmp_path / "run")  # an older disk comes back: the store's is newer
+    saved.rename(tmp_path / "run")  # an older disk comes back; the store is newer
     before = len((tmp_path / "record/rank0.jsonl").read_text().splitlines())
     copied("trainer.max_duration=16ba")
     assert len((tmp_path / "record/rank0.jsonl").read_text().splitlines()) - before == 4
-    # A store that has missed some is older than the folder, and catches up: also of a run that is complete.
+    # A store that missed checkpoints is older than the folder and catches up, also if the run is finished.
     old = RemoteIndex("tiny", [stored for stored in contents(s3).checkpoints if stored.batch < 16])
     RemoteRun(REMOTE).write(old)
     assert copied("trainer.max_duration=16ba")[0] == "batch-16-rank0.pt"

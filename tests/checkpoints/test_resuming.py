@@ -1,4 +1,4 @@
-"""A broken newest checkpoint gives way to the one before it, with a word about both."""
+"""A corrupt newest checkpoint is skipped for the one before it, with a warning about both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LATEST = "latest-rank0.pt"
 
 @pytest.fixture
 def run_folder(tmp_path) -> Path:
-    """Three checkpoints of a run, and a link to the newest."""
+    """A folder with three checkpoints and a link to the newest."""
     for batch in (2, 10, 9):
         torch.save({"batch": batch, "weights": torch.arange(1000.0)}, tmp_path / f"batch-{batch}-rank0.pt")
     os.symlink("batch-10-rank0.pt", tmp_path / LATEST)
@@ -70,7 +70,7 @@ def test_the_next_broken_one_is_passed_over_too(run_folder):
 
 
 def test_a_newer_one_of_another_time_is_not_taken(run_folder):
-    """What the link does not point to and is newer is left from before a fall back: the run will write it again."""
+    """Checkpoints newer than the link's are from before an earlier fallback; the run will write them again."""
     os.remove(run_folder / LATEST)
     os.symlink("batch-9-rank0.pt", run_folder / LATEST)
     cut(run_folder / "batch-9-rank0.pt")
@@ -81,9 +81,7 @@ def test_a_newer_one_of_another_time_is_not_taken(run_folder):
 def test_none_is_whole(run_folder):
     for path in run_folder.glob("batch-*"):
         cut(path)
-    with pytest.raises(
-        UserError, match=r"batch-10-rank0.pt is not a readable .*no complete one before it; .*overwrite"
-    ):
+    with pytest.raises(UserError, match=r"batch-10-rank0.pt is not a readable .*no complete one before .*overwrite"):
         repair_latest_link(str(run_folder), LATEST)
     assert os.readlink(run_folder / LATEST) == "batch-10-rank0.pt"
     assert not list(run_folder.glob("*.broken"))
@@ -126,7 +124,7 @@ def test_a_kill_between_the_two_moves_that_replace_a_folder(sharded_folder):
 
 
 def test_what_a_callback_has_not_saved_stays_as_it_is(sharded_folder, tmp_path):
-    """torch's own planner fails; missing weights are an error here too."""
+    """torch's own planner fails; missing weights are an error with ours too."""
     saved = {"state": {"model": {"w": torch.ones(3)}, "callbacks": {"One": {"a": 1}}}}
     dcp.save(saved, checkpoint_id=tmp_path / "saved", no_dist=True)
     state = {"state": {"model": {"w": torch.zeros(3)}, "callbacks": {"One": {"a": 0, "b": 5}, "Two": {"c": 7}}}}
@@ -165,7 +163,7 @@ with exclusive_lock(sys.argv[1]):
 
 
 def test_two_runs_in_one_folder(tiny_yaml, tmp_path):
-    """The second is refused while the first is there, and goes on when it is killed."""
+    """The second run is refused while the first is alive, and starts once it is killed."""
     config = load_config(str(tiny_yaml), ["trainer.max_duration=2ba", "schedule.warmup=1ba"], PretrainConfig)
     command = [sys.executable, "-c", HOLDS, config.checkpoints.folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
