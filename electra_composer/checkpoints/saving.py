@@ -114,7 +114,6 @@ class AtomicCheckpointSaver(CheckpointSaver):
             latest_remote_file_name=latest_filename,
             **arguments,
         )
-        self.saved_checkpoints: list[str] = []
         self.kind = kind
         self.replace_run = replace_run
         self.copy = copy
@@ -169,7 +168,6 @@ class AtomicCheckpointSaver(CheckpointSaver):
                     os.rmdir(unfinished)
                 if self.latest_filename is not None:
                     replace_link(self.latest_filename.format(state), path)
-                self.saved_checkpoints.append(path)
                 self._remove_old(os.path.dirname(path), state.timestamp.batch.value)
                 if self.copy is not None:
                     self.copy.upload(path)
@@ -182,7 +180,6 @@ class AtomicCheckpointSaver(CheckpointSaver):
         present = [saved for saved in checkpoints_in(folder, re.escape(self.kind)) if saved.batch <= newest]
         for saved in present[: -self.num_checkpoints_to_keep]:
             _remove(saved.path)
-        self.saved_checkpoints = [path for path in self.saved_checkpoints if os.path.exists(path)]
 
 
 class IntervalSaver(AtomicCheckpointSaver):

@@ -189,11 +189,8 @@ def _load_transformers(source: str) -> Pretrained:
     missing = sorted(name for name in loading["missing_keys"] if name.startswith("electra."))
     if missing or unexpected:
         raise UserError(
-            f"{source}: not an ELECTRA discriminator: "
-            + (f"it has no {missing[0]} ({len(missing)} weights missing)" if missing else "")
-            + ("; " if missing and unexpected else "")
-            + (f"it has {unexpected[0]} ({len(unexpected)} unexpected weights)" if unexpected else "")
-            + "; expected an ElectraForPreTraining or ElectraModel"
+            f"{source}: not an ELECTRA discriminator (weights: {_describe(missing, unexpected)}); expected an "
+            "ElectraForPreTraining or ElectraModel"
         )
     config = encoder_config_of(model.config)
     if len(tokenizer) > config.vocab_size:
@@ -214,11 +211,8 @@ def check_state_fits(state: State, expected: State, origin: str) -> None:
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
         raise UserError(
-            f"{origin}: weights of another model: "
-            + (f"{len(missing)} missing, such as {missing[0]}" if missing else "")
-            + ("; " if missing and unexpected else "")
-            + (f"{len(unexpected)} unexpected, such as {unexpected[0]}" if unexpected else "")
-            + "; set the sizes under model: to those of its training"
+            f"{origin}: weights of another model: {_describe(missing, unexpected)}; "
+            "set the sizes under model: to those of its training"
         )
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
@@ -226,3 +220,9 @@ def check_state_fits(state: State, expected: State, origin: str) -> None:
                 f"{origin}: {name} has shape {list(state[name].shape)}, this model expects {list(tensor.shape)}; "
                 "set the sizes under model: to those of its training"
             )
+
+
+def _describe(missing: list[str], unexpected: list[str]) -> str:
+    """Count missing and unexpected weights and name the first of each."""
+    kinds = {"missing": missing, "unexpected": unexpected}
+    return "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
