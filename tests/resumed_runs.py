@@ -83,7 +83,7 @@ def all_runs(yaml: str, folder: Path) -> None:
     dist.initialize_dist(get_device("cpu"))
     for kind, overrides in KINDS.items():
         overrides = [*overrides, "trainer.log_interval=5ba"]
-        assert run(yaml, folder / f"{kind}-whole", *overrides) == 0
+        assert run(yaml, folder / f"{kind}-uninterrupted", *overrides) == 0
         broken = folder / f"{kind}-interrupted"
         # One rank receives the signal; both stop after the current batch.
         assert run(yaml, broken, *overrides, *signal_at(6, SIGNALS[kind], rank=1)) == 128 + SIGNALS[kind]

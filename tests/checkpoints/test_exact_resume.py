@@ -45,12 +45,12 @@ from electra_composer.errors import UserError
 )
 def test_one_process(tiny_yaml, tmp_path, overrides, interruptions):
     overrides = [*overrides, "trainer.max_duration=36ba", "trainer.log_interval=7ba", "trainer.eval_interval=20ba"]
-    assert run(str(tiny_yaml), tmp_path / "whole", *overrides) == 0
+    assert run(str(tiny_yaml), tmp_path / "uninterrupted", *overrides) == 0
     for interruption in interruptions:
         assert run(str(tiny_yaml), tmp_path / "interrupted", *overrides, *interruption) != 0
     assert run(str(tiny_yaml), tmp_path / "interrupted", *overrides) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "interrupted")
-    epochs = {line["epoch"] for line in read_record(tmp_path / "whole" / "record").values()}
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "interrupted")
+    epochs = {line["epoch"] for line in read_record(tmp_path / "uninterrupted" / "record").values()}
     assert epochs == {0, 1}
 
 
@@ -71,14 +71,14 @@ def on_two(shards, tmp_path_factory) -> Path:
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes(on_two, kind):
-    assert_same_run(on_two / f"{kind}-whole", on_two / f"{kind}-interrupted")
+    assert_same_run(on_two / f"{kind}-uninterrupted", on_two / f"{kind}-interrupted")
 
 
 @pytest.mark.distributed
 def test_a_sharded_checkpoint_is_the_whole_one(on_two, tmp_path):
     """With the same seed on two ranks, both formats hold the same weights. Corrupt sharded ones are refused."""
-    expected = load_source(str(on_two / "fsdp-whole" / "run"))
-    sharded = shutil.copytree(on_two / "sharded-whole" / "run", tmp_path / "run", symlinks=True)
+    expected = load_source(str(on_two / "fsdp-uninterrupted" / "run"))
+    sharded = shutil.copytree(on_two / "sharded-uninterrupted" / "run", tmp_path / "run", symlinks=True)
     latest = os.path.realpath(sharded / "latest-rank0.pt")
     assert os.path.isdir(latest)
     for place in (str(sharded), latest):
@@ -90,16 +90,16 @@ def test_a_sharded_checkpoint_is_the_whole_one(on_two, tmp_path):
 
     # Metadata that would run code when it is unpickled, and truncated metadata.
     contents = Path(latest) / ".metadata"
-    whole = contents.read_bytes()
+    intact = contents.read_bytes()
     ran = tmp_path / "ran"
     contents.write_bytes(pickle.dumps(Evil(ran)))
     with pytest.raises(UserError, match=r"was not loaded, since that could run code .*unsupported class .*system"):
         read_sharded(latest)
     assert not ran.exists()
-    contents.write_bytes(whole[:-100])
+    contents.write_bytes(intact[:-100])
     with pytest.raises(UserError, match="not a readable sharded checkpoint"):
         read_sharded(latest)
-    contents.write_bytes(whole)
+    contents.write_bytes(intact)
     next(Path(latest).glob("*.distcp")).unlink()
     with pytest.raises(UserError, match="not a readable sharded checkpoint"):
         read_sharded(latest)
@@ -166,33 +166,33 @@ def test_rows_of_a_global_batch_on_any_number_of_processes(shards, monkeypatch, 
         assert sum(len(mine) for mine in dealt) == ranks * len(rows)
         return rows
 
-    whole = batches(1, 1, 0)
-    assert len(whole) == 192 // size
-    assert batches(ranks, workers, 0) == whole
-    assert batches(ranks, workers, size) == whole[1:]
+    expected = batches(1, 1, 0)
+    assert len(expected) == 192 // size
+    assert batches(ranks, workers, 0) == expected
+    assert batches(ranks, workers, size) == expected[1:]
 
 
 def test_a_run_that_is_complete_is_no_error(tiny_yaml, tmp_path, capfd):
     """Restarted after its end, or after a kill between the last checkpoint and the end, which adds a row of metrics."""
     settings = ["trainer.max_duration=8ba", "trainer.eval_interval=1dur", "trainer.log_interval=3ba"]
-    for folder, overrides in (("whole", []), ("interrupted", ["callbacks.crash_at_end={}"])):
+    for folder, overrides in (("uninterrupted", []), ("interrupted", ["callbacks.crash_at_end={}"])):
         assert run(str(tiny_yaml), tmp_path / folder, *settings, *overrides) == (-9 if overrides else 0)
     assert run(str(tiny_yaml), tmp_path / "interrupted", *settings) == 0
     assert "this run is complete: 8ba are done" in capfd.readouterr().out
-    assert_same_run(tmp_path / "whole", tmp_path / "interrupted")
-    assert run(str(tiny_yaml), tmp_path / "whole", *settings) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "interrupted")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "interrupted")
+    assert run(str(tiny_yaml), tmp_path / "uninterrupted", *settings) == 0
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "interrupted")
 
 
 def test_resuming_reads_no_row_of_before(shards, monkeypatch):
     """The loader resumes at any position of an epoch without reading the rows before it."""
     config = ShardsConfig(path=str(shards), max_seq_length=32, num_workers=0)
     options = {"batch_size": 8, "shuffle": True, "drop_last": True, "seed": 3}
-    whole = [batch["input_ids"] for batch in build_dataloader(config, read_meta(str(shards)), "train", **options)]
+    expected = [batch["input_ids"] for batch in build_dataloader(config, read_meta(str(shards)), "train", **options)]
     read, rows = RowReader.read, []
     monkeypatch.setattr(RowReader, "read", lambda self, numbers: rows.extend(numbers) or read(self, numbers))
     loader = build_dataloader(config, read_meta(str(shards)), "train", **options)
     state = loader.dataset.state_dict(0, True) | {"epoch": 0, "sample_in_epoch": 20 * 8}
     loader.dataset.load_state_dict(state)
-    assert torch.equal(next(iter(loader))["input_ids"], whole[20])
+    assert torch.equal(next(iter(loader))["input_ids"], expected[20])
     assert len(rows) == 8

@@ -42,12 +42,12 @@ def lose_disk(folder: Path) -> None:
 
 def test_a_run_whose_disks_are_lost_is_the_run_that_never_was(s3, tiny_yaml, tmp_path):
     settings = [*COPIED, "trainer.max_duration=24ba", "trainer.eval_interval=10ba", "trainer.log_interval=7ba"]
-    assert run(str(tiny_yaml), tmp_path / "whole", *settings[1:]) == 0
+    assert run(str(tiny_yaml), tmp_path / "uninterrupted", *settings[1:]) == 0
     for interruption in (signal_at(5, signal.SIGTERM, 0), ["callbacks.crash.batch=14"]):
         assert run(str(tiny_yaml), tmp_path / "lost", *settings, *interruption) != 0
         lose_disk(tmp_path / "lost")
     assert run(str(tiny_yaml), tmp_path / "lost", *settings) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "lost")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "lost")
     # The third start resumed from the checkpoint of batch 12; earlier milestones are still in the store.
     assert [saved.batch for saved in checkpoints_in(str(tmp_path / "lost" / "run"))] == [24]
     kept = contents(s3)
@@ -128,10 +128,10 @@ def test_a_broken_newest_in_the_store_gives_way_to_the_one_before(copied, s3, tm
     assert copied() == KEPT
     place = contents(s3).checkpoints[0].place
     key = f"my/run/{place}/checkpoint.pt"
-    whole = s3.get_object(Bucket="corpus", Key=key)["Body"].read()
-    middle = len(whole) // 2
-    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    for damaged, reason in ((whole[:-10], "bytes; expected"), (flipped, "is corrupt"), (None, "no such file")):
+    intact = s3.get_object(Bucket="corpus", Key=key)["Body"].read()
+    middle = len(intact) // 2
+    flipped = intact[:middle] + bytes([intact[middle] ^ 1]) + intact[middle + 1 :]
+    for damaged, reason in ((intact[:-10], "bytes; expected"), (flipped, "is corrupt"), (None, "no such file")):
         if damaged is None:
             s3.delete_object(Bucket="corpus", Key=key)
         else:

@@ -104,12 +104,12 @@ def sharded_folder(tmp_path) -> Path:
 def test_a_sharded_checkpoint(sharded_folder):
     newest = sharded_folder / "batch-8"
     (shard,) = newest.glob("*.distcp")
-    whole = shard.read_bytes()
+    intact = shard.read_bytes()
     assert find_corruption(str(newest)) is None
     for damage, reason in ((cut, "truncated"), (flip, "damaged"), (Path.unlink, "it does not exist")):
         damage(shard)
         assert reason in find_corruption(str(newest)), damage
-        shard.write_bytes(whole)
+        shard.write_bytes(intact)
     (newest / ".metadata").unlink()
     assert "no .metadata" in find_corruption(str(newest))
     repair_latest_link(str(sharded_folder), LATEST)
@@ -141,7 +141,7 @@ def test_the_run_goes_on_from_the_one_before_and_ends_the_same(tiny_yaml, tmp_pa
         settings = ["trainer.max_duration=12ba", "trainer.eval_interval=12ba", "checkpoints.keep=2", *overrides]
         return main(load_config(str(tiny_yaml), settings, PretrainConfig)).state.model.state_dict()
 
-    whole = pretrain()
+    expected = pretrain()
     run = tmp_path / "run"
     for name in ("batch-12-rank0.pt", "milestone-ba12-rank0.pt"):
         if (run / name).exists():
@@ -149,7 +149,7 @@ def test_the_run_goes_on_from_the_one_before_and_ends_the_same(tiny_yaml, tmp_pa
     with caplog.at_level(logging.WARNING):
         continued = pretrain()
     assert "resuming from the one before it" in caplog.text
-    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    assert all(torch.equal(expected[name], continued[name]) for name in expected)
 
 
 HOLDS = """

@@ -129,9 +129,9 @@ def test_a_pickle_that_would_run_code_does_not_run(checkpoint: tuple[Path, Any],
 
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
 def test_a_cut_checkpoint(checkpoint: tuple[Path, Any], tmp_path: Path, fraction: float) -> None:
-    whole = checkpoint[0].read_bytes()
+    intact = checkpoint[0].read_bytes()
     path = tmp_path / "cut.pt"
-    path.write_bytes(whole[: int(len(whole) * fraction)])
+    path.write_bytes(intact[: int(len(intact) * fraction)])
     assert_refused(path, "not a readable checkpoint")
 
 
