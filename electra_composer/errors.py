@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line, a non-zero exit, no traceback."""
+"""Errors that the user can fix: one line on stderr and exit status 2 instead of a traceback."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something the person at the keyboard can mend.
+    """An error that the user can fix.
 
-    The message is one line that says what was wrong, what was expected and what to do.
+    The message is one line: what was wrong, what was expected and what to do.
     """
 
 
 def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a command line print `error: …` and exit with 2 on a :class:`UserError`, instead of a traceback.
+    """Decorate an entry point to print `error: …` and exit with 2 on a :class:`UserError`, without a traceback.
 
-    Every other exception keeps its traceback: it is ours to mend.
+    All other exceptions are bugs and keep their traceback.
     """
 
     @functools.wraps(entry_point)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # a locale without ü or … is no reason to stop
+                stream.reconfigure(errors="backslashreplace")  # a locale may lack characters such as ü or …
         try:
             return entry_point(*args, **kwargs)
         except UserError as error:
-            # torch wraps what a loader's worker raises: the message is then its traceback, which ends in ours.
+            # Workaround (torch 2.7): an error of a DataLoader worker is raised again with its traceback as the message,
+            # which ends in the original message; goes when torch keeps the message.
             message = str(error).rpartition("UserError: ")[2]
-            print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
             sys.exit(2)
 
     return wrapper
+
+
+def one_line(message: object, limit: int | None = None) -> str:
+    """Join the lines of a message, such as an exception of another library, and cut it to `limit` characters."""
+    return " ".join(str(message).split())[:limit]

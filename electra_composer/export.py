@@ -1,4 +1,4 @@
-"""Turn a checkpoint into folders that transformers loads: `python electra_composer/export.py CHECKPOINT FOLDER`."""
+"""Export a checkpoint to folders that transformers loads: `python electra_composer/export.py CHECKPOINT FOLDER`."""
 
 from __future__ import annotations
 
@@ -25,35 +25,28 @@ def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None
     """Write `folder/discriminator` and `folder/generator`: safetensors, config and tokenizer each.
 
     `ElectraForPreTraining.from_pretrained(folder/discriminator)` and `ElectraForMaskedLM.from_pretrained(folder/
-    generator)` load them with nothing missing and nothing left over. The folder appears whole or not at all.
+    generator)` load them without missing or unexpected weights. The folder is complete or absent.
 
     Args:
-        checkpoint: of `pretrain.py`.
-        folder: to be made.
-        overwrite: replace it if it is there, once the new one is whole.
+        checkpoint: A checkpoint of `pretrain.py`.
+        folder: Folder to create.
+        overwrite: Replace an existing folder once the new one is complete.
 
     Raises:
-        UserError: the folder is there, or cannot be written.
+        UserError: The folder exists, or cannot be written.
     """
     folder = os.path.abspath(folder)
     if os.path.lexists(folder) and not overwrite:
         raise UserError(f"{folder} exists already; choose another folder, or pass --overwrite to replace it")
     partial = f"{folder}.partial-{os.getpid()}"
+    discriminator, generator = checkpoint.discriminator, checkpoint.generator
+    states = (
+        discriminator_to_transformers(checkpoint.state, discriminator),
+        generator_to_transformers(checkpoint.state, generator),
+    )
     try:
-        _save(
-            ElectraDiscriminator,
-            checkpoint.discriminator,
-            discriminator_to_transformers(checkpoint.state, checkpoint.discriminator),
-            checkpoint,
-            os.path.join(partial, "discriminator"),
-        )
-        _save(
-            ElectraForMaskedLM,
-            checkpoint.generator,
-            generator_to_transformers(checkpoint.state, checkpoint.generator),
-            checkpoint,
-            os.path.join(partial, "generator"),
-        )
+        _save(ElectraDiscriminator, discriminator, states[0], checkpoint, f"{partial}/discriminator")
+        _save(ElectraForMaskedLM, generator, states[1], checkpoint, f"{partial}/generator")
         if os.path.lexists(folder):
             os.rename(folder, f"{partial}.old")
         os.rename(partial, folder)
@@ -70,7 +63,7 @@ def _save(
     with torch.device("meta"):
         model = model_class(transformers_config(config, checkpoint.tokenizer.pad_token_id))
     model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()  # a generator's output weights are its token embeddings, and are stored once
+    model.tie_weights()  # the generator's output weights are its token embeddings, and are stored once
     os.makedirs(folder)
     model.save_pretrained(folder, safe_serialization=True)
     checkpoint.tokenizer.save_pretrained(folder)
@@ -78,11 +71,11 @@ def _save(
 
 @report_user_errors
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python electra_composer/export.py", description=__doc__)
     parser.add_argument("checkpoint", help="a .pt file of pretrain.py, or its run folder (the newest checkpoint)")
-    parser.add_argument("folder", help="where discriminator/ and generator/ are to be written")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
+    parser.add_argument("folder", help="folder to write discriminator/ and generator/ to")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     arguments = parser.parse_args(argv)
     export(read_checkpoint(arguments.checkpoint), arguments.folder, arguments.overwrite)
     for name, model in (("discriminator", "ElectraForPreTraining"), ("generator", "ElectraForMaskedLM")):

@@ -1,4 +1,4 @@
-"""What goes wrong around a run, in one line each: full disks, dead workers, dead processes."""
+"""Turn environment failures (full disk, dead worker, lost rank) into one-line errors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 from composer.utils import dist
 
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, one_line
 
-GOES_ON = "the same command goes on from the last checkpoint"
+RESUME_HINT = "rerun the same command to resume from the last checkpoint"
 
-# What gloo and NCCL say where the other end is gone (torch 2.7 to 2.11).
-PEER_IS_GONE = (
+# Workaround (torch 2.7): gloo and NCCL report a lost peer as a RuntimeError, recognizable by its text only (checked for
+# torch 2.7 to 2.11); goes when torch has an error class for it.
+LOST_PEER_MESSAGES = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -27,9 +28,9 @@ PEER_IS_GONE = (
 
 @contextlib.contextmanager
 def explain_failures() -> Iterator[None]:
-    """Raise what the surroundings did to a run as a :class:`UserError` that says what it was and what to do.
+    """Raise failures of the environment as a :class:`UserError` with the cause and what to do.
 
-    Everything else passes through as it is.
+    All other exceptions pass through unchanged.
     """
     try:
         yield
@@ -39,15 +40,15 @@ def explain_failures() -> Iterator[None]:
         message = explain(error)
         if message is None:
             raise
-        raise UserError(f"{message}; {GOES_ON}") from error
+        raise UserError(f"{message}; {RESUME_HINT}") from error
 
 
 @contextlib.contextmanager
 def raise_on_all_ranks(key: str) -> Iterator[None]:
-    """What goes wrong with what the first process does in the block becomes a `UserError` on every process.
+    """Raise a `UserError` or `OSError` of rank 0 inside the block as a `UserError` on every rank.
 
     Args:
-        key: of the configuration, named where a file is the matter.
+        key: Configuration key, named in the message of an `OSError`.
     """
     message: list[str | None] = [None]
     try:
@@ -61,38 +62,40 @@ def raise_on_all_ranks(key: str) -> Iterator[None]:
         raise UserError(message[0])
 
 
-def _while_handed_over(error: BaseException) -> bool:
-    """Whether an error comes from fetching what a loader's worker shares, whose socket is gone with the worker."""
-    return any("resource_sharer" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
-
-
 def explain(error: BaseException) -> str | None:
-    """What an error of the surroundings means; None for any other."""
-    text = " ".join(str(error).split())
+    """Describe a failure of the environment; None for any other error."""
+    text = one_line(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"{error.filename or 'a file of the run'} could not be written: {os.strerror(error.errno)}; free some space"
+            f"{error.filename or 'a file of the run'} could not be written: {os.strerror(error.errno)}; free disk space"
         )
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}; mend the folder's permissions"
+        return f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}; fix the folder's permissions"
+    # Workaround (torch 2.7): the death of a DataLoader worker is a RuntimeError, recognizable by its text only; goes
+    # when torch has an error class for it.
     if text.startswith("DataLoader worker") and ("killed by signal" in text or "exited unexpectedly" in text):
         return (
-            f"a process that loads data has died: {text}. If it was killed, memory may have run out: try a smaller "
+            f"a data loader worker died: {text}. If it was killed, memory may have run out: try a smaller "
             "data.num_workers"
         )
-    if isinstance(error, OSError | EOFError) and _while_handed_over(error):
+    if isinstance(error, OSError | EOFError) and _comes_from_resource_sharer(error):
         return (
-            "a process that loads data has died while it handed a batch over. If it was killed, memory may have run "
-            "out: try a smaller data.num_workers"
+            "a data loader worker died while transferring a batch. If it was killed, memory may have run out: try a "
+            "smaller data.num_workers"
         )
     if type(error).__module__.startswith("wandb."):
         return (
             f"loggers.wandb: Weights & Biases could not be started: {text[:200]}; set WANDB_MODE=offline in the "
-            "environment to keep what is logged in the run's folder (wandb sync sends it later), or drop the logger"
+            "environment to keep the logs in the run's folder (upload them later by wandb sync), or remove the logger"
         )
-    if isinstance(error, RuntimeError) and any(sign in text for sign in PEER_IS_GONE):
+    if isinstance(error, RuntimeError) and any(message in text for message in LOST_PEER_MESSAGES):
         return (
-            f"rank {dist.get_global_rank()} has lost another process of the run, whose own error, or the signal that "
-            f"killed it, says why ({text[:200]})"
+            f"rank {dist.get_global_rank()} lost the connection to another rank, whose own error or signal is the "
+            f"cause ({text[:200]})"
         )
     return None
+
+
+def _comes_from_resource_sharer(error: BaseException) -> bool:
+    """Whether an error was raised while fetching what a worker shares, over a socket that dies with the worker."""
+    return any("resource_sharer" in frame.filename for frame in traceback.extract_tb(error.__traceback__))

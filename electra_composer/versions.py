@@ -1,9 +1,10 @@
-"""Which versions of Composer and Streaming are known to work, and which are known not to."""
+"""Check the installed versions of the libraries that electra_composer depends on most closely."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import re
 from typing import NamedTuple
 
@@ -15,53 +16,61 @@ FIX = "pip install -c constraints.txt -e ."
 
 
 class Library(NamedTuple):
-    """What is known of a library's versions."""
+    """Supported versions of a library."""
 
     title: str
-    tested: str  # as in constraints.txt
-    first: str  # the first that has what is used of it
-    lacks: str  # what those before it lack
+    tested: tuple[str, ...]  # versions that the tests pass with, the one in constraints.txt included
+    first: str  # oldest supported version
+    lacks: str | None = None  # API that older versions lack
 
 
-# Found by unpacking the published wheels and looking for the names.
+# `lacks` was found by unpacking the published wheels and searching for the names.
 LIBRARIES = {
     "mosaicml": Library(
         "Composer",
-        tested="0.32.1",
+        tested=("0.32.1",),
         first="0.32.0",
         lacks="FSDP2Config.state_dict_type (0.31 has FSDP2 without it, 0.30 has no FSDP2)",
     ),
     "mosaicml-streaming": Library(
-        "Streaming", tested="0.13.0", first="0.10.0", lacks="streaming.base.storage.download.CloudDownloader"
+        "Streaming", tested=("0.13.0",), first="0.10.0", lacks="streaming.base.storage.download.CloudDownloader"
     ),
+    "torch": Library("PyTorch", tested=("2.7.0",), first="2.7.0"),
+    "transformers": Library("Transformers", tested=("4.57.6",), first="4.57.0"),
 }
 
 
 def check_versions() -> None:
-    """Refuse a Composer or Streaming that is known not to work; warn of one that was not tested.
+    """Refuse unsupported versions; on rank 0, warn about untested ones.
 
-    Reads the installed packages' metadata only, and imports nothing.
+    Reads the metadata of the installed packages and imports none of them. The rank is the launcher's `RANK`.
 
     Raises:
-        UserError: not installed, or older than what is used of it; with the command that mends it.
+        UserError: A library is not installed or too old; the message contains the command that installs a tested one.
     """
     for package, library in LIBRARIES.items():
         try:
             installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError as error:
             raise UserError(f"{library.title} ({package}) is not installed; {FIX}") from error
+        tested = ", ".join(library.tested)
         if _release(installed) < _release(library.first):
+            reason = f": it lacks {library.lacks}" if library.lacks else ""
             raise UserError(
-                f"{library.title} {installed} is known not to work: it lacks {library.lacks}; "
-                f"tested with {library.tested}: {FIX}"
+                f"{library.title} {installed} is too old{reason}; expected at least {library.first} "
+                f"(tested: {tested}): {FIX}"
             )
-        if _release(installed) != _release(library.tested):
+        if _release(installed) not in map(_release, library.tested) and os.environ.get("RANK", "0") == "0":
             log.warning(
-                "%s %s is untested; if anything is odd, use %s: %s", library.title, installed, library.tested, FIX
+                "%s %s is untested (tested: %s); if a run misbehaves, install a tested version: %s",
+                library.title,
+                installed,
+                tested,
+                FIX,
             )
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The numbers of a version: 0.32.1 for `0.32.1`, `0.32.1+cpu` and `0.32.1.dev0`."""
+    """Parse the numbers of a version: (0, 32, 1) for `0.32.1`, `0.32.1+cpu` and `0.32.1.dev0`."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(number) for number in match[0].split(".")) if match else ()

@@ -1,8 +1,8 @@
-"""Interrupted and resumed runs beside uninterrupted ones; test_exact_resume.py starts this on two ranks.
+"""Uninterrupted runs, and interrupted and resumed ones; test_exact_resume.py starts this on two ranks.
 
     composer -n 2 tests/resumed_runs.py YAML FOLDER
 
-All in one start of the processes, since starting them is what takes time. Each run goes to a folder of its own, with a
+All runs share one launch, since starting the processes takes most of the time. Each run has its own folder with a
 record of its rows and losses.
 """
 
@@ -35,7 +35,7 @@ SIGNALS = {"ddp": signal.SIGINT, "fsdp": signal.SIGTERM, "sharded": signal.SIGTE
 
 
 class Crash(Callback):
-    """Stands for a kill, in a process that is to live on."""
+    """Simulates a kill in a process that must survive."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -46,7 +46,7 @@ class Crash(Callback):
 
 
 class CrashAtEnd(Callback):
-    """Likewise, when all batches are done and saved."""
+    """Simulates a kill after all batches are done and saved."""
 
     def fit_end(self, state, logger):
         raise RuntimeError("killed")
@@ -56,7 +56,7 @@ EXTRA = {**recorded_run.EXTRA, "crash": Crash, "crash_at_end": CrashAtEnd}
 
 
 def run(yaml: str, folder: Path, *overrides: str) -> int:
-    """Pretrain in `folder`; 0, the exit status of a signal, or -9 of a crash."""
+    """Pretrain in `folder`; return 0, the exit status of a signal, or -9 for a crash."""
     if dist.get_global_rank() == 0:
         (folder / "record").mkdir(parents=True, exist_ok=True)
     dist.barrier()
@@ -83,14 +83,14 @@ def all_runs(yaml: str, folder: Path) -> None:
     dist.initialize_dist(get_device("cpu"))
     for kind, overrides in KINDS.items():
         overrides = [*overrides, "trainer.log_interval=5ba"]
-        assert run(yaml, folder / f"{kind}-whole", *overrides) == 0
+        assert run(yaml, folder / f"{kind}-uninterrupted", *overrides) == 0
         broken = folder / f"{kind}-interrupted"
-        # One process alone is told; both stop after the batch that is running.
+        # One rank receives the signal; both stop after the current batch.
         assert run(yaml, broken, *overrides, *signal_at(6, SIGNALS[kind], rank=1)) == 128 + SIGNALS[kind]
         if kind == "sharded":
             assert run(yaml, broken, *overrides, "callbacks.crash.batch=14") == -9
         assert run(yaml, broken, *overrides) == 0
-    # Begun and ended by one process, in the test itself.
+    # Started and finished on one rank by the test itself.
     assert run(yaml, folder / "elastic", *signal_at(9, signal.SIGTERM, rank=1)) == 143
 
 

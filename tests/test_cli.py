@@ -178,7 +178,7 @@ def test_starting_anew_in_the_folder_of_a_run(refused, tiny_yaml, run_folder):
 def test_resuming_from_a_checkpoint_that_was_cut_and_there_is_no_other(refused, tiny_yaml, run_folder):
     checkpoint = run_folder / os.readlink(run_folder / "latest-rank0.pt")
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    mentions(refused(PRETRAIN, tiny_yaml), "latest-rank0.pt", "not a readable checkpoint", "no whole one before it")
+    mentions(refused(PRETRAIN, tiny_yaml), "latest-rank0.pt", "not a readable checkpoint", "no complete one before it")
 
 
 # --- finetuning

@@ -1,4 +1,4 @@
-"""What goes wrong around a run ends it in one line, and costs nothing that was saved."""
+"""Environment failures end a run with one line and lose nothing that was saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tiny import ROOT
 from electra_composer.batches import row_reader
 from electra_composer.batches.shards import build_data_spec, read_meta
 from electra_composer.batches.stale_memory import SHARED_MEMORY
-from electra_composer.checkpoints.resuming import why_broken
+from electra_composer.checkpoints.resuming import find_corruption
 from electra_composer.config import PretrainConfig, ShardsConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
@@ -35,7 +35,7 @@ from electra_composer.training.builders import CALLBACKS
 
 @pytest.fixture
 def pretrain(tiny_yaml):
-    """`pretrain("key=value", …)`: a run of eight batches in `tmp_path / "run"`."""
+    """Return `pretrain("key=value", …)`: a run of 8 batches in `tmp_path / "run"`."""
 
     def start(*overrides: str):
         settings = ["trainer.max_duration=8ba", "trainer.eval_interval=8ba", *overrides]
@@ -49,16 +49,19 @@ def pretrain(tiny_yaml):
     [
         (OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), "run/metrics.jsonl could not be writ"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "x"), "x could not be written: Disk quota exceeded; free some"),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission denied; mend the folder's"),
-        (OSError(errno.EROFS, "Read-only file system", "x"), "x: Read-only file system; mend the folder's"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "has died.*smaller data.num_workers"),
-        (RuntimeError("[gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4"), "rank 0 has lost another process"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission denied; fix the folder's"),
+        (OSError(errno.EROFS, "Read-only file system", "x"), "x: Read-only file system; fix the folder's"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "worker died.*smaller data.num_workers",
+        ),
+        (RuntimeError("[gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:4"), "rank 0 lost the connection"),
     ],
 )
 def test_in_words(error, words):
     with pytest.raises(UserError, match=words) as caught, explain_failures():
         raise error
-    assert str(caught.value).endswith("the same command goes on from the last checkpoint")
+    assert str(caught.value).endswith("rerun the same command to resume from the last checkpoint")
 
 
 def test_everything_else_passes_through():
@@ -69,7 +72,7 @@ def test_everything_else_passes_through():
 
 
 class KillWorker(Callback):
-    """Kills a process that loads data, as the system does when memory runs out."""
+    """Kills a data loader worker, as the system does when memory runs out."""
 
     def batch_end(self, state, logger):
         if state.timestamp.batch.value == 5:
@@ -78,9 +81,9 @@ class KillWorker(Callback):
 
 def test_a_dead_loader_worker(pretrain, tmp_path, monkeypatch):
     monkeypatch.setitem(CALLBACKS, "kill_worker", KillWorker)
-    with pytest.raises(UserError, match=r"a process that loads data has died"):
+    with pytest.raises(UserError, match=r"a data loader worker died"):
         pretrain("data.num_workers=2", "callbacks.kill_worker={}", "trainer.max_duration=200ba")
-    assert why_broken(str(tmp_path / "run" / "latest-rank0.pt")) is None
+    assert find_corruption(str(tmp_path / "run" / "latest-rank0.pt")) is None
     assert pretrain("data.num_workers=2").state.timestamp.batch.value == 8
 
 
@@ -106,17 +109,17 @@ def test_a_dead_rank_ends_the_others_within_a_minute(tiny_yaml, tmp_path):
     )
     ended = time.time()
     assert done.returncode != 0
-    assert re.search(r"error: .*rank 0 has lost another process of the run.*goes on from the last", done.stderr)
+    assert re.search(r"error: .*rank 0 lost the connection to another rank.*resume from the last", done.stderr)
     assert "Rank 1 crashed with exit code -9" in done.stderr
     assert "Traceback" not in done.stderr
-    # The last batch of both was the sixth; what came after it, the end included, took no more than a minute.
+    # The last batch of both ranks was the sixth; everything after it took at most a minute.
     assert ended - (tmp_path / "record" / "rank1.jsonl").stat().st_mtime < 60
-    assert why_broken(str(tmp_path / "run" / "latest-rank0.pt")) is None
+    assert find_corruption(str(tmp_path / "run" / "latest-rank0.pt")) is None
 
 
 @pytest.fixture
 def many_shards(shards, tmp_path) -> Path:
-    """The rows of the small language in a dozen files."""
+    """The rows of the shared shards in a dozen files."""
     folder = tmp_path / "many"
     shutil.copytree(shards, folder)
     for split in ("train", "val"):
@@ -139,7 +142,7 @@ def test_a_shard_that_goes_bad_while_it_is_needed(pretrain, many_shards, tmp_pat
                     damage(path)
 
     monkeypatch.setitem(CALLBACKS, "damage", Damage)
-    monkeypatch.setattr(row_reader, "OPEN_SHARDS", 1)  # what is open does not go away
+    monkeypatch.setattr(row_reader, "OPEN_SHARDS", 1)  # open files stay readable
     copy = tmp_path / "copy"
     shutil.copytree(many_shards, copy)
     settings = [f"data.path={many_shards}", f"data.num_workers={workers}", "trainer.max_duration=30ba"]
@@ -165,7 +168,7 @@ time.sleep(600)
 
 @pytest.mark.skipif(not os.path.isdir(SHARED_MEMORY), reason="needs Linux's shared memory")
 def test_shared_memory_of_a_killed_run_is_removed_by_the_next(shards):
-    """And that of a run that is alive is not."""
+    """That of a live run is kept."""
     config = ShardsConfig(path=str(shards), max_seq_length=32, num_workers=0)
     command = [sys.executable, "-c", BUILDS_AND_DIES, str(shards)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -176,7 +179,7 @@ def test_shared_memory_of_a_killed_run_is_removed_by_the_next(shards):
 
     beside = build_data_spec(config, "train", 8, read_meta(str(shards)), seed=3)
     assert f"{prefix}locals" in left()
-    os.killpg(process.pid, signal.SIGKILL)  # with what would have cleaned up after it
+    os.killpg(process.pid, signal.SIGKILL)  # including its resource tracker, which would clean up
     process.wait()
     assert f"{prefix}locals" in left()
     after = build_data_spec(config, "train", 8, read_meta(str(shards)), seed=3)
@@ -186,7 +189,7 @@ def test_shared_memory_of_a_killed_run_is_removed_by_the_next(shards):
 
 
 def test_a_clock_that_jumps_changes_nothing(pretrain, tmp_path, monkeypatch):
-    """Forwards by a day and back by two, as when a machine's clock is set."""
+    """Forward by a day and back by two, as when a machine's clock is set."""
     expected = pretrain(f"checkpoints.folder={tmp_path / 'steady'}").state.model.state_dict()
     jumps = iter(range(10**6))
 
@@ -235,7 +238,7 @@ def test_weights_and_biases_without_a_network(pretrain, monkeypatch):
 
 
 def test_a_loader_worker_that_dies_while_it_hands_a_batch_over():
-    """Then its socket is gone, which the reader of the queue is told, instead of the worker's end."""
+    """The reader of the queue then fails at the worker's socket instead of learning that the worker died."""
     from multiprocessing.resource_sharer import _ResourceSharer
 
     error = None
@@ -243,5 +246,5 @@ def test_a_loader_worker_that_dies_while_it_hands_a_batch_over():
         _ResourceSharer.get_connection(("/tmp/no-such-socket", 1))
     except OSError as gone:
         error = gone
-    assert "handed a batch over" in explain(error)
+    assert "transferring a batch" in explain(error)
     assert explain(ConnectionResetError("of something else")) is None

@@ -1,7 +1,7 @@
-"""A checkpoint of one form, one file or a folder of shards, for a run that keeps its own in the other.
+"""Convert checkpoints between a single file and a folder of shards, for runs that use the other format.
 
-A run of one process or of DDP, and one of FSDP with `state_dict_type: full`, keeps all in one file; FSDP with `sharded`
-keeps a folder with a file per process. Composer loads each into a run of the same kind, on any number of processes.
+A run on one process, with DDP, or with FSDP and `state_dict_type: full` saves a single file. FSDP with `sharded` saves
+a folder with one file per rank. Composer loads either only into a run of the same format, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,29 +17,34 @@ import torch.distributed.checkpoint as dcp
 from composer.utils import dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from electra_composer.checkpoints.safe_loading import composer_loads_safely, read_file
-from electra_composer.checkpoints.sharded import is_sharded, read_whole
+from electra_composer.checkpoints.safe_loading import (
+    cause_of,
+    no_dist_warning_ignored,
+    read_file,
+    safe_composer_loading,
+)
+from electra_composer.checkpoints.sharded import is_sharded, read_all
 from electra_composer.config import CheckpointConfig
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, one_line
 
 
 @contextlib.contextmanager
 def loading(
     checkpoints: CheckpointConfig, latest: str, load_path: str | None, sharded: bool
 ) -> Iterator[dict[str, Any]]:
-    """Composer's arguments that say what a run starts from, for the time in which its `Trainer` loads that: safely.
+    """Yield the arguments of Composer's `Trainer` that load a checkpoint, and make it load safely inside the block.
 
-    A checkpoint of the other form than the run's is written anew in the run's form first; where it is the run's own
-    newest, it is given as one to load, since Composer looks for its own form alone.
+    A checkpoint in the other format than the run's is converted first. If it is the run's own newest, it is passed as
+    `load_path`, since Composer's autoresume looks for the run's format only.
 
     Args:
-        checkpoints: of the configuration.
-        latest: the link to the run's own newest checkpoint, whether it is there or not.
-        load_path: what the run starts from if it is not.
-        sharded: the form of the run's checkpoints.
+        checkpoints: `checkpoints` of the configuration.
+        latest: Link to the run's newest checkpoint, which may not exist.
+        load_path: Checkpoint to start from if it does not.
+        sharded: Whether the run saves sharded checkpoints.
 
     Raises:
-        UserError: what is to be loaded cannot be, or only unsafely.
+        UserError: The checkpoint cannot be loaded, or by unsafe loading only.
     """
     resumes = checkpoints.resume and not checkpoints.overwrite
     own = os.path.realpath(latest) if resumes and os.path.exists(latest) else None
@@ -51,31 +55,31 @@ def loading(
     }
     if own is not None and is_sharded(own) != sharded:
         arguments = {"autoresume": False, "load_path": own, "load_weights_only": False}
-    with composer_loads_safely(), contextlib.ExitStack() as copies:
+    with safe_composer_loading(), contextlib.ExitStack() as copies:
         if arguments["load_path"] is not None and (own is None or not arguments["autoresume"]):
-            arguments["load_path"] = copies.enter_context(in_form(arguments["load_path"], sharded))
+            arguments["load_path"] = copies.enter_context(in_format(arguments["load_path"], sharded))
         try:
             yield arguments
-        except CheckpointException as error:  # no Exception, and its text the tracebacks of all processes
-            reason = next(iter(error.failures.values()))[0]
+        except CheckpointException as error:
+            cause = cause_of(error)
             raise UserError(
-                f"{own or load_path}: the sharded checkpoint cannot be loaded: {type(reason).__name__}: "
-                f"{' '.join(str(reason).split())[:300]}"
+                f"{own or load_path}: the sharded checkpoint cannot be loaded: {type(cause).__name__}: "
+                f"{one_line(cause, 300)}"
             ) from error
 
 
 @contextlib.contextmanager
-def in_form(path: str, sharded: bool) -> Iterator[str]:
-    """`path`, or a temporary copy of it in the other form, for as long as the block lasts. All processes enter it.
+def in_format(path: str, sharded: bool) -> Iterator[str]:
+    """Yield `path`, or a temporary copy in the other format that exists inside the block. All ranks must enter.
 
-    The first process of a node makes the copy, in the folder for temporary files.
+    Local rank 0 of each node writes the copy to the folder for temporary files.
 
     Args:
-        path: a checkpoint of either form.
-        sharded: the form that is wanted: a folder of shards, or one file.
+        path: A checkpoint in either format.
+        sharded: Wanted format: a folder of shards, or a single file.
 
     Raises:
-        UserError: on all processes, if one of them cannot read it safely, or has no room for the copy.
+        UserError: On all ranks, if one cannot read the checkpoint safely or has no space for the copy.
     """
     if is_sharded(path) == sharded:
         yield path
@@ -89,20 +93,19 @@ def in_form(path: str, sharded: bool) -> Iterator[str]:
             if message is not None:
                 raise UserError(message)
         yield copies[dist.get_global_rank() - dist.get_local_rank()]
-        dist.barrier()  # nobody reads it any more
+        dist.barrier()  # no rank reads it any more
 
 
 def _convert(path: str, copy: str) -> str | None:
-    """Write a checkpoint of the other form, and return what went wrong."""
+    """Write a checkpoint in the other format; return the error message, if any."""
     try:
         if is_sharded(path):
-            torch.save(read_whole(path), copy)
+            torch.save(read_all(path), copy)
         else:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is what we want
+            with no_dist_warning_ignored():
                 dcp.save(read_file(path), storage_writer=dcp.FileSystemWriter(copy), no_dist=True)
     except UserError as error:
         return str(error)
-    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
-        return f"{path}: it cannot be written anew to {os.path.dirname(copy)} ({error}); set TMPDIR to a larger disk"
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+        return f"{path}: cannot be converted in {os.path.dirname(copy)} ({error}); set TMPDIR to a larger disk"
     return None

@@ -1,7 +1,7 @@
-"""A run's checkpoints in an object store as well: it goes on where its machine, and its disk, do not come back.
+"""Copy a run's checkpoints to an object store, and resume from there when the machine and its disk are lost.
 
-Interval checkpoints take the places `newest-0`, `newest-1`, … there in turn, one more than are kept, so that none is
-written over while it is named (see :mod:`electra_composer.checkpoints.remote_run`).
+Interval checkpoints use the prefixes `newest-0`, `newest-1`, … in turn, one more than are kept, so that none is
+overwritten while the index names it (see :mod:`electra_composer.checkpoints.remote_run`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from collections.abc import Iterator
 from composer.utils import dist
 from tqdm import tqdm
 
-from electra_composer.checkpoints.remote_run import FILES, WHOLE, Contents, RemoteRun, Stored
-from electra_composer.checkpoints.resuming import why_broken
-from electra_composer.checkpoints.saving import UNFINISHED, aside, checkpoint_batch, checkpoints_in, point, put_in_place
+from electra_composer.checkpoints.remote_run import FILES, SINGLE_FILE, RemoteIndex, RemoteRun, StoredCheckpoint
+from electra_composer.checkpoints.resuming import find_corruption
+from electra_composer.checkpoints.saving import (
+    UNFINISHED,
+    checkpoint_batch,
+    checkpoints_in,
+    move_into_place,
+    replace_link,
+    with_prefix,
+)
 from electra_composer.config import CheckpointConfig
 from electra_composer.errors import UserError
 from electra_composer.faults import raise_on_all_ranks
@@ -27,19 +34,19 @@ from electra_composer.storage.object_store import explain
 
 log = logging.getLogger(__name__)
 
-NOT_OURS = ("wandb",)  # folders with a server of their own
+NOT_COPIED = ("wandb",)  # folders of loggers with a server of their own
 
 
 def fetch_newest(checkpoints: CheckpointConfig, run_name: str, link_name: str) -> None:
-    """See to it that the run's folder has the newest checkpoint of its copy in the object store.
+    """Download the newest checkpoint from the object store if the run's folder lacks it.
 
-    It is fetched, with the run's other files, if it is newer than the folder's own newest, or if that one is broken; a
-    broken copy gives way to the one before it, with a warning. Every process of the run calls this, and the first does
-    it. Nothing is done where `checkpoints.remote` is null.
+    It is downloaded, with the run's other files, if it is newer than the folder's newest complete checkpoint. A corrupt
+    copy is skipped for the one before it, with a warning. Every rank calls this and rank 0 does the work. Without
+    `checkpoints.remote` nothing is done.
 
     Raises:
-        UserError: on every process: the store does not answer or holds another run; a run that is neither to be
-            continued nor replaced; no whole checkpoint; no room here.
+        UserError: On every rank: no answer from the store; it holds another run, or one that is neither to be resumed
+            nor replaced; no complete checkpoint; no space on the local disk.
     """
     if checkpoints.remote is None:
         return
@@ -50,87 +57,87 @@ def fetch_newest(checkpoints: CheckpointConfig, run_name: str, link_name: str) -
 
 def _fetch_newest(checkpoints: CheckpointConfig, run_name: str, link: str) -> None:
     assert checkpoints.remote is not None
-    run = RemoteRun(checkpoints.remote)
-    contents = run.read()
-    if contents is None or not contents.checkpoints or checkpoints.overwrite:
+    run, folder = RemoteRun(checkpoints.remote), os.path.dirname(link)
+    index = run.read()
+    if index is None or not index.checkpoints or checkpoints.overwrite:
         return
     if not checkpoints.resume:
         raise UserError(
             f"checkpoints.remote: {run.remote} holds the checkpoints of a run; set checkpoints.resume=true to continue "
             "it, checkpoints.overwrite=true to replace it, or another checkpoints.remote"
         )
-    if contents.run_name != run_name:
+    if index.run_name != run_name:
         raise UserError(
-            f"checkpoints.remote: {run.remote} holds the run {contents.run_name!r}, and this is {run_name!r}; give "
-            "another place, or checkpoints.overwrite=true to replace it"
+            f"checkpoints.remote: {run.remote} holds the run {index.run_name!r}, and this is {run_name!r}; set another "
+            "checkpoints.remote, or checkpoints.overwrite=true to replace it"
         )
-    here = _newest_whole(link)
+    local_batch = _newest_complete(link)
     reasons = []
-    for stored in contents.checkpoints:
-        if here is not None and here >= stored.batch:
+    for stored in index.checkpoints:
+        if local_batch is not None and local_batch >= stored.batch:
             break
         try:
-            _fetch(run, stored, os.path.dirname(link))
+            _fetch(run, stored, folder)
         except UserError as error:
             reasons.append(f"{stored.name} in {run.remote} cannot be used: {error}")
             continue
         for reason in reasons:
-            log.warning(f"{reason}; the run goes on from {stored.name}")
-        _fetch_files(run, contents, os.path.dirname(link))
-        point(link, os.path.join(os.path.dirname(link), stored.name))
+            log.warning(f"{reason}; resuming from {stored.name}")
+        _fetch_files(run, index, folder)
+        replace_link(link, os.path.join(folder, stored.name))
         return
-    if here is None:
+    if local_batch is None:
         raise UserError("checkpoints.remote: " + "; ".join(reasons))
     for reason in reasons:
-        log.warning(f"{reason}; the run goes on from the folder's own newest, of batch {here}")
+        log.warning(f"{reason}; resuming from the folder's newest checkpoint, of batch {local_batch}")
 
 
-def _newest_whole(link: str) -> int | None:
-    """The batch of the checkpoint that a link leads to, if it is whole."""
+def _newest_complete(link: str) -> int | None:
+    """Return the batch of the checkpoint that `link` points to; None if there is none, or it is corrupt."""
     path = os.path.realpath(link)
-    return checkpoint_batch(path) if os.path.lexists(link) and why_broken(path) is None else None
+    return checkpoint_batch(path) if os.path.lexists(link) and find_corruption(path) is None else None
 
 
-def _fetch(run: RemoteRun, stored: Stored, folder: str) -> None:
-    """Fetch a checkpoint to its place in the folder.
+def _fetch(run: RemoteRun, stored: StoredCheckpoint, folder: str) -> None:
+    """Download a checkpoint into the run's folder.
 
     Raises:
-        UserError: it is not whole.
+        UserError: It is incomplete or corrupt.
     """
     path = os.path.join(folder, stored.name)
-    unfinished = aside(path, UNFINISHED)
-    is_file = list(stored.files) == [WHOLE]
+    unfinished = with_prefix(path, UNFINISHED)
+    is_file = list(stored.files) == [SINGLE_FILE]
     total = sum(stored.files.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {run.remote}: {stored.name}") as bar:
         for name, size in stored.files.items():
             found = run.download(f"{stored.place}/{name}", unfinished if is_file else f"{unfinished}/{name}")
             if found != size:
-                raise UserError(f"{name} has {found} bytes, where {size} were uploaded")
+                raise UserError(f"{name} has {found} bytes; expected the {size} that were uploaded")
             bar.update(size)
-    reason = why_broken(unfinished)
+    reason = find_corruption(unfinished)
     if reason is not None:
-        raise UserError(f"it is not whole ({reason})")
-    put_in_place(unfinished, path)
+        raise UserError(f"it is corrupt ({reason})")
+    move_into_place(unfinished, path)
 
 
-def _fetch_files(run: RemoteRun, contents: Contents, folder: str) -> None:
-    with tqdm(total=sum(contents.files.values()), unit="B", unit_scale=True, desc="its other files") as bar:
-        for name in contents.files:
-            # It may be longer than when it was named: a metrics file is uploaded while it grows.
+def _fetch_files(run: RemoteRun, index: RemoteIndex, folder: str) -> None:
+    with tqdm(total=sum(index.files.values()), unit="B", unit_scale=True, desc="its other files") as bar:
+        for name in index.files:
+            # May be longer than the index says: a metrics file is uploaded while it grows.
             bar.update(run.download(f"{FILES}/{name}", os.path.join(folder, name)))
 
 
 class RemoteCopy:
-    """Uploads a run's checkpoints while it trains on, one at a time. It does nothing but on the first process.
+    """Uploads a run's checkpoints one at a time while training continues. Active on rank 0 only.
 
-    A checkpoint that cannot be uploaded is warned of, and the next is tried; only at the end of the run is it an error.
+    A failed upload causes a warning, and the next checkpoint is tried. It is an error only at the end of the run.
 
     Args:
-        checkpoints: of the configuration, with `remote`.
-        run_name: of the configuration.
+        checkpoints: `checkpoints` of the configuration, with `remote`.
+        run_name: `run_name` of the configuration.
 
     Raises:
-        UserError: the store does not answer, or does not take anything.
+        UserError: The store does not answer, or cannot be written to.
     """
 
     def __init__(self, checkpoints: CheckpointConfig, run_name: str) -> None:
@@ -138,29 +145,29 @@ class RemoteCopy:
         self.folder = checkpoints.folder
         self.keep = checkpoints.keep
         self.thread: threading.Thread | None = None
-        self.failure: str | None = None  # of the newest upload
-        self._uploaded: dict[str, tuple[int, int]] = {}  # other files: name → time and size when they were uploaded
+        self.failure: str | None = None  # of the last upload
+        self._uploaded: dict[str, tuple[int, int]] = {}  # other files: name → mtime and size when uploaded
         with raise_on_all_ranks("checkpoints.remote"):
             if dist.get_global_rank() == 0:
                 self.run = RemoteRun(checkpoints.remote)
                 found = None if checkpoints.overwrite else self.run.read()
-                self.contents = found or Contents(run_name)
-                self.run.claim(self.contents)
+                self.index = found or RemoteIndex(run_name)
+                self.run.claim(self.index)
 
     def catch_up(self, link: str) -> None:
-        """Begin to upload the folder's newest checkpoint, to which a link leads, if the copy lacks it."""
-        newest = _newest_whole(link)
-        copied = [stored.batch for stored in self.contents.checkpoints[:1]]
+        """Start to upload the folder's newest checkpoint, which `link` points to, if the store lacks it."""
+        newest = _newest_complete(link)
+        copied = [stored.batch for stored in self.index.checkpoints[:1]]
         if newest is not None and copied < [newest]:
             self.upload(os.path.realpath(link))
 
     def upload(self, path: str) -> None:
-        """Begin to upload a checkpoint that is in its place; `wait` must have been called since the last one."""
+        """Start to upload a complete checkpoint; :meth:`wait` must have been called since the last one."""
         self.thread = threading.Thread(target=self._try, args=(path,), daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being uploaded: a checkpoint may be deleted from then on."""
+        """Block until no upload is in progress, so that a checkpoint may be deleted."""
         if self.thread is None:
             return
         start = time.monotonic()
@@ -168,17 +175,17 @@ class RemoteCopy:
         self.thread = None
         if (seconds := time.monotonic() - start) > 1:
             log.warning(
-                f"checkpoints.remote: training waited {seconds:.1f} s for {self.run.remote} to take a checkpoint; "
-                "a longer checkpoints.interval avoids it"
+                f"checkpoints.remote: training waited {seconds:.1f} s for the upload of a checkpoint to "
+                f"{self.run.remote}; set a longer checkpoints.interval to avoid it"
             )
 
     def finish(self) -> str | None:
-        """Wait, upload what has changed since in the run's other files, and say what has failed, if anything."""
+        """Wait, upload the run's other files that have changed, and return what failed, if anything."""
         if self.thread is not None and self.thread.is_alive():
             print(f"copying the last checkpoint to {self.run.remote} …", file=sys.stderr, flush=True)
             self.thread.join()
         self.wait()
-        if self.contents.checkpoints:
+        if self.index.checkpoints:
             self._try(None)
         return self.failure
 
@@ -187,40 +194,40 @@ class RemoteCopy:
             self._upload(path)
             if path is not None:
                 self.failure = None
-        except Exception as error:  # every storage client has errors of its own
+        except Exception as error:  # each storage client has its own classes
             what = os.path.basename(path) if path is not None else "the run's newest files"
             self.failure = f"{what} could not be copied to {self.run.remote}: {explain(error, self.run.remote)}"
             log.warning(f"checkpoints.remote: {self.failure}")
 
     def _upload(self, path: str | None) -> None:
-        checkpoints = self.contents.checkpoints
+        checkpoints = self.index.checkpoints
         if path is not None:
             stored = self._store(path)
-            # What is newer is of another time: the run went on from before it.
+            # Newer ones are from before this run was resumed from an earlier checkpoint.
             others = [other for other in checkpoints if other.batch <= stored.batch and other.name != stored.name]
             checkpoints = self._kept([stored, *others])
         self._upload_files()
-        self.contents = Contents(
-            self.contents.run_name, checkpoints, {name: size for name, (_, size) in self._uploaded.items()}
+        self.index = RemoteIndex(
+            self.index.run_name, checkpoints, {name: size for name, (_, size) in self._uploaded.items()}
         )
-        self.run.write(self.contents)
+        self.run.write(self.index)
 
-    def _store(self, path: str) -> Stored:
+    def _store(self, path: str) -> StoredCheckpoint:
         name = os.path.basename(path)
         if name.startswith("milestone-") or self.keep < 0:
             place = name.removesuffix("-rank0.pt")
         else:
-            taken = {stored.place for stored in self.contents.checkpoints}
+            taken = {stored.place for stored in self.index.checkpoints}
             place = next(place for n in range(self.keep + 1) if (place := f"newest-{n}") not in taken)
-        paths = {WHOLE: path}
+        paths = {SINGLE_FILE: path}
         if os.path.isdir(path):
             paths = {file: os.path.join(path, file) for file in sorted(os.listdir(path))}
         for file, file_path in paths.items():
             self.run.upload(f"{place}/{file}", file_path)
-        return Stored(name, place, {file: os.path.getsize(file_path) for file, file_path in paths.items()})
+        return StoredCheckpoint(name, place, {file: os.path.getsize(file_path) for file, file_path in paths.items()})
 
-    def _kept(self, checkpoints: list[Stored]) -> list[Stored]:
-        """Without the interval checkpoints that are more than are to be kept."""
+    def _kept(self, checkpoints: list[StoredCheckpoint]) -> list[StoredCheckpoint]:
+        """Drop interval checkpoints beyond the number to keep."""
         intervals = [stored for stored in checkpoints if not stored.is_milestone]
         dropped = intervals[self.keep :] if self.keep >= 0 else []
         return [stored for stored in checkpoints if stored not in dropped]
@@ -236,29 +243,28 @@ class RemoteCopy:
 
 
 def other_files(folder: str) -> list[str]:
-    """Names of what a run's folder holds beside checkpoints; hidden and unfinished files are not among them."""
+    """List the files of a run's folder other than checkpoints, without hidden and unfinished ones."""
     checkpoints = {os.path.basename(saved.path) for saved in checkpoints_in(folder)}
     found = []
     for place, folders, names in os.walk(folder):
-        inner = os.path.relpath(place, folder)
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and name not in checkpoints and name not in NOT_OURS
+            name for name in folders if not name.startswith(".") and name not in checkpoints and name not in NOT_COPIED
         )
         for name in sorted(names):
             path = os.path.join(place, name)
             if not name.startswith(".") and name not in checkpoints and not os.path.islink(path):
-                found.append(os.path.normpath(os.path.join(inner, name)))
+                found.append(os.path.relpath(path, folder))
     return found
 
 
 @contextlib.contextmanager
 def remote_copy(checkpoints: CheckpointConfig, run_name: str, link_name: str) -> Iterator[RemoteCopy | None]:
-    """The copy of a run, complete when the block ends; None if there is to be none. All processes enter it.
+    """Yield the copy of a run, and complete it when the block ends. Without `checkpoints.remote`, yield None.
 
-    A run that ends by a signal or an error keeps its exit status.
+    All ranks must enter. A run that ends by a signal or an error keeps its exit status.
 
     Raises:
-        UserError: see :class:`RemoteCopy`; or at the end of a run, when its copy lacks the newest checkpoint.
+        UserError: As in :class:`RemoteCopy`; or at the end of a run, if the store lacks the newest checkpoint.
     """
     if checkpoints.remote is None:
         yield None
@@ -271,13 +277,13 @@ def remote_copy(checkpoints: CheckpointConfig, run_name: str, link_name: str) ->
     except BaseException as error:
         if dist.get_global_rank() == 0:
             copy.finish()
-        if isinstance(error, SystemExit):  # of all processes; a launcher ends the others when the first one is done
+        if isinstance(error, SystemExit):  # on all ranks; the launcher ends the others when the first one exits
             dist.barrier()
         raise
     message = [copy.finish() if dist.get_global_rank() == 0 else None]
     dist.broadcast_object_list(message)
     if message[0] is not None:
         raise UserError(
-            f"checkpoints.remote: the run is complete in {checkpoints.folder}, but its copy is not: {message[0]}; the "
-            "same command tries again"
+            f"checkpoints.remote: the run is complete in {checkpoints.folder}, but its copy is not: {message[0]}; "
+            "rerun the same command to copy it"
         )

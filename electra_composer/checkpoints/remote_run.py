@@ -1,7 +1,8 @@
-"""A run's folder in an object store: what is named there is whole.
+"""Copy of a run's folder in an object store.
 
-Nothing can be renamed in an object store, and deleting needs rights that writing does not. So files are uploaded first,
-and then `latest.json`, a single object, names them with their sizes. Composer's own object stores do the work.
+An object store cannot rename, and deleting needs more permissions than writing. Files are therefore uploaded first;
+then a single object, `latest.json`, names them with their sizes, so that everything it names is complete. Composer's
+object stores do the transfers.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from electra_composer.storage.shard_folder import is_inside
 
 T = TypeVar("T")
 
-POINTER = "latest.json"
-WHOLE = "checkpoint.pt"  # the object of a checkpoint that is one file
-FILES = "files"  # before what a run's folder has beside checkpoints: configuration, metrics, records of trouble
-SECONDS = 60.0  # for the store's first answer
+INDEX = "latest.json"
+SINGLE_FILE = "checkpoint.pt"  # object name of a checkpoint that is a single file
+FILES = "files"  # prefix of the run's other files: configuration, metrics, records of numerical trouble
+TIMEOUT = 60.0  # seconds for the store's first answer
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredCheckpoint:
     """A checkpoint in the store.
 
     Attributes:
-        name: of the file or folder in the run's folder.
-        place: before the names of its objects.
-        files: names of its objects there → bytes: those of the files in its folder, or `checkpoint.pt`.
+        name: Name of the file or folder in the run's folder.
+        place: Prefix of the object names.
+        files: Object names below the prefix → bytes: the files of a sharded checkpoint, or `checkpoint.pt`.
     """
 
     name: str
@@ -54,133 +55,135 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Contents:
-    """`latest.json`: a run, its checkpoints from the newest on, and its other files (name → bytes)."""
+class RemoteIndex:
+    """Content of `latest.json`: the run's name, its checkpoints, newest first, and its other files (name → bytes)."""
 
     run_name: str
-    checkpoints: list[Stored] = field(default_factory=list)
+    checkpoints: list[StoredCheckpoint] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps({"format_version": 1, **asdict(self)}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Contents:
-        """Raises KeyError, TypeError or ValueError on what `to_json` would not write, or names outside of a folder."""
+    def from_json(cls, text: str) -> RemoteIndex:
+        """Parse and check.
+
+        Raises:
+            KeyError, TypeError, ValueError: Not written by `to_json`, or with names that lead out of a folder.
+        """
         values = json.loads(text)
         if values["format_version"] != 1:
             raise ValueError(f"format_version is {values['format_version']}; this program reads 1")
-        contents = cls(
+        index = cls(
             str(values["run_name"]),
-            [Stored(**stored) for stored in values["checkpoints"]],
+            [StoredCheckpoint(**stored) for stored in values["checkpoints"]],
             {name: int(size) for name, size in values["files"].items()},
         )
-        for stored in contents.checkpoints:
+        for stored in index.checkpoints:
             for name in (stored.name, stored.place):
                 if not is_inside(name) or os.path.basename(name) != name:
-                    raise ValueError(f"{name!r} is no plain name")
+                    raise ValueError(f"{name!r} is not a plain name")
             if checkpoint_batch(stored.name) is None:
-                raise ValueError(f"{stored.name!r} is no name of a checkpoint")
-        for name in [*contents.files, *(name for stored in contents.checkpoints for name in stored.files)]:
+                raise ValueError(f"{stored.name!r} is not the name of a checkpoint")
+        for name in [*index.files, *(name for stored in index.checkpoints for name in stored.files)]:
             if not is_inside(name):
                 raise ValueError(f"{name!r} leads out of the folder")
-        return contents
+        return index
 
 
 class RemoteRun:
-    """A run's folder in an object store. The first process of the run reads and writes it.
+    """A run's folder in an object store, read and written by rank 0.
 
     Args:
-        remote: `s3://bucket/folder`, or what else Composer has an object store for.
+        remote: `s3://bucket/folder`, or another URI that Composer has an object store for.
 
     Raises:
-        UserError: no such kind of store, its client's package is missing, no credentials.
+        UserError: Unknown kind of store, missing package of its client, or no credentials.
     """
 
     def __init__(self, remote: str) -> None:
         self.remote = remote.rstrip("/")
-        self._store = self._answer(lambda: _store_of(self.remote))
-        self._prefix = _prefix_of(self._store, self.remote)
+        self._store = self._answer(lambda: _object_store(self.remote))
+        self._prefix = _object_prefix(self._store, self.remote)
 
-    def read(self) -> Contents | None:
-        """What is there; None: nothing yet.
+    def read(self) -> RemoteIndex | None:
+        """Read the index; None if there is none yet.
 
         Raises:
-            UserError: no answer, access refused, no such bucket; or a `latest.json` that is not ours.
+            UserError: No answer, access denied, no such bucket, or an invalid `latest.json`.
         """
         with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, POINTER)
+            path = os.path.join(folder, INDEX)
             try:
-                self._answer(lambda: self._store.download_object(self._prefix + POINTER, path))
+                self._answer(lambda: self._store.download_object(self._prefix + INDEX, path))
             except UserError as error:
                 if isinstance(error.__cause__, FileNotFoundError):
                     return None
                 raise
             try:
                 with open(path, encoding="utf-8") as file:
-                    return Contents.from_json(file.read())
+                    return RemoteIndex.from_json(file.read())
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(
-                    f"checkpoints.remote: {self.remote}/{POINTER} is not one that pretrain.py wrote "
-                    f"({type(error).__name__}: {error}); give another place"
+                    f"checkpoints.remote: {self.remote}/{INDEX} was not written by pretrain.py "
+                    f"({type(error).__name__}: {error}); set another checkpoints.remote"
                 ) from error
 
-    def write(self, contents: Contents) -> None:
-        """Name what is there. Raises what the store's client raises."""
+    def write(self, index: RemoteIndex) -> None:
+        """Replace the index. Exceptions of the store's client pass through."""
         with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, POINTER)
+            path = os.path.join(folder, INDEX)
             with open(path, "w", encoding="utf-8") as file:
-                file.write(contents.to_json())
-            self._store.upload_object(self._prefix + POINTER, path)
+                file.write(index.to_json())
+            self.upload(INDEX, path)
 
-    def claim(self, contents: Contents) -> None:
-        """`write`, before training, so that a place that does not take anything is known at once.
+    def claim(self, index: RemoteIndex) -> None:
+        """Write the index before training, to detect a store that cannot be written to.
 
         Raises:
-            UserError: it does not.
+            UserError: It cannot.
         """
-        self._answer(lambda: self.write(contents))
+        self._answer(lambda: self.write(index))
 
     def upload(self, name: str, path: str) -> None:
-        """Raises what the store's client raises."""
+        """Upload a file. Exceptions of the store's client pass through."""
         self._store.upload_object(self._prefix + name, path)
 
     def download(self, name: str, path: str) -> int:
-        """Fetch an object into a file; its size in bytes.
+        """Download an object to a file and return its size in bytes.
 
         Raises:
-            UserError: it is not there, access is refused, …
+            UserError: No such object, access denied, or another error of the store.
+            OSError: The file cannot be written.
         """
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
             self._store.download_object(self._prefix + name, path, overwrite=True)
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                raise  # of the disk here
-            raise self._says(error) from error
-        except Exception as error:  # every storage client has errors of its own
-            raise self._says(error) from error
+        except Exception as error:  # each storage client has its own classes
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # of the local disk
+            raise UserError(f"checkpoints.remote: {self.remote}: {explain(error, self.remote)}") from error
         return os.path.getsize(path)
 
     def _answer(self, ask: Callable[[], T]) -> T:
         try:
-            return answer(self.remote, SECONDS, ask)
+            return answer(self.remote, TIMEOUT, ask)
         except UserError as error:
             raise UserError(f"checkpoints.remote: {error}") from error.__cause__
 
-    def _says(self, error: Exception) -> UserError:
-        return UserError(f"checkpoints.remote: {self.remote}: {explain(error, self.remote)}")
 
-
-def _store_of(remote: str) -> ObjectStore:
+def _object_store(remote: str) -> ObjectStore:
     store = maybe_create_object_store_from_uri(remote)
     if store is None:
-        raise ValueError("it is no URL of an object store, such as s3://bucket/folder")
+        raise ValueError("not the URL of an object store, such as s3://bucket/folder")
     return store
 
 
-def _prefix_of(store: ObjectStore, remote: str) -> str:
-    """What stands before the names of a folder's objects. Composer's S3 store has the folder in it, others may not."""
-    if store.get_uri(POINTER) == f"{remote}/{POINTER}":
+# Workaround (composer 0.32): S3ObjectStore puts the URI's folder before object names, other stores may not; goes when
+# all of them do the same.
+def _object_prefix(store: ObjectStore, remote: str) -> str:
+    """Return what must stand before the names of a folder's objects."""
+    if store.get_uri(INDEX) == f"{remote}/{INDEX}":
         return ""
     return remote.partition("://")[2].partition("/")[2] + "/"

@@ -19,26 +19,26 @@ from typing import IO
 
 from composer.utils import dist
 
-from electra_composer.checkpoints.safe_loading import CONTENTS, read_contents
-from electra_composer.checkpoints.saving import REPLACED, aside, checkpoints_in, point
-from electra_composer.errors import UserError
+from electra_composer.checkpoints.safe_loading import METADATA, read_metadata
+from electra_composer.checkpoints.saving import REPLACED, checkpoints_in, replace_link, with_prefix
+from electra_composer.errors import UserError, one_line
 from electra_composer.faults import raise_on_all_ranks
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"  # in a run's folder, locked by the first process of the run that trains in it
-BROKEN = ".broken"  # ending of a checkpoint that cannot be read
+LOCK = ".lock"  # in a run's folder, locked by rank 0 of the run that trains in it
+BROKEN = ".broken"  # suffix of an unreadable checkpoint
 
 
 @contextlib.contextmanager
 def exclusive_lock(folder: str) -> Iterator[None]:
-    """Keep a second run out of a run's folder, for as long as this one lives.
+    """Keep other runs out of a run's folder as long as this process lives.
 
-    A scheduler may start a run again while its processes still save. The lock is the process's own: it goes with it,
-    however it ends, and loader workers that outlive it for a moment do not keep it.
+    A scheduler may restart a run while its old processes still save. The lock belongs to the process: it ends with it
+    in any case, and loader workers that outlive it for a moment do not hold it.
 
     Raises:
-        UserError: on every process: another one is at work there.
+        UserError: On every rank: another run holds the lock.
     """
     with contextlib.ExitStack() as stack:
         with raise_on_all_ranks("checkpoints.folder"):
@@ -59,7 +59,7 @@ def _lock(file: IO[str], folder: str) -> None:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise UserError(
-                f"checkpoints.folder={folder}: another process trains in this folder; wait for its end, or give "
+                f"checkpoints.folder={folder}: another process trains in this folder; wait until it ends, or set "
                 "another folder"
             ) from None
         if error.errno != errno.ENOLCK:  # a file system without locks
@@ -67,7 +67,7 @@ def _lock(file: IO[str], folder: str) -> None:
 
 
 def _remove_if_unused(folder: str) -> None:
-    """A run that could not begin leaves nothing, its folder included."""
+    """Remove the folder of a run that failed before it wrote anything."""
     with contextlib.suppress(OSError):
         if os.listdir(folder) == [LOCK]:
             os.remove(os.path.join(folder, LOCK))
@@ -75,76 +75,76 @@ def _remove_if_unused(folder: str) -> None:
 
 
 def repair_latest_link(folder: str, link_name: str) -> None:
-    """See to it that the link to a run's newest checkpoint leads to a whole one.
+    """Make the link to a run's newest checkpoint point to a complete one.
 
-    A broken one is kept under another name, `….broken`, and the link moved to the newest whole one before it, with a
-    warning that names both. Where there is no link, there is nothing to do. Every process of the run calls it, and the
-    first does it: reading a checkpoint through takes about a second per gigabyte.
+    A corrupt checkpoint is renamed to `….broken` and the link moved to the newest complete one before it, with a
+    warning that names both. Without a link, nothing is done. Every rank calls this and rank 0 does the work. It reads
+    the complete checkpoint, about a second per gigabyte.
 
     Raises:
-        UserError: on every process: a broken checkpoint, and no whole one before it.
+        UserError: On every rank: the checkpoint is corrupt, and no complete one is before it.
     """
     with raise_on_all_ranks("checkpoints.folder"):
         if dist.get_global_rank() == 0:
-            _mend(os.path.join(folder, link_name))
+            _repair(os.path.join(folder, link_name))
 
 
-def _mend(link: str) -> None:
+def _repair(link: str) -> None:
     if not os.path.lexists(link):
         return
     path = os.path.realpath(link)
-    if not os.path.exists(path) and os.path.isdir(aside(path, REPLACED)):  # killed between two moves of saving.py
-        os.rename(aside(path, REPLACED), path)
-    reason = why_broken(path)
+    replaced = with_prefix(path, REPLACED)
+    if not os.path.exists(path) and os.path.isdir(replaced):  # killed between the two renames of saving.py
+        os.rename(replaced, path)
+    reason = find_corruption(path)
     if reason is None:
         return
     batches = {saved.path: saved.batch for saved in checkpoints_in(os.path.dirname(path))}
     before = [other for other, batch in batches.items() if other != path and batch <= batches.get(path, batch)]
     for candidate in reversed(before):
-        if why_broken(candidate) is None:
+        if find_corruption(candidate) is None:
             if os.path.exists(path):
                 os.rename(path, path + BROKEN)
-            point(link, candidate)
+            replace_link(link, candidate)
             log.warning(
-                f"{path} is not a whole checkpoint ({reason}); the run goes on from the one before it, {candidate}. "
-                f"The broken one is kept as {os.path.basename(path)}{BROKEN}"
+                f"{path} is not a complete checkpoint ({reason}); resuming from the one before it, {candidate}. The "
+                f"corrupt one is kept as {os.path.basename(path)}{BROKEN}"
             )
             return
     raise UserError(
-        f"{link}: {path} is not a readable checkpoint ({reason}), and there is no whole one before it; copy one there, "
-        "or set checkpoints.overwrite=true to start anew, or another checkpoints.folder"
+        f"{link}: {path} is not a readable checkpoint ({reason}), and there is no complete one before it; copy one "
+        "there, set checkpoints.overwrite=true to start over, or set another checkpoints.folder"
     )
 
 
-def why_broken(path: str) -> str | None:
-    """What is wrong with a checkpoint's file or folder; None if every byte is there and has its checksum.
+def find_corruption(path: str) -> str | None:
+    """Describe what is wrong with a checkpoint's file or folder; None if all bytes are there and match their checksums.
 
-    Nothing in it is unpickled, but for a folder's table of contents, safely.
+    Only the metadata of a sharded checkpoint is unpickled, safely.
     """
     try:
         if os.path.isdir(path):
-            return _why_folder_broken(path)
-        with zipfile.ZipFile(path) as archive:  # what torch.save writes
+            return _find_corruption_of_sharded(path)
+        with zipfile.ZipFile(path) as archive:  # the format of torch.save
             damaged = archive.testzip()
             return None if damaged is None else f"{damaged} in it is damaged"
     except FileNotFoundError:
-        return "it is gone"
-    except Exception as error:  # whatever the reader stumbles over in foreign bytes: there is no end of its kinds
-        return f"cut short, or another kind of file: {' '.join(str(error).split())[:200]}"
+        return "it does not exist"
+    except Exception as error:  # zipfile and pickle raise many classes for arbitrary bytes
+        return f"truncated, or another kind of file: {one_line(error, 200)}"
 
 
-def _why_folder_broken(path: str) -> str | None:
-    if not os.path.isfile(os.path.join(path, CONTENTS)):
-        return f"it has no {CONTENTS}"
-    contents = read_contents(path)
-    for place in (contents.storage_data or {}).values():
-        name = os.path.join(path, os.path.basename(place.relative_path))
-        with open(name, "rb") as file:
-            file.seek(place.offset)
-            piece = file.read(place.length)
-        if len(piece) < place.length:
-            return f"{os.path.basename(name)} is cut short"
+def _find_corruption_of_sharded(path: str) -> str | None:
+    if not os.path.isfile(os.path.join(path, METADATA)):
+        return f"it has no {METADATA}"
+    for storage in (read_metadata(path).storage_data or {}).values():
+        name = os.path.basename(storage.relative_path)
+        with open(os.path.join(path, name), "rb") as file:
+            file.seek(storage.offset)
+            piece = file.read(storage.length)
+        if len(piece) < storage.length:
+            return f"{name} is truncated"
         with zipfile.ZipFile(BytesIO(piece)) as archive:
             if archive.testzip() is not None:
-                return f"{os.path.basename(name)} is damaged"
+                return f"{name} is damaged"
     return None

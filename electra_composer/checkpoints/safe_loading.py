@@ -1,9 +1,9 @@
-"""Checkpoint files read without running code of theirs, also where it is Composer that reads them.
+"""Read checkpoint files without running code in them, also where Composer reads them.
 
-Composer's checkpoints are pickles, which it opens with `weights_only=False`; torch.distributed.checkpoint opens a
-sharded one's table of contents and its values in the same way. A pickle runs whatever its author put there. Here all
-of them go through `weights_only=True`, with the few plain classes that Composer itself writes; one that needs more is
-refused, whoever wrote it: a run that continues in its own folder as well as one that starts from another's.
+Composer's checkpoints are pickles. Composer opens them with `weights_only=False`, and torch.distributed.checkpoint does
+the same for the metadata and the plain values of a sharded one, so that a pickle can run any code of its author. This
+module reads all of them with `weights_only=True` plus the few plain classes that Composer writes. A checkpoint that
+needs more is refused, whether a run resumes from its own folder or starts from another run's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import datetime
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,15 +21,17 @@ import numpy as np
 import torch
 from composer.utils import checkpoint as composer_checkpoint
 from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, one_line
 
-CONTENTS = ".metadata"
+METADATA = ".metadata"  # file of a sharded checkpoint: which tensors and values it holds, and where they are
 
-# What a table of contents is made of (torch.distributed.checkpoint.metadata, filesystem). None of them runs code.
-CONTENT_CLASSES = {
+# Workaround (torch 2.7): torch.distributed.checkpoint pickles the metadata, with private classes, and unpickles it
+# without restrictions; goes when torch reads it with weights_only=True. None of these classes runs code.
+METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
         "TensorStorageMetadata",
@@ -47,15 +50,15 @@ CONTENT_CLASSES = {
 
 
 def read_file(path: str, map_location: str = "cpu", mmap: bool = True) -> Any:
-    """The content of a checkpoint file, without running code of the file's.
+    """Read a checkpoint file without running code in it.
 
     Args:
-        path: the file.
-        map_location: where its tensors go.
-        mmap: leave tensors in the file until they are used.
+        path: The file.
+        map_location: Device of the tensors.
+        mmap: Map tensors to memory and read them when they are used.
 
     Raises:
-        UserError: no such file, cut short, not of torch's, or one that only unsafe loading could read.
+        UserError: No such file, truncated, not written by torch, or readable by unsafe loading only.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; expected a .pt file that pretrain.py wrote, or its run folder")
@@ -67,67 +70,68 @@ def read_file(path: str, map_location: str = "cpu", mmap: bool = True) -> Any:
         reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])
         raise UserError(
             f"{path}: not a checkpoint, or one with objects other than tensors and plain values; it was not loaded, "
-            f"since that could run code of the file's: {reason.rpartition('WeightsUnpickler error: ')[2]}"
+            f"since that could run code in the file: {reason.rpartition('WeightsUnpickler error: ')[2]}"
         ) from error
-    except Exception as error:  # whatever the reader stumbles over in foreign bytes: there is no end of its kinds
+    except Exception as error:  # torch raises many classes for arbitrary bytes
         raise UserError(
-            f"{path}: not a readable checkpoint (cut short, or another kind of file?): "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"{path}: not a readable checkpoint (truncated, or another kind of file?): "
+            f"{type(error).__name__}: {one_line(error, 300)}"
         ) from error
 
 
 def checkpoint_globals() -> list[Any]:
-    """Plain value types that Composer puts beside the tensors: times, NumPy's random state. None of them runs code."""
+    """Return the plain value types that Composer stores beside tensors: times and NumPy's random state."""
     return [
         datetime.timedelta,
         torch.torch_version.TorchVersion,
         np.ndarray,
         np.dtype,
         np.dtypes.UInt32DType,
-        np.empty(0).__reduce__()[0],  # NumPy's own array constructor, whose home moved between versions 1 and 2
+        np.empty(0).__reduce__()[0],  # NumPy's array constructor; its module differs between NumPy 1 and 2
     ]
 
 
-class _ContentsUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_type_of_torch = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout))
         is_size = (module, name) == ("torch", "Size")
-        if name in CONTENT_CLASSES.get(module, ()) or is_type_of_torch or is_size:
+        if name in METADATA_CLASSES.get(module, ()) or is_type_of_torch or is_size:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"unsupported class {module}.{name} in {CONTENTS}")
+        raise pickle.UnpicklingError(f"unsupported class {module}.{name} in {METADATA}")
 
 
-def read_contents(folder: str) -> Metadata:
-    """The table of contents of a sharded checkpoint, without running code of the file's.
+def read_metadata(folder: str) -> Metadata:
+    """Read the metadata of a sharded checkpoint without running code in the file.
 
     Raises:
-        pickle.UnpicklingError: classes in it that no such table has, or files outside of the folder.
+        pickle.UnpicklingError: Classes that do not belong to metadata, or files outside the folder.
     """
-    with open(os.path.join(folder, CONTENTS), "rb") as file:
-        contents = _ContentsUnpickler(file).load()
-    for place in (contents.storage_data or {}).values():
-        if os.path.basename(place.relative_path) != place.relative_path:
-            raise pickle.UnpicklingError(f"{CONTENTS} names {place.relative_path!r}, which is no file of its folder")
-    if getattr(contents, "storage_meta", None) is None:
-        contents.storage_meta = StorageMeta()
-    return contents
+    with open(os.path.join(folder, METADATA), "rb") as file:
+        metadata = _MetadataUnpickler(file).load()
+    for storage in (metadata.storage_data or {}).values():
+        if os.path.basename(storage.relative_path) != storage.relative_path:
+            raise pickle.UnpicklingError(f"{METADATA} names {storage.relative_path!r}, which is no file of its folder")
+    if getattr(metadata, "storage_meta", None) is None:
+        metadata.storage_meta = StorageMeta()
+    return metadata
 
 
 def load_value(file: io.BytesIO) -> Any:
-    """A plain value as `torch.save` wrote it.
+    """Load a plain value that `torch.save` wrote.
 
     Raises:
-        pickle.UnpicklingError: more than a plain value.
+        pickle.UnpicklingError: It is more than a plain value.
     """
     with torch.serialization.safe_globals(checkpoint_globals()):
         return torch.load(file, weights_only=True)
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """torch's plan of loading a sharded checkpoint; what is no tensor is read as a plain value, or not at all.
+    """DefaultLoadPlanner that loads non-tensors as plain values, and requires weights and optimizer state only.
 
-    Weights and the optimizer's state have to be there, all of them. The rest may miss: torch takes a dictionary or list
-    apart, and a run with one more callback, or one more key in its recorded configuration, would not load otherwise.
+    All weights and the whole optimizer state must be in the checkpoint; anything else may be missing. torch flattens
+    dictionaries and lists, so a run with one more callback, or one more key in its recorded configuration, could not be
+    resumed otherwise.
     """
 
     def __init__(self, allow_partial_load: bool = True) -> None:
@@ -140,48 +144,43 @@ class SafeLoadPlanner(DefaultLoadPlanner):
                 raise RuntimeError(f"the checkpoint has no {name}")
         return super().create_local_plan()
 
+    # Workaround (torch 2.7): DefaultLoadPlanner.load_bytes uses torch.load(weights_only=False), so it is given the
+    # bytes of a value that was loaded safely; goes when torch has an option for weights_only=True.
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         content = io.BytesIO()
         torch.save(load_value(value), content)
         content.seek(0)
-        super().load_bytes(read_item, content)  # which reads what we have just written
+        super().load_bytes(read_item, content)
 
 
-class SafeContents:
-    """Before a `FileSystemReader` among the base classes: the table of contents is read by :func:`read_contents`."""
-
-    path: Any
-    load_id: str
+class SafeReader(composer_checkpoint.FileSystemReaderWithValidation):
+    """Composer's FileSystemReader with safe reading of metadata. torch loads tensors with `weights_only=True`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        contents = read_contents(str(self.path))
-        contents.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
-        return contents
+        metadata = read_metadata(str(self.path))
+        if any(path[0] == "optimizers" for path in metadata.planner_data.values()):
+            # Composer reads this layout of its versions before 0.16 by a function that takes no planner.
+            raise UserError(
+                f"{self.path}: a sharded checkpoint of Composer before 0.16, which cannot be loaded safely; write it "
+                "again with a newer Composer"
+            )
+        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+        return metadata
 
 
-class _Reader(SafeContents, composer_checkpoint.FileSystemReaderWithValidation):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        contents = super().read_metadata(*args, **kwargs)
-        if any(path[0] == "optimizers" for path in contents.planner_data.values()):
-            # Composer reads this form, of its versions before 0.16, by a function that takes no planner.
-            raise UserError(f"{self.path}: a sharded checkpoint of a Composer before 0.16; write it anew with that one")
-        return contents
-
-
-def _load_file(checkpoint_filepath: Any, map_location: str) -> Any:
+def _read_file_for_composer(checkpoint_filepath: Any, map_location: str) -> Any:
     return read_file(os.fspath(checkpoint_filepath), map_location, mmap=False)
 
 
+# Workaround (composer 0.32): Trainer has no argument for how checkpoints are read, so its (partly private) readers are
+# replaced. A Composer without these names raises AttributeError instead of loading unsafely. Goes when Composer loads
+# with weights_only=True.
 @contextlib.contextmanager
-def composer_loads_safely() -> Iterator[None]:
-    """Composer's loading of checkpoints, with the readers of this module in the place of its own.
-
-    For the time in which a `Trainer` is built. Composer has no argument for it. A Composer that has other names for
-    its readers is an error here, not a door left open.
-    """
+def safe_composer_loading() -> Iterator[None]:
+    """Make Composer read checkpoints by the safe readers of this module, while a `Trainer` is built."""
     ours = {
-        "_torch_load_with_validation": _load_file,
-        "FileSystemReaderWithValidation": _Reader,
+        "_torch_load_with_validation": _read_file_for_composer,
+        "FileSystemReaderWithValidation": SafeReader,
         "DefaultLoadPlanner": SafeLoadPlanner,
     }
     theirs = {name: getattr(composer_checkpoint, name) for name in ours}
@@ -192,3 +191,21 @@ def composer_loads_safely() -> Iterator[None]:
     finally:
         for name, reader in theirs.items():
             setattr(composer_checkpoint, name, reader)
+
+
+# Workaround (torch 2.7): dcp.save and dcp.load warn that they assume a single process although no_dist=True says so;
+# goes when torch warns only without it.
+@contextlib.contextmanager
+def no_dist_warning_ignored() -> Iterator[None]:
+    """Ignore torch's warning about `no_dist=True`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return the first rank's exception inside a `CheckpointException`; any other exception unchanged.
+
+    A `CheckpointException` is not an `Exception`, and its text is the tracebacks of all ranks.
+    """
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error

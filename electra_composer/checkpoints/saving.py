@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: written aside, brought to the disk, renamed, and only then pointed to.
+"""Save checkpoints atomically: write under a temporary name, sync to disk, rename, then update the link to the newest.
 
-Composer writes a checkpoint straight under its final name, and takes `latest-rank0.pt` away before it links it anew: a
-run that is killed in between leaves a file that is cut short, or none to resume from. Here a name in the folder always
-stands for a whole checkpoint, and the old one goes only when the new one is there.
+Composer writes a checkpoint directly under its final name, and removes `latest-rank0.pt` before it links it again. A
+run killed in between leaves a truncated file, or nothing to resume from. Here every name in the folder stands for a
+complete checkpoint, and the old one is deleted only after the new one exists.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from composer.loggers import Logger
 from composer.utils import checkpoint, dist, format_name_with_dist, format_name_with_dist_and_time
 from torch.distributed.checkpoint import CheckpointException
 
-from electra_composer.errors import UserError
+from electra_composer.checkpoints.safe_loading import cause_of
+from electra_composer.errors import UserError, one_line
 from electra_composer.faults import raise_on_all_ranks
 
-UNFINISHED = ".unfinished-"  # before the name of what is being written
-KINDS = "(?:batch-|milestone-ba)"  # how the names of checkpoints begin: a regular expression
-REPLACED = ".replaced-"  # before the name of a folder that makes room for its successor
+UNFINISHED = ".unfinished-"  # name prefix while a file or folder is being written
+REPLACED = ".replaced-"  # name prefix of a folder that is being replaced
+KINDS = "(?:batch-|milestone-ba)"  # regular expression of the prefixes of checkpoint names
 
 
 class SavedCheckpoint(NamedTuple):
@@ -36,11 +37,11 @@ class SavedCheckpoint(NamedTuple):
 
 
 def checkpoints_in(folder: str, kind: str = KINDS) -> list[SavedCheckpoint]:
-    """The checkpoints of a run's folder by their names, oldest first; those that are being written are not among them.
+    """List the complete checkpoints of a run's folder by their names, oldest first.
 
     Args:
-        folder: of the run.
-        kind: how their names begin, up to the number of the batch: a regular expression.
+        folder: The run's folder.
+        kind: Regular expression of the name's prefix before the batch number.
     """
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(
@@ -51,18 +52,18 @@ def checkpoints_in(folder: str, kind: str = KINDS) -> list[SavedCheckpoint]:
 
 
 def checkpoint_batch(path: str, kind: str = KINDS) -> int | None:
-    """The number of the batch in a checkpoint's name; None: it is not the name of one."""
+    """Parse the batch number in a checkpoint's name; None if it is not the name of a checkpoint."""
     match = re.fullmatch(rf"{kind}(\d+)(?:-rank0\.pt)?", os.path.basename(path))
     return int(match[1]) if match else None
 
 
-def aside(path: str, prefix: str) -> str:
-    """Another name in the same folder, which stands for something unfinished or replaced."""
+def with_prefix(path: str, prefix: str) -> str:
+    """Put `prefix` before the last component of `path`."""
     return os.path.join(os.path.dirname(path), prefix + os.path.basename(path))
 
 
 class CheckpointCopy(Protocol):
-    """Uploads checkpoints in the background (`checkpoints/remote.py`)."""
+    """Upload of checkpoints in the background (`checkpoints/remote.py`)."""
 
     def wait(self) -> None:
         """Block until no upload is in progress."""
@@ -71,26 +72,27 @@ class CheckpointCopy(Protocol):
         """Start to upload a complete checkpoint."""
 
 
+# Workaround (composer 0.32): CheckpointSaver writes in place, so its private `_save_checkpoint` is overridden; goes
+# when Composer renames complete checkpoints into place.
 class AtomicCheckpointSaver(CheckpointSaver):
-    """Composer's `CheckpointSaver`, whose checkpoints appear whole or not at all.
+    """Composer's `CheckpointSaver` with atomic writes: a checkpoint is complete or absent.
 
-    A file is `<kind><batch>-rank0.pt`, the folder of a sharded checkpoint `<kind><batch>`. Each is written beside its
-    place under a name of its own, brought to the disk (`fsync`) and renamed; then `latest-rank0.pt` is moved to it in
-    one step; then what is more than `num_checkpoints_to_keep` of this kind is deleted, whichever process wrote it.
+    The name of a file is `<kind><batch>-rank0.pt`, that of a sharded checkpoint's folder `<kind><batch>`. Each is
+    written beside its final path, synced to disk (`fsync`) and renamed. Then the link `latest-rank0.pt` is replaced in
+    one step. Then checkpoints of this kind beyond `num_checkpoints_to_keep` are deleted, whichever process wrote them.
 
-    Sharded checkpoints, and runs on several nodes, need a folder that all processes share.
+    Sharded checkpoints and runs on several nodes need a folder that all ranks share.
 
     Args:
-        folder: of the run.
-        kind: how the names begin.
-        latest_filename: a symbolic link that is to point to the newest, such as `latest-rank{rank}.pt`.
-        replace_run: delete another run's checkpoints of this kind when training starts: none may be resumed from later.
-        copy: uploads each checkpoint that is in its place.
-        arguments: Composer's.
+        folder: The run's folder.
+        kind: Prefix of the names.
+        latest_filename: Symbolic link to the newest checkpoint, such as `latest-rank{rank}.pt`.
+        replace_run: Delete another run's checkpoints of this kind when training starts, so that none is resumed from.
+        copy: Uploads each complete checkpoint.
+        arguments: Arguments of `CheckpointSaver`.
 
     Raises:
-        UserError: when a checkpoint is due and the disk has no room for it, or cannot be written. Those that are there
-            stay.
+        UserError: A checkpoint is due and the disk has too little space, or cannot be written. Older checkpoints stay.
     """
 
     def __init__(
@@ -107,17 +109,17 @@ class AtomicCheckpointSaver(CheckpointSaver):
             filename=f"{kind}{{batch}}-rank{{rank}}.pt",
             remote_file_name=None,
             latest_filename=latest_filename,
-            # Composer insists on one to resume from; it is used with remote folders alone.
+            # Workaround (composer 0.32): autoresume requires it, and only remote folders use it; goes when Composer
+            # resumes from local folders without it.
             latest_remote_file_name=latest_filename,
             **arguments,
         )
-        self.saved_checkpoints: list[str] = []
         self.kind = kind
         self.replace_run = replace_run
         self.copy = copy
 
     def state_dict(self) -> dict[str, Any]:
-        return {}  # what there is, the folder says
+        return {}  # the folder is the record of what was saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
@@ -137,13 +139,13 @@ class AtomicCheckpointSaver(CheckpointSaver):
         dist.barrier()
 
     def save(self, state: State, logger: Logger) -> str:
-        """Save now, unless this batch's checkpoint is there; its path."""
+        """Save now, unless this batch was saved already; return the path."""
         if self.last_checkpoint_batch != state.timestamp.batch:
             self._save_checkpoint(state, logger)
         return self._path(state)
 
     def _path(self, state: State) -> str:
-        """Where the checkpoint of this batch goes: the same on every rank."""
+        """Return the path of this batch's checkpoint, the same on every rank."""
         name = format_name_with_dist_and_time(f"{self.kind}{{batch}}", state.run_name, state.timestamp)
         ending = "" if state.fsdp_sharded_state_dict_enabled else "-rank0.pt"
         return os.path.join(format_name_with_dist(self.folder, state.run_name), name + ending)
@@ -151,26 +153,25 @@ class AtomicCheckpointSaver(CheckpointSaver):
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         path = self._path(state)
         sharded = state.fsdp_sharded_state_dict_enabled
-        unfinished = aside(path, UNFINISHED)
+        unfinished = with_prefix(path, UNFINISHED)
         if self.copy is not None:
-            self.copy.wait()  # it may be of one that is deleted now
-        _refuse_full_disk(state, path)
-        with _write_errors_named(path, unfinished):
-            # A sharded checkpoint goes into a folder that Composer names, beside this file name.
+            self.copy.wait()  # the upload may be of a checkpoint that is deleted below
+        _check_free_space(state, path)
+        with _explain_write_errors(path, unfinished):
+            # Composer puts a sharded checkpoint into a folder that it names itself, beside this file name.
             written = checkpoint.save_checkpoint(state, os.path.join(unfinished, "shard") if sharded else unfinished)
-            dist.barrier()  # Composer looks for what each rank has written
+            dist.barrier()  # all ranks have written
             if dist.get_global_rank() == 0:
                 assert written is not None
-                put_in_place(os.path.dirname(written) if sharded else written, path)
+                move_into_place(os.path.dirname(written) if sharded else written, path)
                 if sharded:
                     os.rmdir(unfinished)
                 if self.latest_filename is not None:
-                    point(self.latest_filename.format(state), path)
-                self.saved_checkpoints.append(path)
+                    replace_link(self.latest_filename.format(state), path)
                 self._remove_old(os.path.dirname(path), state.timestamp.batch.value)
                 if self.copy is not None:
                     self.copy.upload(path)
-        dist.barrier()  # whoever goes on sees it
+        dist.barrier()  # the checkpoint exists for all ranks
         self.last_checkpoint_batch = state.timestamp.batch
 
     def _remove_old(self, folder: str, newest: int) -> None:
@@ -179,19 +180,18 @@ class AtomicCheckpointSaver(CheckpointSaver):
         present = [saved for saved in checkpoints_in(folder, re.escape(self.kind)) if saved.batch <= newest]
         for saved in present[: -self.num_checkpoints_to_keep]:
             _remove(saved.path)
-        self.saved_checkpoints = [path for path in self.saved_checkpoints if os.path.exists(path)]
 
 
 class IntervalSaver(AtomicCheckpointSaver):
-    """Under a name of its own: checkpoints keep the state of callbacks by class name."""
+    """Saver of interval checkpoints; a separate class since Composer keys callback state by class name."""
 
 
 class MilestoneSaver(AtomicCheckpointSaver):
-    """Likewise."""
+    """Saver of milestones; a separate class since Composer keys callback state by class name."""
 
 
-def _refuse_full_disk(state: State, path: str) -> None:
-    """Raise on every rank when the disk of `path` has no room for the checkpoint, as the first rank sees it."""
+def _check_free_space(state: State, path: str) -> None:
+    """Raise on every rank if the disk of `path`, as rank 0 sees it, has too little space for the checkpoint."""
     with raise_on_all_ranks("checkpoints.folder"):
         if dist.get_global_rank() == 0:
             folder = os.path.dirname(path)
@@ -199,12 +199,13 @@ def _refuse_full_disk(state: State, path: str) -> None:
             if needed > free:
                 raise UserError(
                     f"checkpoints.folder: {path} needs about {_megabytes(needed)}, and {_megabytes(free)} are free; it "
-                    f"was not written, and {_last_good(folder)}. Free some space; the same command goes on from there"
+                    f"was not written, and {_describe_newest(folder)}. Free some space, and rerun the same command to "
+                    "resume"
                 )
 
 
 def checkpoint_bytes(state: State) -> int:
-    """About how large a checkpoint is: weights and the optimizer's state, and a little for all the rest."""
+    """Estimate the size of a checkpoint: weights and optimizer state, plus a small reserve for everything else."""
     tensors = [*state.model.parameters(), *state.model.buffers()]
     for optimizer in state.optimizers:
         tensors += [
@@ -217,49 +218,48 @@ def _megabytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def _last_good(folder: str) -> str:
+def _describe_newest(folder: str) -> str:
     saved = checkpoints_in(folder)
-    return f"the last good one is {saved[-1].path}" if saved else "there is none before it"
+    return f"the newest complete checkpoint is {saved[-1].path}" if saved else "there is no checkpoint before it"
 
 
 @contextlib.contextmanager
-def _write_errors_named(path: str, unfinished: str) -> Iterator[None]:
-    """What the system says of a checkpoint that cannot be written, as one line; what was begun is removed."""
+def _explain_write_errors(path: str, unfinished: str) -> Iterator[None]:
+    """Raise what prevents writing a checkpoint as a one-line error, and remove the unfinished file or folder."""
     try:
         yield
-    # torch.save has a RuntimeError for a write that fails, torch.distributed.checkpoint one of its own for all ranks.
+    # Workaround (torch 2.7): torch.save raises RuntimeError for a failed write, and torch.distributed.checkpoint an
+    # exception that is no Exception; goes when both raise OSError.
     except (OSError, RuntimeError, CheckpointException) as error:
         if not os.path.exists(unfinished) and not isinstance(error, OSError):
-            raise  # of another process, or of another kind
+            raise  # not a failed write of this rank
         with contextlib.suppress(OSError):
             _remove(unfinished)
-        reasons = (
-            [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        )
         raise UserError(
-            f"checkpoints.folder: {path} could not be written: {' '.join(str(reasons[0]).split())[:300]}; "
-            f"{_last_good(os.path.dirname(path))}. Free some space or mend the folder; the same command goes on from "
-            "there"
+            f"checkpoints.folder: {path} could not be written: {one_line(cause_of(error), 300)}; "
+            f"{_describe_newest(os.path.dirname(path))}. Free some space or fix the folder's permissions, and rerun "
+            "the same command to resume"
         ) from error
 
 
-def put_in_place(unfinished: str, path: str) -> None:
-    """Give what is written, a file or a folder, its name, once it is on the disk."""
+def move_into_place(unfinished: str, path: str) -> None:
+    """Sync a written file or folder to disk and rename it to `path`, replacing what is there."""
     for folder, _, names in os.walk(unfinished):
         for name in names:
             _sync(os.path.join(folder, name))
     _sync(unfinished)
-    if os.path.isdir(path):  # a folder cannot be replaced in one move; see `resuming.py` for a kill between these two
-        _remove(aside(path, REPLACED))
-        os.rename(path, aside(path, REPLACED))
+    replaced = with_prefix(path, REPLACED)
+    if os.path.isdir(path):  # no rename replaces a folder; resuming.py repairs a kill between these two
+        _remove(replaced)
+        os.rename(path, replaced)
     os.rename(unfinished, path)
     _sync(os.path.dirname(path))
-    _remove(aside(path, REPLACED))
+    _remove(replaced)
 
 
-def point(link: str, path: str) -> None:
-    """Make `link` a symbolic link to `path`, from one moment to the next."""
-    unfinished = aside(link, UNFINISHED)
+def replace_link(link: str, path: str) -> None:
+    """Make `link` a symbolic link to `path` in one step, so that the link exists at every moment."""
+    unfinished = with_prefix(link, UNFINISHED)
     _remove(unfinished)
     os.symlink(os.path.relpath(path, os.path.dirname(link)), unfinished)
     os.replace(unfinished, link)

@@ -1,104 +1,88 @@
-"""Sharded checkpoints of pretraining (`trainer.fsdp.state_dict_type: sharded`), read whole by one process, and safely.
+"""Read sharded checkpoints (`trainer.fsdp.state_dict_type: sharded`) in one process, without running code in them.
 
-A folder holds a file per process and a table of contents, `.metadata`. torch.distributed.checkpoint writes that table
-as a pickle, and would load it as one, which runs what a stranger has put there. Here it is read by safe_loading.py.
+A sharded checkpoint is a folder with one file per rank and a pickled table of contents, `.metadata`.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
-import warnings
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from electra_composer.checkpoints.safe_loading import CONTENTS, SafeContents, load_value
-from electra_composer.errors import UserError
+from electra_composer.checkpoints.safe_loading import (
+    METADATA,
+    SafeLoadPlanner,
+    SafeReader,
+    cause_of,
+    no_dist_warning_ignored,
+)
+from electra_composer.errors import UserError, one_line
 
 
 def is_sharded(path: str) -> bool:
     """Whether a path is the folder of a sharded checkpoint."""
-    return os.path.isfile(os.path.join(path, CONTENTS))
+    return os.path.isfile(os.path.join(path, METADATA))
 
 
 def read_sharded(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The model's weights, and the state of the callback `RunRecord`, of a sharded checkpoint.
-
-    Weights alone: whatever else there is (the optimizer's state) stays unread.
+    """Read the model's weights and the state of the callback `RunRecord`, but not the optimizer's state.
 
     Raises:
-        UserError: not a checkpoint of ours, incomplete, or one that only unsafe loading could read.
+        UserError: Not a checkpoint of pretrain.py, incomplete, or readable by unsafe loading only.
     """
     content = _read(folder, [("state", "model"), ("state", "callbacks", "RunRecord")])["state"]
     return content.get("model", {}), content.get("callbacks", {}).get("RunRecord", {})
 
 
-def read_whole(folder: str) -> dict[str, Any]:
-    """All that is in a sharded checkpoint, in the form of Composer's single file: `state`, `rng`.
+def read_all(folder: str) -> dict[str, Any]:
+    """Read a complete sharded checkpoint in the layout of Composer's single file: `state`, `rng`.
 
     Raises:
-        UserError: as :func:`read_sharded`.
+        UserError: As in :func:`read_sharded`.
     """
     return _read(folder, [()])
 
 
-def _read(folder: str, places: list[tuple[str, ...]]) -> dict[str, Any]:
-    """What lies below some of the places of a sharded checkpoint's tree."""
+def _read(folder: str, prefixes: list[tuple[str, ...]]) -> dict[str, Any]:
+    """Read the parts of a sharded checkpoint's tree below `prefixes`."""
     try:
-        reader = _SafeReader(folder)
-        contents = reader.read_metadata()
+        reader = SafeReader(folder)
+        metadata = reader.read_metadata()
         paths = {
             name: path
-            for name, path in contents.planner_data.items()
-            if any(path[: len(place)] == place for place in places)
+            for name, path in metadata.planner_data.items()
+            if any(path[: len(prefix)] == prefix for prefix in prefixes)
         }
-        values: dict[str, Any] = {}
-        tensors: dict[str, torch.Tensor] = {}
-        for name in paths:
-            if isinstance(contents.state_dict_metadata[name], BytesStorageMetadata):
-                values[name] = _read_value(folder, contents, name)
-            else:
-                tensors[name] = _empty(contents.state_dict_metadata[name])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is what we want
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
+        values = {name: _placeholder(metadata.state_dict_metadata[name]) for name in paths}
+        with no_dist_warning_ignored():
+            dcp.load(values, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
         tree: dict[Any, Any] = {"state": {}}
-        for name, value in {**values, **tensors}.items():
+        for name, value in values.items():
             _insert(tree, paths[name], value)
         return _with_lists(tree)
-    except (Exception, CheckpointException) as error:  # whatever the reader stumbles over; the latter is no Exception
-        if isinstance(error, pickle.UnpicklingError) and "unsupported" in str(error).lower():
+    except (Exception, CheckpointException) as error:  # torch raises many classes for arbitrary bytes
+        cause = cause_of(error)
+        if isinstance(cause, pickle.UnpicklingError) and "unsupported" in str(cause).lower():
             raise UserError(
                 f"{folder}: holds objects other than tensors and plain values; it was not loaded, since that could "
-                f"run code of the files': {str(error).splitlines()[0]}"
+                f"run code in the files: {str(cause).splitlines()[0]}"
             ) from error
         raise UserError(
-            f"{folder}: not a readable sharded checkpoint (incomplete, or of another kind?): "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"{folder}: not a readable sharded checkpoint (incomplete, or another kind of folder?): "
+            f"{type(cause).__name__}: {one_line(cause, 300)}"
         ) from error
 
 
-class _SafeReader(SafeContents, dcp.FileSystemReader):
-    """torch's reader, but for the table of contents. It loads tensors with `weights_only=True` itself."""
-
-
-def _empty(description: Any) -> torch.Tensor:
-    assert isinstance(description, TensorStorageMetadata), "a weight that is no tensor"
-    return torch.empty(description.size, dtype=description.properties.dtype)
-
-
-def _read_value(folder: str, contents: Metadata, name: str) -> Any:
-    """A plain value, which the writer keeps as the bytes of `torch.save`."""
-    assert contents.storage_data is not None
-    (place,) = (place for index, place in contents.storage_data.items() if index.fqn == name)
-    with open(os.path.join(folder, os.path.basename(place.relative_path)), "rb") as file:
-        file.seek(place.offset)
-        return load_value(io.BytesIO(file.read(place.length)))
+def _placeholder(description: Any) -> torch.Tensor | None:
+    """Return what `dcp.load` needs for an entry: a tensor to fill, or None for a plain value."""
+    if isinstance(description, TensorStorageMetadata):
+        return torch.empty(description.size, dtype=description.properties.dtype)
+    return None
 
 
 def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
@@ -108,7 +92,7 @@ def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
 
 
 def _with_lists(tree: Any) -> Any:
-    """Dictionaries whose keys count from 0 are the lists that the writer took apart."""
+    """Convert dictionaries with the keys 0, 1, … back to the lists that torch flattened."""
     if not isinstance(tree, dict):
         return tree
     parts = {key: _with_lists(value) for key, value in tree.items()}

@@ -1,7 +1,7 @@
-"""Checkpoints and pretrained weights, loaded strictly and safely.
+"""Load checkpoints and pretrained weights strictly and safely.
 
-Composer's checkpoints are pickles. They are read without running code of the file's (safe_loading.py); a checkpoint
-that needs more is refused.
+Composer's checkpoints are pickles. They are read without running code in them (safe_loading.py), and refused if they
+need more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from electra_composer.checkpoints.safe_loading import read_file
 from electra_composer.checkpoints.sharded import is_sharded, read_sharded
 from electra_composer.config import ModelConfig, ObjectiveConfig
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, one_line
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.sizes import discriminator_config, generator_config
@@ -35,16 +35,16 @@ from electra_composer.model.weight_maps import (
     under,
 )
 
-LATEST = "latest-rank0.pt"  # in a run's folder; points to the newest checkpoint
+LATEST = "latest-rank0.pt"  # link in a run's folder to its newest checkpoint
 
 
 @dataclass
 class Checkpoint:
-    """What is read of one of our checkpoints."""
+    """Contents of a pretraining checkpoint."""
 
     path: str
     state: State  # of ElectraForPretraining
-    config: dict[str, Any]  # the resolved configuration of the run
+    config: dict[str, Any]  # resolved configuration of the run
     tokenizer: PreTrainedTokenizerFast
 
     @property
@@ -60,7 +60,7 @@ class Checkpoint:
         return generator_config(self.model_config, len(self.tokenizer))
 
     def build_model(self) -> ElectraForPretraining:
-        """The pretraining model with these weights, ready for evaluation."""
+        """Build the pretraining model with these weights, in evaluation mode."""
         model = ElectraForPretraining(
             self.model_config,
             ObjectiveConfig(**self.config["objective"]),
@@ -75,39 +75,40 @@ class Checkpoint:
 
 @dataclass
 class Pretrained:
-    """A discriminator's body, ready to be finetuned."""
+    """A discriminator's body to finetune."""
 
     name: str
     encoder: EncoderConfig
-    weights: State  # embeddings.… and encoder.… of ElectraForClassification
+    weights: State  # `embeddings.…` and `encoder.…` of ElectraForClassification
     tokenizer: PreTrainedTokenizerFast
-    rtd_head: State | None = None  # of the discriminator's head; None: the source has none
+    rtd_head: State | None = None  # weights of the discriminator's head; None if the source has none
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-    """Read a Composer checkpoint that `pretrain.py` wrote, without running code of the file's.
+    """Read a checkpoint that `pretrain.py` wrote, without running code in it.
 
     Args:
-        path: a .pt file, the folder of a sharded checkpoint, or the run folder of either.
+        path: A .pt file, the folder of a sharded checkpoint, or the run folder of either.
 
     Raises:
-        UserError: no such file, cut short, not a checkpoint of ours, or one that only unsafe loading could read.
+        UserError: No such file, truncated, not written by pretrain.py, or readable by unsafe loading only.
     """
     if os.path.isdir(path) and os.path.exists(os.path.join(path, LATEST)):
         path = os.path.join(path, LATEST)
-    if is_sharded(path):
-        model_state, record = read_sharded(path)
-    else:
-        content = read_file(path)
-        try:
-            model_state, record = content["state"]["model"], content["state"]["callbacks"]["RunRecord"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise _not_ours(path, error) from error
     try:
+        if is_sharded(path):
+            model_state, record = read_sharded(path)
+        else:
+            content = read_file(path)["state"]
+            model_state, record = content["model"], content["callbacks"]["RunRecord"]
         config, tokenizer_files = record["config"], record["tokenizer_files"]
+        # Workaround (torch 2.7): torch.compile puts `_orig_mod.` before parameter names; goes when state_dict omits it.
         state = {name.removeprefix("model.").replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _not_ours(path, error) from error
+        raise UserError(
+            f"{path}: not a checkpoint of pretrain.py: model weights, configuration or tokenizer are missing "
+            f"({type(error).__name__}: {one_line(error, 300)})"
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name, text in tokenizer_files.items():
@@ -115,46 +116,37 @@ def read_checkpoint(path: str) -> Checkpoint:
                     file.write(text)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: the tokenizer in it cannot be read: {_one_line(error)}") from error
+            raise UserError(f"{path}: the tokenizer in it cannot be read: {one_line(error, 300)}") from error
     return Checkpoint(path, state, config, tokenizer)
 
 
-def _not_ours(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"{path}: not a checkpoint of pretrain.py: no model weights, configuration and tokenizer where they belong "
-        f"({type(error).__name__}: {_one_line(error)})"
-    )
-
-
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
-    """The ids that masking needs, of a tokenizer that has them all (vocabulary.py sees to it)."""
+    """Return the ids that masking needs; vocabulary.py ensures that the tokenizer has them."""
     return SpecialIds(tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """The files that make up a tokenizer, name → text, as they go into a checkpoint."""
+    """Return the files of a tokenizer, name → text, as they are stored in a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
-        # One file says all of a fast tokenizer; the others are BERT's vocab.txt, or binary ones of slow tokenizers.
+        # tokenizer.json is complete; the others are BERT's vocab.txt, or binary files of slow tokenizers.
         has_text = os.path.splitext(tokenizer.vocab_files_names.get("vocab_file", ""))[1] == ".txt"
         tokenizer.save_pretrained(folder, legacy_format=None if has_text else False)
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
 
 
 def load_source(source: str) -> Pretrained:
-    """A discriminator to finetune.
+    """Load a discriminator to finetune.
 
     Args:
-        source: one of our checkpoints (a .pt, a sharded one's folder, or the run folder of either), a folder of
-            `export.py`, a folder of transformers' `ElectraForPreTraining` or `ElectraModel`, or the name of one on the
-            hub. Weights are safetensors, or a pickle that `torch.load(weights_only=True)` reads.
+        source: A checkpoint of pretrain.py (a .pt, the folder of a sharded one, or the run folder of either), a folder
+            of `export.py`, a folder of transformers' `ElectraForPreTraining` or `ElectraModel`, or the name of one on
+            the hub. Weights are safetensors, or a pickle that `torch.load(weights_only=True)` reads.
 
     Raises:
-        UserError: nothing there, or not an ELECTRA discriminator: weights missing or too many, the head's aside.
+        UserError: Not found, or not an ELECTRA discriminator: missing or unexpected weights other than the head's.
     """
-    exported = os.path.join(source, "discriminator")
-    if not os.path.isfile(os.path.join(source, "config.json")) and os.path.isfile(
-        os.path.join(exported, "config.json")
-    ):
+    has_config, exported = os.path.isfile(os.path.join(source, "config.json")), os.path.join(source, "discriminator")
+    if not has_config and os.path.isfile(os.path.join(exported, "config.json")):
         return load_source(exported)
     if source.endswith(".pt") or is_sharded(source) or os.path.exists(os.path.join(source, LATEST)):
         checkpoint = read_checkpoint(source)
@@ -164,11 +156,15 @@ def load_source(source: str) -> Pretrained:
         return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer, head)
     if not os.path.exists(source) and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: no such file or folder; expected a checkpoint, a Hugging Face folder or a hub name")
-    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
-        raise UserError(f"{source}: a folder with neither latest-rank0.pt (ours) nor config.json (Hugging Face)")
+    if os.path.isdir(source) and not has_config:
+        raise UserError(
+            f"{source}: a folder with neither latest-rank0.pt (of pretrain.py) nor config.json (Hugging Face)"
+        )
     return _load_transformers(source)
 
 
+# Workaround (transformers 4.57): from_pretrained logs a warning about missing and unexpected weights and has no option
+# against it; goes when it has one.
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
@@ -182,31 +178,28 @@ def _quiet_transformers() -> Iterator[None]:
 def _load_transformers(source: str) -> Pretrained:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        # An `ElectraModel` is one without a head: its weights are found by the prefix that they lack.
-        with _quiet_transformers():  # what is missing or too many is judged below
+        # transformers also loads an `ElectraModel`, the weights of which lack the prefix `electra.`.
+        with _quiet_transformers():  # missing and unexpected weights are checked below
             model, loading = TransformersElectraForPreTraining.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{source}: neither a checkpoint, nor a Hugging Face folder, nor a model the hub gave: {_one_line(error)}"
+            f"{source}: neither a checkpoint, nor a Hugging Face folder, nor a model on the hub: {one_line(error, 300)}"
         ) from error
-    # position_ids: a table of 0, 1, 2, … that transformers kept among the weights before 4.31, as in google/electra-*
+    # position_ids: 0, 1, 2, …; stored with the weights by transformers before 4.31, as in google/electra-*
     unexpected = sorted(name for name in loading["unexpected_keys"] if not name.endswith("embeddings.position_ids"))
     missing = sorted(name for name in loading["missing_keys"] if name.startswith("electra."))
     if missing or unexpected:
         raise UserError(
-            f"{source}: not an ELECTRA discriminator: "
-            + (f"it has no {missing[0]} ({len(missing)} weights missing)" if missing else "")
-            + ("; " if missing and unexpected else "")
-            + (f"it has {unexpected[0]} ({len(unexpected)} weights too many)" if unexpected else "")
-            + "; expected an ElectraForPreTraining or ElectraModel"
+            f"{source}: not an ELECTRA discriminator (weights: {_describe(missing, unexpected)}); expected an "
+            "ElectraForPreTraining or ElectraModel"
         )
     config = encoder_config_of(model.config)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{source}: its tokenizer has {len(tokenizer)} tokens, its model embeddings for {config.vocab_size}; "
-            "they do not belong together"
+            "give a folder with a model and its own tokenizer"
         )
-    state = {name: tensor.float() for name, tensor in model.state_dict().items()}  # some are kept in half precision
+    state = {name: tensor.float() for name, tensor in model.state_dict().items()}  # some are stored in fp16
     embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
     weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
     weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
@@ -215,23 +208,22 @@ def _load_transformers(source: str) -> Pretrained:
 
 
 def check_state_fits(state: State, expected: State, origin: str) -> None:
-    """Refuse a state whose names or shapes are not exactly `expected`'s, naming the first that differs."""
+    """Raise a UserError unless names and shapes equal those of `expected`; it names the first that differs."""
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
         raise UserError(
-            f"{origin}: weights of another model: "
-            + (f"{len(missing)} missing, such as {missing[0]}" if missing else "")
-            + ("; " if missing and unexpected else "")
-            + (f"{len(unexpected)} that this model has not, such as {unexpected[0]}" if unexpected else "")
-            + "; set the sizes under model: to those it was trained with"
+            f"{origin}: weights of another model: {_describe(missing, unexpected)}; "
+            "set the sizes under model: to those of its training"
         )
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
             raise UserError(
                 f"{origin}: {name} has shape {list(state[name].shape)}, this model expects {list(tensor.shape)}; "
-                "set the sizes under model: to those it was trained with"
+                "set the sizes under model: to those of its training"
             )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _describe(missing: list[str], unexpected: list[str]) -> str:
+    """Count missing and unexpected weights and name the first of each."""
+    kinds = {"missing": missing, "unexpected": unexpected}
+    return "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)

@@ -1,4 +1,4 @@
-"""Checkpoints in an object store, a real S3 server on this machine: a run whose disk is gone goes on from there."""
+"""A run whose disk is lost resumes from its copy in an object store (a local S3 server)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from resumed_runs import run, signal_at
 from tiny import BENCHMARKS
 
 from electra_composer.checkpoints.remote import fetch_newest, other_files
-from electra_composer.checkpoints.remote_run import Contents, RemoteRun, Stored
+from electra_composer.checkpoints.remote_run import RemoteIndex, RemoteRun, StoredCheckpoint
 from electra_composer.checkpoints.saving import checkpoints_in
 from electra_composer.config import CheckpointConfig
 from electra_composer.errors import UserError
@@ -31,24 +31,24 @@ def objects(s3) -> dict[str, int]:
     return {item["Key"].removeprefix("my/run/"): item["Size"] for item in found}
 
 
-def contents(s3) -> Contents:
-    return Contents.from_json(s3.get_object(Bucket="corpus", Key="my/run/latest.json")["Body"].read().decode())
+def contents(s3) -> RemoteIndex:
+    return RemoteIndex.from_json(s3.get_object(Bucket="corpus", Key="my/run/latest.json")["Body"].read().decode())
 
 
 def lose_disk(folder: Path) -> None:
-    """What a new machine has of a run; the test's own record of it aside."""
+    """Remove a run's folder, as on a new machine; the test's record of the run stays."""
     shutil.rmtree(folder / "run")
 
 
 def test_a_run_whose_disks_are_lost_is_the_run_that_never_was(s3, tiny_yaml, tmp_path):
     settings = [*COPIED, "trainer.max_duration=24ba", "trainer.eval_interval=10ba", "trainer.log_interval=7ba"]
-    assert run(str(tiny_yaml), tmp_path / "whole", *settings[1:]) == 0
+    assert run(str(tiny_yaml), tmp_path / "uninterrupted", *settings[1:]) == 0
     for interruption in (signal_at(5, signal.SIGTERM, 0), ["callbacks.crash.batch=14"]):
         assert run(str(tiny_yaml), tmp_path / "lost", *settings, *interruption) != 0
         lose_disk(tmp_path / "lost")
     assert run(str(tiny_yaml), tmp_path / "lost", *settings) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "lost")
-    # The third start went on from the checkpoint of batch 12; milestones of before are still in the store.
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "lost")
+    # The third start resumed from the checkpoint of batch 12; earlier milestones are still in the store.
     assert [saved.batch for saved in checkpoints_in(str(tmp_path / "lost" / "run"))] == [24]
     kept = contents(s3)
     assert [stored.name for stored in kept.checkpoints] == ["batch-24-rank0.pt", "milestone-ba12-rank0.pt"]
@@ -59,7 +59,7 @@ def test_a_run_whose_disks_are_lost_is_the_run_that_never_was(s3, tiny_yaml, tmp
     for stored in kept.checkpoints:
         assert all(found[f"{stored.place}/{name}"] == size for name, size in stored.files.items())
     assert found["files/metrics.jsonl"] == (tmp_path / "lost/run/metrics.jsonl").stat().st_size
-    # One place more than are kept, of which one is not named.
+    # One prefix more than checkpoints are kept; the index does not name it.
     assert {name.split("/")[0] for name in found} == {
         "latest.json",
         "files",
@@ -87,7 +87,7 @@ def test_google_cloud_storage(gcs, tiny_yaml, tmp_path):
 
 @pytest.mark.distributed
 def test_two_processes(s3, tiny_yaml, tmp_path):
-    """SIGTERM to one of them: both wait until the copy is complete. Then one process goes on from it elsewhere."""
+    """After SIGTERM to one rank both wait until the copy is complete. One process then resumes from it elsewhere."""
     sharded = "trainer.fsdp={state_dict_type: sharded}"
     script = BENCHMARKS / "recorded_run.py"
     (tmp_path / "record").mkdir()
@@ -103,7 +103,7 @@ def test_two_processes(s3, tiny_yaml, tmp_path):
     )
     assert done.returncode == 143, done.stdout[-2000:] + done.stderr[-4000:]
     newest = contents(s3).checkpoints[0]
-    assert newest.batch in (6, 7)  # it comes between two batches, or in the next
+    assert newest.batch in (6, 7)  # the signal arrives between two batches, or in the next one
     assert newest.files.keys() == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     lose_disk(tmp_path)
     assert run(str(tiny_yaml), tmp_path, *COPIED, sharded) == 0
@@ -112,7 +112,7 @@ def test_two_processes(s3, tiny_yaml, tmp_path):
 
 @pytest.fixture
 def copied(s3, tiny_yaml, tmp_path):
-    """`copied(…)`: the same short run, on, or again; the names of its copy."""
+    """Return `copied(…)`, which starts or resumes a short run and returns the names of its copied checkpoints."""
 
     def start(*overrides: str) -> list[str]:
         assert run(str(tiny_yaml), tmp_path, *COPIED, "trainer.max_duration=8ba", *overrides) == 0
@@ -128,10 +128,10 @@ def test_a_broken_newest_in_the_store_gives_way_to_the_one_before(copied, s3, tm
     assert copied() == KEPT
     place = contents(s3).checkpoints[0].place
     key = f"my/run/{place}/checkpoint.pt"
-    whole = s3.get_object(Bucket="corpus", Key=key)["Body"].read()
-    middle = len(whole) // 2
-    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    for damaged, reason in ((whole[:-10], "bytes, where"), (flipped, "is not whole"), (None, "no such file")):
+    intact = s3.get_object(Bucket="corpus", Key=key)["Body"].read()
+    middle = len(intact) // 2
+    flipped = intact[:middle] + bytes([intact[middle] ^ 1]) + intact[middle + 1 :]
+    for damaged, reason in ((intact[:-10], "bytes; expected"), (flipped, "is corrupt"), (None, "no such file")):
         if damaged is None:
             s3.delete_object(Bucket="corpus", Key=key)
         else:
@@ -143,7 +143,7 @@ def test_a_broken_newest_in_the_store_gives_way_to_the_one_before(copied, s3, tm
         (warning,) = (record.message for record in caplog.records)
         assert "batch-8-rank0.pt in s3://corpus/my/run cannot be used" in warning
         assert reason in warning
-        assert "goes on from milestone-ba4-rank0.pt" in warning
+        assert "resuming from milestone-ba4-rank0.pt" in warning
         assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == "milestone-ba4-rank0.pt"
     s3.delete_object(Bucket="corpus", Key="my/run/milestone-ba4/checkpoint.pt")
     shutil.rmtree(tmp_path / "run")
@@ -156,12 +156,12 @@ def test_the_newer_of_folder_and_store_counts(copied, s3, tmp_path, caplog):
     saved = Path(shutil.copytree(tmp_path / "run", tmp_path / "of-batch-8", symlinks=True))
     copied("trainer.max_duration=12ba")
     shutil.rmtree(tmp_path / "run")
-    saved.rename(tmp_path / "run")  # an older disk comes back: the store's is newer
+    saved.rename(tmp_path / "run")  # an older disk comes back; the store is newer
     before = len((tmp_path / "record/rank0.jsonl").read_text().splitlines())
     copied("trainer.max_duration=16ba")
     assert len((tmp_path / "record/rank0.jsonl").read_text().splitlines()) - before == 4
-    # A store that has missed some is older than the folder, and catches up: also of a run that is complete.
-    old = Contents("tiny", [stored for stored in contents(s3).checkpoints if stored.batch < 16])
+    # A store that missed checkpoints is older than the folder and catches up, also if the run is finished.
+    old = RemoteIndex("tiny", [stored for stored in contents(s3).checkpoints if stored.batch < 16])
     RemoteRun(REMOTE).write(old)
     assert copied("trainer.max_duration=16ba")[0] == "batch-16-rank0.pt"
     assert len((tmp_path / "record/rank0.jsonl").read_text().splitlines()) - before == 4
@@ -187,7 +187,7 @@ def test_another_run_in_the_store(copied, s3, tmp_path, tiny_yaml):
     ("remote", "message"),
     [
         ("s3://no-such-bucket/run", r"checkpoints.remote: s3://no-such-bucket/run: .*the bucket"),
-        ("runs/copy", r"checkpoints.remote: runs/copy: it is no URL of an object store, such as s3://bucket/folder"),
+        ("runs/copy", r"checkpoints.remote: runs/copy: not the URL of an object store, such as s3://bucket/folder"),
         ("ftp://host/run", r"checkpoints.remote: ftp://host/run: There is no implementation"),
     ],
 )
@@ -241,10 +241,12 @@ def test_a_store_that_goes_away_for_a_while_is_no_matter(copied, s3, monkeypatch
     ],
 )
 def test_names_that_lead_out_of_the_folder_are_refused(s3, tmp_path, change):
-    good = json.loads(Contents("tiny", [Stored("batch-4-rank0.pt", "newest-0", {"batch-4-rank0.pt": 1})]).to_json())
-    Contents.from_json(json.dumps(good))
+    good = json.loads(
+        RemoteIndex("tiny", [StoredCheckpoint("batch-4-rank0.pt", "newest-0", {"batch-4-rank0.pt": 1})]).to_json()
+    )
+    RemoteIndex.from_json(json.dumps(good))
     s3.put_object(Bucket="corpus", Key="my/run/latest.json", Body=json.dumps(good | change).encode())
-    with pytest.raises(UserError, match=r"my/run/latest.json is not one that pretrain.py wrote"):
+    with pytest.raises(UserError, match=r"my/run/latest.json was not written by pretrain.py"):
         fetch_newest(CheckpointConfig(folder=str(tmp_path / "run"), remote=REMOTE), "tiny", "latest-rank0.pt")
     assert not (tmp_path / "run").exists()
 

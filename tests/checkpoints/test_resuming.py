@@ -1,4 +1,4 @@
-"""A broken newest checkpoint gives way to the one before it, with a word about both."""
+"""A corrupt newest checkpoint is skipped for the one before it, with a warning about both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from electra_composer.checkpoints.resuming import repair_latest_link, why_broken
+from electra_composer.checkpoints.resuming import find_corruption, repair_latest_link
 from electra_composer.checkpoints.safe_loading import SafeLoadPlanner
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
@@ -25,7 +25,7 @@ LATEST = "latest-rank0.pt"
 
 @pytest.fixture
 def run_folder(tmp_path) -> Path:
-    """Three checkpoints of a run, and a link to the newest."""
+    """A folder with three checkpoints and a link to the newest."""
     for batch in (2, 10, 9):
         torch.save({"batch": batch, "weights": torch.arange(1000.0)}, tmp_path / f"batch-{batch}-rank0.pt")
     os.symlink("batch-10-rank0.pt", tmp_path / LATEST)
@@ -53,7 +53,7 @@ def test_a_broken_newest_gives_way(run_folder, caplog, damage):
         repair_latest_link(str(run_folder), LATEST)
     assert os.readlink(run_folder / LATEST) == "batch-9-rank0.pt"
     (record,) = caplog.records
-    assert "batch-10-rank0.pt is not a whole checkpoint" in record.message
+    assert "batch-10-rank0.pt is not a complete checkpoint" in record.message
     assert "batch-9-rank0.pt" in record.message
     if damage is not Path.unlink:
         assert (run_folder / "batch-10-rank0.pt.broken").exists()
@@ -71,7 +71,7 @@ def test_the_next_broken_one_is_passed_over_too(run_folder):
 
 
 def test_a_newer_one_of_another_time_is_not_taken(run_folder):
-    """What the link does not point to and is newer is left from before a fall back: the run will write it again."""
+    """Checkpoints newer than the link's are from before an earlier fallback; the run will write them again."""
     os.remove(run_folder / LATEST)
     os.symlink("batch-9-rank0.pt", run_folder / LATEST)
     cut(run_folder / "batch-9-rank0.pt")
@@ -82,7 +82,7 @@ def test_a_newer_one_of_another_time_is_not_taken(run_folder):
 def test_none_is_whole(run_folder):
     for path in run_folder.glob("batch-*"):
         cut(path)
-    with pytest.raises(UserError, match=r"batch-10-rank0.pt is not a readable .*no whole one before it; .*overwrite"):
+    with pytest.raises(UserError, match=r"batch-10-rank0.pt is not a readable .*no complete one before .*overwrite"):
         repair_latest_link(str(run_folder), LATEST)
     assert os.readlink(run_folder / LATEST) == "batch-10-rank0.pt"
     assert not list(run_folder.glob("*.broken"))
@@ -105,14 +105,14 @@ def sharded_folder(tmp_path) -> Path:
 def test_a_sharded_checkpoint(sharded_folder):
     newest = sharded_folder / "batch-8"
     (shard,) = newest.glob("*.distcp")
-    whole = shard.read_bytes()
-    assert why_broken(str(newest)) is None
-    for damage, reason in ((cut, "cut short"), (flip, "damaged"), (Path.unlink, "it is gone")):
+    intact = shard.read_bytes()
+    assert find_corruption(str(newest)) is None
+    for damage, reason in ((cut, "truncated"), (flip, "damaged"), (Path.unlink, "it does not exist")):
         damage(shard)
-        assert reason in why_broken(str(newest)), damage
-        shard.write_bytes(whole)
+        assert reason in find_corruption(str(newest)), damage
+        shard.write_bytes(intact)
     (newest / ".metadata").unlink()
-    assert "no .metadata" in why_broken(str(newest))
+    assert "no .metadata" in find_corruption(str(newest))
     repair_latest_link(str(sharded_folder), LATEST)
     assert os.readlink(sharded_folder / LATEST) == "batch-4"
 
@@ -121,11 +121,11 @@ def test_a_kill_between_the_two_moves_that_replace_a_folder(sharded_folder):
     os.rename(sharded_folder / "batch-8", sharded_folder / ".replaced-batch-8")
     repair_latest_link(str(sharded_folder), LATEST)
     assert os.readlink(sharded_folder / LATEST) == "batch-8"
-    assert why_broken(str(sharded_folder / "batch-8")) is None
+    assert find_corruption(str(sharded_folder / "batch-8")) is None
 
 
 def test_what_a_callback_has_not_saved_stays_as_it_is(sharded_folder, tmp_path):
-    """torch's own planner fails; missing weights are an error here too."""
+    """torch's own planner fails; missing weights are an error with ours too."""
     saved = {"state": {"model": {"w": torch.ones(3)}, "callbacks": {"One": {"a": 1}}}}
     dcp.save(saved, checkpoint_id=tmp_path / "saved", no_dist=True)
     state = {"state": {"model": {"w": torch.zeros(3)}, "callbacks": {"One": {"a": 0, "b": 5}, "Two": {"c": 7}}}}
@@ -142,15 +142,15 @@ def test_the_run_goes_on_from_the_one_before_and_ends_the_same(tiny_yaml, tmp_pa
         settings = ["trainer.max_duration=12ba", "trainer.eval_interval=12ba", "checkpoints.keep=2", *overrides]
         return main(load_config(str(tiny_yaml), settings, PretrainConfig)).state.model.state_dict()
 
-    whole = pretrain()
+    expected = pretrain()
     run = tmp_path / "run"
     for name in ("batch-12-rank0.pt", "milestone-ba12-rank0.pt"):
         if (run / name).exists():
             flip(run / name)
     with caplog.at_level(logging.WARNING):
         continued = pretrain()
-    assert "the run goes on from the one before it" in caplog.text
-    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    assert "resuming from the one before it" in caplog.text
+    assert all(torch.equal(expected[name], continued[name]) for name in expected)
 
 
 HOLDS = """
@@ -164,7 +164,7 @@ with exclusive_lock(sys.argv[1]):
 
 
 def test_two_runs_in_one_folder(tiny_yaml, tmp_path):
-    """The second is refused while the first is there, and goes on when it is killed."""
+    """The second run is refused while the first is alive, and starts once it is killed."""
     config = load_config(str(tiny_yaml), ["trainer.max_duration=2ba", "schedule.warmup=1ba"], PretrainConfig)
     command = [sys.executable, "-c", HOLDS, config.checkpoints.folder]
     with programs.Program(command, stdout=subprocess.PIPE, text=True) as other:

@@ -1,7 +1,7 @@
-"""Files from a stranger: checkpoints, weights, YAML, indices, tokenizers. Whatever is in them, nothing of it runs.
+"""Untrusted files (checkpoints, weights, YAML, indices, tokenizers) never run code.
 
-Weights of transformers (`pytorch_model.bin`) are in checkpoints/test_weights.py, sharded checkpoints for export in
-finetune/test_source.py.
+Weights of transformers (`pytorch_model.bin`) are tested in checkpoints/test_weights.py, sharded checkpoints for export
+in finetune/test_source.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tiny import ROOT
 from torch.distributed.checkpoint.api import CheckpointException
 
 from electra_composer.batches.shards import build_dataloader, read_meta
-from electra_composer.checkpoints.forms import in_form
-from electra_composer.checkpoints.safe_loading import SafeLoadPlanner, composer_loads_safely
-from electra_composer.checkpoints.sharded import read_whole
+from electra_composer.checkpoints.forms import in_format
+from electra_composer.checkpoints.safe_loading import SafeLoadPlanner, safe_composer_loading
+from electra_composer.checkpoints.sharded import read_all
 from electra_composer.config import PretrainConfig, ShardsConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
@@ -34,7 +34,7 @@ from electra_composer.vocabulary import load_tokenizer
 
 
 class Evil:
-    """Unpickled the usual way, it makes a file."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,7 +45,7 @@ class Evil:
 
 @pytest.fixture
 def ran(tmp_path: Path) -> Path:
-    """Is there once code of a file has run."""
+    """A path that exists once code in a file has run."""
     return tmp_path / "ran"
 
 
@@ -54,7 +54,7 @@ def ran(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, write_tiny_yaml: Callable[[Path], Path]) -> tuple[Path, Path]:
-    """A configuration and the folder of its run: checkpoints after batches 1 and 2."""
+    """A configuration and its run folder with checkpoints after batches 1 and 2."""
     folder = tmp_path_factory.mktemp("trained")
     yaml = write_tiny_yaml(folder)
     main(load_config(str(yaml), ["trainer.max_duration=2ba", *FEW], PretrainConfig))
@@ -69,8 +69,8 @@ def newest(run: Path) -> Path:
 
 
 def poisoned(path: Path, place: str, evil: Evil, to: Path) -> None:
-    """A checkpoint as it was, but for one thing in it."""
-    content = torch.load(path, weights_only=False)  # of our own, just written
+    """Copy a checkpoint with one part replaced by `evil`."""
+    content = torch.load(path, weights_only=False)  # written by this test
     if place == "rng":
         content["rng"] = [evil]
     elif place == "callback":
@@ -91,24 +91,24 @@ def test_a_checkpoint_to_start_from_or_to_resume(
     poisoned(newest(run), place, Evil(ran), newest(there))
     start = f"checkpoints.folder={there}" if own else f"checkpoints.load_path={there}"
     here = [] if own else [f"checkpoints.folder={tmp_path / 'here'}"]
-    with pytest.raises(UserError, match=r"could run code of the file's|not a"):
+    with pytest.raises(UserError, match=r"could run code in the file|not a"):
         main(load_config(str(yaml), ["trainer.max_duration=3ba", *FEW, start, *here], PretrainConfig))
     assert not ran.exists()
 
 
 def test_composer_itself_does_not_run_it(tmp_path: Path, ran: Path) -> None:
-    """Also where nothing has looked at the file before Composer does, by a path that only Composer understands."""
+    """Also if Composer is the first to open the file."""
     torch.save({"state": Evil(ran)}, tmp_path / "x.pt")
-    with composer_loads_safely(), pytest.raises(UserError, match="could run code"):
+    with safe_composer_loading(), pytest.raises(UserError, match="could run code"):
         composer_checkpoint.safe_torch_load(tmp_path / "x.pt")
     assert not ran.exists()
-    composer_checkpoint.safe_torch_load(tmp_path / "x.pt")  # the test's own check: without us, it does
+    composer_checkpoint.safe_torch_load(tmp_path / "x.pt")  # check of the test itself: without our readers, it runs
     assert ran.exists()
 
 
 @pytest.fixture
 def sharded(tmp_path: Path, ran: Path) -> Callable[..., Path]:
-    """`sharded(rng)`: a sharded checkpoint with a weight, and something in the place of the random state."""
+    """Return `sharded(rng)`, which writes a sharded checkpoint with a weight and `rng` as the random state."""
 
     def make(rng: Any) -> Path:
         state = {"state": {"model": {"model.x": torch.arange(3.0)}, "step": 7}, "rng": [rng, 2]}
@@ -120,7 +120,7 @@ def sharded(tmp_path: Path, ran: Path) -> Callable[..., Path]:
 
 def load_as_composer_does(folder: Path) -> dict[str, Any]:
     state = {"state": {"model": {"model.x": torch.zeros(3)}, "step": 0}, "rng": [None, None]}
-    with composer_loads_safely():
+    with safe_composer_loading():
         reader = composer_checkpoint.FileSystemReaderWithValidation(str(folder))
         dcp.load(state, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
     return state
@@ -129,7 +129,7 @@ def load_as_composer_does(folder: Path) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_sharded_checkpoint_is_read(sharded: Callable[..., Path]) -> None:
     folder = sharded("plain")
-    for state in (load_as_composer_does(folder), read_whole(str(folder))):
+    for state in (load_as_composer_does(folder), read_all(str(folder))):
         assert state["state"]["model"]["model.x"].tolist() == [0, 1, 2]
         assert state["state"]["step"] == 7
         assert state["rng"] == ["plain", 2]
@@ -150,13 +150,13 @@ def test_a_sharded_checkpoint_that_would_run_code(
         shutil.copytree(folder, tmp_path / "elsewhere")
         (folder / ".metadata").write_bytes(pickle.dumps(contents))
     with pytest.raises(UserError, match=str(folder)):
-        read_whole(str(folder))
-    with pytest.raises(UserError, match=str(folder)), in_form(str(folder), sharded=False):
+        read_all(str(folder))
+    with pytest.raises(UserError, match=str(folder)), in_format(str(folder), sharded=False):
         pass
     with pytest.raises((pickle.UnpicklingError, CheckpointException), match=r"(?i)unsupported|no file of its folder"):
         load_as_composer_does(folder)
     assert not ran.exists()
-    if where == "value":  # the test's own check
+    if where == "value":  # check of the test itself
         dcp.load({"rng": [None, None]}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
         assert ran.exists()
 
@@ -220,7 +220,7 @@ def rename_shards(folder: Path, name: Callable[[str], Any], move: bool = False) 
 def test_an_index_that_leads_out_of_its_folder(shards: Path, tmp_path: Path, name: Any, remote: bool) -> None:
     folder = tmp_path / "a" / "shards"
     shutil.copytree(shards, folder)
-    (tmp_path / "stolen.mds").write_bytes(b"what nobody is to read or to replace")
+    (tmp_path / "stolen.mds").write_bytes(b"must not be read or replaced")
     rename_shards(folder, lambda old: name)
     before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
     cache = tmp_path / "b" / "cache"
@@ -272,7 +272,7 @@ def test_a_tokenizer_with_code_of_its_own(shards: Path, tmp_path: Path, ran: Pat
     assert not ran.exists()
 
 
-# The source itself
+# The source code
 
 UNSAFE = re.compile(
     r"trust_remote_code\s*=\s*True|weights_only\s*=\s*False|pickle\.loads?\(|allow_pickle\s*=\s*True"

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, the newest are kept, and a disk that is full costs nothing."""
+"""Checkpoints are complete or absent, the newest are kept, and a full disk loses none."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 from resumed_runs import run
 
 from electra_composer.checkpoints import saving
-from electra_composer.checkpoints.resuming import why_broken
-from electra_composer.checkpoints.saving import checkpoints_in, point
+from electra_composer.checkpoints.resuming import find_corruption
+from electra_composer.checkpoints.saving import checkpoints_in, replace_link
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
@@ -29,7 +29,7 @@ SHORT = ["trainer.max_duration=8ba", "trainer.eval_interval=8ba", "checkpoints.i
 
 @pytest.fixture
 def pretrain(tiny_yaml, tmp_path):
-    """`pretrain("key=value", …)`: a run of eight batches in `tmp_path / "run"`, saved at every second."""
+    """Return `pretrain("key=value", …)`: a run of 8 batches in `tmp_path / "run"`, saved every 2 batches."""
 
     def start(*overrides: str):
         return main(load_config(str(tiny_yaml), [*SHORT, "checkpoints.milestones=[0.5]", *overrides], PretrainConfig))
@@ -49,16 +49,16 @@ def test_the_newest_are_kept_over_restarts_and_the_milestones_too(pretrain, tmp_
         "batch-6-rank0.pt",
         "batch-8-rank0.pt",
         "latest-rank0.pt",
-        "milestone-ba1-rank0.pt",  # of the first start's own list
+        "milestone-ba1-rank0.pt",  # from the first start's milestones
         "milestone-ba2-rank0.pt",
         "milestone-ba4-rank0.pt",
     ]
     assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == "batch-8-rank0.pt"
-    assert all(why_broken(saved.path) is None for saved in checkpoints_in(str(tmp_path / "run")))
+    assert all(find_corruption(saved.path) is None for saved in checkpoints_in(str(tmp_path / "run")))
 
 
 def test_none_is_kept_of_a_run_that_is_replaced(pretrain, tmp_path):
-    """Or a broken checkpoint of the new run could fall back to one of the old."""
+    """Otherwise a corrupt checkpoint of the new run could fall back to one of the old run."""
     pretrain("checkpoints.keep=-1")
     pretrain(
         "checkpoints.overwrite=true", "checkpoints.interval=3ba", "trainer.max_duration=3ba", "schedule.warmup=1ba"
@@ -100,24 +100,24 @@ def test_a_kill_while_writing_leaves_the_one_before(pretrain, tmp_path, tiny_yam
     done = programs.run([sys.executable, "-c", DIES_WHILE_WRITING, str(tiny_yaml), *settings], check=False)
     assert done.returncode == 9
     assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == "batch-4-rank0.pt"
-    assert why_broken(str(tmp_path / "run" / "batch-4-rank0.pt")) is None
+    assert find_corruption(str(tmp_path / "run" / "batch-4-rank0.pt")) is None
     assert names(tmp_path / "run") == [".unfinished-batch-6-rank0.pt", "batch-4-rank0.pt", "latest-rank0.pt"]
     assert pretrain("checkpoints.milestones=[]", "checkpoints.keep=1").state.timestamp.batch.value == 8
     assert names(tmp_path / "run") == ["batch-8-rank0.pt", "latest-rank0.pt"]
 
 
 def test_the_link_is_there_at_every_moment(tmp_path, monkeypatch):
-    """Also when the process dies between making the new one and moving it."""
+    """Also if the process dies between creating the new link and renaming it."""
     for number in (1, 2):
         (tmp_path / f"batch-{number}-rank0.pt").write_text(str(number))
     link = str(tmp_path / "latest-rank0.pt")
-    point(link, str(tmp_path / "batch-1-rank0.pt"))
+    replace_link(link, str(tmp_path / "batch-1-rank0.pt"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            point(link, str(tmp_path / "batch-2-rank0.pt"))
+            replace_link(link, str(tmp_path / "batch-2-rank0.pt"))
     assert Path(link).read_text() == "1"
-    point(link, str(tmp_path / "batch-2-rank0.pt"))
+    replace_link(link, str(tmp_path / "batch-2-rank0.pt"))
     assert Path(link).read_text() == "2"
     assert names(tmp_path) == ["batch-1-rank0.pt", "batch-2-rank0.pt", "latest-rank0.pt"]
 
@@ -131,7 +131,7 @@ def test_too_little_room_is_said_before_anything_is_written(pretrain, tmp_path, 
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, size // 2))
     with pytest.raises(UserError, match=r"batch-6-rank0.pt needs about 0\.\d MiB, and 0\.\d MiB are free") as caught:
         pretrain()
-    assert "the last good one is" in str(caught.value)
+    assert "the newest complete checkpoint is" in str(caught.value)
     assert "batch-4-rank0.pt" in str(caught.value)
     assert names(tmp_path / "run") == ["batch-4-rank0.pt", "latest-rank0.pt", "milestone-ba2-rank0.pt"]
     monkeypatch.undo()
@@ -141,7 +141,7 @@ def test_too_little_room_is_said_before_anything_is_written(pretrain, tmp_path, 
 def test_the_estimate_is_about_the_size(pretrain, tmp_path):
     trainer = pretrain()
     size = (tmp_path / "run" / "batch-8-rank0.pt").stat().st_size
-    # The tokenizer, the configuration and the zip archive's own records are what is not counted.
+    # Tokenizer, configuration and the records of the zip archive are not counted.
     assert 0.5 * size < saving.checkpoint_bytes(trainer.state) < 1.5 * size
 
 
@@ -166,18 +166,18 @@ def test_a_disk_that_runs_full_while_saving_keeps_the_one_before(pretrain, tmp_p
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 4 MiB, where the system lets us make one."""
+    """A file system of 4 MiB; skips without the permission to mount one."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
     if os.getuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("needs a user that may mount")
+        pytest.skip("needs the permission to mount")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
 def test_a_small_disk(pretrain, small_disk, monkeypatch):
-    """Truly full: during training, by the metrics; and read-only, by remounting it."""
+    """A full disk, filled before training; a quota; and a read-only disk."""
     pretrain(f"checkpoints.folder={small_disk}", "trainer.max_duration=2ba", "schedule.warmup=1ba")
     before = names(small_disk)
     filler = small_disk / "filler"
@@ -189,9 +189,9 @@ def test_a_small_disk(pretrain, small_disk, monkeypatch):
             pass
     with pytest.raises(UserError, match=r"No space left on device|are free") as caught:
         pretrain(f"checkpoints.folder={small_disk}")
-    assert "the same command goes on" in str(caught.value)
+    assert "rerun the same command" in str(caught.value)
     assert [name for name in names(small_disk) if name != "filler"] == before
-    # As with a quota, of which the system says nothing beforehand: there is room for a part of a checkpoint.
+    # As with a quota, which the free space does not show: there is space for a part of a checkpoint.
     os.truncate(filler, filler.stat().st_size - 200 * 1024)
     with monkeypatch.context() as patch:
         patch.setattr(saving, "checkpoint_bytes", lambda state: 0)

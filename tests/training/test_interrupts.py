@@ -11,7 +11,7 @@ import sys
 import pytest
 from resumed_runs import run, signal_at
 
-from electra_composer.checkpoints.resuming import why_broken
+from electra_composer.checkpoints.resuming import find_corruption
 from electra_composer.training.interrupts import StopOnSignal
 
 
@@ -24,7 +24,7 @@ def test_a_signal_saves_and_ends_the_run(tiny_yaml, tmp_path, capfd, number, sta
     said = capfd.readouterr().err
     assert f"{number.name}: stopping after this batch" in said
     assert f"stopped by {number.name} after batch 4: saved {saved}; rerun the same command to resume" in said
-    assert why_broken(str(saved)) is None
+    assert find_corruption(str(saved)) is None
     assert os.readlink(tmp_path / "run" / "latest-rank0.pt") == saved.name
     assert {one: signal.getsignal(one) for one in before} == before
 
