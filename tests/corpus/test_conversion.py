@@ -23,7 +23,8 @@ from tiny import ROOT
 
 from electra_composer.batches.shards import build_data_spec, check_shards, read_meta
 from electra_composer.config import ShardsConfig
-from electra_composer.corpus import chunks, conversion, dry_run, estimate, source_parts
+from electra_composer.corpus import chunks, dry_run, estimate, source_parts
+from electra_composer.corpus import tokenizer as tokenizer_module
 from electra_composer.corpus.chunks import cut_line, encode_lines, is_validation
 from electra_composer.corpus.engines import Processes
 from electra_composer.corpus.estimate import estimate_text
@@ -360,7 +361,7 @@ def test_text_is_estimated_from_a_sample(corpus, tmp_path, monkeypatch, kind):
     assert whole.text_bytes == pytest.approx(size, rel=0.02)
     if kind == "jsonl.gz":
         return  # too little to be read in part; see below
-    monkeypatch.setattr(estimate, "WHOLE_BELOW", 0)
+    monkeypatch.setattr(estimate, "READ_FULLY_BELOW", 0)
     part = estimate_text(Sources.of(source), size // 5)
     assert len(part.sample) < 0.4 * len(texts)
     assert part.text_bytes == pytest.approx(size, rel=0.15)
@@ -476,7 +477,7 @@ def test_a_trained_vocabulary_is_kept(long_text, tmp_path, monkeypatch):
         with pytest.raises(Stop):
             main([*options, str(tmp_path / "a")])
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "train_tokenizer", None)  # not done again
+        patch.setattr(tokenizer_module, "train_tokenizer", None)  # not done again
         main([*options, str(tmp_path / "a")])
     main([*options, str(tmp_path / "b")])
     names = files_of(tmp_path / "b")

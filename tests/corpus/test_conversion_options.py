@@ -19,7 +19,7 @@ from streaming import LocalDataset
 from electra_composer.batches.shards import read_meta
 from electra_composer.corpus import engines, part_conversion, source_parts
 from electra_composer.corpus.conversion import Conversion, convert
-from electra_composer.corpus.part_conversion import copies
+from electra_composer.corpus.part_conversion import copy_count
 from electra_composer.corpus.part_writer import PartWriter
 from electra_composer.corpus.sources import Source, Sources
 from electra_composer.errors import UserError
@@ -103,10 +103,10 @@ def test_a_mixture_takes_each_source_by_its_weight(tmp_path, vocabulary, monkeyp
 
 def test_how_often_a_document_is_taken():
     for weight in (0.3, 1.0, 2.75):
-        taken = [copies(0, digest, weight) for digest in range(4000)]
+        taken = [copy_count(0, digest, weight) for digest in range(4000)]
         assert set(taken) <= {int(weight), int(weight) + 1}
         assert sum(taken) / 4000 == pytest.approx(weight, abs=4 * 0.5 / 4000**0.5)
-    assert [copies(0, digest, 0.5) for digest in range(50)] != [copies(1, digest, 0.5) for digest in range(50)]
+    assert [copy_count(0, digest, 0.5) for digest in range(50)] != [copy_count(1, digest, 0.5) for digest in range(50)]
 
 
 def test_no_text_is_in_both_splits(tmp_path, vocabulary):

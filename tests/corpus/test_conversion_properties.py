@@ -7,11 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from electra_composer.corpus.chunks import Task, convert_documents, document_lines, is_validation
-from electra_composer.corpus.conversion import _plain_tokenizer
-from electra_composer.corpus.documents import ReadStats, kept_documents
+from electra_composer.corpus.chunks import EncodingSettings, convert_documents, document_lines, is_validation
+from electra_composer.corpus.documents import ReadStats, filter_documents
 from electra_composer.corpus.examples import Packer, one_per_row
 from electra_composer.corpus.sources import Sources
+from electra_composer.corpus.tokenizer import without_truncation
 from electra_composer.vocabulary import load_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -39,13 +39,13 @@ common = settings(
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
     path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
-    plain = Tokenizer.from_str(_plain_tokenizer(load_tokenizer(str(path))).to_str())
+    plain = Tokenizer.from_str(without_truncation(load_tokenizer(str(path))).to_str())
     plain.encode_special_tokens = True
     return plain
 
 
 def task(tokenizer, length, lines, overflow, val_fraction, seed):
-    return Task(tokenizer.to_str(), length, CLS, SEP, lines, overflow, val_fraction, seed, "uint16")
+    return EncodingSettings(tokenizer.to_str(), length, CLS, SEP, lines, overflow, val_fraction, seed, "uint16")
 
 
 def body(example):
@@ -72,7 +72,7 @@ def test_every_token_is_in_one_example_or_counted_as_dropped(
     tokenizer, texts, length, lines, overflow, fraction, seed, first
 ):
     how = task(tokenizer, length, lines, overflow, fraction, seed)
-    kept = list(kept_documents(texts, Sources(), ReadStats()))
+    kept = list(filter_documents(texts, Sources(), ReadStats()))
     assert [document.text for document in kept] == [
         text.encode("utf-8", "replace").decode() for text in texts if text and not text.isspace()
     ]
@@ -106,7 +106,7 @@ def test_every_token_is_in_one_example_or_counted_as_dropped(
     open_rows=st.integers(1, 10),
 )
 def test_packing_splits_and_loses_no_example(tokenizer, texts, length, window, open_rows):
-    kept = list(kept_documents(texts, Sources(), ReadStats()))
+    kept = list(filter_documents(texts, Sources(), ReadStats()))
     (part,) = convert_documents(task(tokenizer, length, "sentence", "carry", 0.0, 0), tokenizer, "0", kept)
     examples = list(part.examples())
     packer = Packer(length, window, open_rows)

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from electra_composer.corpus import docstrings
-from electra_composer.corpus.docstrings import find_docstrings, prose, read_docstrings
+from electra_composer.corpus.docstrings import extract_prose, find_docstrings, read_docstrings
 from electra_composer.corpus.documents import ReadStats, read_documents
 from electra_composer.corpus.sources import Sources, check_sources, find_files
 from electra_composer.errors import UserError
@@ -250,7 +250,7 @@ def test_prose_of_a_docstring():
 
     x = a[i] + b[j] * 2 - 3 ** 4
     """
-    assert prose(docstring) == [
+    assert extract_prose(docstring) == [
         "Compute the thing that torch.Tensor users want.",
         "This paragraph is long enough and goes over two lines.",
         "How many of the things there are to compute.",

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from electra_composer.corpus.examples import Example, ExampleBuilder, one_per_row, pack, split_sentences
+from electra_composer.corpus.examples import Example, ExampleBuilder, Packer, one_per_row, split_sentences
 
 CLS, SEP = 101, 102
 
@@ -220,10 +220,15 @@ def some_examples(count, longest, seed=0):
     return examples
 
 
+def pack(examples, max_seq_length, **options):
+    packer = Packer(max_seq_length, **options)
+    return [row for example in examples for row in packer.add(example)] + list(packer.finish())
+
+
 @pytest.mark.parametrize(("window", "open_rows"), [(1, 1), (1, 1000), (100, 8), (10_000, 1000)])
 def test_packing_keeps_every_example_whole_and_once(window, open_rows):
     examples = some_examples(3000, 128)
-    rows = list(pack(examples, 128, window, open_rows))
+    rows = pack(examples, 128, window=window, open_rows=open_rows)
     found = []
     for row in rows:
         assert row.segment_lengths.dtype == np.uint16
@@ -261,14 +266,14 @@ def test_packing_closes_the_fullest_row_when_too_many_are_open():
 
 def test_packing_is_deterministic_and_close_to_full():
     examples = some_examples(20_000, 64, seed=5)
-    first, second = list(pack(examples, 128)), list(pack(examples, 128))
+    first, second = pack(examples, 128), pack(examples, 128)
     assert all((a.input_ids == b.input_ids).all() for a, b in zip(first, second, strict=True))
     assert sum(len(row.input_ids) for row in first) / (128 * len(first)) > 0.99
 
 
 def test_packing_refuses_what_fits_no_row():
     with pytest.raises(ValueError, match="an example of 20 tokens does not fit rows of 16"):
-        list(pack([Example(np.zeros(20, np.int32), 20, 0)], 16))
+        pack([Example(np.zeros(20, np.int32), 20, 0)], 16)
 
 
 def test_one_per_row():

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from electra_composer.corpus import source_parts
-from electra_composer.corpus.documents import ReadStats, documents_of_slice, part_documents, read_documents, slice_lines
-from electra_composer.corpus.source_parts import Part, Slice, list_parts, mix
-from electra_composer.corpus.sources import Source, Sources, check_sources, describe_files, read_mixture
+from electra_composer.corpus.documents import ReadStats, part_documents, read_documents
+from electra_composer.corpus.readers import read_slice, slice_lines
+from electra_composer.corpus.source_parts import Part, Slice, interleave, list_parts
+from electra_composer.corpus.sources import Source, Sources, check_sources, fingerprint_files, read_mixture
 from electra_composer.errors import UserError
 
 PACK = {"": lambda data: data, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -151,7 +152,7 @@ def test_each_file_of_the_hub_is_a_part(monkeypatch):
 def test_sources_are_spread_over_the_whole():
     sources = Sources([Source("a"), Source("b", weight=2.5)])
     parts = [Part(0, 0, (Slice(f"a{i}"),)) for i in range(4)] + [Part(1, 0, (Slice("b"),))]
-    mixed = mix(parts, sources)
+    mixed = interleave(parts, sources)
     assert [(part.source, part.copy) for part in mixed] == [(0, 0), (1, 0), (0, 0), (1, 1), (0, 0), (1, 2), (0, 0)]
     assert sorted(part for part in mixed if part.copy == 0) == sorted(parts)
 
@@ -197,14 +198,14 @@ def test_weights_and_names_that_make_no_sense(tmp_path):
 def test_changed_files_are_told_apart(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
-    before = describe_files(Sources.of(str(tmp_path)))
+    before = fingerprint_files(Sources.of(str(tmp_path)))
     assert (before["count"], before["bytes"]) == (2, 10)
-    assert describe_files(Sources.of(str(tmp_path))) == before
+    assert fingerprint_files(Sources.of(str(tmp_path))) == before
     (tmp_path / "b.txt").write_text("b.txt, longer")
-    assert describe_files(Sources.of(str(tmp_path))) != before
+    assert fingerprint_files(Sources.of(str(tmp_path))) != before
 
 
 def test_utf16_is_refused_by_name(tmp_path):
     (tmp_path / "a.txt").write_bytes("text".encode("utf-16"))
     with pytest.raises(UserError, match=r"a.txt: is UTF-16; expected UTF-8"):
-        list(documents_of_slice(Slice(str(tmp_path / "a.txt")), Source(), ReadStats()))
+        list(read_slice(Slice(str(tmp_path / "a.txt")), Source()))
