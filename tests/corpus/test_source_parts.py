@@ -1,4 +1,4 @@
-"""Sources in parts: together they hold every document once, whatever the borders; the parts follow from the files."""
+"""Division of sources into parts: every document is in one part, wherever the borders are."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_every_line_is_in_one_slice(scratch, lines, end, places, suffix, by_blan
     pieces = [b"".join(slice_lines(piece, by_blank_lines)) for piece in slices]
     assert b"".join(pieces) == data
     for before, after in itertools.pairwise(pieces):
-        if before and after:  # a border is between two lines, by paragraphs behind a blank one
+        if before and after:  # a border is between two lines; by paragraphs, after a blank one
             assert before.endswith(b"\n")
             assert not by_blank_lines or not before.split(b"\n")[-2].strip()
 
 
 def write_corpus(folder, texts, kind):
-    """The texts in one file each of some formats; the names of the files."""
+    """Write the texts to one file of the given format."""
     if kind == "parquet":
         pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), folder / "a.parquet", row_group_size=7)
     elif kind.startswith("jsonl"):
@@ -91,7 +91,7 @@ def test_every_document_is_in_one_part(tmp_path, monkeypatch, kind):
     assert parts == list_parts(sources, [])
     found = [text.strip() for text in texts_of(parts, sources)]
     assert sorted(found) == sorted(texts)
-    if not kind.startswith("tar"):  # of an archive, every n-th member
+    if not kind.startswith("tar"):  # a part has every n-th member of an archive
         assert found == texts
 
 
@@ -120,7 +120,7 @@ def test_few_slices_of_what_cannot_be_entered_in_the_middle(tmp_path, monkeypatc
 
 
 class FakeHub:
-    """A data set of the hub in three files."""
+    """A data set on the hub, consisting of three files."""
 
     column_names = ("text",)
     num_shards = 3
@@ -189,7 +189,7 @@ def test_a_mixture_that_cannot_be_read(tmp_path, content, message):
 def test_weights_and_names_that_make_no_sense(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     for weight in (0, -1, 1000):
-        with pytest.raises(UserError, match=f"weight is {weight}; expected above 0, at most 100"):
+        with pytest.raises(UserError, match=rf"weight is {weight}; expected a number in \(0, 100\]"):
             check_sources(Sources.of(str(tmp_path), weight=weight))
     with pytest.raises(UserError, match="is given more than once"):
         check_sources(Sources.of(str(tmp_path), str(tmp_path)))
