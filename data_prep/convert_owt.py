@@ -96,7 +96,7 @@ def _add_filter_options(add: Callable[..., object]) -> None:
 
 
 def _add_output_options(add: Callable[..., object]) -> None:
-    text = "folder to write, or a URL in an object store (s3://, gs://, azure://, …); must not exist (default: %(default)s)"
+    text = "folder to write, or URL of an object store (s3://, gs://, …); must not exist (default: %(default)s)"
     add("--out", help=text)
     text = "write nothing; estimate documents, tokens, disk space and time from a sample"
     add("--dry-run", action="store_true", help=text)

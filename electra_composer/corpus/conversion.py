@@ -14,7 +14,7 @@ from functools import partial
 from electra_composer.corpus import selection
 from electra_composer.corpus.docstrings import read_docstrings
 from electra_composer.corpus.documents import limit_reached, no_text_error
-from electra_composer.corpus.engines import Engine, Processes, Spark
+from electra_composer.corpus.engines import Processes, Spark
 from electra_composer.corpus.estimate import check_free_space, estimate_text
 from electra_composer.corpus.folder_writer import ShardFolder
 from electra_composer.corpus.options import TRAIN, Conversion, check_options
@@ -40,7 +40,7 @@ def convert(options: Conversion) -> Summary:
     sources = options.sources
     text_bytes = _estimate_bytes(options)
     with ShardFolder(options.out, options.overwrite, options.compression, options.plan(), options.restart) as folder:
-        engine: Engine = Spark(options.master) if options.engine == "spark" else Processes(options.workers)
+        engine = Spark(options.master) if options.engine == "spark" else Processes(options.workers)
         jobs = _list_jobs(options, folder.workspace, engine)
         tokenizer = load_or_train(options, jobs, folder.workspace)
         settings = encoding_settings(options, tokenizer)
@@ -99,7 +99,7 @@ def _estimate_bytes(options: Conversion) -> float | None:
     return text.text_bytes
 
 
-def _list_jobs(options: Conversion, workspace: str, engine: Engine) -> list[Job]:
+def _list_jobs(options: Conversion, workspace: str, engine: Processes | Spark) -> list[Job]:
     """Return the parts to convert in the order of their numbers, without those of which nothing is selected."""
     sources = options.sources
     parts = list_parts(sources, _write_docstrings(options, workspace))

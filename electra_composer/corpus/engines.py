@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -32,16 +32,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Engine(Protocol):
-    """Runs the two passes over parts."""
-
-    def scan(self, sources: Sources, parts: Iterable[Part]) -> Iterator[PartScan]:
-        """Yield :func:`scan_part` of each part in order; scans no further than it is consumed."""
-
-    def convert(self, context: PartContext, jobs: list[Job], bar: tqdm) -> Iterator[dict[str, Any]]:
-        """Yield the records of :func:`convert_part` in any order, each once its part is complete."""
-
-
 class Processes:
     """Local worker processes, each with its own tokenizer; text and tokens are not sent between processes.
 
@@ -57,10 +47,12 @@ class Processes:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def scan(self, sources: Sources, parts: Iterable[Part]) -> Iterator[PartScan]:
+        """Yield :func:`scan_part` of each part in order; scan little further than the iterator is consumed."""
         with _Pool(self._workers, self.context) as pool:
             yield from pool.ordered(partial(scan_part, sources), parts)
 
     def convert(self, context: PartContext, jobs: list[Job], bar: tqdm) -> Iterator[dict[str, Any]]:
+        """Yield the records of :func:`convert_part` in any order, each once its part is complete."""
         done = self.context.Value("q", 0)  # bytes of text
         with _Pool(self._workers, self.context, context, done) as pool, follow(bar, done):
             yield from pool.unordered(_convert, jobs)
@@ -110,9 +102,11 @@ class Spark:
         self._context.setLogLevel("ERROR")
 
     def scan(self, sources: Sources, parts: Iterable[Part]) -> Iterator[PartScan]:
+        """Same as :meth:`Processes.scan`, but all parts are scanned."""
         yield from self._run(list(parts), partial(scan_part, sources))
 
     def convert(self, context: PartContext, jobs: list[Job], bar: tqdm) -> Iterator[dict[str, Any]]:
+        """Same as :meth:`Processes.convert`, but all records come at the end."""
         shared = self._context.broadcast(context)
         yield from self._run(jobs, lambda job: _convert_with(shared.value, job))
         shared.destroy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ import pyarrow.parquet as pq
 
 from electra_composer.corpus.readers import UnreadableFile, read_slice
 from electra_composer.corpus.source_parts import Slice
-from electra_composer.corpus.sources import DOCSTRINGS, HUB, Source, Sources, compression_of, find_files, format_of
+from electra_composer.corpus.sources import DOCSTRINGS, HUB, Source, Sources, find_files, format_of, open_lines
 from electra_composer.errors import UserError
 
 READ_FULLY_BELOW = 1 << 20  # bytes; in smaller files, decompression reads ahead by a large fraction of the file
 SAMPLED_FILES = 16  # of each source, evenly spaced
-_BUFFER = 1 << 14
+_BUFFER = 1 << 14  # bytes; a small buffer keeps the read-ahead small
 BYTES_PER_TOKEN = 3.0  # of text; below that of any vocabulary for natural language, so that disk space suffices
 
 
@@ -74,12 +73,8 @@ def _sample_file(path: str, source: Source, sources: Sources, limit: int, sample
     """
     size, documents, length = os.path.getsize(path), 0, 0
     parquet = format_of(path) == ".parquet"
-    with open(path, "rb", buffering=0) as raw:  # its position tells how much of the file was read, compressed or not
-        lines = None
-        if not parquet:
-            stream, codec = pa.PythonFile(raw, mode="r"), compression_of(path)
-            # A small buffer keeps the read-ahead small.
-            lines = io.BufferedReader(stream if codec is None else pa.CompressedInputStream(stream, codec), _BUFFER)
+    with pa.OSFile(path) as raw:  # its position tells how much of the file was read, compressed or not
+        lines = None if parquet else open_lines(path, raw, _BUFFER)
         try:
             for text, _ in read_slice(Slice(path), source, lines):
                 documents += 1
@@ -89,7 +84,7 @@ def _sample_file(path: str, source: Source, sources: Sources, limit: int, sample
                 if length >= limit and size >= READ_FULLY_BELOW:
                     if parquet:
                         return size * documents / pq.read_metadata(path).num_rows, documents, length
-                    return size if raw.closed else raw.tell(), documents, length  # closed at its end
+                    return raw.tell(), documents, length
         except UnreadableFile:
             if not sources.skip_unreadable:
                 raise

@@ -179,11 +179,14 @@ def fingerprint_files(sources: Sources) -> dict[str, Any]:
     return {"count": count, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def open_lines(path: str) -> io.BufferedReader:
-    """Open a file, plain or compressed, as a stream of lines; a truncated one raises OSError at its end."""
-    codec = compression_of(path)
-    stream = pa.OSFile(path) if codec is None else pa.CompressedInputStream(pa.OSFile(path), codec)
-    return io.BufferedReader(stream, 1 << 20)
+def open_lines(path: str, raw: pa.NativeFile | None = None, buffer_size: int = 1 << 20) -> io.BufferedReader:
+    """Open a file, plain or compressed, as a stream of lines; a truncated one raises OSError at its end.
+
+    Args:
+        raw: the file, if it is open already.
+    """
+    raw, codec = pa.OSFile(path) if raw is None else raw, compression_of(path)
+    return io.BufferedReader(raw if codec is None else pa.CompressedInputStream(raw, codec), buffer_size)
 
 
 def hub_name(source: Source) -> str:

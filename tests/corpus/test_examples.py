@@ -61,7 +61,7 @@ def test_worked_by_hand():
     document = [
         # Example 1: 5 → A (empty); 6: 5 + 6 ≥ 8, may go to either → B; 2: 5 + 2 < 8 → A, although B has begun; 7 → B.
         numbers(1000, 5), numbers(2000, 6), numbers(3000, 2), numbers(4000, 7),
-        # Example 2: 5 → A; 6 may go to either → A (11); 9: A has reached its target, no draw → B, cut to 20 - 11 - 3 = 6.
+        # Example 2: 5 → A; 6 may go to either → A (11); 9: A has its target, no draw → B, cut to 20 - 11 - 3 = 6.
         numbers(1100, 5), numbers(2100, 6), numbers(3100, 9),
         # Example 3, target 7: 3 then 4 tokens reach it.
         numbers(1200, 3), numbers(2200, 4),
