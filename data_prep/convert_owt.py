@@ -1,9 +1,13 @@
-"""Convert text to shards for pretraining. Without options: the hub's OpenWebText, for length 128, into data/owt.
+"""Convert text to MDS shards for pretraining.
 
-python data_prep/convert_owt.py
-python data_prep/convert_owt.py --source docstrings --tokenizer train --vocab-size 8192 --out data/docstrings
-python data_prep/convert_owt.py --source 'corpus/*.jsonl.gz' --lines sentence --out data/corpus
-python data_prep/convert_owt.py --source owt/ --weight 1 --source wiki/ --weight 2.5 --out s3://bucket/mixed
+Without options: OpenWebText from the Hugging Face Hub, sequence length 128, written to data/owt.
+
+  python data_prep/convert_owt.py
+  python data_prep/convert_owt.py --source docstrings --tokenizer train --vocab-size 8192 --out data/docstrings
+  python data_prep/convert_owt.py --source 'corpus/*.jsonl.gz' --lines sentence --out data/corpus
+  python data_prep/convert_owt.py --source owt/ --weight 1 --source wiki/ --weight 2.5 --out s3://bucket/mixed
+
+If a conversion is interrupted, rerun the same command to resume it.
 """
 
 from __future__ import annotations
@@ -13,160 +17,136 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from streaming.base.util import bytes_to_int
 
-from electra_composer.corpus.conversion import TRAIN, Conversion, Summary, convert
+from electra_composer.corpus.conversion import convert
 from electra_composer.corpus.dry_run import DryRun, dry_run
+from electra_composer.corpus.options import TRAIN, Conversion
 from electra_composer.corpus.sources import DOCSTRINGS, HUB, Source, Sources, read_mixture
+from electra_composer.corpus.summary import Summary
 from electra_composer.errors import UserError, report_user_errors
 
-OPENWEBTEXT_DOCUMENTS = 8_013_769  # as its makers count them
-MUCH_DROPPED = 0.25
+OPENWEBTEXT_DOCUMENTS = 8_013_769  # according to its authors
+MUCH_DROPPED = 0.25  # fraction of tokens above which a warning is printed
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, bool]:
-    defaults, source = Conversion(), Source()
+    """Return the conversion, the file of --json, and whether this is a --dry-run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    add = parser.add_argument_group("what is read").add_argument
-    add(
-        "--source",
-        action="append",
-        metavar="PATH",
-        help=f"a .parquet, .jsonl or .txt (the last two also .gz or .zst), a .tar(.gz, .xz) of .txt, "
-        f"a folder or a glob of these; {DOCSTRINGS}: "
-        f"of the Python packages installed here; {HUB} (default): --dataset. Several may be given",
-    )
-    add(
-        "--weight",
-        action="append",
-        type=float,
-        metavar="W",
-        help="of each --source, in their order: how often its documents are taken; 2: twice, 0.5: every second one",
-    )
-    add(
-        "--mixture",
-        metavar="YAML",
-        help="the sources in a file instead: a list under sources:, each with path, name, weight, text_column, "
-        "txt_documents, dataset, config, revision as needed",
-    )
-    add("--dataset", default=source.dataset, help="on the hub, not one with a loading script (default: %(default)s)")
-    add("--dataset-config", help="configuration of the data set, if it has several")
-    add(
-        "--revision",
-        default=source.revision,
-        help="of the data set; main for its own files (default: %(default)s, the hub's own conversion to parquet)",
-    )
-    add("--text-column", default=source.text_column, help="in parquet, JSON lines and the hub (default: %(default)s)")
-    add(
-        "--txt-documents",
-        choices=("blank", "file"),
-        default="blank",
-        help="what ends a document in .txt: a blank line (default), or the file",
-    )
-
-    add = parser.add_argument_group("what is left out, and what is made of it").add_argument
-    add("--min-characters", type=int, default=0, help="leave out shorter documents (default: %(default)s)")
-    add(
-        "--drop-lines",
-        action="append",
-        default=[],
-        metavar="REGEX",
-        help="leave out lines in which this regular expression is found; several may be given",
-    )
-    add("--deduplicate", action="store_true", help="leave out documents that were there before, to the letter")
-    add("--normalize", choices=("NFC", "NFKC"), help="bring all text into this Unicode form (default: as it is)")
-    add(
-        "--skip-unreadable",
-        action="store_true",
-        help="leave out the rest of a file that is cut short or damaged, name and count it, instead of stopping there",
-    )
-    add("--max-documents", type=int, help="stop after so many")
-    add("--max-bytes", type=_size, help="stop after so much text, such as 50mb")
-
-    add = parser.add_argument_group("where it goes").add_argument
-    add(
-        "--out",
-        default=defaults.out,
-        help="folder to write, or a URL of an object store (s3://, gs://, azure://, …); must not exist "
-        "(default: %(default)s)",
-    )
-    add("--dry-run", action="store_true", help="write nothing; tell documents, tokens, disk and time, by a sample")
-    add("--ignore-disk", action="store_true", help="begin even if there seems to be too little room")
-    add("--restart", action="store_true", help="begin anew where an interrupted conversion left finished parts")
-    add("--overwrite", action="store_true", help="replace a folder of shards, once the new one is whole")
-    add("--compression", help="of the shards, such as zstd (default: none)")
-    add("--json", metavar="FILE", help="also write the summary there")
-
-    add = parser.add_argument_group("tokens, examples, rows").add_argument
-    add(
-        "--tokenizer",
-        default=defaults.tokenizer,
-        help=f"a vocab.txt (WordPiece), a tokenizer's folder, its name on the hub, or {TRAIN}: a new WordPiece "
-        "vocabulary from the sources (default: %(default)s)",
-    )
-    add("--vocab-size", type=int, default=defaults.vocab_size, help=f"of --tokenizer {TRAIN} (default: %(default)s)")
-    add("--cased", action="store_true", help=f"keep upper case and accents; of a vocab.txt and {TRAIN}")
-    add("--keep-accents", action="store_true", help=f"lower-case, but keep accents; of a vocab.txt and {TRAIN}")
-    add("--max-seq-length", type=int, default=defaults.max_seq_length, help="tokens in a row (default: %(default)s)")
-    add(
-        "--packing",
-        choices=("packed", "one"),
-        default=defaults.packing,
-        help="as many examples as fit in a row (default), or one",
-    )
-    add(
-        "--lines",
-        choices=("newline", "sentence"),
-        default=defaults.lines,
-        help="what a segment is made of: lines (default, the recipe), or sentences, for text without line breaks",
-    )
-    add(
-        "--overflow",
-        choices=("cut", "carry"),
-        default=defaults.overflow,
-        help="tokens beyond an example's length: dropped (default, the recipe), or the start of the next one",
-    )
-    add(
-        "--val-fraction",
-        type=float,
-        default=defaults.val_fraction,
-        help="share of the documents that is kept for validation (default: %(default)s)",
-    )
-    add("--seed", type=int, default=defaults.seed, help="of examples and split (default: %(default)s)")
-
-    add = parser.add_argument_group("how it runs").add_argument
-    add(
-        "--workers",
-        type=int,
-        default=_cpus(),
-        help="processes; the output does not depend on it (default here: %(default)s)",
-    )
-    add(
-        "--engine",
-        choices=("local", "spark"),
-        default=defaults.engine,
-        help="processes of this machine (default), or Apache Spark; the output is the same",
-    )
-    add(
-        "--master",
-        metavar="URL",
-        help="of Spark, such as local[2] or spark://host:7077 (default: as spark-submit says)",
-    )
-    add("--no-progress", action="store_true", help="no progress bar")
+    defaults = {**vars(Source()), **vars(Sources()), **vars(Conversion()), "weight": None, "workers": _cpus()}
+    parser.set_defaults(**defaults)
+    _add_source_options(parser.add_argument_group("sources").add_argument)
+    _add_filter_options(parser.add_argument_group("filters and limits").add_argument)
+    _add_output_options(parser.add_argument_group("output").add_argument)
+    _add_example_options(parser.add_argument_group("tokens, examples and rows").add_argument)
+    _add_execution_options(parser.add_argument_group("execution").add_argument)
     options = parser.parse_args(argv)
     conversion = Conversion(
-        sources=Sources(
-            _sources(options),
-            **_values(options, Sources, "sources"),
-        ),
+        sources=Sources(_sources(options), **_values(options, Sources, "sources")),
         progress=not options.no_progress,
         **_values(options, Conversion, "sources", "progress"),
     )
     return conversion, options.json, options.dry_run
+
+
+def _add_source_options(add: Callable[..., object]) -> None:
+    text = (
+        "what to read: a .parquet, .jsonl, .json or .txt file (all but .parquet also .gz or .zst), a .tar, .tar.gz or "
+        f".tar.xz of .txt files, a folder or a glob of these; {DOCSTRINGS}: docstrings of the installed Python "
+        f"packages; {HUB}: --dataset (default). May be repeated"
+    )
+    add("--source", action="append", metavar="PATH", help=text)
+    text = (
+        "how often each document of a --source is taken: 2 twice, 0.5 every second one on average; if given, once for "
+        "each --source, in the same order (default: 1)"
+    )
+    add("--weight", action="append", type=float, metavar="W", help=text)
+    text = (
+        "file that lists the sources, instead of --source and --weight: a list under sources:, each with some of the "
+        f"keys {', '.join(part.name for part in fields(Source))}"
+    )
+    add("--mixture", metavar="YAML", help=text)
+    text = "data set on the Hugging Face Hub; one with a loading script cannot be read (default: %(default)s)"
+    add("--dataset", help=text)
+    add("--dataset-config", help="configuration of the data set, if it has several")
+    text = "branch or commit of the data set; main: its original files (default: %(default)s, converted by the hub)"
+    add("--revision", help=text)
+    text = "column of the text in parquet, JSON Lines and data sets of the hub (default: %(default)s)"
+    add("--text-column", help=text)
+    text = "what ends a document in a .txt file: a blank line, or the end of the file (default: %(default)s)"
+    add("--txt-documents", choices=("blank", "file"), help=text)
+
+
+def _add_filter_options(add: Callable[..., object]) -> None:
+    text = "leave out documents shorter than N characters (default: %(default)s)"
+    add("--min-characters", type=int, metavar="N", help=text)
+    text = "leave out lines in which this regular expression matches; may be repeated"
+    add("--drop-lines", action="append", metavar="REGEX", help=text)
+    add("--deduplicate", action="store_true", help="leave out exact copies of earlier documents")
+    text = "convert text to this Unicode normalization form (default: none)"
+    add("--normalize", choices=("NFC", "NFKC"), help=text)
+    text = "leave out the rest of a truncated or corrupt file and report it at the end, instead of stopping"
+    add("--skip-unreadable", action="store_true", help=text)
+    add("--max-documents", type=int, metavar="N", help="stop after N documents")
+    add("--max-bytes", type=_size, metavar="SIZE", help="stop after this much text, such as 50mb")
+
+
+def _add_output_options(add: Callable[..., object]) -> None:
+    text = "folder to write, or URL of an object store (s3://, gs://, …); must not exist (default: %(default)s)"
+    add("--out", help=text)
+    text = "write nothing; estimate documents, tokens, disk space and time from a sample"
+    add("--dry-run", action="store_true", help=text)
+    add("--ignore-disk", action="store_true", help="start even if free disk space seems too small")
+    text = "discard an interrupted conversion into --out instead of resuming it"
+    add("--restart", action="store_true", help=text)
+    text = "replace an existing folder of shards once the new one is complete"
+    add("--overwrite", action="store_true", help=text)
+    add("--compression", help="compress the shards, for example with zstd or zstd:7 (default: none)")
+    add("--json", metavar="FILE", help="also write the summary to a JSON file")
+
+
+def _add_example_options(add: Callable[..., object]) -> None:
+    text = (
+        "a vocab.txt (WordPiece), a folder with a tokenizer, the name of one on the Hugging Face Hub, or "
+        f"{TRAIN}: train a WordPiece vocabulary on the sources (default: %(default)s)"
+    )
+    add("--tokenizer", help=text)
+    add("--vocab-size", type=int, help="number of entries of a vocabulary to train (default: %(default)s)")
+    text = f"keep upper case and accents; for a vocab.txt or --tokenizer {TRAIN}"
+    add("--cased", action="store_true", help=text)
+    text = f"convert to lower case, but keep accents; for a vocab.txt or --tokenizer {TRAIN}"
+    add("--keep-accents", action="store_true", help=text)
+    add("--max-seq-length", type=int, help="maximum number of tokens in a row (default: %(default)s)")
+    text = "fill each row with as many examples as fit, or write one example per row (default: %(default)s)"
+    add("--packing", choices=("packed", "one"), help=text)
+    text = (
+        "build segments from lines, as ELECTRA's original code does, or from sentences, for text without line breaks "
+        "(default: %(default)s)"
+    )
+    add("--lines", choices=("newline", "sentence"), help=text)
+    text = (
+        "drop tokens beyond the length of an example, as ELECTRA's original code does, or start the next example with "
+        "them (default: %(default)s)"
+    )
+    add("--overflow", choices=("cut", "carry"), help=text)
+    add("--val-fraction", type=float, help="fraction of the documents for the validation split (default: %(default)s)")
+    add("--seed", type=int, help="seed of examples and split (default: %(default)s)")
+
+
+def _add_execution_options(add: Callable[..., object]) -> None:
+    text = (
+        "number of processes; the output does not depend on it (default: number of CPUs, at most 16; here %(default)s)"
+    )
+    add("--workers", type=int, help=text)
+    text = "local processes or Apache Spark; the output is the same (default: %(default)s)"
+    add("--engine", choices=("local", "spark"), help=text)
+    text = "Spark master, such as local[2] or spark://host:7077 (default: that of spark-submit)"
+    add("--master", metavar="URL", help=text)
+    add("--no-progress", action="store_true", help="show no progress bar")
 
 
 def _values(options: argparse.Namespace, cls: type, *but: str) -> dict[str, Any]:
@@ -174,14 +154,14 @@ def _values(options: argparse.Namespace, cls: type, *but: str) -> dict[str, Any]
 
 
 def _sources(options: argparse.Namespace) -> list[Source]:
-    """Of --mixture, or of each --source with its --weight.
+    """Return the sources of --mixture, or of --source and --weight.
 
     Raises:
-        UserError: both, or another number of weights.
+        UserError: both are given, or the numbers of sources and weights differ.
     """
     if options.mixture is not None:
         if options.source or options.weight:
-            raise UserError("--mixture names the sources and their weights; give it, or --source and --weight")
+            raise UserError("--mixture cannot be combined with --source and --weight; put the sources into its file")
         return read_mixture(options.mixture)
     paths = options.source or [HUB]
     weights = options.weight or [1.0] * len(paths)
@@ -209,7 +189,7 @@ def _size(text: str) -> int:
     try:
         return bytes_to_int(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 50mb") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected for example 50mb") from error
 
 
 def _warn(text: str) -> None:
@@ -217,16 +197,16 @@ def _warn(text: str) -> None:
 
 
 def report(conversion: Conversion, summary: Summary) -> None:
-    """Print what was done, and what in it may not be what the person wanted."""
+    """Print the summary, and warnings about what the user may not have intended."""
     print(summary)
     if summary.dropped_share > MUCH_DROPPED:
         _warn(
-            f"{summary.dropped_share:.0%} of the tokens were dropped, because the lines are long against "
-            f"--max-seq-length {conversion.max_seq_length}; --lines sentence and --overflow carry keep them"
+            f"{summary.dropped_share:.0%} of the tokens were dropped, because lines are longer than --max-seq-length "
+            f"{conversion.max_seq_length} allows; --lines sentence and --overflow carry keep them"
         )
     text = summary.text
     if text.invalid_documents:
-        _warn(f"{text.invalid_documents:,} documents hold bytes that are not UTF-8, read as U+FFFD")
+        _warn(f"{text.invalid_documents:,} documents contain bytes that are not UTF-8, read as U+FFFD")
     for reason in summary.unreadable:
         _warn(f"left out the rest of {reason}")
     left_out = {
@@ -241,21 +221,21 @@ def report(conversion: Conversion, summary: Summary) -> None:
         if not counts.rows:
             _warn(f"the {name} split is empty; choose another --val-fraction or --seed")
     sources = conversion.sources
-    whole = sources.max_documents is None and sources.max_bytes is None
+    unlimited = sources.max_documents is None and sources.max_bytes is None
     documents = summary.total.documents
-    if sources.sources == [Source()] and whole and documents < OPENWEBTEXT_DOCUMENTS:
+    if sources.sources == [Source()] and unlimited and documents < OPENWEBTEXT_DOCUMENTS:
         _warn(
-            f"{documents:,} of OpenWebText's {OPENWEBTEXT_DOCUMENTS:,} documents: the hub converts only the first "
-            "gigabytes of a large data set to parquet; a full copy can be given by --dataset or --source"
+            f"read only {documents:,} of OpenWebText's {OPENWEBTEXT_DOCUMENTS:,} documents: the hub converts only the "
+            "first gigabytes of a large data set to parquet; pass a full copy as --dataset or --source"
         )
 
 
 @report_user_errors
 def main(argv: list[str] | None = None) -> Summary | DryRun:
-    """Convert as the command line says, print the summary and return it.
+    """Run the command line: convert, print the summary and return it.
 
     Raises:
-        SystemExit: with 2 and one line of text for what the person can mend; 130 and 143 when interrupted.
+        SystemExit: with code 2 after a one-line message about a user error.
     """
     conversion, json_file, only_estimate = parse_arguments(argv)
     if only_estimate:
@@ -263,7 +243,7 @@ def main(argv: list[str] | None = None) -> Summary | DryRun:
         print(estimate)
         return estimate
     if json_file is not None and not os.path.isdir(os.path.dirname(os.path.abspath(json_file))):
-        raise UserError(f"--json {json_file}: no such folder")
+        raise UserError(f"--json {json_file}: no such folder; create it, or choose another file")
     summary = convert(conversion)
     report(conversion, summary)
     if json_file is not None:
@@ -273,7 +253,7 @@ def main(argv: list[str] | None = None) -> Summary | DryRun:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raises, so that incomplete files are removed
     try:
         main()
     except KeyboardInterrupt:

@@ -38,7 +38,7 @@ def refused(monkeypatch, capfd, tmp_path) -> Callable[..., str]:
     def run(script: str, *arguments: str) -> str:
         before = files_of(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)  # the converter's is for a process of its own
+        monkeypatch.setattr(signal, "signal", lambda *_: None)  # the converter installs a handler for SIGTERM
         monkeypatch.setattr(sys, "path", list(sys.path))
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:

@@ -1,4 +1,4 @@
-"""Documents to tokens to examples, a chunk at a time, apart for each split."""
+"""Turn documents into examples, one chunk at a time and separately for each split."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from electra_composer.corpus.documents import Document
 from electra_composer.corpus.examples import Example, ExampleBuilder, Overflow, split_sentences
 
 SPLITS = ("train", "val")
-_MAX_LINE = 100_000  # characters that the tokenizer gets at a time of a longer line
-CHUNK_CHARACTERS = 1 << 20  # of text that is tokenized and held at a time
+_MAX_LINE = 100_000  # characters tokenized at a time; longer lines are cut
+CHUNK_CHARACTERS = 1 << 20  # of text tokenized and held at a time
 CHUNK_DOCUMENTS = 4096
 
 
-class Task(NamedTuple):
-    """How documents become examples."""
+class EncodingSettings(NamedTuple):
+    """Tokenizer and options that determine the examples of a document."""
 
     tokenizer_json: str
     max_seq_length: int
@@ -39,14 +39,14 @@ class Task(NamedTuple):
         return SPLITS if self.val_fraction > 0 else SPLITS[:1]
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer as a conversion uses it: "[MASK]" in the text is the text that it is."""
+        """Return a tokenizer that encodes special tokens in the text, such as "[MASK]", as plain text."""
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.encode_special_tokens = True
         return tokenizer
 
 
 class Examples(NamedTuple):
-    """The examples that one chunk gives one split; flat arrays, which cost less than an object for each."""
+    """Examples of one chunk and split, as flat arrays, which take less memory than one object per example."""
 
     documents: int
     ids: NDArray[np.integer]
@@ -62,7 +62,7 @@ class Examples(NamedTuple):
 
 
 def group_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in chunks of a size that is worth a call of the tokenizer."""
+    """Group documents into chunks that are large enough to tokenize efficiently."""
     chunk: list[Document] = []
     characters = 0
     for document in documents:
@@ -75,25 +75,27 @@ def group_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def convert_documents(task: Task, tokenizer: Tokenizer, name: str, documents: list[Document]) -> list[Examples]:
-    """The examples of some documents, apart for each split.
+def convert_documents(
+    settings: EncodingSettings, tokenizer: Tokenizer, name: str, documents: list[Document]
+) -> list[Examples]:
+    """Return the examples of a chunk of documents for each split.
 
     Args:
-        name: of the chunk; the random draws depend on it.
+        name: of the chunk; seeds the random draws.
     """
     found: list[Examples] = []
-    in_val = [is_validation(task.seed, document.digest, task.val_fraction) for document in documents]
-    for split in task.splits:
+    in_val = [is_validation(settings.seed, document.digest, settings.val_fraction) for document in documents]
+    for split in settings.splits:
         chosen = [document.text for document, val in zip(documents, in_val, strict=True) if val == (split == "val")]
-        rng = Random(f"{task.seed} {split} {name}")
-        builder = ExampleBuilder(task.max_seq_length, task.cls_id, task.sep_id, rng, task.overflow)
-        examples = list(_examples(builder, tokenizer, chosen, task.lines))
+        rng = Random(f"{settings.seed} {split} {name}")
+        builder = ExampleBuilder(settings.max_seq_length, settings.cls_id, settings.sep_id, rng, settings.overflow)
+        examples = list(_build_examples(builder, tokenizer, chosen, settings.lines))
         ids = [example.ids for example in examples]
         lengths = [(example.length_a, example.length_b) for example in examples]
         found.append(
             Examples(
                 len(chosen),
-                np.concatenate(ids).astype(task.dtype) if ids else np.zeros(0, task.dtype),
+                np.concatenate(ids).astype(settings.dtype) if ids else np.zeros(0, settings.dtype),
                 np.array(lengths, np.int64).reshape(-1, 2),
                 builder.dropped_tokens,
             )
@@ -102,16 +104,18 @@ def convert_documents(task: Task, tokenizer: Tokenizer, name: str, documents: li
 
 
 def is_validation(seed: int, digest: int, fraction: float) -> bool:
-    """Whether a document is in the validation split: decided by its text, so that copies of it are not in both."""
-    return share_of(f"{seed} {digest}") < fraction
+    """Return whether a document is in the validation split; copies of a text are always in the same split."""
+    return hash_fraction(f"{seed} {digest}") < fraction
 
 
-def share_of(key: str) -> float:
-    """A number in [0, 1) that follows from a text, evenly spread over texts."""
+def hash_fraction(key: str) -> float:
+    """Hash a key to a number uniformly distributed over [0, 1)."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def _examples(builder: ExampleBuilder, tokenizer: Tokenizer, documents: list[str], lines: str) -> Iterator[Example]:
+def _build_examples(
+    builder: ExampleBuilder, tokenizer: Tokenizer, documents: list[str], lines: str
+) -> Iterator[Example]:
     split = [document_lines(document, lines) for document in documents]
     encoded = encode_lines(tokenizer, (line for document in split for line in document))
     for document in split:
@@ -121,6 +125,7 @@ def _examples(builder: ExampleBuilder, tokenizer: Tokenizer, documents: list[str
 
 
 def document_lines(document: str, ends: str) -> list[str]:
+    """Split a document into lines, or into sentences if `ends` is "sentence"; blank ones are left out."""
     lines = [stripped for line in document.split("\n") if (stripped := line.strip())]
     if ends == "sentence":
         lines = [sentence for line in lines for sentence in split_sentences(line)]
@@ -128,7 +133,7 @@ def document_lines(document: str, ends: str) -> list[str]:
 
 
 def encode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[list[int] | NDArray[np.int32]]:
-    """Token ids of each line, in batches; a line too long for one go is cut at white space and joined again."""
+    """Yield the token ids of each line, tokenized in batches; long lines are tokenized in pieces cut at whitespace."""
     batch: list[str] = []
     characters = 0
     for line in lines:
@@ -151,7 +156,7 @@ def _encode(tokenizer: Tokenizer, lines: list[str]) -> list[list[int]]:
 
 
 def cut_line(line: str, length: int) -> Iterator[str]:
-    """Pieces of at most `length` characters, cut before white space where there is any."""
+    """Cut a line into pieces of at most `length` characters, before whitespace where there is any."""
     start = 0
     while len(line) - start > length:
         end = start + length

@@ -1,7 +1,7 @@
-"""English prose that is on every machine: the docstrings of the Python packages installed beside the project.
+"""Extract English prose that every machine has: the docstrings of the installed Python packages.
 
-The files are read as text, never imported. One module is one document, one paragraph one line. Code, doctests, tables
-and headings are left out, and so is what has been given out before: many docstrings are copies of each other.
+Files are read as text, never imported. Each module is a document, each paragraph a line. Code, doctests, tables and
+headings are left out, and so are repeated paragraphs: many docstrings are copies of each other.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import math
 import os
 import random
 import re
@@ -19,19 +20,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-# Besides the standard library; those that are not installed are left out.
+# In addition to the standard library; packages that are not installed are skipped.
 PACKAGES = (
     *("torch", "transformers", "numpy", "pandas", "sympy", "networkx"),
     *("torchvision", "torchmetrics", "composer", "streaming", "datasets", "pyarrow", "huggingface_hub"),
     *("matplotlib", "tensorboard", "wandb"),
 )
-MAX_COPIES = 20  # how often one paragraph may come; transformers has hundreds of some
+MAX_COPIES = 20  # of one paragraph; transformers has hundreds of some
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
-_CHUNK = 32  # modules that a worker reads at a time
+_CHUNK = 32  # modules per task of a worker
 
-# Comments and string literals of Python; of these, docstrings are the triple-quoted ones that begin their line, as the
-# text that torch gives its C functions does too, or that are assigned to a name such as LLAMA_INPUTS_DOCSTRING.
-# A scan by this takes a fifth of the time that parsing to a syntax tree does.
+# Python comments and string literals. Docstrings are the triple-quoted literals that begin a line (as the documentation
+# of torch's C functions does too), or that are assigned to a name such as LLAMA_INPUTS_DOCSTRING. This takes a fifth of
+# the time of parsing to a syntax tree.
 _LITERAL = re.compile(
     r"""
     \#[^\n]*
@@ -55,24 +56,24 @@ _MIN_WORDS = 5
 
 
 def read_docstrings(workers: int = 1) -> Iterator[str]:
-    """One document per module that has prose, its paragraphs as lines.
+    """Yield one document per module that has prose, its paragraphs as lines.
 
-    The order of the modules is shuffled, always the same way, so that the first few megabytes are a fair sample.
+    Modules are shuffled with a fixed seed, so that the first few megabytes are a representative sample.
 
     Args:
-        workers: processes that read; the result does not depend on it.
+        workers: number of reading processes; the result does not depend on it.
     """
     files = _module_files()
     chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
     if workers <= 1:
         yield from _without_copies(map(_read_modules, chunks))
         return
-    # Ctrl-C reaches every process; this one ends the others.
+    # Ctrl-C reaches every process; this one ends the workers.
     pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
         yield from _without_copies(pool.map(_read_modules, chunks))
     finally:
-        pool.shutdown(cancel_futures=True)  # whoever has read enough does not wait for the rest
+        pool.shutdown(cancel_futures=True)  # a caller that has read enough does not wait for the rest
 
 
 def _without_copies(chunks: Iterable[list[list[str]]]) -> Iterator[str]:
@@ -91,13 +92,13 @@ def _without_copies(chunks: Iterable[list[list[str]]]) -> Iterator[str]:
 
 
 def _module_files() -> list[str]:
-    """Modules of the packages that are installed and of the standard library, in a fixed order on a given machine."""
+    """List the modules of the installed packages and the standard library, in a reproducible random order."""
     roots = [("", sysconfig.get_paths()["stdlib"])]
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.submodule_search_locations:
             roots.append((package, next(iter(spec.submodule_search_locations))))
-    files: list[tuple[str, str]] = []  # name within its package, which is what the order is made from; and path
+    files: list[tuple[str, str]] = []  # name within the package, which determines the order; path
     for package, root in roots:
         for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
@@ -115,93 +116,89 @@ def _read_modules(paths: list[str]) -> list[list[str]]:
 
 
 def _module_prose(path: str) -> list[str]:
-    """Prose of each docstring of a module, its paragraphs joined by newlines."""
+    """Return the prose of each docstring of a module, its paragraphs joined by newlines."""
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
     except (OSError, UnicodeDecodeError):
         return []
-    return [text for docstring in find_docstrings(source) if (text := "\n".join(prose(docstring)))]
+    return [text for docstring in find_docstrings(source) if (text := "\n".join(extract_prose(docstring)))]
 
 
 def find_docstrings(source: str) -> Iterator[str]:
-    """The values of a Python source's docstrings, in order."""
+    """Yield the docstrings of Python source code, in order."""
     for match in _LITERAL.finditer(source):
         if match["triple"] and match["lead"] is not None and not set(match["prefix"].lower()) & {"b", "f"}:
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+                    warnings.simplefilter("ignore")  # invalid escapes
                     yield ast.literal_eval(match["text"])
             except (SyntaxError, ValueError):
                 continue
 
 
-def prose(docstring: str) -> list[str]:
-    """The paragraphs of a docstring that are sentences, each on one line.
+def extract_prose(docstring: str) -> list[str]:
+    """Return the paragraphs of a docstring that are sentences, each on one line.
 
-    Left out: doctests, fenced and literal blocks, directives that hold code or formulas, headings and their underlines,
-    "name : type" lines; of "name (type): description" the description stays.
+    Left out: doctests, fenced and literal blocks, directives with code or formulas, headings and their underlines,
+    "name : type" lines. Of "name (type): description" the description stays.
     """
     paragraphs: list[str] = []
     current: list[str] = []
-    skip_deeper_than: int | None = None  # inside a block that is indented more than this
-    fence = False
-    doctest = False
+    for text in (*_text_lines(docstring), ""):
+        if text:
+            current.append(text)
+            continue
+        if text is not None:
+            paragraphs.append(_without_markup(" ".join(current)))
+        current.clear()
+    return list(filter(_is_prose, paragraphs))
 
-    def end_paragraph() -> None:
-        if current:
-            text = _plain(" ".join(current))
-            if _is_prose(text):
-                paragraphs.append(text)
-            current.clear()
 
+def _text_lines(docstring: str) -> Iterator[str | None]:
+    """Yield the lines of a docstring without code; "" ends a paragraph, None discards it as a heading."""
+    skip_deeper_than = math.inf  # indentation of a block that is left out
+    fence = doctest = False
     for line in inspect.cleandoc(docstring).split("\n"):
         text = line.strip()
         indent = len(line) - len(line.lstrip())
         if text.startswith("```"):
-            end_paragraph()
             fence = not fence
+            yield ""
             continue
         if fence:
             continue
         if not text:
-            end_paragraph()
             doctest = False
+            yield ""
             continue
-        if skip_deeper_than is not None:
-            if indent > skip_deeper_than:
-                continue
-            skip_deeper_than = None
-        if text.startswith((">>>", "...")) or doctest:
-            end_paragraph()
+        if indent > skip_deeper_than:
+            continue
+        skip_deeper_than = math.inf
+        if doctest or text.startswith((">>>", "...")):
             doctest = True
-            continue
-        directive = _DIRECTIVE.match(text)
-        if directive:
-            end_paragraph()
+            yield ""
+        elif directive := _DIRECTIVE.match(text):
+            yield ""
             if directive[1].lower() not in _PROSE_DIRECTIVES:
                 skip_deeper_than = indent
             elif len(directive[2].split()) >= _MIN_WORDS:
-                current.append(directive[2])
-            continue
-        if _UNDERLINE.match(text):
-            current.clear()  # what stood above it was a heading
-            continue
-        item = _BULLET.match(text) or _starts_parameter(text)
-        if item:
-            end_paragraph()
-            text = text[item.end() :] if not _NUMPY_PARAMETER.match(text) else ""
-        if text.endswith("::"):
-            skip_deeper_than = indent
-            text = text[:-1]
-        if text:
-            current.append(text)
-    end_paragraph()
-    return paragraphs
+                yield directive[2]
+        elif _UNDERLINE.match(text):
+            yield None
+        else:
+            if item := _BULLET.match(text) or _starts_parameter(text):
+                yield ""
+                text = text[item.end() :] if not _NUMPY_PARAMETER.match(text) else ""
+            if text.endswith("::"):
+                skip_deeper_than = indent
+                text = text[:-1]
+            if text:
+                yield text
 
 
 def _starts_parameter(text: str) -> re.Match[str] | None:
-    """A match of the name and type of a parameter at the start of a line; a sentence with a colon in it is none."""
+    """Match the name and type of a parameter at the start of a line, but not a sentence with a colon in it."""
     match = _PARAMETER.match(text)
     if match is None:
         return None
@@ -209,7 +206,7 @@ def _starts_parameter(text: str) -> re.Match[str] | None:
     return match if len(name.split()) <= (3 if "," in name else 1) else None
 
 
-def _plain(text: str) -> str:
+def _without_markup(text: str) -> str:
     text = _ROLE.sub(r"\1", text)
     text = _LINK.sub(lambda match: match[1] or match[2], text)
     return " ".join(text.replace("`", "").replace("**", "").split())

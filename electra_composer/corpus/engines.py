@@ -1,4 +1,4 @@
-"""What runs the parts of a conversion: processes of this machine, or Apache Spark."""
+"""Run the parts of a conversion in local worker processes or on Apache Spark."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from electra_composer.corpus.chunks import Examples, Task, convert_documents
+from electra_composer.corpus.chunks import EncodingSettings, Examples, convert_documents
 from electra_composer.corpus.documents import Document
-from electra_composer.corpus.part_conversion import Job, Plan, convert_part
+from electra_composer.corpus.part_conversion import Job, PartContext, convert_part
+from electra_composer.corpus.progress import follow
 from electra_composer.corpus.selection import PartScan, scan_part
 from electra_composer.corpus.source_parts import Part
 from electra_composer.corpus.sources import Sources
@@ -29,61 +30,54 @@ from electra_composer.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_REFRESH = 0.25  # seconds between looks at the progress
-
-
-class Engine(Protocol):
-    """Runs the two passes over parts."""
-
-    def scan(self, sources: Sources, parts: Iterable[Part]) -> Iterator[PartScan]:
-        """:func:`scan_part` of each, in their order; it stops when it is not asked for more."""
-
-    def convert(self, plan: Plan, jobs: list[Job], bar: tqdm) -> Iterator[dict[str, Any]]:
-        """The records of :func:`convert_part`, in any order; their parts are whole when they come."""
 
 
 class Processes:
-    """Worker processes of this machine, each with the tokenizer; text and tokens never travel between them.
+    """Local worker processes, each with its own tokenizer; text and tokens are not sent between processes.
 
     Args:
-        workers: how many.
+        workers: number of processes.
     """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        # fork starts workers in no time, but is not safe with the system libraries of macOS
+        # fork starts workers fastest, but is not safe with the system libraries of macOS.
         self.context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        # The processes are the parallelism; threads would not survive a fork.
+        # The processes already use all cores, and threads of tokenizers do not survive a fork.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def scan(self, sources: Sources, parts: Iterable[Part]) -> Iterator[PartScan]:
+        """Yield :func:`scan_part` of each part in order; scan little further than the iterator is consumed."""
         with _Pool(self._workers, self.context) as pool:
             yield from pool.ordered(partial(scan_part, sources), parts)
 
-    def convert(self, plan: Plan, jobs: list[Job], bar: tqdm) -> Iterator[dict[str, Any]]:
+    def convert(self, context: PartContext, jobs: list[Job], bar: tqdm) -> Iterator[dict[str, Any]]:
+        """Yield the records of :func:`convert_part` in any order, each once its part is complete."""
         done = self.context.Value("q", 0)  # bytes of text
-        with _Pool(self._workers, self.context, plan, done) as pool, _following(bar, done):
+        with _Pool(self._workers, self.context, context, done) as pool, follow(bar, done):
             yield from pool.unordered(_convert, jobs)
 
 
-def tokenize_sample(task: Task, chunks: Iterable[list[Document]], workers: int) -> Iterator[list[Examples]]:
-    """What :func:`convert_documents` makes of each chunk, in their order, by worker processes."""
+def tokenize_sample(
+    settings: EncodingSettings, chunks: Iterable[list[Document]], workers: int
+) -> Iterator[list[Examples]]:
+    """Yield :func:`convert_documents` of each chunk in order, computed by worker processes."""
     engine = Processes(workers)
     with _Pool(workers, engine.context) as pool:
-        yield from pool.ordered(partial(_tokenize, task), chunks)
+        yield from pool.ordered(partial(_tokenize, settings), chunks)
 
 
 class Spark:
-    """A Spark cluster: each part is a task, its record the result.
+    """A Spark cluster: each part is a task that returns its record.
 
-    Workers read the sources and write the shards themselves, so both must be where all can reach them: a file system
-    that is mounted everywhere, or an object store. This package must be installed there.
+    Executors read the sources and write the shards themselves, so both must be on a shared file system or in an object
+    store. This package must be installed there.
 
     Args:
-        master: a Spark master URL, such as `local[2]` or `spark://host:7077`; None: what `spark-submit` says.
+        master: a Spark master URL, such as `local[2]` or `spark://host:7077`; None: the default of `spark-submit`.
 
     Raises:
-        UserError: pyspark, or the Java that it needs, is not there.
+        UserError: pyspark or Java is not installed.
     """
 
     def __init__(self, master: str | None) -> None:
@@ -91,9 +85,9 @@ class Spark:
             from pyspark import SparkConf, SparkContext
             from pyspark.errors import PySparkException
         except ImportError as error:
-            raise UserError("--engine spark needs pyspark: pip install 'electra-composer[spark]'") from error
+            raise UserError("--engine spark requires pyspark: pip install 'electra-composer[spark]'") from error
         conf = SparkConf().setAppName("electra_composer").set("spark.ui.showConsoleProgress", "true")
-        # Python workers import torch and datasets once, not once for each part.
+        # Python workers import torch and datasets once instead of for each part.
         conf.setIfMissing("spark.python.worker.reuse", "true")
         conf.setIfMissing("spark.task.maxFailures", "2")
         if master is not None:
@@ -103,14 +97,17 @@ class Spark:
         try:
             self._context = SparkContext.getOrCreate(conf)
         except (PySparkException, OSError, RuntimeError) as error:
-            raise UserError(f"--engine spark: Spark does not start (is Java there?): {_first_line(error)}") from error
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise UserError(f"--engine spark: Spark does not start (is Java installed?): {reason}") from error
         self._context.setLogLevel("ERROR")
 
     def scan(self, sources: Sources, parts: Iterable[Part]) -> Iterator[PartScan]:
+        """Same as :meth:`Processes.scan`, but all parts are scanned."""
         yield from self._run(list(parts), partial(scan_part, sources))
 
-    def convert(self, plan: Plan, jobs: list[Job], bar: tqdm) -> Iterator[dict[str, Any]]:
-        shared = self._context.broadcast(plan)
+    def convert(self, context: PartContext, jobs: list[Job], bar: tqdm) -> Iterator[dict[str, Any]]:
+        """Same as :meth:`Processes.convert`, but all records come at the end."""
+        shared = self._context.broadcast(context)
         yield from self._run(jobs, lambda job: _convert_with(shared.value, job))
         shared.destroy()
 
@@ -121,36 +118,29 @@ class Spark:
             return []
         try:
             return self._context.parallelize(items, len(items)).map(function).collect()
+        # Workaround (pyspark 4.0): the exception of a Python worker arrives only as text, its traceback within the
+        # message of a Java exception; goes when Spark raises it as an exception.
         except Py4JJavaError as error:
             text = str(error.java_exception)
             if "UserError: " in text:
                 raise UserError(text.partition("UserError: ")[2].split("\n")[0]) from error
-            raise UserError(f"Spark: a part failed: {_last_python_line(text)}; the same command goes on") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
-def _last_python_line(text: str) -> str:
-    """The exception at the end of the traceback of a Python worker, in Spark's message."""
-    before = text.partition("\n\n\tat ")[0].strip().split("\n")
-    return before[-1].strip()
+            reason = text.partition("\n\n\tat ")[0].strip().split("\n")[-1].strip()
+            raise UserError(f"Spark: a part failed: {reason}; rerun the same command to resume") from error
 
 
 class _Pool:
-    """A process pool whose workers end with it, whose waiting work is bounded, and that names a worker's death."""
+    """A process pool that ends its workers on exit, bounds the waiting items, and reports a killed worker."""
 
-    def __init__(self, workers: int, context: Any, plan: Plan | None = None, done: Any = None) -> None:
+    def __init__(self, workers: int, context: Any, part_context: PartContext | None = None, done: Any = None) -> None:
         self._waiting = 2 * workers
-        self._stop = context.Value("b", 0, lock=False)  # not an Event, whose lock a worker that is killed may have
-        self._pool = ProcessPoolExecutor(workers, context, _start_worker, (plan, done, self._stop))
+        self._stop = context.Value("b", 0, lock=False)  # not an Event: a killed worker may hold its lock
+        self._pool = ProcessPoolExecutor(workers, context, _start_worker, (part_context, done, self._stop))
 
     def __enter__(self) -> _Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop.value = 1  # nobody waits for a part that is of no use any more
+        self._stop.value = 1  # workers abandon their current part
         self._pool.shutdown(cancel_futures=True)
 
     def ordered(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -181,65 +171,41 @@ def _result(future: Future[Result]) -> Result:
         return future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process ended abruptly (killed, or out of memory?); the same command goes on from the parts that "
-            "are whole, and fewer --workers need less memory"
+            "a worker process ended abruptly (killed, or out of memory?); rerun the same command to resume after the "
+            "complete parts, with fewer --workers if memory is short"
         ) from error
 
 
-class _following:
-    """Moves a progress bar by what the workers say, while the block runs."""
-
-    def __init__(self, bar: tqdm, done: Any) -> None:
-        self._bar, self._done = bar, done
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-        self._update()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(_REFRESH):
-            self._update()
-
-    def _update(self) -> None:
-        # Not `.value`, which waits for a lock: a worker that is killed may have it.
-        self._bar.update(self._done.get_obj().value - self._bar.n)
-
-
-_worker: tuple[Plan, Tokenizer] | None = None  # of this worker process
+# State of this worker process.
+_worker: tuple[PartContext, Tokenizer] | None = None
 _done: Any = None
 _stop: Any = None
 
 
-def _start_worker(plan: Plan | None, done: Any, stop: Any) -> None:
+def _start_worker(context: PartContext | None, done: Any, stop: Any) -> None:
     global _worker, _done, _stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    if plan is not None:
-        _worker = plan, plan.task.tokenizer()
+    if context is not None:
+        _worker = context, context.settings.tokenizer()
     _done, _stop = done, stop
 
 
 def _end_with_parent(parent: int) -> None:
-    """A parent that is killed outright cannot end its workers, which would wait for it for ever."""
+    """Exit when the parent is gone: a killed parent cannot end its workers, which would wait for it forever."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)
 
 
-def _tokenize(task: Task, chunk: list[Document]) -> list[Examples]:
-    return convert_documents(task, _tokenizer_of(task), "sample", chunk)
+def _tokenize(settings: EncodingSettings, chunk: list[Document]) -> list[Examples]:
+    return convert_documents(settings, _tokenizer_of(settings), "sample", chunk)
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer_of(task: Task) -> Tokenizer:
-    return task.tokenizer()
+def _tokenizer_of(settings: EncodingSettings) -> Tokenizer:
+    return settings.tokenizer()
 
 
 def _convert(job: Job) -> dict[str, Any]:
@@ -254,9 +220,9 @@ def _add(size: int) -> None:
         _done.value += size
 
 
-def _convert_with(plan: Plan, job: Job) -> dict[str, Any]:
-    """In a Spark worker, which gets the plan with the job and keeps the tokenizer for the next one."""
+def _convert_with(context: PartContext, job: Job) -> dict[str, Any]:
+    """Convert a part in a Spark worker, which keeps the tokenizer for the next part."""
     global _worker
-    if _worker is None or _worker[0] != plan:
-        _worker = plan, plan.task.tokenizer()
+    if _worker is None or _worker[0] != context:
+        _worker = context, context.settings.tokenizer()
     return {**convert_part(*_worker, job, lambda size: None), "number": job.number}

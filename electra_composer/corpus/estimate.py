@@ -1,8 +1,7 @@
-"""What a conversion will need, before it begins: text, tokens, disk and time, from a sample of the sources."""
+"""Estimate the text in the sources from a sample, and check the free disk space, before a conversion begins."""
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,39 +9,38 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from electra_composer.corpus.documents import ReadStats, UnreadableFile, documents_of_slice
+from electra_composer.corpus.readers import UnreadableFile, read_slice
 from electra_composer.corpus.source_parts import Slice
-from electra_composer.corpus.sources import DOCSTRINGS, HUB, Source, Sources, compression_of, find_files, format_of
+from electra_composer.corpus.sources import DOCSTRINGS, HUB, Source, Sources, find_files, format_of, open_lines
 from electra_composer.errors import UserError
 
-WHOLE_BELOW = 1 << 20  # bytes; smaller files are read to the end, since decompressing runs ahead by some of that
+READ_FULLY_BELOW = 1 << 20  # bytes; in smaller files, decompression reads ahead by a large fraction of the file
 SAMPLED_FILES = 16  # of each source, evenly spaced
-_BUFFER = 1 << 14
-BYTES_PER_TOKEN = 3.0  # of text; fewer than any vocabulary for natural language needs, so that disk is never too small
+_BUFFER = 1 << 14  # bytes; a small buffer keeps the read-ahead small
+BYTES_PER_TOKEN = 3.0  # of text; below that of any vocabulary for natural language, so that disk space suffices
 
 
 @dataclass
 class TextEstimate:
-    """How much text there is."""
+    """Estimated amount of text."""
 
     documents: float
     text_bytes: float
-    sample: list[str]  # documents that were read for it
+    sample: list[str]  # the documents read
 
 
 def estimate_text(sources: Sources, sample_bytes: int) -> TextEstimate | None:
-    """Read a sample of local sources, and scale it up by the part of the files that was read, and by their weights.
+    """Read a sample of local sources, and scale it up by the fraction of the files read and by source weights.
 
     Args:
-        sources: as for a conversion; its limits count.
-        sample_bytes: of text to read, in all.
+        sources: limits (`max_documents`, `max_bytes`) are applied.
+        sample_bytes: of text to read in total.
 
     Returns:
-        None where a source is the hub's, made here (`docstrings`) or an archive: only reading all of it tells how much
-        there is.
+        None if a source is `hub`, `docstrings` or an archive, whose text is only known after reading all of it.
 
     Raises:
-        UserError: as reading raises them.
+        UserError: a source cannot be read.
     """
     if any(source.path in (HUB, DOCSTRINGS) for source in sources.sources):
         return None
@@ -50,43 +48,43 @@ def estimate_text(sources: Sources, sample_bytes: int) -> TextEstimate | None:
     if any(format_of(path) == ".tar" for found in files for path in found):
         return None
     total = sum(os.path.getsize(path) for found in files for path in found)
-    whole = TextEstimate(0, 0, [])
+    estimate = TextEstimate(0, 0, [])
     for source, found in zip(sources.sources, files, strict=True):
         size = sum(os.path.getsize(path) for path in found)
         chosen = found[:: max(1, len(found) // SAMPLED_FILES)]
         limit = round(sample_bytes * size / max(1, total)) // len(chosen)
-        sampled = [_sample_file(path, source, sources, limit, whole.sample) for path in chosen]
+        sampled = [_sample_file(path, source, sources, limit, estimate.sample) for path in chosen]
         if read := sum(part for part, _, _ in sampled):
-            whole.documents += source.weight * size / read * sum(count for _, count, _ in sampled)
-            whole.text_bytes += source.weight * size / read * sum(length for _, _, length in sampled)
-    share = 1.0
-    if sources.max_documents is not None and whole.documents:
-        share = min(share, sources.max_documents / whole.documents)
-    if sources.max_bytes is not None and whole.text_bytes:
-        share = min(share, sources.max_bytes / whole.text_bytes)
-    return TextEstimate(whole.documents * share, whole.text_bytes * share, whole.sample)
+            estimate.documents += source.weight * size / read * sum(count for _, count, _ in sampled)
+            estimate.text_bytes += source.weight * size / read * sum(length for _, _, length in sampled)
+    fraction = 1.0
+    if sources.max_documents is not None and estimate.documents:
+        fraction = min(fraction, sources.max_documents / estimate.documents)
+    if sources.max_bytes is not None and estimate.text_bytes:
+        fraction = min(fraction, sources.max_bytes / estimate.text_bytes)
+    return TextEstimate(estimate.documents * fraction, estimate.text_bytes * fraction, estimate.sample)
 
 
 def _sample_file(path: str, source: Source, sources: Sources, limit: int, sample: list[str]) -> tuple[float, int, int]:
-    """Read documents of a file until there is enough text: bytes of the file gone through, documents, bytes of text."""
+    """Append documents of a file to `sample` until they reach `limit` bytes of text.
+
+    Returns:
+        Bytes of the file read, documents, bytes of text.
+    """
     size, documents, length = os.path.getsize(path), 0, 0
     parquet = format_of(path) == ".parquet"
-    with open(path, "rb", buffering=0) as raw:  # whose place tells how far the reader is, decompressing or not
-        lines = None
-        if not parquet:
-            stream, codec = pa.PythonFile(raw, mode="r"), compression_of(path)
-            # A small buffer, so that the reader is hardly ahead of what it gave out.
-            lines = io.BufferedReader(stream if codec is None else pa.CompressedInputStream(stream, codec), _BUFFER)
+    with pa.OSFile(path) as raw:  # its position tells how much of the file was read, compressed or not
+        lines = None if parquet else open_lines(path, raw, _BUFFER)
         try:
-            for text in documents_of_slice(Slice(path), source, ReadStats(), lines):
+            for text, _ in read_slice(Slice(path), source, lines):
                 documents += 1
                 length += len(text.encode("utf-8", "replace"))
                 if text.strip():
                     sample.append(text)
-                if length >= limit and size >= WHOLE_BELOW:
+                if length >= limit and size >= READ_FULLY_BELOW:
                     if parquet:
                         return size * documents / pq.read_metadata(path).num_rows, documents, length
-                    return size if raw.closed else raw.tell(), documents, length  # closed at its end
+                    return raw.tell(), documents, length
         except UnreadableFile:
             if not sources.skip_unreadable:
                 raise
@@ -94,13 +92,12 @@ def _sample_file(path: str, source: Source, sources: Sources, limit: int, sample
 
 
 def check_free_space(out: str, text_bytes: float) -> None:
-    """Refuse to begin where the shards will not fit, or nothing may be written.
+    """Check that the output folder is writable and has room for the shards; object stores are not checked.
 
-    Two bytes for a token, and at least three bytes of text in it: two thirds of the text are asked for. An object store
-    has room enough.
+    A token takes two bytes, and stands for at least three bytes of text: two thirds of the text are required.
 
     Raises:
-        UserError: with both sizes, or what is wrong with the place.
+        UserError: too little space, or not writable.
     """
     if "://" in out:
         return
@@ -108,11 +105,11 @@ def check_free_space(out: str, text_bytes: float) -> None:
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     if os.statvfs(folder).f_flag & os.ST_RDONLY or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write to {folder}: it is read-only, or not yours; choose another --out")
+        raise UserError(f"cannot write to {folder}: it is read-only, or owned by another user; choose another --out")
     needed, free = text_bytes * 2 / BYTES_PER_TOKEN, shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder} has {_size(free)} left, and the shards may need {_size(needed)}; make room, choose "
+            f"{folder} has {_size(free)} left, and the shards may need {_size(needed)}; free some space, choose "
             "another --out, or pass --ignore-disk to try"
         )
 

@@ -1,7 +1,7 @@
-"""Text to ELECTRA examples to packed rows: pure functions and iterators, every random draw from an explicit generator.
+"""Build ELECTRA examples from tokenized lines, and pack them into rows; all randomness is from an explicit generator.
 
 The rules and the order of the random draws are those of google-research/electra, `build_pretraining_dataset.py`
-(`ExampleBuilder`), so that one stream of random numbers gives one stream of examples.
+(`ExampleBuilder`), so that the same random numbers give the same examples.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from numpy.typing import NDArray
 Overflow = Literal["cut", "carry"]
 Ids = NDArray[np.int32]
 
-MIN_SEQ_LENGTH = 5  # the shortest target that is ever drawn
+MIN_SEQ_LENGTH = 5  # the shortest target length that is drawn
 WINDOW = 8192
 OPEN_ROWS = 2048
 _MIN_EXAMPLE = 3  # [CLS], one token, [SEP]
-_ONE_SEGMENT_TARGET = 100_000  # no line ever fills it, so that every line goes to the first segment
+_ONE_SEGMENT_TARGET = 100_000  # longer than any example, so that every line goes to the first segment
 
-# A sentence ends at .!? or what other scripts write for them (and closing quotes or brackets) before white space; where
-# the space was lost, as in "fine.Then"; and in Chinese and Japanese, which have none, at every full stop.
+# A sentence ends at .!? or their equivalents in other scripts (with closing quotes or brackets) before whitespace, or
+# without it, as in "fine.Then"; in Chinese and Japanese, which have no spaces, it ends at every full stop.
 _ENDS, _FULL_WIDTH_ENDS = ".!?…।॥؟۔։።", "。！？｡"
 _CLOSING = "\"')\\]»”’」』）》〉】"
 _SENTENCE_END = re.compile(
     rf"(?<=[{_ENDS}])[{_CLOSING}]*\s+|[{_FULL_WIDTH_ENDS}]+[{_CLOSING}]*\s*|(?<=[a-z][.!?])(?=[A-Z][a-z])"
 )
-_ASCII_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[a-z][.!?])(?=[A-Z][a-z])")  # the same, a third faster
+_ASCII_SENTENCE_END = re.compile(
+    r"(?<=[.!?])[\"')\]]*\s+|(?<=[a-z][.!?])(?=[A-Z][a-z])"
+)  # same for ASCII, a third faster
 
 
 class Example(NamedTuple):
@@ -43,16 +45,16 @@ class Example(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Whole examples one after another; one sample of the shards."""
+    """Complete examples, concatenated; one sample of the shards."""
 
     input_ids: NDArray[np.integer]  # [at most max_seq_length]
     segment_lengths: NDArray[np.uint16]  # [2 × examples]: length_a and length_b of each
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut a line at the ends of its sentences, losing nothing but the white space between them.
+    """Split a line at the ends of sentences, losing only the whitespace between them.
 
-    The examples need lines that are short against `max_seq_length`; a rare cut after "Mr." does them no harm.
+    Examples need lines much shorter than `max_seq_length`; an occasional split after "Mr." does no harm.
     """
     sentences, start = [], 0
     pattern = _ASCII_SENTENCE_END if text.isascii() else _SENTENCE_END
@@ -65,28 +67,27 @@ def split_sentences(text: str) -> list[str]:
 
 
 class ExampleBuilder:
-    """Turns the tokenized lines of documents into examples.
+    """Builds examples from the tokenized lines of documents.
 
     Lines are added until their tokens reach the target length; then they become one example, and the next target is
-    drawn: `max_seq_length`, or with 5% chance a length from 5 to it. With 10% chance the example has one segment.
+    drawn: `max_seq_length`, or with probability 5% a length in [5, `max_seq_length`]. With probability 10% the example
+    has one segment.
 
     Args:
-        max_seq_length: most tokens an example may have, special tokens included.
+        max_seq_length: maximum number of tokens of an example, special tokens included.
         cls_id, sep_id: ids of `[CLS]` and `[SEP]`.
-        rng: source of every draw; its order is: one segment? — then each line that may go either way — then short
-            target? — then its length.
-        overflow: what happens to the tokens that do not fit the segments. `cut` drops them, which is the recipe;
-            `carry` starts the next example of the same document with them, so that nothing is lost.
+        rng: for all draws, in this order: whether the example has one segment; the segment of each line that may go to
+            either; whether the next target is short; its length.
+        overflow: `cut` drops the tokens that do not fit the segments, as the original code does; `carry` starts the
+            next example of the same document with them, so that no token is lost.
 
     Attributes:
-        dropped_tokens: tokens lost to cutting so far.
+        dropped_tokens: tokens dropped so far.
     """
 
     def __init__(self, max_seq_length: int, cls_id: int, sep_id: int, rng: Random, overflow: Overflow = "cut") -> None:
         if max_seq_length < MIN_SEQ_LENGTH:
-            raise ValueError(
-                f"max_seq_length is {max_seq_length}; the shortest that holds an example is {MIN_SEQ_LENGTH}"
-            )
+            raise ValueError(f"max_seq_length is {max_seq_length}; expected at least {MIN_SEQ_LENGTH}")
         if overflow not in ("cut", "carry"):
             raise ValueError(f"overflow is {overflow!r}; expected 'cut' or 'carry'")
         self.max_seq_length = max_seq_length
@@ -100,7 +101,7 @@ class ExampleBuilder:
         self._target = max_seq_length
 
     def add_line(self, ids: Sequence[int] | Ids) -> Iterator[Example]:
-        """Add one line's token ids; yields the examples that it completes (with `cut`, at most one)."""
+        """Add the token ids of a line, and yield the examples that it completes (with `cut`, at most one)."""
         if len(ids) == 0:
             return
         self._add(np.asarray(ids, np.int32))
@@ -108,7 +109,7 @@ class ExampleBuilder:
             yield self._create()
 
     def end_document(self) -> Iterator[Example]:
-        """What is left of the document becomes an example, however short; call it after each document's last line."""
+        """Yield the rest of a document as examples, however short; call after the last line of each document."""
         while self._length:
             yield self._create()
 
@@ -137,7 +138,7 @@ class ExampleBuilder:
         return Example(ids, length_first + 2, len(ids) - length_first - 2)
 
     def _assign(self, first_target: int) -> tuple[list[Ids], list[Ids]]:
-        """Share the lines out between the two segments."""
+        """Assign the lines to the two segments."""
         first: list[Ids] = []
         second: list[Ids] = []
         length_first = 0
@@ -155,7 +156,7 @@ class ExampleBuilder:
 
 
 def _cut(lines: list[Ids], length: int) -> tuple[list[Ids], list[Ids]]:
-    """The first `length` tokens of `lines`, and the rest of them; slices are views, so a line of any size is cheap."""
+    """Split lines after `length` tokens; slices are views, so that long lines are cheap."""
     kept: list[Ids] = []
     rest: list[Ids] = []
     for line in lines:
@@ -170,30 +171,20 @@ def _cut(lines: list[Ids], length: int) -> tuple[list[Ids], list[Ids]]:
 
 
 def one_per_row(examples: Iterable[Example]) -> Iterator[Row]:
-    """Each example is a row of its own."""
+    """Yield each example as a row of its own."""
     return (_row([example]) for example in examples)
 
 
-def pack(
-    examples: Iterable[Example], max_seq_length: int, window: int = WINDOW, open_rows: int = OPEN_ROWS
-) -> Iterator[Row]:
-    """Whole examples into rows, see :class:`Packer`; the same examples give the same rows."""
-    packer = Packer(max_seq_length, window, open_rows)
-    for example in examples:
-        yield from packer.add(example)
-    yield from packer.finish()
-
-
 class Packer:
-    """Best fit, longest first: each example goes into the open row that it fills most tightly, whole and once.
+    """Packs examples into rows by best fit: each goes, uncut, into the open row where it leaves the least space.
 
-    Longest first holds within a window of examples, because the whole corpus does not fit in memory; at length 512 it
-    saves 2% of the rows against the order in which they come.
+    Examples are sorted by length (longest first) within a window, because the corpus does not fit in memory; at length
+    512 this saves 2% of the rows.
 
     Args:
-        max_seq_length: most tokens in a row.
-        window: how many examples are sorted by length at a time.
-        open_rows: how many rows wait for more examples at a time; when there are more, the fullest is closed.
+        max_seq_length: maximum number of tokens of a row.
+        window: number of examples sorted at a time.
+        open_rows: maximum number of rows that wait for more examples; beyond it, the fullest row is closed.
     """
 
     def __init__(self, max_seq_length: int, window: int = WINDOW, open_rows: int = OPEN_ROWS) -> None:
@@ -202,11 +193,11 @@ class Packer:
         self._open_rows = open_rows
         self._examples: list[Example] = []
         self._by_space: list[deque[list[Example]]] = [deque() for _ in range(max_seq_length + 1)]
-        self._spaces = 0  # bit s is set where an open row has s tokens of space: the tightest fit is one bit operation
+        self._spaces = 0  # bit s is set if an open row has s tokens of space, so that the best fit is one bit operation
         self._count = 0
 
     def add(self, example: Example) -> Iterator[Row]:
-        """Take an example; yields the rows that this closes, in the order of closing."""
+        """Add an example, and yield the rows that this closes, in the order of closing."""
         if len(example.ids) > self._max_seq_length:
             raise ValueError(
                 f"an example of {len(example.ids)} tokens does not fit rows of {self._max_seq_length} tokens"
@@ -241,7 +232,7 @@ class Packer:
             yield _row(self._take(_lowest_bit(self._spaces)))
 
     def finish(self) -> Iterator[Row]:
-        """The rows of the last examples, then those that are still open, fullest first."""
+        """Yield the rows of the last examples, then the rows that are still open, fullest first."""
         yield from self._place_window()
         while self._spaces:
             yield _row(self._take(_lowest_bit(self._spaces)))

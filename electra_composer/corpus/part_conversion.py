@@ -1,4 +1,4 @@
-"""One part of the sources to shards of its own: read, tokenized, packed and written by one process."""
+"""Convert one part of the sources to its own shards: read, tokenize, pack and write in one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from typing import Any, Literal, NamedTuple
 
 from tokenizers import Tokenizer
 
-from electra_composer.corpus.chunks import Task, convert_documents, group_documents, is_validation, share_of
+from electra_composer.corpus.chunks import (
+    EncodingSettings,
+    convert_documents,
+    group_documents,
+    hash_fraction,
+    is_validation,
+)
 from electra_composer.corpus.documents import Document, ReadStats, part_documents
 from electra_composer.corpus.examples import Packer, Row, one_per_row
 from electra_composer.corpus.part_writer import PartWriter, Place
@@ -20,43 +26,45 @@ from electra_composer.corpus.sources import Sources
 from electra_composer.storage.shard_folder import SourceCounts, SplitCounts
 
 
-class Plan(NamedTuple):
-    """What is the same for all parts; sent once to each process."""
+class PartContext(NamedTuple):
+    """Arguments common to all parts; sent to each process once."""
 
-    task: Task
+    settings: EncodingSettings
     sources: Sources
     packing: Literal["packed", "one"]
     place: Place
 
 
 class Job(NamedTuple):
-    """One part to convert."""
+    """A part to convert."""
 
     number: int
     part: Part
     selection: Selection
 
 
-def convert_part(plan: Plan, tokenizer: Tokenizer, job: Job, progress: Callable[[int], None]) -> dict[str, Any]:
+def convert_part(
+    context: PartContext, tokenizer: Tokenizer, job: Job, progress: Callable[[int], None]
+) -> dict[str, Any]:
     """Convert a part and write its shards.
 
     Args:
-        tokenizer: `plan.task.tokenizer()`.
-        progress: is told bytes of text as they are done.
+        tokenizer: `context.settings.tokenizer()`.
+        progress: called with the bytes of text of each chunk once it is done.
 
     Returns:
         The record of the part: its `source`, `counts` (:class:`SourceCounts`), `splits` (:class:`SplitCounts` by name),
-        `unreadable` files with what was wrong, and `shards`, see :meth:`PartWriter.finish`.
+        `unreadable` files with their error messages, and `shards`, see :meth:`PartWriter.finish`.
 
     Raises:
-        UserError: text that cannot be read, a remote that cannot be written to.
-        OSError: no room for the shards.
+        UserError: text cannot be read, or an upload to the remote failed.
+        OSError: disk full.
     """
-    task, stats = plan.task, ReadStats()
-    splits = {split: SplitCounts() for split in task.splits}
+    settings, stats = context.settings, ReadStats()
+    splits = {split: SplitCounts() for split in settings.splits}
     counts = SourceCounts(duplicate_documents=job.selection.duplicates)
-    packers = {split: Packer(task.max_seq_length) for split in task.splits}
-    writer = PartWriter(plan.place, job.number, task.splits)
+    packers = {split: Packer(settings.max_seq_length) for split in settings.splits}
+    writer = PartWriter(context.place, job.number, settings.splits)
 
     def write(split: str, rows: Iterable[Row]) -> None:
         for row in rows:
@@ -65,14 +73,14 @@ def convert_part(plan: Plan, tokenizer: Tokenizer, job: Job, progress: Callable[
             writer.write(split, row)
 
     try:
-        documents = _taken(part_documents(job.part, plan.sources, stats), plan, job)
+        documents = _selected_documents(part_documents(job.part, context.sources, stats), context, job)
         for index, chunk in enumerate(group_documents(documents)):
-            found = convert_documents(task, tokenizer, f"{job.number} {index}", chunk)
-            for split, examples in zip(task.splits, found, strict=True):
+            found = convert_documents(settings, tokenizer, f"{job.number} {index}", chunk)
+            for split, examples in zip(settings.splits, found, strict=True):
                 splits[split].documents += examples.documents
                 splits[split].examples += len(examples.lengths)
                 splits[split].dropped_tokens += examples.dropped_tokens
-                if plan.packing == "one":
+                if context.packing == "one":
                     write(split, one_per_row(examples.examples()))
                 else:
                     write(split, itertools.chain.from_iterable(map(packers[split].add, examples.examples())))
@@ -80,7 +88,7 @@ def convert_part(plan: Plan, tokenizer: Tokenizer, job: Job, progress: Callable[
             counts.documents += len(chunk)
             counts.text_bytes += size
             progress(size)
-        for split in task.splits:
+        for split in settings.splits:
             write(split, packers[split].finish())
         counts.tokens = sum(split.tokens for split in splits.values())
         counts.invalid_documents, counts.short_documents, counts.dropped_lines = stats.invalid, stats.short, stats.lines
@@ -97,23 +105,21 @@ def convert_part(plan: Plan, tokenizer: Tokenizer, job: Job, progress: Callable[
         raise
 
 
-def _taken(documents: Iterable[Document], plan: Plan, job: Job) -> Iterator[Document]:
-    """What this copy of the part takes of its documents; validation gets none of them twice."""
-    weight, copy, task = plan.sources.sources[job.part.source].weight, job.part.copy, plan.task
+def _selected_documents(documents: Iterable[Document], context: PartContext, job: Job) -> Iterator[Document]:
+    """Yield the documents of this copy of the part; no document is in validation more than once."""
+    weight, copy, settings = context.sources.sources[job.part.source].weight, job.part.copy, context.settings
     chosen = job.selection.chosen
-    last = None if chosen is None else int(chosen.nonzero()[0][-1]) if chosen.any() else -1
-    for index, document in enumerate(documents):
-        if last is not None and index > last:
-            return
-        if chosen is not None and not chosen[index]:
+    if chosen is not None:
+        last = int(chosen.nonzero()[0][-1])
+        documents = itertools.compress(documents, chosen[: last + 1].tolist())  # reads no further than needed
+    for document in documents:
+        if copy_count(settings.seed, document.digest, weight) <= copy:
             continue
-        if copies(task.seed, document.digest, weight) <= copy:
-            continue
-        if copy and is_validation(task.seed, document.digest, task.val_fraction):
+        if copy and is_validation(settings.seed, document.digest, settings.val_fraction):
             continue
         yield document
 
 
-def copies(seed: int, digest: int, weight: float) -> int:
-    """How often a document of a source is taken: `weight` on average, and one of the two whole numbers around it."""
-    return math.floor(weight + share_of(f"{seed} copies {digest}")) if weight % 1 else int(weight)
+def copy_count(seed: int, digest: int, weight: float) -> int:
+    """Return how often a document is taken: `weight` on average, rounded up or down by the document's hash."""
+    return math.floor(weight + hash_fraction(f"{seed} copies {digest}")) if weight % 1 else int(weight)

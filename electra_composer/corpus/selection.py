@@ -1,7 +1,7 @@
-"""Which documents are converted where that depends on all others: deduplication, and limits on the whole.
+"""Select the documents to convert where that depends on all parts: deduplication, and limits on the total.
 
-Every part is read once before the conversion, by the same processes; what comes back of a document is its size and 64
-bits of its text's hash. Without deduplication and limits nothing is read twice.
+The engine reads every part once before the conversion, and returns the size and a 64-bit hash of each document. Without
+deduplication and limits nothing is read twice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from electra_composer.corpus.documents import ReadStats, not_wanted, part_documents
+from electra_composer.corpus.documents import ReadStats, limit_reached, part_documents
 from electra_composer.corpus.source_parts import Part
 from electra_composer.corpus.sources import Sources
 
@@ -21,34 +21,30 @@ FILE = "selection.npz"
 
 
 class PartScan(NamedTuple):
-    """What is known of the documents of a part, in their order."""
+    """Sizes and hashes of the documents of a part, in order."""
 
     sizes: NDArray[np.uint32]  # bytes
     digests: NDArray[np.uint64]
 
 
 class Selection(NamedTuple):
-    """What is taken of one part."""
+    """Documents of a part to convert."""
 
     chosen: NDArray[np.bool_] | None  # [documents]; None: all
-    duplicates: int = 0  # left out because they were there before
+    duplicates: int = 0  # left out as copies of earlier documents
 
     @property
     def is_empty(self) -> bool:
         return self.chosen is not None and not self.chosen.any()
 
 
-def is_needed(sources: Sources) -> bool:
-    return sources.deduplicate or sources.max_documents is not None or sources.max_bytes is not None
-
-
 def scan_part(sources: Sources, part: Part) -> PartScan:
-    """Read a part; without deduplication no further than a limit on the whole could need."""
+    """Read a part; without deduplication, no more of it than a limit on the total could need."""
     sizes: list[int] = []
     digests: list[int] = []
     total = 0
     for document in part_documents(part, sources, ReadStats()):
-        if not sources.deduplicate and not_wanted(sources, len(sizes), total):
+        if not sources.deduplicate and limit_reached(sources, len(sizes), total):
             break
         sizes.append(document.size)
         digests.append(document.digest)
@@ -59,13 +55,13 @@ def scan_part(sources: Sources, part: Part) -> PartScan:
 def select(
     parts: list[Part], sources: Sources, scan: Callable[[Iterable[Part]], Iterator[PartScan]]
 ) -> list[Selection]:
-    """What is taken of each part: of documents that come again the first, and the first so many of these.
+    """Return the selection of each part: the first copy of each document, up to the limits.
 
     Args:
-        parts: all of the sources, in their order.
-        scan: gives :func:`scan_part` of each part in this order; it is not asked for more than the limits need.
+        parts: all parts of the sources, in order.
+        scan: yields :func:`scan_part` of each part in order; consumed no further than the limits need.
     """
-    if not is_needed(sources):
+    if not sources.deduplicate and sources.max_documents is None and sources.max_bytes is None:
         return [Selection(None)] * len(parts)
     selections: list[Selection] = []
     seen = np.zeros(0, np.uint64)  # sorted
@@ -74,24 +70,25 @@ def select(
         chosen = np.ones(len(sizes), np.bool_)
         if sources.deduplicate:
             chosen[:] = False
-            chosen[np.unique(digests, return_index=True)[1]] = True  # the first of each here
+            chosen[np.unique(digests, return_index=True)[1]] = True  # first copies within the part
             chosen &= ~_is_in(digests, seen)
             seen = np.union1d(seen, digests[chosen])
         duplicates = int(len(chosen) - chosen.sum())
         places = np.flatnonzero(chosen)
-        before = size + np.cumsum(sizes[places], dtype=np.int64) - sizes[places]  # bytes before each of them
-        enough = np.array([not_wanted(sources, documents + i, b) for i, b in enumerate(before.tolist())], np.bool_)
+        before = size + np.cumsum(sizes[places], dtype=np.int64) - sizes[places]  # bytes before each document
+        enough = np.array([limit_reached(sources, documents + i, b) for i, b in enumerate(before.tolist())], np.bool_)
         chosen[places[enough]] = False
         documents += int(chosen.sum())
         size += int(sizes[chosen].sum())
         selections.append(Selection(chosen, duplicates))
-        if not_wanted(sources, documents, size):
+        if limit_reached(sources, documents, size):
             break
     nothing = Selection(np.zeros(0, np.bool_))
     return selections + [nothing] * (len(parts) - len(selections))
 
 
 def _is_in(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Same as `np.isin`, but `ordered` is sorted already."""
     if not len(ordered):
         return np.zeros(len(values), np.bool_)
     places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
@@ -99,7 +96,7 @@ def _is_in(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[n
 
 
 def save(folder: str, selections: list[Selection]) -> None:
-    """Keep it for a conversion that goes on, whole or not at all."""
+    """Save selections atomically, for a resumed conversion."""
     path = os.path.join(folder, FILE)
     arrays = {f"{index:06}": part.chosen for index, part in enumerate(selections) if part.chosen is not None}
     with open(f"{path}.tmp", "wb") as file:
@@ -113,7 +110,7 @@ def save(folder: str, selections: list[Selection]) -> None:
 
 
 def load(folder: str) -> list[Selection] | None:
-    """What :func:`save` kept, if it did."""
+    """Load saved selections; None if there are none."""
     path = os.path.join(folder, FILE)
     if not os.path.isfile(path):
         return None

@@ -1,8 +1,8 @@
-"""How sources are divided into parts, which processes convert on their own.
+"""Divide the sources into parts, which are converted independently.
 
 A part is a list of slices of files: of text (plain or compressed) a range of bytes, of parquet a range of row groups,
-of an archive or a data set on the hub every n-th member or file. The division depends on the files alone, so that what
-is made of them does not depend on how many processes, or machines, work on it.
+of an archive or a data set on the hub every n-th member or file. The division depends on the files only, so that the
+output does not depend on the number of processes or machines.
 """
 
 from __future__ import annotations
@@ -25,45 +25,44 @@ from electra_composer.corpus.sources import (
     open_hub,
 )
 
-# A part gives shards of its own, of half its size, and is what an interrupted conversion loses.
-PARTS = 64  # about as many, between these sizes in bytes of text
-MIN_PART, MAX_PART = 2 << 20, 1 << 27
-# What cannot be entered in the middle is read from its start for each of its slices, which costs time by their number.
-MAX_SLICES = 16
-_TAR_RATIO = 4  # text to compressed archive; a rough guess is enough to choose a number of slices
+# Each part has its own shards, of about half the size of its text. A killed conversion loses the parts in progress.
+PARTS = 64  # approximate number of parts, if their sizes are within the limits
+MIN_PART, MAX_PART = 2 << 20, 1 << 27  # bytes of text
+MAX_SLICES = 16  # of a compressed file, which is decompressed from its start for each slice
+_TAR_RATIO = 4  # text to compressed archive; a rough guess suffices to choose the number of slices
 
 
 class Slice(NamedTuple):
-    """A stretch of one file.
+    """A range of one file.
 
-    Text: bytes `begin` to `end` of what the file holds, uncompressed; whole documents, see `documents.py` for whose
-    is one that lies on a border. Parquet: row groups. Archive, hub: members or files number `begin`, `begin + end`, ….
+    Text: bytes `begin` to `end` of the uncompressed content; :func:`readers.slice_lines` says which slice has a
+    document on a border. Parquet: row groups. Archive, hub: members or files number `begin`, `begin + end`, ….
     """
 
     path: str
     begin: int = 0
-    end: int | None = None  # None: all the rest
+    end: int | None = None  # None: to the end
 
 
 class Part(NamedTuple):
-    """What one process converts at a time."""
+    """Unit of work of one process."""
 
-    source: int  # in Sources.sources
-    copy: int  # of a source with a weight above 1, all parts come again
+    source: int  # index into Sources.sources
+    copy: int  # a source with a weight above 1 has several copies of each part
     slices: tuple[Slice, ...]
 
 
 def list_parts(sources: Sources, docstrings: list[str]) -> list[Part]:
-    """The parts of the first copy of all sources, in the order of the sources and of their files.
+    """Return the parts of the first copy of all sources, in the order of the sources and of their files.
 
     Args:
-        sources: checked.
-        docstrings: files of what the source `docstrings` stands for.
+        sources: checked by :func:`check_sources`.
+        docstrings: files of the source `docstrings`.
 
     Raises:
-        UserError: a data set that the hub does not give.
+        UserError: a data set cannot be read from the hub.
     """
-    files: list[list[tuple[str, float]]] = []  # of each source: path and bytes of text
+    files: list[list[tuple[str, float]]] = []  # by source: path and bytes of text
     for source in sources.sources:
         paths = docstrings if source.path == DOCSTRINGS else [] if source.path == HUB else find_files(source.path)
         files.append([(path, _text_size(path)) for path in paths])
@@ -79,8 +78,8 @@ def list_parts(sources: Sources, docstrings: list[str]) -> list[Part]:
     return parts
 
 
-def mix(parts: list[Part], sources: Sources) -> list[Part]:
-    """All parts of all copies in the order in which they are numbered: each source evenly spread over the whole."""
+def interleave(parts: list[Part], sources: Sources) -> list[Part]:
+    """Return the parts of all copies in the order of their numbers, each source evenly spread over it."""
     placed: list[tuple[float, Part]] = []
     for number, source in enumerate(sources.sources):
         mine = [part for part in parts if part.source == number]
@@ -90,7 +89,7 @@ def mix(parts: list[Part], sources: Sources) -> list[Part]:
 
 
 def _groups(slices: list[tuple[Slice, float]], target: float) -> list[tuple[Slice, ...]]:
-    """Neighbours together until they are about the size of a part: a corpus may be millions of small files."""
+    """Group adjacent slices up to about the size of a part: a corpus may consist of millions of small files."""
     groups: list[tuple[Slice, ...]] = []
     group: list[Slice] = []
     size = 0.0
@@ -104,12 +103,12 @@ def _groups(slices: list[tuple[Slice, float]], target: float) -> list[tuple[Slic
 
 
 def _text_size(path: str) -> float:
-    """About how many bytes of text a file holds; of a compressed one by what its first megabyte gives."""
+    """Estimate the bytes of text in a file, if compressed from the compression ratio of its first megabyte."""
     size = os.path.getsize(path)
     kind, codec = format_of(path), compression_of(path)
     if kind == ".tar":
         return size if path.lower().endswith(".tar") else size * _TAR_RATIO
-    if codec is None or size < MIN_PART // 16:  # not worth a look
+    if codec is None or size < MIN_PART // 16:  # too small to measure the ratio
         return size if codec is None else 3.0 * size
     with open(path, "rb") as file:
         head = file.read(1 << 20)
@@ -117,19 +116,19 @@ def _text_size(path: str) -> float:
 
 
 def _uncompressed(head: bytes, codec: str) -> int:
-    """How many bytes the start of a compressed file gives; all of it, where it is not compressed at all."""
+    """Return the uncompressed size of the start of a compressed file; its own size if it is not compressed."""
     length = 0
     try:
         with pa.CompressedInputStream(pa.BufferReader(head), codec) as stream:
             while data := stream.read(1 << 16):
                 length += len(data)
-    except (OSError, EOFError):  # it ends in the middle; what is wrong with a file is told when it is read
+    except (OSError, EOFError):  # truncated, as expected; a corrupt file is reported when it is read
         pass
     return length or len(head)
 
 
 def _slices(path: str, size: float, target: float, source: Source) -> list[tuple[Slice, float]]:
-    """A file in slices of about the size of a part, each with its size."""
+    """Divide a file into slices of about the size of a part, and return each with its size."""
     kind = format_of(path)
     count = max(1, round(size / target))
     if kind == ".parquet":
@@ -150,7 +149,7 @@ def _slices(path: str, size: float, target: float, source: Source) -> list[tuple
 def _parquet_slices(path: str, target: float, column: str) -> list[tuple[Slice, float]]:
     try:
         metadata = pq.read_metadata(path)
-    except (OSError, pa.ArrowException):  # told when it is read
+    except (OSError, pa.ArrowException):  # reported when the file is read
         return [(Slice(path), 0.0)]
     names = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
     if column not in names:

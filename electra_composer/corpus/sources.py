@@ -1,4 +1,4 @@
-"""Where text comes from: the hub, files of many kinds, docstrings; what is left out of it, and mixtures of several."""
+"""Configure and find sources of text (the Hugging Face Hub, files, docstrings), mixtures of them, and filters."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _TARS = (".tar", ".tar.xz", ".tar.gz", ".tgz")
 
 @dataclass
 class Source:
-    """One source of documents, and how it is read.
+    """A source of documents, and how to read it.
 
-    `dataset` etc. are for the source `hub`. OpenWebText's own repository holds a loading script, which `datasets` no
-    longer runs; the hub keeps a parquet conversion of such data sets on the branch `refs/convert/parquet`.
+    `dataset`, `config` and `revision` are for the source `hub`. OpenWebText's repository contains a loading script,
+    which `datasets` no longer runs; the hub converts such data sets to parquet on the branch `refs/convert/parquet`.
     """
 
-    path: str = HUB  # hub, docstrings, or the path of a file, a folder, a glob
-    name: str | None = None  # in meta.json and messages; null: its path, or the data set's name
-    weight: float = 1.0  # how often each of its documents is taken: 2 twice, 0.5 every second one (chosen by its text)
-    text_column: str = "text"  # of parquet, JSON lines and the hub
+    path: str = HUB  # hub, docstrings, or the path of a file, folder or glob
+    name: str | None = None  # in meta.json and messages; null: the path or the name of the data set
+    weight: float = 1.0  # how often each document is taken: 2 twice, 0.5 half of them (chosen by their text)
+    text_column: str = "text"  # of parquet, JSON Lines and the hub
     txt_documents: Literal["blank", "file"] = "blank"  # what ends a document in .txt: a blank line, or the file
     dataset: str = "Skylion007/openwebtext"
     config: str | None = None
@@ -48,20 +48,20 @@ class Source:
 
 @dataclass
 class Sources:
-    """What to read, and what of it is left out."""
+    """Sources to read, and filters and limits on their documents."""
 
     sources: list[Source] = field(default_factory=lambda: [Source()])
     min_characters: int = 0  # shorter documents are left out
-    drop_lines: list[str] = field(default_factory=list)  # lines in which one of these regular expressions is found
-    deduplicate: bool = False  # leave out documents whose text was there before, to the letter
-    normalize: Literal["NFC", "NFKC"] | None = None  # Unicode form that all text is brought into
-    skip_unreadable: bool = False  # go on after a file that cannot be read to its end, instead of stopping
+    drop_lines: list[str] = field(default_factory=list)  # regular expressions; lines that match one are left out
+    deduplicate: bool = False  # leave out exact copies of earlier documents
+    normalize: Literal["NFC", "NFKC"] | None = None  # Unicode normalization form
+    skip_unreadable: bool = False  # leave out the rest of a file that cannot be read, instead of stopping
     max_documents: int | None = None
     max_bytes: int | None = None  # of UTF-8 text
 
     @classmethod
     def of(cls, *paths: str, **options: Any) -> Sources:
-        """Sources of these paths; `options` are fields of :class:`Source`, for each of them, or of :class:`Sources`."""
+        """Create sources from paths; `options` are fields of :class:`Sources`, or of :class:`Source` for all paths."""
         names = {f.name for f in fields(Source)}
         each = {name: value for name, value in options.items() if name in names}
         rest = {name: value for name, value in options.items() if name not in names}
@@ -77,10 +77,10 @@ class _Mixture:
 
 
 def read_mixture(path: str) -> list[Source]:
-    """Sources of a YAML file: a list under `sources:`, each with the keys of :class:`Source`.
+    """Read sources from a YAML file: a list under `sources:`, each with the keys of :class:`Source`.
 
     Raises:
-        UserError: no such file, not of this form, an unknown key.
+        UserError: no such file, another structure, or an unknown key.
     """
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
@@ -90,8 +90,8 @@ def read_mixture(path: str) -> list[Source]:
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, TypeError) as error:  # TypeError: a bare list
         known = ", ".join(f.name for f in fields(Source))
         raise UserError(
-            f"--mixture {path}: {' '.join(str(error).split())[:300]}; expected a list under sources:, each with a "
-            f"path and some of {known}"
+            f"--mixture {path}: {' '.join(str(error).split())[:300]}; expected a list under sources:, each with "
+            f"some of {known}"
         ) from error
     assert isinstance(mixture, _Mixture)
     if not mixture.sources:
@@ -100,57 +100,57 @@ def read_mixture(path: str) -> list[Source]:
 
 
 def check_sources(sources: Sources) -> None:
-    """Find all files now, so that a mistyped path stops the program before the work begins.
+    """Check sources and filters, and that there are files at every path, before any work begins.
 
     Raises:
-        UserError: a path with nothing to read, a weight out of range, two sources of one name, a wrong expression.
+        UserError: no files at a path, weight out of range, two sources of the same name, invalid regular expression.
     """
     for pattern in sources.drop_lines:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"--drop-lines {pattern!r}: not a regular expression: {error}") from error
+            raise UserError(f"--drop-lines {pattern!r}: not a regular expression ({error})") from error
     labels = [source.label for source in sources.sources]
     for label in labels:
         if labels.count(label) > 1:
             raise UserError(f"source {label} is given more than once; give it a weight of 2 to take it twice")
     for source in sources.sources:
         if not 0 < source.weight <= 100:
-            raise UserError(f"source {source.label}: weight is {source.weight}; expected above 0, at most 100")
+            raise UserError(f"source {source.label}: weight is {source.weight}; expected a number in (0, 100]")
         if source.path not in (HUB, DOCSTRINGS):
             find_files(source.path)
 
 
 def find_files(source: str) -> list[str]:
-    """The files of a path, a folder (all below it that we can read) or a glob, sorted.
+    """Return the files of a path, a folder (all supported ones below it) or a glob, sorted.
 
     Raises:
-        UserError: none there, or not of a kind that we can read.
+        UserError: no files, or not of a supported format.
     """
     source = os.path.expanduser(source)
     if os.path.isfile(source):
         if format_of(source) is None:
-            raise UserError(f"{source}: cannot tell what this file is; expected {_kinds()}")
+            raise UserError(f"{source}: unknown file format; expected {_formats()}")
         return [source]
     if os.path.isdir(source):
         found = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
     else:
         found = [path for path in glob.glob(source, recursive=True) if os.path.isfile(path)]
         if not found:
-            raise UserError(f"{source}: no such file or folder, and no file matches it as a glob")
+            raise UserError(f"{source}: no such file or folder, and no file matches it as a glob; check the path")
     files = sorted(path for path in found if format_of(path))
     if not files:
-        raise UserError(f"{source}: holds no file that can be read; expected {_kinds()}")
+        raise UserError(f"{source}: contains no file of a supported format; expected {_formats()}")
     return files
 
 
-def _kinds() -> str:
-    packed = " or ".join(COMPRESSIONS)
-    return f"{', '.join(_FORMATS)} (all but .parquet also with {packed}), or {', '.join(_TARS)} of .txt"
+def _formats() -> str:
+    compressed = " or ".join(COMPRESSIONS)
+    return f"{', '.join(_FORMATS)} (all but .parquet also with {compressed}), or {', '.join(_TARS)} of .txt"
 
 
 def format_of(path: str) -> str | None:
-    """`.parquet`, `.jsonl`, `.json`, `.txt` or `.tar`, by the name of a file, compressed or not; None: another."""
+    """Return `.parquet`, `.jsonl`, `.json`, `.txt` or `.tar` by the name of a file; None if it is not supported."""
     name = os.path.basename(path).lower()
     if name.startswith("."):
         return None
@@ -167,8 +167,8 @@ def compression_of(path: str) -> str | None:
     return COMPRESSIONS.get(os.path.splitext(path)[1].lower())
 
 
-def describe_files(sources: Sources) -> dict[str, Any]:
-    """What tells whether the local files are still the same: their number, bytes, and a digest of names and sizes."""
+def fingerprint_files(sources: Sources) -> dict[str, Any]:
+    """Return the number of local files, their bytes, and a hash of names and sizes, to detect changed sources."""
     digest, count, size = hashlib.sha256(), 0, 0
     for source in sources.sources:
         if source.path not in (HUB, DOCSTRINGS):
@@ -179,11 +179,14 @@ def describe_files(sources: Sources) -> dict[str, Any]:
     return {"count": count, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def open_lines(path: str) -> io.BufferedReader:
-    """The lines of a file, plain or compressed; one that is cut short is an OSError when its end is reached."""
-    codec = compression_of(path)
-    stream = pa.OSFile(path) if codec is None else pa.CompressedInputStream(pa.OSFile(path), codec)
-    return io.BufferedReader(stream, 1 << 20)
+def open_lines(path: str, raw: pa.NativeFile | None = None, buffer_size: int = 1 << 20) -> io.BufferedReader:
+    """Open a file, plain or compressed, as a stream of lines; a truncated one raises OSError at its end.
+
+    Args:
+        raw: the file, if it is open already.
+    """
+    raw, codec = pa.OSFile(path) if raw is None else raw, compression_of(path)
+    return io.BufferedReader(raw if codec is None else pa.CompressedInputStream(raw, codec), buffer_size)
 
 
 def hub_name(source: Source) -> str:
@@ -192,12 +195,12 @@ def hub_name(source: Source) -> str:
 
 
 def open_hub(source: Source) -> Any:
-    """A data set of the hub as a stream (`datasets.IterableDataset`) of its text column.
+    """Open a data set of the hub as a stream (`datasets.IterableDataset`).
 
     Raises:
-        UserError: the hub does not give it, or it has no such column.
+        UserError: it cannot be read from the hub, or has no text column.
     """
-    import datasets  # here, because it takes seconds and only this source needs it
+    import datasets  # imported here, because it takes seconds and only this source needs it
 
     where = hub_name(source)
     try:
@@ -205,7 +208,7 @@ def open_hub(source: Source) -> Any:
             source.dataset, source.config, revision=source.revision, split="train", streaming=True
         )
         columns = stream.column_names or list(next(iter(stream)))
-    except Exception as error:  # offline, unknown name, gated, needs a script, unreadable: all the person's to choose
+    except Exception as error:  # of many types: offline, unknown name, gated, needs a script, unreadable
         raise UserError(
             f"{where} cannot be read from the hub: {reason_of(error)}; check the name, the revision (--revision) and "
             "the network, or give local files as --source"
@@ -217,7 +220,7 @@ def open_hub(source: Source) -> Any:
 
 def missing_column(where: str, column: str, columns: list[str]) -> UserError:
     return UserError(
-        f"{where}: no column {column!r}; there are {', '.join(map(repr, columns))}: choose by --text-column"
+        f"{where}: no column {column!r}; found {', '.join(map(repr, columns))}: choose one with --text-column"
     )
 
 

@@ -1,9 +1,8 @@
-"""What the converter's options make of text: mixtures, filters, case and accents, files that cannot be read; Spark."""
+"""Options of conversions: mixtures, filters, case and accents, unreadable files, failures of workers, Spark."""
 
 from __future__ import annotations
 
 import errno
-import filecmp
 import gzip
 import importlib.util
 import json
@@ -11,32 +10,27 @@ import os
 import random
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
-from streaming import LocalDataset
+from converter import WORDS, assert_same_files, rows_of, write_vocabulary
 
 from electra_composer.batches.shards import read_meta
 from electra_composer.corpus import engines, part_conversion, source_parts
 from electra_composer.corpus.conversion import Conversion, convert
-from electra_composer.corpus.part_conversion import copies
+from electra_composer.corpus.part_conversion import copy_count
 from electra_composer.corpus.part_writer import PartWriter
 from electra_composer.corpus.sources import Source, Sources
 from electra_composer.errors import UserError
 from electra_composer.vocabulary import load_tokenizer
 
-WORDS = [f"word{i}" for i in range(300)]
-
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
-    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS, ""]))
-    return str(path)
+    return write_vocabulary(tmp_path_factory.mktemp("vocabulary"), *WORDS)
 
 
 def write_source(path, count, word, seed=0):
-    """Documents of distinct texts that begin with a word of their own; their texts."""
+    """Write documents of distinct texts that begin with the given word; return the texts."""
     rng = random.Random(seed)
     texts = [f"{word} {' '.join(rng.choices(WORDS[100:], k=rng.randint(8, 30)))}." for _ in range(count)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -49,22 +43,16 @@ def run(sources, out, vocabulary, **options):
 
 
 def documents_of(out, vocabulary, split="train"):
-    """The texts of the examples of a folder of shards, as words."""
+    """Return the decoded examples of a folder of shards."""
     tokenizer = load_tokenizer(vocabulary)
     found = []
-    for row in LocalDataset(local=str(out), split=split):
+    for row in rows_of(out, split):
         start = 0
         for a, b in row["segment_lengths"].reshape(-1, 2).tolist():
             ids = row["input_ids"][start : start + a + b].tolist()
             found.append(tokenizer.decode(ids, skip_special_tokens=True))
             start += a + b
     return found
-
-
-def same(a, b):
-    names = sorted(str(path.relative_to(a)) for path in Path(a).rglob("*") if path.is_file())
-    assert names == sorted(str(path.relative_to(b)) for path in Path(b).rglob("*") if path.is_file())
-    return filecmp.cmpfiles(a, b, names, shallow=False)[1:] == ([], [])
 
 
 def test_a_mixture_takes_each_source_by_its_weight(tmp_path, vocabulary, monkeypatch):
@@ -84,7 +72,7 @@ def test_a_mixture_takes_each_source_by_its_weight(tmp_path, vocabulary, monkeyp
     val = summary.splits["val"].documents
     first = [text.split()[0] for text in documents_of(tmp_path / "out", vocabulary)]
     held_out = [text.split()[0] for text in documents_of(tmp_path / "out", vocabulary, "val")]
-    # Validation has each document once: of "more", what train has is 2.25 × the rest.
+    # A document of "more" is in validation once, or in train 2.25 times on average.
     of_more = held_out.count("word3")
     assert counts["once"] == 400
     assert abs(counts["more"] - (2.25 * (400 - of_more) + of_more)) < 4 * (400 * 0.1875) ** 0.5
@@ -96,17 +84,17 @@ def test_a_mixture_takes_each_source_by_its_weight(tmp_path, vocabulary, monkeyp
     assert sum(part.tokens for part in meta.sources.values()) == sum(part.tokens for part in meta.splits.values())
     assert "half" in str(summary)
     assert "share" in str(summary)
-    # Neighbours in the shards are of all sources, not one source after another.
+    # All sources are spread over the shards.
     third = len(first) // 3
     assert all(len(set(first[start : start + third])) == 3 for start in (0, third, 2 * third))
 
 
 def test_how_often_a_document_is_taken():
     for weight in (0.3, 1.0, 2.75):
-        taken = [copies(0, digest, weight) for digest in range(4000)]
+        taken = [copy_count(0, digest, weight) for digest in range(4000)]
         assert set(taken) <= {int(weight), int(weight) + 1}
         assert sum(taken) / 4000 == pytest.approx(weight, abs=4 * 0.5 / 4000**0.5)
-    assert [copies(0, digest, 0.5) for digest in range(50)] != [copies(1, digest, 0.5) for digest in range(50)]
+    assert [copy_count(0, digest, 0.5) for digest in range(50)] != [copy_count(1, digest, 0.5) for digest in range(50)]
 
 
 def test_no_text_is_in_both_splits(tmp_path, vocabulary):
@@ -176,12 +164,12 @@ def test_case_is_the_business_of_other_tokenizers(tmp_path, vocabulary):
         load_tokenizer(str(tmp_path / "tokenizer"), cased=True)
 
 
-# What cannot be read.
+# Unreadable files.
 
 
 @pytest.fixture
 def damaged(tmp_path, monkeypatch):
-    """A folder of three files, the middle one cut short; small parts."""
+    """A folder of three files, the middle one truncated; small parts."""
     monkeypatch.setattr(source_parts, "MIN_PART", 2000)
     folder = tmp_path / "in"
     folder.mkdir()
@@ -206,10 +194,10 @@ def test_a_damaged_file_is_left_out_on_request(damaged, tmp_path, vocabulary):
     assert len(summary.unreadable) == 1
     assert "b.jsonl.gz: cannot be read" in summary.unreadable[0]
     first = [text.split()[0] for text in documents_of(tmp_path / "out", vocabulary)]
-    assert first.count("word1") >= 100  # longer documents give more than one example, which begins with another word
+    assert first.count("word1") >= 100  # a long document has several examples, and only the first begins with word1
     assert 0 < summary.total.documents - 100 < 12_000
     (damaged / "b.jsonl.gz").unlink()
-    (damaged / "d.jsonl").write_text('{"body": "no text here"}\n')  # a wrong column is no damage
+    (damaged / "d.jsonl").write_text('{"body": "no text here"}\n')  # a missing column is not a corrupt file
     with pytest.raises(UserError, match="no column 'text'"):
         run(Sources.of(str(damaged), skip_unreadable=True), tmp_path / "other", vocabulary)
 
@@ -225,14 +213,14 @@ def test_a_full_disk_loses_nothing(tmp_path, vocabulary, monkeypatch):
         return finish(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartWriter, "finish", full)  # in the worker, which is a copy of this process
-        with pytest.raises(UserError, match=r"No space left on device; what was finished \(3 of its parts\) stays"):
+        patch.setattr(PartWriter, "finish", full)  # also in the workers, which are forked from this process
+        with pytest.raises(UserError, match=r"No space left on device; 3 finished part\(s\) are kept"):
             run(sources, tmp_path / "out", vocabulary)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial/unfinished").exists()
     assert run(sources, tmp_path / "out", vocabulary).continued_tokens > 0
     run(sources, tmp_path / "whole", vocabulary)
-    assert same(tmp_path / "out", tmp_path / "whole")
+    assert_same_files(tmp_path / "out", tmp_path / "whole")
 
 
 def test_a_worker_that_dies_is_told(tmp_path, vocabulary, monkeypatch):
@@ -264,7 +252,7 @@ needs_spark = pytest.mark.skipif(
 @needs_spark
 @pytest.mark.slow
 def test_spark_writes_the_same_bytes(tmp_path, vocabulary, monkeypatch):
-    monkeypatch.setattr(source_parts, "MIN_PART", 20_000)  # of the driver, which divides the sources
+    monkeypatch.setattr(source_parts, "MIN_PART", 20_000)  # in the driver, which divides the sources
     texts = write_source(tmp_path / "a.jsonl", 500, "word1")
     write_source(tmp_path / "b.jsonl", 300, "word2", seed=1)
     (tmp_path / "a.jsonl").open("a").write(json.dumps({"text": texts[0]}) + "\n")
@@ -275,8 +263,8 @@ def test_spark_writes_the_same_bytes(tmp_path, vocabulary, monkeypatch):
     assert local.text.duplicate_documents >= 1
     assert len(os.listdir(tmp_path / "local/train")) > 3
     assert spark.total == local.total
-    assert same(tmp_path / "local", tmp_path / "spark")
-    # What is wrong in a worker of Spark is one line here too.
+    assert_same_files(tmp_path / "local", tmp_path / "spark")
+    # An error in a Spark worker is one line too.
     (tmp_path / "bad.jsonl").write_text('{"text": 3}\n')
     with pytest.raises(UserError, match=r"^.*bad.jsonl, line 1: 'text' is a int; expected text$"):
         run(Sources.of(str(tmp_path / "bad.jsonl")), tmp_path / "bad", vocabulary, engine="spark", master="local[2]")

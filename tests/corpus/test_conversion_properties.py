@@ -1,4 +1,4 @@
-"""What holds for every text: no document lost or doubled, no example too long, every token accounted for."""
+"""Properties that hold for every text: no document lost or repeated, no example too long, every token counted."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from electra_composer.corpus.chunks import Task, convert_documents, document_lines, is_validation
-from electra_composer.corpus.conversion import _plain_tokenizer
-from electra_composer.corpus.documents import ReadStats, kept_documents
+from electra_composer.corpus.chunks import EncodingSettings, convert_documents, document_lines, is_validation
+from electra_composer.corpus.documents import ReadStats, filter_documents
 from electra_composer.corpus.examples import Packer, one_per_row
 from electra_composer.corpus.sources import Sources
+from electra_composer.corpus.tokenizer import without_truncation
 from electra_composer.vocabulary import load_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -39,17 +39,17 @@ common = settings(
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
     path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
-    plain = Tokenizer.from_str(_plain_tokenizer(load_tokenizer(str(path))).to_str())
+    plain = Tokenizer.from_str(without_truncation(load_tokenizer(str(path))).to_str())
     plain.encode_special_tokens = True
     return plain
 
 
-def task(tokenizer, length, lines, overflow, val_fraction, seed):
-    return Task(tokenizer.to_str(), length, CLS, SEP, lines, overflow, val_fraction, seed, "uint16")
+def settings_of(tokenizer, length, lines, overflow, val_fraction, seed):
+    return EncodingSettings(tokenizer.to_str(), length, CLS, SEP, lines, overflow, val_fraction, seed, "uint16")
 
 
 def body(example):
-    """The example's tokens without what was put around them."""
+    """Return the tokens of an example without `[CLS]` and `[SEP]`."""
     ids, length_a, length_b = example.ids.tolist(), example.length_a, example.length_b
     assert len(ids) == length_a + length_b
     assert (ids[0], ids[length_a - 1]) == (CLS, SEP)
@@ -71,8 +71,8 @@ def body(example):
 def test_every_token_is_in_one_example_or_counted_as_dropped(
     tokenizer, texts, length, lines, overflow, fraction, seed, first
 ):
-    how = task(tokenizer, length, lines, overflow, fraction, seed)
-    kept = list(kept_documents(texts, Sources(), ReadStats()))
+    how = settings_of(tokenizer, length, lines, overflow, fraction, seed)
+    kept = list(filter_documents(texts, Sources(), ReadStats()))
     assert [document.text for document in kept] == [
         text.encode("utf-8", "replace").decode() for text in texts if text and not text.isspace()
     ]
@@ -95,7 +95,7 @@ def test_every_token_is_in_one_example_or_counted_as_dropped(
         if overflow == "carry":
             assert part.dropped_tokens == 0
         if not part.dropped_tokens:
-            assert found == expected  # in their order, none doubled
+            assert found == expected  # in order, none repeated
 
 
 @common
@@ -106,8 +106,8 @@ def test_every_token_is_in_one_example_or_counted_as_dropped(
     open_rows=st.integers(1, 10),
 )
 def test_packing_splits_and_loses_no_example(tokenizer, texts, length, window, open_rows):
-    kept = list(kept_documents(texts, Sources(), ReadStats()))
-    (part,) = convert_documents(task(tokenizer, length, "sentence", "carry", 0.0, 0), tokenizer, "0", kept)
+    kept = list(filter_documents(texts, Sources(), ReadStats()))
+    (part,) = convert_documents(settings_of(tokenizer, length, "sentence", "carry", 0.0, 0), tokenizer, "0", kept)
     examples = list(part.examples())
     packer = Packer(length, window, open_rows)
     rows = [row for example in examples for row in packer.add(example)] + list(packer.finish())

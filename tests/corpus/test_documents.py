@@ -1,4 +1,4 @@
-"""Documents of every kind that people keep, and one clear line for each that cannot be read."""
+"""Reading documents of every format, and the errors for those that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from electra_composer.corpus import docstrings
-from electra_composer.corpus.docstrings import find_docstrings, prose, read_docstrings
 from electra_composer.corpus.documents import ReadStats, read_documents
 from electra_composer.corpus.sources import Sources, check_sources, find_files
 from electra_composer.errors import UserError
@@ -78,7 +76,7 @@ def test_folders_and_globs_in_order(tmp_path):
 def test_limits(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["x" * 10] * 20))
     assert len(read(tmp_path, max_documents=3)[0]) == 3
-    assert len(read(tmp_path, max_bytes=45)[0]) == 5  # the one that reaches the limit is the last
+    assert len(read(tmp_path, max_bytes=45)[0]) == 5  # including the document that reaches the limit
 
 
 def test_invalid_utf8_is_replaced_and_counted(tmp_path):
@@ -95,7 +93,7 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     ("name", "data", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a.jsonl, line 2: not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n{"body": "b", "id": 1}\n', r"line 2: no column 'text'; there are 'body', 'id'"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "b", "id": 1}\n', r"line 2: no column 'text'; found 'body', 'id'"),
         ("a.jsonl", b'["a"]\n', r"line 1: expected an object, found a list"),
         ("a.jsonl", b'{"text": 3}\n', r"line 1: 'text' is a int; expected text"),
         ("a.jsonl.gz", gzip.compress(jsonl(TEXTS * 100))[:-50], r"a.jsonl.gz: cannot be read as .jsonl: Truncated"),
@@ -109,7 +107,7 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path):
         ("a.parquet", b"", r"a.parquet: cannot be read as .parquet"),
         ("a.jsonl", b"", r"no text in .*a.jsonl; expected at least one document"),
         ("a.txt", b" \n\n\t\n", r"no text in .*a.txt"),
-        ("a.csv", b"text\n", r"a.csv: cannot tell what this file is; expected .parquet, .jsonl"),
+        ("a.csv", b"text\n", r"a.csv: unknown file format; expected .parquet, .jsonl"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, data, message):
@@ -120,7 +118,7 @@ def test_what_cannot_be_read(tmp_path, name, data, message):
 
 def test_parquet_without_the_column_or_with_another_type(tmp_path):
     pq.write_table(pa.table({"body": ["a"], "number": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="no column 'text'; there are 'body', 'number': choose by --text-column"):
+    with pytest.raises(UserError, match="no column 'text'; found 'body', 'number': choose one with --text-column"):
         read(tmp_path / "a.parquet")
     with pytest.raises(UserError, match="'number' holds int64; expected text"):
         read(tmp_path / "a.parquet", text_column="number")
@@ -131,12 +129,12 @@ def test_sources_that_are_not_there(tmp_path):
         with pytest.raises(UserError, match="no such file or folder, and no file matches"):
             check_sources(Sources.of(str(tmp_path / source)))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no file that can be read"):
+    with pytest.raises(UserError, match="contains no file of a supported format"):
         find_files(str(tmp_path / "empty"))
 
 
 class FakeStream:
-    """What `datasets.load_dataset(…, streaming=True)` gives, as far as it is used."""
+    """The part of `datasets.load_dataset(…, streaming=True)` that is used."""
 
     column_names = ("id", "text")
 
@@ -168,9 +166,7 @@ def test_hub(monkeypatch):
     assert read("hub")[0] == TEXTS
     options = {"revision": "refs/convert/parquet", "split": "train", "streaming": True}
     assert calls == [(("Skylion007/openwebtext", None), options)]
-    with pytest.raises(
-        UserError, match=r"data set Skylion007/openwebtext .*: no column 'body'; there are 'id', 'text'"
-    ):
+    with pytest.raises(UserError, match=r"data set Skylion007/openwebtext .*: no column 'body'; found 'id', 'text'"):
         read("hub", text_column="body")
 
 
@@ -185,90 +181,8 @@ def test_hub_out_of_reach_or_breaking_off(monkeypatch):
         read("hub", dataset="a/b", revision="c")
     stream = FakeStream([pa.table({"text": TEXTS})], ConnectionError("reset by peer"))
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: stream)
-    with pytest.raises(UserError, match="reading from the hub broke off: reset by peer"):
+    with pytest.raises(UserError, match="reading from the hub failed: reset by peer"):
         read("hub")
-
-
-# Docstrings.
-
-SOURCE = '''
-"""Module: what it is for, in one sentence."""
-# """a comment that is no docstring"""
-code = "a string with \\"\\"\\" in it"
-template = """not a docstring but a template of code"""
-class A:
-    r"""Raw text with a \\backslash inside."""
-    def f(self):
-        \'\'\'Single quotes do as well, with "double" ones inside.\'\'\'
-        f"""{self} is a formatted string, no docstring"""
-THING_INPUTS_DOCSTRING = r"""
-    Documentation that is assigned to a name.
-"""
-'''
-
-
-def test_docstrings_of_a_source():
-    assert [text.strip() for text in find_docstrings(SOURCE)] == [
-        "Module: what it is for, in one sentence.",
-        "Raw text with a \\backslash inside.",
-        'Single quotes do as well, with "double" ones inside.',
-        "Documentation that is assigned to a name.",
-    ]
-
-
-def test_prose_of_a_docstring():
-    docstring = """Compute the thing that :class:`~torch.Tensor` users want.
-
-    This paragraph is long enough and
-    goes over two lines.
-
-    Args:
-        size (int): How many of the things there are to compute.
-        x : array_like
-            The values that the computation is to begin with.
-
-    Example::
-
-        >>> compute(3)
-        this output of the code is left out too
-
-    >>> another(1) + some(more) + code(here)
-    and the output of that is also left out
-
-    .. code-block:: python
-
-        compute the thing in code that reads like text
-
-    .. note:: Notes are prose as well, so they stay.
-
-    References
-    ----------
-    ```python
-    fenced = "code that is left out of the prose"
-    ```
-    - A list item with enough words to stay.
-
-    x = a[i] + b[j] * 2 - 3 ** 4
-    """
-    assert prose(docstring) == [
-        "Compute the thing that torch.Tensor users want.",
-        "This paragraph is long enough and goes over two lines.",
-        "How many of the things there are to compute.",
-        "The values that the computation is to begin with.",
-        "Notes are prose as well, so they stay.",
-        "A list item with enough words to stay.",
-    ]
-
-
-def test_docstrings_are_the_same_from_any_number_of_workers(monkeypatch):
-    files = docstrings._module_files()
-    assert files == docstrings._module_files()
-    monkeypatch.setattr(docstrings, "_module_files", lambda: files[:150])
-    one = list(read_docstrings(1))
-    assert one == list(read_docstrings(2))
-    assert sum(map(len, one)) > 200_000
-    paragraphs = [paragraph for document in one for paragraph in document.split("\n")]
-    assert max(map(paragraphs.count, set(paragraphs))) <= docstrings.MAX_COPIES
 
 
 def tar_of(files, mode="w"):

@@ -1,4 +1,4 @@
-"""Examples and packing against the rules of the paper's code, worked by hand and by a second, slow implementation."""
+"""Examples against the rules of ELECTRA's original code: worked by hand, and a second, slow implementation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from electra_composer.corpus.examples import Example, ExampleBuilder, one_per_row, pack, split_sentences
+from electra_composer.corpus.examples import ExampleBuilder, split_sentences
 
 CLS, SEP = 101, 102
 
 
 class Script:
-    """A random stream written by hand, which must be used up exactly and in order."""
+    """A random generator with predetermined draws, which must be used in order."""
 
     def __init__(self, *draws: float | tuple[int, int, int]) -> None:
         self.draws = list(draws)
@@ -50,22 +50,22 @@ def numbers(start, count):
 
 
 def test_worked_by_hand():
-    # max 20: target 20, first segment aims at (20 - 3) // 2 = 8 tokens.
+    # Maximum 20: the target is 20, and that of the first segment (20 - 3) // 2 = 8 tokens.
     rng = Script(
         *(0.5, 0.9, 0.99),  # two segments; 5 + 6 overflows A: 0.9 → B; next target is the maximum
-        *(0.5, 0.1, 0.01, (5, 20, 7)),  # two segments; 5 + 6 overflows A: 0.1 → A all the same; next target 7
-        *(0.05, 0.99),  # one segment: both lines go to A, and nothing is drawn for them
+        *(0.5, 0.1, 0.01, (5, 20, 7)),  # two segments; 5 + 6 overflows A: 0.1 → A nevertheless; next target 7
+        *(0.05, 0.99),  # one segment: both lines go to A without a draw
         *(0.5, 0.99),  # end of the document
         *(0.5, 0.99),  # the other document
     )
     document = [
-        # Example 1: 5 → A (empty); 6: 5 + 6 ≥ 8, may go either way → B; 2: 5 + 2 < 8 → A, after B has begun; 7 → B.
+        # Example 1: 5 → A (empty); 6: 5 + 6 ≥ 8, may go to either → B; 2: 5 + 2 < 8 → A, although B has begun; 7 → B.
         numbers(1000, 5), numbers(2000, 6), numbers(3000, 2), numbers(4000, 7),
-        # Example 2: 5 → A; 6 may go either way → A (11); 9: A is at its target, no draw → B, cut to 20 - 11 - 3 = 6.
+        # Example 2: 5 → A; 6 may go to either → A (11); 9: A has its target, no draw → B, cut to 20 - 11 - 3 = 6.
         numbers(1100, 5), numbers(2100, 6), numbers(3100, 9),
         # Example 3, target 7: 3 then 4 tokens reach it.
         numbers(1200, 3), numbers(2200, 4),
-        # Example 4, what is left: 4 tokens. A's aim is (20 - 3) // 2 = 8.
+        # Example 4, the rest: 4 tokens. A's target is (20 - 3) // 2 = 8.
         numbers(1300, 4),
     ]  # fmt: skip
     examples, builder = build([document, [[7, 8]]], 20, rng)
@@ -96,7 +96,7 @@ def test_second_segment_without_room_is_left_out():
 
 
 def test_a_target_too_short_for_a_second_segment():
-    # Target 5: A aims at (5 - 3) // 2 = 1 token, which the first line is over at once; the next goes to B, no draw.
+    # Target 5: A's target is (5 - 3) // 2 = 1 token, which the first line exceeds; the next goes to B without a draw.
     rng = Script(0.5, 0.01, (5, 20, 5), 0.5, 0.99)
     examples, _ = build([[numbers(1000, 20), numbers(2000, 3), numbers(3000, 3)]], 20, rng)
     assert plain(examples)[1] == ([CLS, *numbers(2000, 3), SEP, *numbers(3000, 3), SEP], 5, 4)
@@ -116,7 +116,7 @@ def test_carry_loses_nothing_and_starts_the_next_example():
 
 
 def reference(documents, length, rng):
-    """The rules once more, with plain lists and one token at a time where that is simplest."""
+    """A second implementation of the rules, with plain lists, one token at a time."""
     result, target = [], length
     for lines in documents:
         waiting = []
@@ -149,7 +149,7 @@ def reference(documents, length, rng):
 
 
 def random_documents(rng, count, line_length, lines):
-    """Documents whose every token says which document it is from."""
+    """Return documents in which every token identifies its document."""
     return [
         [[1000 + number] * rng.randint(0, line_length) for _ in range(rng.randint(1, lines))] for number in range(count)
     ]
@@ -194,87 +194,19 @@ def test_one_segment_and_short_targets_come_as_often_as_they_should():
     # A target of t gives t + 3 tokens in two segments or t + 2 in one, both cut to 64.
     short = np.mean([len(e.ids) < 64 for e in examples])
     sizes = [len(e.ids) for e in examples if len(e.ids) < 64]
-    # Even the target of 5 leaves lines for a second segment, so that one in ten has a single one.
+    # Even a target of 5 leaves lines for a second segment, so that one example in ten has a single segment.
     assert abs(one_segment - 0.1) < 4 * (0.1 * 0.9 / len(examples)) ** 0.5
-    # Of the 60 targets from 5 to 64, those up to 60 stay below 64 with two segments, those up to 61 with one.
+    # Of the 60 targets from 5 to 64, those up to 60 give less than 64 with two segments, those up to 61 with one.
     assert abs(short - 0.05 * 56.1 / 60) < 4 * (0.05 * 0.95 / len(examples)) ** 0.5
     assert min(sizes) >= 7
     assert np.mean(sizes) == pytest.approx(35.5, abs=2)  # uniform from 5 + 3 to 63
 
 
 def test_lengths_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="shortest"):
+    with pytest.raises(ValueError, match="expected at least 5"):
         ExampleBuilder(4, CLS, SEP, random.Random(0))
     with pytest.raises(ValueError, match="'cut' or 'carry'"):
         ExampleBuilder(8, CLS, SEP, random.Random(0), "drop")  # type: ignore[arg-type]
-
-
-def some_examples(count, longest, seed=0):
-    """Examples whose every id is their own number."""
-    rng = random.Random(seed)
-    examples = []
-    for number in range(count):
-        length_a = rng.randint(3, longest)
-        length_b = rng.choice([0, rng.randint(0, longest - length_a)])
-        examples.append(Example(np.full(length_a + length_b, number, np.int32), length_a, length_b))
-    return examples
-
-
-@pytest.mark.parametrize(("window", "open_rows"), [(1, 1), (1, 1000), (100, 8), (10_000, 1000)])
-def test_packing_keeps_every_example_whole_and_once(window, open_rows):
-    examples = some_examples(3000, 128)
-    rows = list(pack(examples, 128, window, open_rows))
-    found = []
-    for row in rows:
-        assert row.segment_lengths.dtype == np.uint16
-        assert row.segment_lengths.sum() == len(row.input_ids) <= 128
-        start = 0
-        for length_a, length_b in row.segment_lengths.reshape(-1, 2).tolist():
-            ids = row.input_ids[start : start + length_a + length_b]
-            assert len(set(ids.tolist())) == 1
-            found.append((int(ids[0]), length_a, length_b))
-            start += length_a + length_b
-    assert sorted(found) == [(i, e.length_a, e.length_b) for i, e in enumerate(examples)]
-
-
-def packed_lengths(lengths, **options):
-    examples = [Example(np.full(n, i, np.int32), n, 0) for i, n in enumerate(lengths)]
-    return [row.segment_lengths[::2].tolist() for row in pack(examples, 12, **options)]
-
-
-def test_packing_is_best_fit():
-    # Rows of 12. 10 leaves 2, which closes the row; 7 leaves 5; 4 fits there (1 left, closed); 6 opens one; 3 fits it.
-    assert packed_lengths([10, 7, 4, 6, 3], window=1) == [[10], [7, 4], [6, 3]]
-    # 8 and 7 leave 4 and 5: 4 goes where it fits exactly, 5 where nothing else would.
-    assert packed_lengths([8, 7, 4, 5], window=1) == [[8, 4], [7, 5]]
-
-
-def test_packing_takes_the_longest_of_a_window_first():
-    # As they come, 5 and 4 share a row, and then 7 and 8 find no partner; longest first, two rows are enough.
-    assert len(packed_lengths([5, 4, 7, 8], window=1)) == 3
-    assert packed_lengths([5, 4, 7, 8]) == [[7, 5], [8, 4]]
-
-
-def test_packing_closes_the_fullest_row_when_too_many_are_open():
-    assert packed_lengths([7, 8, 7, 3], window=1, open_rows=2) == [[8], [7, 3], [7]]
-
-
-def test_packing_is_deterministic_and_close_to_full():
-    examples = some_examples(20_000, 64, seed=5)
-    first, second = list(pack(examples, 128)), list(pack(examples, 128))
-    assert all((a.input_ids == b.input_ids).all() for a, b in zip(first, second, strict=True))
-    assert sum(len(row.input_ids) for row in first) / (128 * len(first)) > 0.99
-
-
-def test_packing_refuses_what_fits_no_row():
-    with pytest.raises(ValueError, match="an example of 20 tokens does not fit rows of 16"):
-        list(pack([Example(np.zeros(20, np.int32), 20, 0)], 16))
-
-
-def test_one_per_row():
-    examples = some_examples(5, 16)
-    rows = list(one_per_row(examples))
-    assert [row.segment_lengths.tolist() for row in rows] == [[e.length_a, e.length_b] for e in examples]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +219,7 @@ def test_one_per_row():
 )
 @pytest.mark.parametrize("space", ["", " "])
 def test_sentences_of_other_scripts(sentences, space):
-    if sentences[0][-1] != "。" and not space:  # only Chinese and Japanese do without
+    if sentences[0][-1] != "。" and not space:  # only Chinese and Japanese need no spaces
         assert split_sentences("".join(sentences)) == ["".join(sentences)]
     else:
         assert split_sentences(space.join(sentences)) == sentences

@@ -19,7 +19,7 @@ def test_an_existing_folder_is_left_alone(shards, tmp_path):
         ShardFolder(shards)
     assert sorted(os.listdir(shards)) == before
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match=r"no folder of shards .* --overwrite leaves it alone"):
+    with pytest.raises(UserError, match=r"not a folder of shards .* --overwrite does not replace it"):
         ShardFolder(str(tmp_path / "mine"), overwrite=True)
 
 

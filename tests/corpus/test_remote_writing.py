@@ -1,4 +1,4 @@
-"""Conversion straight into an object store, against a real S3 server on this machine."""
+"""Conversion into an object store, tested with a local S3 server and a local Google Cloud Storage server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import shutil
 
 import pytest
+from converter import write_vocabulary
 
 from electra_composer.batches.shards import build_data_spec, read_meta
 from electra_composer.config import ShardsConfig
@@ -23,17 +24,17 @@ WORDS = [f"word{i}" for i in range(100)]
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
-    """`options(out)`: a conversion of a small corpus in four parts."""
+    """`options(out)` returns a conversion of a small corpus in four parts."""
     monkeypatch.setattr(source_parts, "MIN_PART", 45_000)
     monkeypatch.setattr("electra_composer.storage.remotes.tempfile.tempdir", str(tmp_path))
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) + "." for _ in range(900)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS, ""]))
+    vocabulary = write_vocabulary(tmp_path, *WORDS)
 
     def make(out, **changes):
         changes = {"val_fraction": 0.05, "max_seq_length": 32, "overflow": "carry", "progress": False, **changes}
-        return Conversion(Sources.of(str(tmp_path / "a.jsonl")), out, str(tmp_path / "vocab.txt"), **changes)
+        return Conversion(Sources.of(str(tmp_path / "a.jsonl")), out, vocabulary, **changes)
 
     return make
 
@@ -45,10 +46,11 @@ def objects(s3):
 
 
 def check_same_as_local(s3, options, folder):
-    """What was uploaded is what a conversion to a folder gives, byte for byte; records and plan aside."""
+    """Assert that the uploaded files are those of a local conversion, byte for byte, apart from records and plan."""
     convert(options(str(folder)))
     found = {name: data for name, data in objects(s3).items() if not name.startswith(("records/", "plan.json"))}
-    parts = {name for name in found if name.count("/") == 2 and name.endswith("index.json")}  # the writer's own
+    # MDSWriter uploads an index for each part.
+    parts = {name for name in found if name.count("/") == 2 and name.endswith("index.json")}
     expected = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert found.keys() - parts == expected.keys()
     assert all(found[name] == expected[name] for name in expected)
@@ -57,7 +59,7 @@ def check_same_as_local(s3, options, folder):
 def test_the_same_shards_as_in_a_folder_and_the_trainer_reads_them(s3, options, tmp_path):
     summary = convert(options(OUT, workers=2))
     check_same_as_local(s3, options, tmp_path / "local")
-    assert not list(tmp_path.glob("electra_composer-*"))  # nothing is left here
+    assert not list(tmp_path.glob("electra_composer-*"))  # the workspace is removed
     assert summary.shard_bytes >= sum(len(data) for name, data in objects(s3).items() if name.endswith(".mds"))
     rows = []
     for remote, path in ((OUT, tmp_path / "cache"), (None, tmp_path / "local")):
@@ -65,7 +67,7 @@ def test_the_same_shards_as_in_a_folder_and_the_trainer_reads_them(s3, options, 
         loader = build_data_spec(config, "train", 8, read_meta(str(path), remote), seed=0).dataloader
         rows.append([row for batch in loader for row in batch["input_ids"].tolist()])
     assert rows[0] == rows[1]
-    with pytest.raises(UserError, match="exists already; choose another --out, or remove it there"):
+    with pytest.raises(UserError, match="exists already; choose another --out, or remove it first"):
         convert(options(OUT, overwrite=True))
 
 
@@ -101,13 +103,13 @@ def test_other_options_do_not_go_on_in_the_store_either(s3, options, monkeypatch
         patch.setattr(Processes, "convert", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(options(OUT))
-    with pytest.raises(UserError, match="seed: 0 there, 1 now"):
+    with pytest.raises(UserError, match="seed: 0 before, 1 now"):
         convert(options(OUT, seed=1))
     assert convert(options(OUT, seed=1, restart=True)).total.documents == 900
 
 
 def test_azure_is_read_under_another_url(monkeypatch):
-    """Streaming's uploader takes the container for the host, its downloader for the first folder."""
+    """Streaming's uploader expects the container as host, its downloader as first folder."""
     monkeypatch.setenv("AZURE_ACCOUNT_NAME", "account")
     assert readable("azure://container/owt") == "azure://account/container/owt"
     assert readable("azure-dl://container/owt") == "azure-dl://container/owt"
@@ -115,7 +117,7 @@ def test_azure_is_read_under_another_url(monkeypatch):
 
 
 def test_google_cloud_storage(gcs, options, tmp_path):
-    """The same again through another of Streaming's uploaders: written, read, and gone on with."""
+    """Another of Streaming's uploaders: write and read."""
     convert(options("gs://corpus/owt", workers=2))
     convert(options(str(tmp_path / "local")))
     found = {blob.name.removeprefix("owt/"): blob.download_as_bytes() for blob in gcs.list_blobs(prefix="owt/")}
@@ -134,7 +136,7 @@ def test_google_cloud_storage(gcs, options, tmp_path):
 
 
 def test_a_store_that_fails_is_not_an_empty_one(s3, options, monkeypatch):
-    """Else a conversion that is there would be made, and written over, again."""
+    """Otherwise an existing conversion would be overwritten."""
     convert(options(OUT))
 
     def fails(self, remote, local, timeout):

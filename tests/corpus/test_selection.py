@@ -1,4 +1,4 @@
-"""What is taken where that depends on all parts: the same as of a single reader that goes through everything."""
+"""Deduplication and limits over parts: same documents as from a single reader of all sources."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from electra_composer.corpus.sources import Sources
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """Two files of 300 documents, a third of which are copies, in many parts."""
+    """Two files of 300 documents with many copies, divided into many parts."""
     monkeypatch.setattr(source_parts, "MIN_PART", 2000)
     rng = random.Random(0)
     texts = [f"document {number} " + "word " * rng.randint(0, 20) for number in range(200)]

@@ -1,4 +1,4 @@
-"""Sources in parts: together they hold every document once, whatever the borders; the parts follow from the files."""
+"""Division of sources into parts: every document is in one part, wherever the borders are."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from electra_composer.corpus import source_parts
-from electra_composer.corpus.documents import ReadStats, documents_of_slice, part_documents, read_documents, slice_lines
-from electra_composer.corpus.source_parts import Part, Slice, list_parts, mix
-from electra_composer.corpus.sources import Source, Sources, check_sources, describe_files, read_mixture
+from electra_composer.corpus.documents import ReadStats, part_documents, read_documents
+from electra_composer.corpus.readers import read_slice, slice_lines
+from electra_composer.corpus.source_parts import Part, Slice, interleave, list_parts
+from electra_composer.corpus.sources import Source, Sources, check_sources, fingerprint_files, read_mixture
 from electra_composer.errors import UserError
 
 PACK = {"": lambda data: data, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -52,13 +53,13 @@ def test_every_line_is_in_one_slice(scratch, lines, end, places, suffix, by_blan
     pieces = [b"".join(slice_lines(piece, by_blank_lines)) for piece in slices]
     assert b"".join(pieces) == data
     for before, after in itertools.pairwise(pieces):
-        if before and after:  # a border is between two lines, by paragraphs behind a blank one
+        if before and after:  # a border is between two lines; by paragraphs, after a blank one
             assert before.endswith(b"\n")
             assert not by_blank_lines or not before.split(b"\n")[-2].strip()
 
 
 def write_corpus(folder, texts, kind):
-    """The texts in one file each of some formats; the names of the files."""
+    """Write the texts to one file of the given format."""
     if kind == "parquet":
         pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), folder / "a.parquet", row_group_size=7)
     elif kind.startswith("jsonl"):
@@ -90,7 +91,7 @@ def test_every_document_is_in_one_part(tmp_path, monkeypatch, kind):
     assert parts == list_parts(sources, [])
     found = [text.strip() for text in texts_of(parts, sources)]
     assert sorted(found) == sorted(texts)
-    if not kind.startswith("tar"):  # of an archive, every n-th member
+    if not kind.startswith("tar"):  # a part has every n-th member of an archive
         assert found == texts
 
 
@@ -119,7 +120,7 @@ def test_few_slices_of_what_cannot_be_entered_in_the_middle(tmp_path, monkeypatc
 
 
 class FakeHub:
-    """A data set of the hub in three files."""
+    """A data set on the hub, consisting of three files."""
 
     column_names = ("text",)
     num_shards = 3
@@ -151,7 +152,7 @@ def test_each_file_of_the_hub_is_a_part(monkeypatch):
 def test_sources_are_spread_over_the_whole():
     sources = Sources([Source("a"), Source("b", weight=2.5)])
     parts = [Part(0, 0, (Slice(f"a{i}"),)) for i in range(4)] + [Part(1, 0, (Slice("b"),))]
-    mixed = mix(parts, sources)
+    mixed = interleave(parts, sources)
     assert [(part.source, part.copy) for part in mixed] == [(0, 0), (1, 0), (0, 0), (1, 1), (0, 0), (1, 2), (0, 0)]
     assert sorted(part for part in mixed if part.copy == 0) == sorted(parts)
 
@@ -188,7 +189,7 @@ def test_a_mixture_that_cannot_be_read(tmp_path, content, message):
 def test_weights_and_names_that_make_no_sense(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     for weight in (0, -1, 1000):
-        with pytest.raises(UserError, match=f"weight is {weight}; expected above 0, at most 100"):
+        with pytest.raises(UserError, match=rf"weight is {weight}; expected a number in \(0, 100\]"):
             check_sources(Sources.of(str(tmp_path), weight=weight))
     with pytest.raises(UserError, match="is given more than once"):
         check_sources(Sources.of(str(tmp_path), str(tmp_path)))
@@ -197,14 +198,14 @@ def test_weights_and_names_that_make_no_sense(tmp_path):
 def test_changed_files_are_told_apart(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
-    before = describe_files(Sources.of(str(tmp_path)))
+    before = fingerprint_files(Sources.of(str(tmp_path)))
     assert (before["count"], before["bytes"]) == (2, 10)
-    assert describe_files(Sources.of(str(tmp_path))) == before
+    assert fingerprint_files(Sources.of(str(tmp_path))) == before
     (tmp_path / "b.txt").write_text("b.txt, longer")
-    assert describe_files(Sources.of(str(tmp_path))) != before
+    assert fingerprint_files(Sources.of(str(tmp_path))) != before
 
 
 def test_utf16_is_refused_by_name(tmp_path):
     (tmp_path / "a.txt").write_bytes("text".encode("utf-16"))
     with pytest.raises(UserError, match=r"a.txt: is UTF-16; expected UTF-8"):
-        list(documents_of_slice(Slice(str(tmp_path / "a.txt")), Source(), ReadStats()))
+        list(read_slice(Slice(str(tmp_path / "a.txt")), Source()))

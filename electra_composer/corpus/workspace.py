@@ -1,0 +1,102 @@
+"""The folder where a conversion keeps its parts until all of them are complete, and what a later run resumes from.
+
+    <workspace>/plan.json                  the options and source files that determine the shards
+    <workspace>/unfinished/00003/<split>/  a part while it is written
+    <workspace>/whole/<split>/00003/       shards of a complete part; `whole` becomes the output folder
+    <workspace>/records/00003.json         written last: a part with a record is complete
+
+With a remote, shards, records and plan are also uploaded to `<remote>/<split>/00003/`, `<remote>/records/` and
+`<remote>/plan.json`, each as soon as it is written; only records and plan are kept on the local disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from electra_composer.errors import UserError
+from electra_composer.storage.remotes import RemoteFolder, upload
+
+UNFINISHED, WHOLE, RECORDS = "unfinished", "whole", "records"
+INDEX, PLAN = "index.json", "plan.json"
+MAX_MISSES = 32  # consecutive parts without a record after which a remote has no more; exceeds the parts run at a time
+
+
+def open_workspace(
+    workspace: str, remote: str | None, plan: dict[str, Any] | None, restart: bool
+) -> dict[int, dict[str, Any]]:
+    """Prepare a workspace, and return the records of its complete parts by part number.
+
+    Args:
+        plan: determines the contents of the shards; None: remove what an earlier conversion left.
+        restart: remove it even if its plan is the same.
+
+    Raises:
+        UserError: the workspace holds parts of another plan.
+    """
+    plan_file = os.path.join(workspace, PLAN)
+    ours = json.loads(json.dumps(plan))
+    if plan is None or restart or not _has_plan(workspace, remote):
+        shutil.rmtree(workspace, ignore_errors=True)
+        write_json(plan_file, ours)
+        if remote is not None:
+            upload(workspace, remote, PLAN)
+        return {}
+    with open(plan_file, encoding="utf-8") as file:
+        theirs = json.load(file)
+    if theirs != ours:
+        changed = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        changes = ", ".join(f"{key}: {theirs.get(key)} before, {ours.get(key)} now" for key in changed)
+        raise UserError(
+            f"{workspace} holds an unfinished conversion with other options or sources ({_shorten(changes)}); repeat "
+            "its options to resume it, pass --restart to discard it, or choose another --out"
+        )
+    shutil.rmtree(os.path.join(workspace, UNFINISHED), ignore_errors=True)
+    records = {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in record_files(workspace)}
+    for folder in list(Path(workspace, WHOLE).glob("*/[0-9]*")):
+        if int(folder.name) not in records:  # moved there, but killed before its record was written
+            shutil.rmtree(folder)
+    return records
+
+
+def record_files(workspace: str) -> list[Path]:
+    """List the records of all complete parts, including those written by processes that were killed since."""
+    return sorted(Path(workspace, RECORDS).glob("*.json"))
+
+
+def _has_plan(workspace: str, remote: str | None) -> bool:
+    """Return whether there is a conversion to resume, after fetching plan and records if only the remote has them."""
+    if os.path.isfile(os.path.join(workspace, PLAN)):
+        return True
+    if remote is None:
+        return False
+    folder = RemoteFolder(remote)
+    if not folder.fetch(PLAN, workspace):
+        return False
+    number = misses = 0
+    while misses < MAX_MISSES:  # parts finish roughly in the order of their numbers
+        found = folder.fetch(f"{RECORDS}/{part_name(number)}.json", workspace)
+        misses = 0 if found else misses + 1
+        number += 1
+    return True
+
+
+def part_name(number: int) -> str:
+    return f"{number:05}"
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write a JSON file atomically and durably."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(value, file, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def _shorten(text: str, length: int = 300) -> str:
+    return text if len(text) <= length else text[:length] + " …"

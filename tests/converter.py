@@ -1,0 +1,54 @@
+"""The converter as a function, and helpers for its output."""
+
+from __future__ import annotations
+
+import filecmp
+import importlib.util
+from pathlib import Path
+
+from streaming import LocalDataset
+from tiny import ROOT
+
+SCRIPT = ROOT / "data_prep/convert_owt.py"
+WORDS = [f"word{i}" for i in range(300)]
+
+
+def load_main():
+    spec = importlib.util.spec_from_file_location("convert_owt", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+main = load_main()
+
+
+def arguments(corpus, out, *more):
+    source = ["--source", str(corpus / "corpus.jsonl"), "--tokenizer", str(corpus / "vocab.txt")]
+    return [*source, "--out", str(out), "--max-seq-length", "64", "--workers", "1", "--no-progress", *more]
+
+
+def text(rng, sentences):
+    return " ".join(" ".join(rng.choices(WORDS, k=rng.randint(3, 12))).capitalize() + "." for _ in range(sentences))
+
+
+def write_vocabulary(folder, *words):
+    path = Path(folder) / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words, ""]))
+    return str(path)
+
+
+def files_of(folder):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def assert_same_files(a, b):
+    """Assert that two folders have the same files with the same bytes."""
+    names = files_of(a)
+    assert files_of(b) == names
+    assert filecmp.cmpfiles(a, b, names, shallow=False)[1:] == ([], [])
+
+
+def rows_of(out, split="train"):
+    dataset = LocalDataset(local=str(out), split=split)
+    return [dataset[index] for index in range(len(dataset))]
