@@ -23,7 +23,9 @@ from electra_composer import glue
 from electra_composer.checkpoints.weights import load_source
 from electra_composer.config import GlueConfig, GlueModelConfig
 from electra_composer.errors import UserError
-from electra_composer.finetune.data import Example, build_loader, collate, encode, encode_split
+from electra_composer.finetune.data import encode, encode_split
+from electra_composer.finetune.files import Example
+from electra_composer.finetune.loader import build_loader, collate
 from electra_composer.finetune.model import build_classifier
 from electra_composer.finetune.tasks import TASKS, Task
 from electra_composer.training.builders import build_optimizer
