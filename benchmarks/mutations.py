@@ -49,15 +49,15 @@ MUTATIONS = [
     Mutation(
         "schedule",
         "the learning rate is one step ahead during warmup",
-        "electra_composer/training/optim.py",
+        "electra_composer/training/schedules.py",
         "(min(1.0, step / warmup) if warmup else 1.0)",
         "(min(1.0, (step + 1) / warmup) if warmup else 1.0)",
-        "tests/training/test_optim.py",
+        "tests/training/test_schedules.py tests/training/test_optim.py",
     ),
     Mutation(
         "tie",
         "the generator gets embeddings of its own",
-        "electra_composer/model/electra.py",
+        "electra_composer/model/networks.py",
         "None if model.tie_embeddings else Embeddings(generator)",
         "Embeddings(generator)",
         "tests/model",
@@ -81,7 +81,7 @@ MUTATIONS = [
     Mutation(
         "column",
         "token types and positions of a batch are swapped",
-        "electra_composer/batches/row_dataset.py",
+        "electra_composer/batches/collation.py",
         '("input_ids", "token_type_ids", "position_ids", "sequence_ids")',
         '("input_ids", "position_ids", "token_type_ids", "sequence_ids")',
         "tests/batches",
