@@ -86,8 +86,8 @@ class RowDataset(FixedStreamingDataset):
             if prefetcher is not None:
                 prefetcher.stop()
 
-    # Workaround (streaming 0.13): Streaming repeats rows to give all ranks equally many, which can make one global batch
-    # more than on one rank; `_parallel_rank_world` is private. Goes when it can drop the incomplete global batch.
+    # Workaround (streaming 0.13): Streaming repeats rows to give all ranks equally many, which can add a global batch
+    # compared with one rank; `_parallel_rank_world` is private. Goes when it can drop the incomplete global batch.
     def __len__(self) -> int:
         """Return the rows of an epoch per rank."""
         if not self._full_batches:
