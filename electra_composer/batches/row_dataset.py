@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from streaming import Stream
+from streaming.base.world import World
 
 from electra_composer.batches.collation import Batch, collate_rows
 from electra_composer.batches.prefetch import Prefetcher
@@ -29,8 +30,7 @@ class RowDataset(FixedStreamingDataset):
         streams: rows are numbered across them in order.
         config: how shards of a remote are fetched and cached.
         meta: of the shards; gives the width of the batches and the id of `[PAD]`.
-        full_batches: drop the partial global batch at the end of an epoch on any number of ranks. Streaming repeats
-            rows to give all ranks equally many, which can add a batch compared with one rank.
+        full_batches: give an epoch as many global batches as its rows fill, on any number of ranks.
         options: of StreamingDataset: `batch_size` (rows per device), order and size of an epoch.
     """
 
@@ -86,8 +86,10 @@ class RowDataset(FixedStreamingDataset):
             if prefetcher is not None:
                 prefetcher.stop()
 
+    # Workaround (streaming 0.13): Streaming repeats rows to give all ranks equally many, which can add a global batch
+    # compared with one rank; `_parallel_rank_world` is private. Goes when it can drop the incomplete global batch.
     def __len__(self) -> int:
-        """Rows of an epoch per rank."""
+        """Return the rows of an epoch per rank."""
         if not self._full_batches:
             return int(super().__len__())
         assert self.batch_size is not None
@@ -127,7 +129,7 @@ class RowDataset(FixedStreamingDataset):
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Load a state. If its streams differ, warn and resume at the same position of a different order."""
-        if obj.get(MIX, self._mix()) != self._mix() and self._unique_rank_world.is_local_leader:
+        if obj.get(MIX, self._mix()) != self._mix() and World.detect().is_local_leader:
             print(
                 "warning: the checkpoint's data differs from this run's ([rows, rows per epoch] of each stream there: "
                 f"{obj[MIX]}; now: {self._mix()}); epoch {obj['epoch']} resumes after {obj['sample_in_epoch']:,} rows "

@@ -88,7 +88,7 @@ class FixedStreamingDataset(StreamingDataset):
         # for 100 million rows. It reads this attribute at the start of an epoch. Goes when it is vectorised.
         self.sampling_granularity = max(1, int(self.samples_per_stream.max()) // PICKS)
         self._is_cache = np.array([stream.remote is not None for stream in streams])[self.stream_per_shard]
-        if self._unique_rank_world.is_local_leader:
+        if World.detect().is_local_leader:
             self.cache_usage -= sum(stream.present for stream in streams if isinstance(stream, FolderStream))
 
     # Workaround (streaming 0.13): _evict_coldest_shard also deletes shards of streams without a remote, which cannot be
@@ -126,6 +126,8 @@ class FixedStreamingDataset(StreamingDataset):
             state["epoch"] = max(state["epoch"], self.next_epoch)
         return state
 
+    # Workaround (streaming 0.13): the block that holds a loaded state (`_resume_shm`, private) stays open until the
+    # process exits; goes when datasets have a close method.
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         super().load_state_dict(obj)
         if hasattr(self, "_resume_shm"):

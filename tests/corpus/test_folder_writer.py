@@ -16,7 +16,7 @@ from electra_composer.errors import UserError
 def test_an_existing_folder_is_left_alone(shards, tmp_path):
     before = sorted(os.listdir(shards))
     with pytest.raises(UserError, match=r"exists already; choose another --out, or pass --overwrite"):
-        ShardFolder(shards)
+        ShardFolder(str(shards))
     assert sorted(os.listdir(shards)) == before
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match=r"not a folder of shards .* --overwrite does not replace it"):
