@@ -67,7 +67,7 @@ def explain(error: BaseException) -> str | None:
     text = one_line(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"{error.filename or 'a file of the run'} could not be written: {os.strerror(error.errno)}; free disk space"
+            f"{error.filename or 'a file of the run'} could not be written: {os.strerror(error.errno)}; free some space"
         )
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}; fix the folder's permissions"

@@ -144,7 +144,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
                 raise RuntimeError(f"the checkpoint has no {name}")
         return super().create_local_plan()
 
-    # Workaround (torch 2.7): DefaultLoadPlanner.load_bytes uses torch.load(weights_only=False), so it is given the
+    # Workaround (torch 2.7): DefaultLoadPlanner.load_bytes unpickles values without restrictions, so it is given the
     # bytes of a value that was loaded safely; goes when torch has an option for weights_only=True.
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         content = io.BytesIO()
