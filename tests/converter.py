@@ -1,9 +1,12 @@
-"""The converter as a function, and helpers for its output."""
+"""The converter as a function, and helpers for its sources and output."""
 
 from __future__ import annotations
 
 import filecmp
 import importlib.util
+import io
+import json
+import tarfile
 from pathlib import Path
 
 from streaming import LocalDataset
@@ -36,6 +39,20 @@ def write_vocabulary(folder, *words):
     path = Path(folder) / "vocab.txt"
     path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words, ""]))
     return str(path)
+
+
+def jsonl(texts):
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def tar_of(files, mode="w"):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return data.getvalue()
 
 
 def files_of(folder):

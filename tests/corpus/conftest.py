@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
-from converter import WORDS, text, write_vocabulary
+from converter import WORDS, jsonl, text, write_vocabulary
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +14,6 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
     documents = ["\n".join(text(rng, rng.randint(1, 3)) for _ in range(rng.randint(1, 12))) for _ in range(300)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    (folder / "corpus.jsonl").write_bytes(jsonl(documents))
     write_vocabulary(folder, "[", "]", "mask", "sep", *WORDS)
     return folder

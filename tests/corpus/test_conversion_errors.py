@@ -34,7 +34,7 @@ def test_warnings(corpus, tmp_path, capsys):
         (["--weight", "2", "--weight", "3"], "--weight was given 2 times for 1 sources"),
         (["--mixture", "mixture.yaml"], "--mixture cannot be combined with --source and --weight"),
         (["--drop-lines", "("], "not a regular expression"),
-        (["--text-column", "body"], "no column 'body'; found 'text'"),
+        (["--text-column", "body"], "no column 'body'; found 'id', 'text'"),
         (["--tokenizer", "train", "--vocab-size", "20"], "vocab_size is 20; this text needs at least"),
         (["--compression", "rar"], "--compression rar is not supported by Streaming"),
         (["--json", "{corpus}/no/such.json"], "no such folder"),

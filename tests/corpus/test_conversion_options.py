@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import gzip
 import importlib.util
-import json
 import os
 import random
 import shutil
 import signal
 
 import pytest
-from converter import WORDS, assert_same_files, rows_of, write_vocabulary
+from converter import WORDS, assert_same_files, jsonl, rows_of, write_vocabulary
 
 from electra_composer.batches.shards import read_meta
 from electra_composer.corpus import engines, part_conversion, source_parts
@@ -33,7 +32,7 @@ def write_source(path, count, word, seed=0):
     """Write documents of distinct texts that begin with the given word; return the texts."""
     rng = random.Random(seed)
     texts = [f"{word} {' '.join(rng.choices(WORDS[100:], k=rng.randint(8, 30)))}." for _ in range(count)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_bytes(jsonl(texts))
     return texts
 
 
@@ -99,7 +98,7 @@ def test_how_often_a_document_is_taken():
 
 def test_no_text_is_in_both_splits(tmp_path, vocabulary):
     texts = write_source(tmp_path / "a.jsonl", 200, "word1")
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *texts[::-1]]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl([*texts, *texts[::-1]]))
     run(Sources.of(str(tmp_path / "b.jsonl")), tmp_path / "out", vocabulary, val_fraction=0.3)
     train, val = (set(documents_of(tmp_path / "out", vocabulary, split)) for split in ("train", "val"))
     assert train
@@ -176,8 +175,8 @@ def damaged(tmp_path, monkeypatch):
     for name in ("a", "c"):
         write_source(folder / f"{name}.jsonl", 50, "word1", seed=ord(name))
     rng = random.Random(0)
-    lines = [json.dumps({"text": "word2 " + " ".join(rng.choices(WORDS, k=30))}) + "\n" for _ in range(12_000)]
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode())[:-20_000])
+    texts = ["word2 " + " ".join(rng.choices(WORDS, k=30)) for _ in range(12_000)]
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(texts))[:-20_000])
     return folder
 
 
@@ -255,7 +254,7 @@ def test_spark_writes_the_same_bytes(tmp_path, vocabulary, monkeypatch):
     monkeypatch.setattr(source_parts, "MIN_PART", 20_000)  # in the driver, which divides the sources
     texts = write_source(tmp_path / "a.jsonl", 500, "word1")
     write_source(tmp_path / "b.jsonl", 300, "word2", seed=1)
-    (tmp_path / "a.jsonl").open("a").write(json.dumps({"text": texts[0]}) + "\n")
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*texts, texts[0]]))
     paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     sources = Sources([Source(paths[0]), Source(paths[1], weight=1.5)], deduplicate=True)
     local = run(sources, tmp_path / "local", vocabulary, workers=2, val_fraction=0.05)

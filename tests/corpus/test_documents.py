@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import io
-import json
 import lzma
 import os
-import tarfile
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from converter import jsonl, tar_of
 
 from electra_composer.corpus.documents import ReadStats, read_documents
 from electra_composer.corpus.sources import Sources, check_sources, find_files
@@ -27,10 +26,6 @@ def read(*sources, **options):
     assert stats.documents == len(texts)
     assert stats.bytes == sum(len(text.encode()) for text in texts)
     return texts, stats
-
-
-def jsonl(texts):
-    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
 
 
 @pytest.mark.parametrize(
@@ -133,36 +128,14 @@ def test_sources_that_are_not_there(tmp_path):
         find_files(str(tmp_path / "empty"))
 
 
-class FakeStream:
-    """The part of `datasets.load_dataset(…, streaming=True)` that is used."""
-
-    column_names = ("id", "text")
-
-    def __init__(self, tables, error=None):
-        self.tables, self.error = tables, error
-
-    def select_columns(self, names):
-        assert names == ["text"]
-        return self
-
-    def with_format(self, name):
-        assert name == "arrow"
-        return self
-
-    def iter(self, size):
-        yield from self.tables
-        if self.error:
-            raise self.error
-
-
 def test_hub(monkeypatch):
     calls = []
 
     def load(*args, **options):
         calls.append((args, options))
-        return FakeStream([pa.table({"text": TEXTS[:2]}), pa.table({"text": TEXTS[2:]})])
+        return datasets.Dataset.from_dict({"id": [0, 1, 2], "text": TEXTS}).to_iterable_dataset(num_shards=2)
 
-    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert read("hub")[0] == TEXTS
     options = {"revision": "refs/convert/parquet", "split": "train", "streaming": True}
     assert calls == [(("Skylion007/openwebtext", None), options)]
@@ -174,25 +147,21 @@ def test_hub_out_of_reach_or_breaking_off(monkeypatch):
     def load(*args, **options):
         raise RuntimeError("Dataset scripts are no longer supported, but found a.py")
 
-    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(
         UserError, match=r"data set a/b at revision c cannot be read .*scripts are no longer .*--revision"
     ):
         read("hub", dataset="a/b", revision="c")
-    stream = FakeStream([pa.table({"text": TEXTS})], ConnectionError("reset by peer"))
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: stream)
+
+    def break_off():
+        yield {"text": TEXTS[0]}
+        raise ConnectionError("reset by peer")
+
+    features = datasets.Features({"text": datasets.Value("string")})
+    stream = datasets.IterableDataset.from_generator(break_off, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: stream)
     with pytest.raises(UserError, match="reading from the hub failed: reset by peer"):
         read("hub")
-
-
-def tar_of(files, mode="w"):
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode=mode) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return data.getvalue()
 
 
 @pytest.mark.parametrize(

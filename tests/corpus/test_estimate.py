@@ -9,7 +9,7 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from converter import arguments, main
+from converter import arguments, jsonl, main
 from tiny import ROOT
 
 from electra_composer.corpus import dry_run, estimate
@@ -30,8 +30,7 @@ def gather(corpus, folder, kind):
         elif kind == "txt":
             (folder / f"{part}.txt").write_text("\n\n".join(text.replace("\n\n", "\n") for text in chosen))
         else:
-            data = "".join(json.dumps({"text": text}) + "\n" for text in chosen).encode()
-            (folder / f"{part}.jsonl.gz").write_bytes(gzip.compress(data))
+            (folder / f"{part}.jsonl.gz").write_bytes(gzip.compress(jsonl(chosen)))
     return texts
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 
 import pytest
-from converter import write_vocabulary
+from converter import jsonl, write_vocabulary
 
 from electra_composer.batches.shards import build_data_spec, read_meta
 from electra_composer.config import ShardsConfig
@@ -29,7 +28,7 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setattr("electra_composer.storage.remotes.tempfile.tempdir", str(tmp_path))
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) + "." for _ in range(900)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
     vocabulary = write_vocabulary(tmp_path, *WORDS)
 
     def make(out, **changes):

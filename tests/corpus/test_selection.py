@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
+from converter import jsonl
 
 from electra_composer.corpus import selection, source_parts
 from electra_composer.corpus.documents import ReadStats, part_documents, read_documents
@@ -22,7 +22,7 @@ def corpus(tmp_path, monkeypatch):
     texts = [f"document {number} " + "word " * rng.randint(0, 20) for number in range(200)]
     for name in ("a", "b"):
         chosen = rng.choices(texts, k=300)
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(chosen))
     return tmp_path
 
 

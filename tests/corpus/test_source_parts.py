@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import io
 import itertools
-import json
 import random
-import tarfile
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from converter import jsonl, tar_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,17 +62,13 @@ def write_corpus(folder, texts, kind):
     if kind == "parquet":
         pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), folder / "a.parquet", row_group_size=7)
     elif kind.startswith("jsonl"):
-        data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-        (folder / f"a.{kind}").write_bytes(PACK[kind[5:]](data))
+        (folder / f"a.{kind}").write_bytes(PACK[kind[5:]](jsonl(texts)))
     elif kind.startswith("txt"):
         data = "\n\n\n".join(texts).encode()
         (folder / f"a.{kind}").write_bytes(PACK[kind[3:]](data))
     else:
-        with tarfile.open(folder / f"a.{kind}", "w:xz" if kind == "tar.xz" else "w") as tar:
-            for number, text in enumerate(texts):
-                member = tarfile.TarInfo(f"{number}.txt")
-                member.size = len(text.encode())
-                tar.addfile(member, io.BytesIO(text.encode()))
+        files = {f"{number}.txt": text.encode() for number, text in enumerate(texts)}
+        (folder / f"a.{kind}").write_bytes(tar_of(files, "w:xz" if kind == "tar.xz" else "w"))
 
 
 KINDS = ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "tar", "tar.xz"]
@@ -119,31 +114,9 @@ def test_few_slices_of_what_cannot_be_entered_in_the_middle(tmp_path, monkeypatc
     assert len(list_parts(Sources.of(str(tmp_path)), [])) == source_parts.MAX_SLICES
 
 
-class FakeHub:
-    """A data set on the hub, consisting of three files."""
-
-    column_names = ("text",)
-    num_shards = 3
-
-    def __init__(self, files):
-        self.files = files
-
-    def shard(self, num_shards, index):
-        assert num_shards == 3
-        return FakeHub([self.files[index]])
-
-    def select_columns(self, names):
-        return self
-
-    def with_format(self, name):
-        return self
-
-    def iter(self, size):
-        return iter([pa.table({"text": texts}) for texts in self.files])
-
-
 def test_each_file_of_the_hub_is_a_part(monkeypatch):
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: FakeHub([["a", "b"], ["c"], ["d"]]))
+    stream = datasets.Dataset.from_dict({"text": ["a", "b", "c", "d"]}).to_iterable_dataset(num_shards=3)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
     parts = list_parts(Sources(), [])
     assert [texts_of([part], Sources()) for part in parts] == [["a", "b"], ["c"], ["d"]]
     assert list(read_documents(Sources(), ReadStats())) == ["a", "b", "c", "d"]
