@@ -330,13 +330,13 @@ def test_triton_under_the_interpreter() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype", "constants"),
     [
-        ("_sweep", "bf16", {"OWN_DRAW": False, "DISALLOW": False, "GUMBEL": False}),
-        ("_sweep", "fp32", {"OWN_DRAW": True, "DISALLOW": True, "GUMBEL": False}),
-        ("_sweep", "bf16", {"OWN_DRAW": True, "DISALLOW": True, "GUMBEL": True}),
-        ("_finish", "bf16", {"DISALLOW": True, "GUMBEL": False}),
-        ("_finish", "fp32", {"DISALLOW": False, "GUMBEL": True}),
-        ("_gradient_of_logits", "bf16", {}),
-        ("_gradient_of_logits", "fp32", {}),
+        ("tile_statistics", "bf16", {"OWN_DRAW": False, "DISALLOW": False, "GUMBEL": False}),
+        ("tile_statistics", "fp32", {"OWN_DRAW": True, "DISALLOW": True, "GUMBEL": False}),
+        ("tile_statistics", "bf16", {"OWN_DRAW": True, "DISALLOW": True, "GUMBEL": True}),
+        ("combine_tiles", "bf16", {"DISALLOW": True, "GUMBEL": False}),
+        ("combine_tiles", "fp32", {"DISALLOW": False, "GUMBEL": True}),
+        ("logits_gradient", "bf16", {}),
+        ("logits_gradient", "fp32", {}),
     ],
 )
 def test_kernels_compile_for_hopper(
@@ -348,10 +348,10 @@ def test_kernels_compile_for_hopper(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from electra_composer.model.kernels import masked_lm_triton
+    from electra_composer.model.kernels import masked_lm_triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel_function = getattr(masked_lm_triton, name)
+    kernel_function = getattr(masked_lm_triton_kernels, name)
     sizes = {"BLOCK_M": 64, "TILE": 128, "BLOCK_E": 64, "TILES": 256, "TILES_PER_PROGRAM": 4, "PRECISION": "ieee"}
     known = {**sizes, **constants}
     pointers = {"targets": "i64", "seed": "i64", "sampled": "i64", "draw_token": "i32", "correct": "i1"}
@@ -373,7 +373,7 @@ def test_kernels_compile_for_hopper(
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     assert len(compiled.asm["cubin"]) > 0
-    if name != "_finish" and dtype == "bf16":
+    if name != "combine_tiles" and dtype == "bf16":
         assert "wgmma" in compiled.asm["ptx"]  # the products are on the tensor cores
 
 
