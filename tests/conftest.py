@@ -1,6 +1,6 @@
-"""What the tests share: one seed, one thread, tiny sizes, and batches of packed rows.
+"""Fixtures shared by the tests: seed, single thread, tiny models, batches of packed rows, shards and object stores.
 
-Fixtures return factories, so that a test says in its own words what differs from the tiny defaults.
+Fixtures return factories, so that a test states only the differences from the tiny defaults.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and start processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel and start processes
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from electra_composer.corpus.conversion import Conversion, convert
 from electra_composer.corpus.sources import Sources
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 
-VOCAB_SIZE = 99  # not a multiple of 64: the padded rows of the embedding table are there
+VOCAB_SIZE = 99  # not a multiple of 64, so the embedding table has padding rows
 LENGTH = 32
 SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4)
 FIRST_WORD = 5
@@ -38,7 +38,7 @@ Batch = dict[str, torch.Tensor]
 Row = list[tuple[int, int]]
 
 
-# The usual limit of open files, so that a leak of them is seen on every machine.
+# The usual limit of open files, so that a leak is detected on every machine.
 _SOFT, _HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024 if _SOFT == resource.RLIM_INFINITY else min(_SOFT, 1024), _HARD))
 
@@ -51,12 +51,13 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _forget_trainers() -> Iterator[None]:
-    """Lets a test's trainers go, and so the files that their loaders hold open, of which a process may have 1,024.
-
-    PyTorch's state dicts remember every model, and Composer every trainer's state, which it closes at the end.
-    """
+    """Release the trainers of a test, and the files that their loaders hold open."""
     yield
+    # Workaround (torch 2.7): a private cache of torch.distributed.checkpoint keeps every model alive; goes when it does
+    # not.
     state_dict._get_fqns.cache_clear()
+    # Workaround (composer 0.32): an atexit handler keeps every trainer's state alive; goes when closing a trainer
+    # unregisters it.
     atexit.unregister(Engine._close)
 
 
@@ -67,7 +68,7 @@ def special() -> SpecialIds:
 
 @pytest.fixture
 def tiny_model_config() -> Callable[..., ModelConfig]:
-    """`tiny_model_config(hidden_size=…, …)`: two layers of 32, embeddings of 16, generator half as wide, no dropout."""
+    """`tiny_model_config(hidden_size=…, …)`: two layers of size 32, embeddings of 16, half-width generator, no dropout."""
 
     def make(**changes: object) -> ModelConfig:
         sizes: dict[str, object] = {
@@ -96,7 +97,7 @@ def make_batch() -> Callable[..., Batch]:
 
 
 def _make_batch(rows: list[Row], length: int = LENGTH, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Batch:
-    """Rows of random words in the form that shards.py gives, integers `[rows, length]`, padded at the end."""
+    """Make rows of random words in the format of shards.py, integers `[rows, length]`, padded at the end."""
     generator = torch.Generator().manual_seed(seed)
     names = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")
     batch = {name: torch.zeros(len(rows), length, dtype=torch.long) for name in names}
@@ -121,8 +122,8 @@ def _make_batch(rows: list[Row], length: int = LENGTH, vocab_size: int = VOCAB_S
 def make_model(tiny_model_config: Callable[..., ModelConfig]) -> Callable[..., ElectraForPretraining]:
     """`make_model(model_config, objective, max_seq_length=…, perturbed=True)`.
 
-    Perturbed, no weight keeps a value that would hide a mistake: biases are not zero, LayerNorms not the identity, and
-    matrices large enough for the softmax to be uneven.
+    `perturbed` replaces initial values that could hide a mistake: biases are not zero, LayerNorms are not the identity,
+    and matrices are large enough for an uneven softmax.
     """
 
     def make(
@@ -156,7 +157,7 @@ def _perturb(model: ElectraForPretraining) -> None:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of a small invented language in which a word's successor is certain."""
+    """Shards of a small invented language in which each word determines the next."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
     words = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u")]
@@ -181,7 +182,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_tiny_yaml(shards: Path) -> Callable[[Path], Path]:
-    """`write_tiny_yaml(folder)`: a configuration of `pretrain.py` for a run of seconds in `folder / "run"`."""
+    """`write_tiny_yaml(folder)`: a `pretrain.py` configuration that trains for seconds in `folder / "run"`."""
 
     def write(folder: Path) -> Path:
         path = folder / "tiny.yaml"
@@ -193,13 +194,13 @@ def write_tiny_yaml(shards: Path) -> Callable[[Path], Path]:
 
 @pytest.fixture
 def tiny_yaml(write_tiny_yaml: Callable[[Path], Path], tmp_path: Path) -> Path:
-    """The same in `tmp_path`."""
+    """The tiny configuration in `tmp_path`."""
     return write_tiny_yaml(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """Address of a real S3 server on this machine."""
+    """Address of a local S3 server."""
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -209,7 +210,7 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client of it, with an empty bucket named `corpus`; Streaming's own clients find it by the environment."""
+    """Client of the S3 server, with an empty bucket `corpus`; environment variables direct Streaming's clients to it."""
     boto3 = pytest.importorskip("boto3")
     for name, value in {
         "S3_ENDPOINT_URL": s3_endpoint,
@@ -230,15 +231,16 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The bucket `corpus` of a server that speaks Google Cloud Storage's language; its own client's object."""
+    """Bucket `corpus` on a local Google Cloud Storage emulator, as an object of Google's client."""
     server = pytest.importorskip("gcp_storage_emulator.server").create_server("localhost", 0, in_memory=True)
     server.start()
+    # Workaround (gcp-storage-emulator 2026.7): the port it chose is in a private attribute; goes when it is public.
     host, port = server._api._httpd.server_address[:2]
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import storage
 
-    # Where an account's key would be looked for: the server asks for none.
+    # The emulator needs no credentials.
     monkeypatch.setattr("google.auth.default", lambda *_, **__: (AnonymousCredentials(), "test"))
     yield storage.Client(project="test", credentials=AnonymousCredentials()).create_bucket("corpus")
     server.stop()
