@@ -68,7 +68,7 @@ def special() -> SpecialIds:
 
 @pytest.fixture
 def tiny_model_config() -> Callable[..., ModelConfig]:
-    """`tiny_model_config(hidden_size=…, …)`: two layers of size 32, embeddings of 16, half-width generator, no dropout."""
+    """`tiny_model_config(hidden_size=…, …)`: two layers of size 32, embeddings 16, half-width generator, no dropout."""
 
     def make(**changes: object) -> ModelConfig:
         sizes: dict[str, object] = {
@@ -210,7 +210,7 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Client of the S3 server, with an empty bucket `corpus`; environment variables direct Streaming's clients to it."""
+    """Client of the S3 server, with an empty bucket `corpus`; Streaming finds it by environment variables."""
     boto3 = pytest.importorskip("boto3")
     for name, value in {
         "S3_ENDPOINT_URL": s3_endpoint,

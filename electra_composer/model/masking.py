@@ -22,7 +22,7 @@ def noise_width(max_seq_length: int, slots: int) -> int:
 
 
 def split_noise(noise: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Split `[rows, noise_width]`: position `[rows, length]`; replacement, random token, sample `[rows, slots]` each."""
+    """Split `[rows, noise_width]`: positions `[rows, length]`; case, random token, sample `[rows, slots]` each."""
     length = noise.shape[1] - 3 * slots
     position, replace, random_token, sample = noise.split([length, slots, slots, slots], dim=1)
     return position, replace, random_token, sample
