@@ -1,7 +1,7 @@
 """`torch.compile`: the complete forward is one graph with unchanged results.
 
-Most tests stop after autograd's tracing (`aot_eager`), which detects graph breaks and operators without shapes. The code
-generator is tested once.
+Most tests stop after autograd's tracing (`aot_eager`), which detects graph breaks and operators without shapes. The
+code generator is tested once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Triton kernels of the masked-LM head against the plain PyTorch implementation.
 
-Without a GPU they run in Triton's interpreter, which must be selected before Triton is imported: in a process of its
-own, started by `test_triton_under_the_interpreter`.
+Without a GPU, `test_triton_under_the_interpreter` runs them in another process, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -106,11 +105,10 @@ kernel = [
 
 
 @pytest.fixture
-def _interpreter_multiplies_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _interpreter_multiplies_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     # Workaround (triton 3.3): the interpreter stores bf16 as 16-bit integers, which `tl.dot` multiplies as integers;
     # goes when it multiplies bf16.
     if not INTERPRETED:
-        yield
         return
     import triton.language as tl
     from triton.runtime import interpreter
@@ -126,7 +124,6 @@ def _interpreter_multiplies_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         "create_dot",
         lambda self, a, b, *rest: original(self, widened(a), widened(b), *rest),
     )
-    yield
 
 
 def _both(inputs: dict[str, Tensor], vocab_size: int, **options: float) -> tuple[MaskedLM, MaskedLM]:
