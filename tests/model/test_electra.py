@@ -17,7 +17,7 @@ Make = Callable[..., Any]
 
 
 def test_special_tokens_are_no_candidates(make_model: Make) -> None:
-    """`[CLS]`, `[SEP]`, a literal `[MASK]` and padding are not; `[UNK]` (1) and words are."""
+    """`[CLS]`, `[SEP]`, a literal `[MASK]` and padding are excluded; `[UNK]` (1) and words are candidates."""
     input_ids = torch.tensor([[2, 1, 7, 4, 3, 8, 3, 0]])
     sequence_ids = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]])
     assert make_model().candidates(input_ids, sequence_ids).nonzero()[:, 1].tolist() == [1, 2, 5]
@@ -26,7 +26,7 @@ def test_special_tokens_are_no_candidates(make_model: Make) -> None:
 def test_samples_stand_at_the_masked_positions_and_originals_everywhere_else(
     make_model: Make, make_batch: Make
 ) -> None:
-    """All masked positions get their sample, also those that had kept their token."""
+    """All masked positions are sampled, including those that kept their token."""
     model = make_model(objective=ObjectiveConfig(mask_prob=0.3))
     batch = make_batch(UNEVEN * 8)
     noise = noise_of(model, batch)
@@ -44,14 +44,14 @@ def test_samples_stand_at_the_masked_positions_and_originals_everywhere_else(
     assert torch.equal(outputs["corrupted_ids"][elsewhere], batch["input_ids"][elsewhere])
     assert not outputs["replaced"][elsewhere].any()
 
-    # The first token whose cumulative probability passes the slot's own number.
+    # The first token at which the cumulative probability exceeds the slot's noise.
     cumulative = model.mlm_logits(outputs["mlm_features"]).double().softmax(-1).cumsum(-1)
     expected = (cumulative <= noise[:, -model.slots :, None]).sum(-1)
     assert torch.equal(outputs["sampled_ids"][used], expected[used])
 
 
 def test_a_sample_equal_to_the_original_counts_as_original(make_model: Make, make_batch: Make) -> None:
-    """A generator that is certain of one word: where it stood, the label is original; elsewhere, replaced."""
+    """A generator that always predicts one word: label original where it was the original, otherwise replaced."""
     model = make_model()
     with torch.no_grad():
         model.mlm_head.bias[7] = 1e4
@@ -72,7 +72,7 @@ def test_a_sample_equal_to_the_original_counts_as_original(make_model: Make, mak
 
 
 def test_disallow_correct_and_temperature_reach_the_sampling(make_model: Make, make_batch: Make) -> None:
-    """A certain generator that may not be right is always wrong; a hot one is not certain any more."""
+    """With `disallow_correct` a certain generator is always wrong; with a high temperature it is uncertain."""
     batch = make_batch(UNEVEN)
     batch["input_ids"][batch["input_ids"] > 4] = 7
 
@@ -108,7 +108,7 @@ def test_without_noise_every_forward_draws_anew(make_model: Make, make_batch: Ma
 def test_samples_of_the_forward_follow_the_generators_softmax(
     make_model: Make, make_batch: Make, sampling: str
 ) -> None:
-    """One row, 8,000 forwards in one batch; masked always at the same positions, so always with the same logits."""
+    """8,000 copies of one row, always masked at the same position, so always with the same logits."""
     model = make_model(vocab_size=12, objective=ObjectiveConfig(sampling=sampling, mask_prob=0.06), seed=4)
     rows = 8000
     batch = {name: tensor.expand(rows, -1) for name, tensor in make_batch([[(8, 0)]], vocab_size=12).items()}
@@ -117,7 +117,7 @@ def test_samples_of_the_forward_follow_the_generators_softmax(
     with torch.no_grad():
         outputs = model(**batch)
     assert (outputs["masked_positions"][:, 0] == 1).all()
-    # Two kinds of rows: [MASK] or the kept token stood there. Each has its own softmax.
+    # Two kinds of rows, with [MASK] or with the original token as input; each has its own softmax.
     logits = model.mlm_logits(outputs["mlm_features"])[:, 0]
     kind = (logits[:, 0] - logits[0, 0]).abs() < 1e-4
     assert 0 < kind.sum() < rows
@@ -215,7 +215,7 @@ def test_statistics_are_counts(make_model: Make, make_batch: Make) -> None:
 
 
 def test_rows_without_a_word_are_harmless(make_model: Make, make_batch: Make) -> None:
-    """`[CLS] [SEP]` has nothing to mask, an empty row not even that: finite losses, finite gradients."""
+    """Rows with no candidates (`[CLS] [SEP]`, and empty) give finite losses and gradients."""
     model = make_model()
     batch = make_batch([[(2, 0)], []])
     outputs = model(**batch, noise=noise_of(model, batch))

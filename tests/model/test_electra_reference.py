@@ -23,7 +23,7 @@ Make = Callable[..., Any]
 
 
 def tied_by_hand(model: ElectraForPretraining) -> tuple[ElectraForMaskedLM, ElectraForPreTraining]:
-    """transformers' generator and discriminator with our weights; what is tied made one by assignment."""
+    """Build transformers' generator and discriminator with our weights, and tie their modules by assignment."""
     state = model.state_dict()
     config = model.encoder_of_generator.config
     generator = ElectraForMaskedLM(transformers_config(config, pad_id=0))
@@ -67,7 +67,7 @@ def test_logits_losses_and_gradients_agree_with_transformers(
     ours_mlm, ours_rtd = outputs["mlm_loss"] / masked, outputs["rtd_loss"] / tokens
     (ours_mlm + 50.0 * ours_rtd).backward()
 
-    # What the generator saw, from the noise by the rule: [MASK] where the slot's number is below 0.85.
+    # Input of the generator, derived from the noise: [MASK] where the slot's number is below 0.85.
     masked_ids = batch["input_ids"].clone()
     replace = noise[:, LENGTH : LENGTH + model.slots]
     masked_ids[rows] = torch.where(replace[used] < 0.85, 4, masked_ids[rows])
@@ -101,7 +101,7 @@ def assert_same_gradients(ours: Batch, theirs: Batch) -> None:
     for name, expected in theirs.items():
         largest = max(1.0, expected.abs().max().item())
         assert (ours[name] - expected).abs().max() <= 1e-5 * largest, name
-        # A key's bias moves every score of a softmax alike: its gradient is zero but for rounding.
+        # A key's bias shifts all scores of a softmax equally: its gradient is zero except for rounding.
         if not name.endswith("key.bias"):
             assert expected.abs().max() > 1e-4, f"{name}: a comparison of zeros"
 
@@ -141,13 +141,13 @@ def _config(model: ElectraForPretraining) -> dict[str, Any]:
 
 
 EXAMPLES = [(6, 4), (5, 0), (8, 7), (10, 0), (5, 5), (3, 2), (10, 5), (15, 0)]
-PACKED = [[0, 1, 2], [3, 4, 5], [6, 7]]  # 30, 25 and 30 tokens; at 20% every example masks a fifth of itself exactly
+PACKED = [[0, 1, 2], [3, 4, 5], [6, 7]]  # 30, 25 and 30 tokens; at 20% exactly a fifth of every example is masked
 
 
 def per_token_noise(batch: Batch, chosen: Batch, slots: int) -> torch.Tensor:
-    """The noise that masks `chosen` positions and gives each the replacement and sampling numbers of its own.
+    """Build noise that masks the `chosen` positions and gives each token its replacement and sampling numbers.
 
-    `chosen`: `position`, `replace`, `sample`, `[rows, length]`; position numbers above 0.5 are masked, all different.
+    `chosen`: `position`, `replace`, `sample`, `[rows, length]`; positions above 0.5 are masked; all are distinct.
     """
     order = chosen["position"].topk(slots, dim=1).indices
     return torch.cat(
@@ -162,7 +162,8 @@ def per_token_noise(batch: Batch, chosen: Batch, slots: int) -> torch.Tensor:
 
 
 def packed_and_alone(make_batch: Make) -> tuple[Batch, Batch, Batch, Batch, torch.Tensor]:
-    """The batch packed and one per row, their per-token numbers, and where in `packed` the tokens of `alone` are."""
+    """Build packed rows, the same examples one per row, their per-token numbers, and the indices of the latter's tokens
+    in `packed`."""
     packed = make_batch([[EXAMPLES[index] for index in row] for row in PACKED])
     numbers = torch.Generator().manual_seed(11)
     shape = packed["input_ids"].shape

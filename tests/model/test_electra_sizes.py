@@ -29,7 +29,7 @@ def test_tied_there_is_one_set_of_embeddings(make_model: Make) -> None:
 
 @pytest.mark.parametrize("part", ["word", "position", "token_type", "norm"])
 def test_changing_the_embeddings_changes_both_sides(make_model: Make, make_batch: Make, part: str) -> None:
-    """After construction and after load_state_dict, of a state that went through a file or not."""
+    """After construction and after load_state_dict."""
     batch = make_batch(UNEVEN)
     for loaded in (False, True):
         model = make_model()
@@ -46,7 +46,7 @@ def test_changing_the_embeddings_changes_both_sides(make_model: Make, make_batch
 
 
 def test_the_output_layer_of_the_generator_is_the_word_embeddings(make_model: Make, make_batch: Make) -> None:
-    """A word that stands nowhere: scaling its embedding scales its logit, and nothing else of the generator's."""
+    """Scaling the embedding of a word absent from the input scales its logit and no other."""
     model = make_model()
     batch = make_batch(UNEVEN)
     batch["input_ids"][batch["input_ids"] == 50] = 51
@@ -96,7 +96,7 @@ def test_untied_each_side_has_its_own(make_model: Make, make_batch: Make, tiny_m
 def test_padded_rows_are_never_predicted_and_get_no_gradient(
     make_model: Make, make_batch: Make, tiny_model_config: Make, tied: bool
 ) -> None:
-    """99 words in a table of 128: logits are 99 wide, rows 99 to 127 are zero and stay without gradient."""
+    """99 words in a table of 128: logits are 99 wide, rows 99 to 127 are zero and have zero gradient."""
     model = make_model(tiny_model_config(tie_embeddings=tied), perturbed=False)
     batch = make_batch(UNEVEN * 4)
     outputs = model(**batch, noise=noise_of(model, batch))

@@ -23,7 +23,7 @@ VERY_UNEVEN = [[(12, 20)], [(2, 0)], [(6, 0)], [(8, 4), (20, 0)], [(3, 0)], [(7,
 
 
 def outputs_of(logits: list[list[float]], truth: list[list[int]], **stats: float) -> dict[str, Any]:
-    """Outputs as the forward gives them, their counts made by hand in the test."""
+    """Outputs in the format of the forward, with counts given by the test."""
     return {
         "rtd_logits": torch.tensor(logits),
         "replaced": torch.tensor(truth).bool(),
@@ -100,7 +100,7 @@ def test_metrics_of_two_batches_counted_by_hand(make_model: Make) -> None:
 
 @pytest.mark.parametrize("shift", [0.0, -6.0])
 def test_auc_against_the_rank_statistic(make_model: Make, shift: float) -> None:
-    """The share of (replaced, original) pairs in the right order, ties half; also at low probabilities."""
+    """Fraction of (replaced, original) pairs in the right order, ties counted half; also at low probabilities."""
     model = ElectraPretraining(make_model())
     generator = torch.Generator().manual_seed(5)
     metric = model.get_metrics(is_train=False)["rtd_auc"]
@@ -121,7 +121,7 @@ def test_auc_against_the_rank_statistic(make_model: Make, shift: float) -> None:
 
 
 def test_metrics_are_numbers_when_nothing_was_called_replaced(make_model: Make, make_batch: Make) -> None:
-    """Early in training the discriminator calls nothing replaced: precision is 0 then, not NaN."""
+    """Precision is 0, not NaN, if no token is predicted replaced, as early in training."""
     model = ElectraPretraining(make_model())
     with torch.no_grad():
         model.model.rtd_head.out.bias.fill_(-100.0)
@@ -137,7 +137,7 @@ def test_training_metrics_are_left_to_the_callback(make_model: Make) -> None:
 
 @pytest.mark.parametrize("sampling", ["gumbel", "inverse_cdf"])
 def test_evaluation_masks_depend_on_the_batch_alone(make_model: Make, make_batch: Make, sampling: str) -> None:
-    """The same twice, whatever was drawn in between; other rows, other masks; torch's own stream is not touched."""
+    """Repeated evaluations are identical, other rows get other masks, torch's random state is unchanged."""
     model = ElectraPretraining(make_model(objective=ObjectiveConfig(sampling=sampling))).eval()
     batch, other = make_batch(VERY_UNEVEN), make_batch(VERY_UNEVEN, seed=1)
     before = torch.get_rng_state()
@@ -157,10 +157,9 @@ def test_evaluation_masks_depend_on_the_batch_alone(make_model: Make, make_batch
 def test_operations_against_torchs_counter(
     make_model: Make, make_batch: Make, tiny_model_config: Make, sizes: dict[str, Any]
 ) -> None:
-    """Torch's counter adds up every matrix product of forward and backward; attention on its plain path, so that its
-    products are counted like any other and none is computed twice. Rows are full of one example, so that all that is
-    computed is needed. The masked-LM head is one operator to the counter, of three products: logits, gradient of the
-    features, gradient of the embeddings; none with the padded rows of the table."""
+    """Torch's counter sums all matrix products of forward and backward. Attention uses the math backend, whose products
+    are counted once. Each row is one full example, so that nothing is padding. The masked-LM head is one operator to
+    the counter, of three products: logits, gradients of features and embeddings, without padding rows."""
 
     def head_operations(features: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 3 * 2 * features[0] * features[1] * VOCAB_SIZE

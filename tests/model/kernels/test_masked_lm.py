@@ -55,12 +55,12 @@ def test_bf16_autocast_is_plain_pytorch_under_autocast_but_for_rounding(smoothin
     theirs = gradients(theirs_loss, inputs)
     for ours, bf16, fp32 in zip(gradients(actual.loss, inputs), theirs, expected, strict=True):
         assert ours.dtype == torch.float32
-        # As near to the exact gradient as plain PyTorch is in bf16.
+        # As close to the exact gradient as plain PyTorch in bf16.
         assert distance(ours, fp32) < max(1.5 * distance(bf16, fp32), 2e-3)
 
 
 def test_gradients_have_the_dtypes_of_their_inputs() -> None:
-    """Mixed precision of FSDP2: the parameters themselves are bf16."""
+    """Under FSDP2 mixed precision the parameters are bf16."""
     inputs = make_inputs(40, 32, 99, torch.bfloat16)
     expected = gradients(
         plain({k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}, 99)[0], inputs
@@ -127,7 +127,7 @@ def test_sample_is_the_inverse_of_the_cumulative_distribution() -> None:
     noise = inputs["noise"].double().numpy()[:, None]
     expected = (cumulative <= noise).sum(1)
     assert (sampled == expected).mean() >= 0.999
-    # Where they differ, the number lies on the boundary between two tokens, to fp32.
+    # They differ only if the number is on the boundary between two tokens, within fp32 rounding.
     clear = np.abs(cumulative - noise).min(1) > 1e-6
     assert clear.sum() > 3500
     assert (sampled == expected)[clear].all()
@@ -170,7 +170,7 @@ def test_disallow_correct_never_draws_the_original() -> None:
         inputs["bias"][:99] = 0.0
         inputs["weight"].mul_(0.0)
         inputs["bias"][inputs["targets"][0]] = 50.0
-    inputs["targets"].fill_(int(inputs["targets"][0]))  # all but certain
+    inputs["targets"].fill_(int(inputs["targets"][0]))  # almost certain
     assert (masked_lm(**inputs, vocab_size=99).sampled == inputs["targets"]).all()
     assert (masked_lm(**inputs, vocab_size=99, disallow_correct=True).sampled != inputs["targets"]).all()
 
