@@ -16,7 +16,7 @@ CLOCKS = ("time/", "throughput/", "memory/")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of the metrics file, without what the clock has a part in."""
+    """Rows of the metrics file, without metrics that depend on the clock."""
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith(CLOCKS)} for row in rows]
 
@@ -35,7 +35,7 @@ def weights(trainer) -> dict[str, torch.Tensor]:
 
 
 class Kill(Callback):
-    """A run that ends without warning after a batch."""
+    """Interrupt a run after a batch."""
 
     def __init__(self, after: int):
         self.after = after

@@ -1,70 +1,24 @@
-"""What the tests share: one seed, one thread, tiny sizes, and batches of packed rows.
-
-Fixtures return factories, so that a test says in its own words what differs from the tiny defaults.
-"""
+"""Settings and hooks of the test suite; the shared fixtures are in fixtures.py."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
-import random
 import resource
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and start processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel and start processes
 
 import programs
 import psutil
 import pytest
-import torch
-from composer.core import Engine
-from tiny import TINY_YAML
-from torch.distributed.checkpoint import state_dict
 
-from electra_composer.config import ModelConfig, ObjectiveConfig
-from electra_composer.corpus.conversion import Conversion, convert
-from electra_composer.corpus.sources import Sources
-from electra_composer.model.electra import ElectraForPretraining, SpecialIds
-
-VOCAB_SIZE = 99  # not a multiple of 64: the padded rows of the embedding table are there
-LENGTH = 32
-SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4)
-FIRST_WORD = 5
-
-Batch = dict[str, torch.Tensor]
-# An example is (tokens of A with [CLS] and [SEP], tokens of B with [SEP] or 0), as in the shards' segment_lengths.
-Row = list[tuple[int, int]]
-
-
-# The usual limit of open files, so that a leak of them is seen on every machine.
+# The usual limit of open files, so that a leak is detected on every machine.
 _SOFT, _HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024 if _SOFT == resource.RLIM_INFINITY else min(_SOFT, 1024), _HARD))
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _forget_trainers() -> Iterator[None]:
-    """Release a test's trainers, and with them the files that their loaders hold open (a process may have 1,024).
-
-    PyTorch's state dicts keep a reference to every model, and Composer to every trainer's state until the exit.
-    """
-    yield
-    # Workaround (torch 2.7): a cache keeps every model whose state dict was taken; newer versions have no such cache.
-    if hasattr(state_dict._get_fqns, "cache_clear"):
-        state_dict._get_fqns.cache_clear()
-    # Workaround (composer 0.32): Engine registers a bound method for the exit; goes when close() unregisters it.
-    atexit.unregister(Engine._close)
-
 
 # Fixtures whose tests convert text, train a model, start a program or a server.
 HEAVY_FIXTURES = {"shards", "write_tiny_yaml", "tiny_yaml", "s3", "s3_endpoint", "gcs"}
@@ -89,9 +43,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the server of programs.py early and once for all workers of pytest-xdist."""
+    """Load the fixtures where tests run; start the server of programs.py once for all workers of pytest-xdist.
+
+    The process that only distributes tests imports neither torch nor Composer, so its workers start seconds earlier and
+    Composer's signal handlers do not interfere with Ctrl-C.
+    """
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
-        programs.start_server()
+        if not config.option.collectonly:
+            programs.start_server()
+    else:
+        config.pluginmanager.import_plugin("fixtures")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -123,187 +84,3 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
         with contextlib.suppress(psutil.Error):
             if "programs.py" not in " ".join(process.cmdline()):  # their server
                 process.kill()
-
-
-@pytest.fixture
-def special() -> SpecialIds:
-    return SPECIAL
-
-
-@pytest.fixture
-def tiny_model_config() -> Callable[..., ModelConfig]:
-    """`tiny_model_config(hidden_size=…, …)`: two layers of 32, embeddings of 16, generator half as wide, no dropout."""
-
-    def make(**changes: object) -> ModelConfig:
-        sizes: dict[str, object] = {
-            "num_layers": 2,
-            "hidden_size": 32,
-            "num_heads": 4,
-            "embedding_size": 16,
-            "generator_size": 0.5,
-            "max_positions": 40,
-            "dropout": 0.0,
-            "attention_dropout": 0.0,
-        }
-        return ModelConfig(**{**sizes, **changes})  # type: ignore[arg-type]
-
-    return make
-
-
-@pytest.fixture
-def tiny_objective_config() -> Callable[..., ObjectiveConfig]:
-    return ObjectiveConfig
-
-
-@pytest.fixture
-def make_batch() -> Callable[..., Batch]:
-    return _make_batch
-
-
-def _make_batch(rows: list[Row], length: int = LENGTH, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Batch:
-    """Rows of random words in the form that shards.py gives, integers `[rows, length]`, padded at the end."""
-    generator = torch.Generator().manual_seed(seed)
-    names = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")
-    batch = {name: torch.zeros(len(rows), length, dtype=torch.long) for name in names}
-    for index, row in enumerate(rows):
-        start = 0
-        for number, (first, second) in enumerate(row, start=1):
-            end = start + first + second
-            assert end <= length
-            words = torch.randint(FIRST_WORD, vocab_size, (first + second,), generator=generator)
-            words[0], words[first - 1] = SPECIAL.cls, SPECIAL.sep
-            if second:
-                words[-1] = SPECIAL.sep
-            batch["input_ids"][index, start:end] = words
-            batch["token_type_ids"][index, start + first : end] = 1
-            batch["position_ids"][index, start:end] = torch.arange(first + second)
-            batch["sequence_ids"][index, start:end] = number
-            start = end
-    return batch
-
-
-@pytest.fixture
-def make_model(tiny_model_config: Callable[..., ModelConfig]) -> Callable[..., ElectraForPretraining]:
-    """`make_model(model_config, objective, max_seq_length=…, perturbed=True)`.
-
-    Perturbed, no weight keeps a value that would hide a mistake: biases are not zero, LayerNorms not the identity, and
-    matrices large enough for the softmax to be uneven.
-    """
-
-    def make(
-        model: ModelConfig | None = None,
-        objective: ObjectiveConfig | None = None,
-        vocab_size: int = VOCAB_SIZE,
-        max_seq_length: int = LENGTH,
-        perturbed: bool = True,
-        seed: int = 0,
-    ) -> ElectraForPretraining:
-        torch.manual_seed(seed)
-        built = ElectraForPretraining(
-            model or tiny_model_config(), objective or ObjectiveConfig(), vocab_size, SPECIAL, max_seq_length
-        )
-        if perturbed:
-            _perturb(built)
-        return built
-
-    return make
-
-
-def _perturb(model: ElectraForPretraining) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_norm_weight = parameter.dim() == 1 and "norm" in name and name.endswith("weight")
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if is_norm_weight else 0.0))
-        for name, parameter in model.named_parameters():
-            if name.endswith("word.weight") or name == "mlm_head.bias":
-                parameter[model.vocab_size :] = 0.0
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of a small invented language in which a word's successor is certain."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    words = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u")]
-    lines = []
-    for _ in range(300):
-        start = rng.randrange(len(words))
-        lines.append(" ".join(words[(start + i) % len(words)] for i in range(rng.randint(5, 40))))
-    (folder / "text.txt").write_text("\n\n".join(lines))
-    convert(
-        Conversion(
-            sources=Sources.of(str(folder / "text.txt")),
-            out=str(folder / "shards"),
-            tokenizer="train",
-            vocab_size=120,
-            max_seq_length=LENGTH,
-            val_fraction=0.1,
-            progress=False,
-        )
-    )
-    return folder / "shards"
-
-
-@pytest.fixture(scope="session")
-def write_tiny_yaml(shards: Path) -> Callable[[Path], Path]:
-    """`write_tiny_yaml(folder)`: a configuration of `pretrain.py` for a run of seconds in `folder / "run"`."""
-
-    def write(folder: Path) -> Path:
-        path = folder / "tiny.yaml"
-        path.write_text(TINY_YAML.replace("SHARDS", str(shards)).replace("FOLDER", str(folder / "run")))
-        return path
-
-    return write
-
-
-@pytest.fixture
-def tiny_yaml(write_tiny_yaml: Callable[[Path], Path], tmp_path: Path) -> Path:
-    """The same in `tmp_path`."""
-    return write_tiny_yaml(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """Address of a real S3 server on this machine."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client of it, with an empty bucket named `corpus`; Streaming's own clients find it by the environment."""
-    boto3 = pytest.importorskip("boto3")
-    for name, value in {
-        "S3_ENDPOINT_URL": s3_endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=s3_endpoint)
-    client.create_bucket(Bucket="corpus")
-    yield client
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket="corpus"):
-        for item in page.get("Contents", []):
-            client.delete_object(Bucket="corpus", Key=item["Key"])
-    client.delete_bucket(Bucket="corpus")
-
-
-@pytest.fixture
-def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The bucket `corpus` of a server that speaks Google Cloud Storage's language; its own client's object."""
-    server = pytest.importorskip("gcp_storage_emulator.server").create_server("localhost", 0, in_memory=True)
-    server.start()
-    host, port = server._api._httpd.server_address[:2]
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud import storage
-
-    # Where an account's key would be looked for: the server asks for none.
-    monkeypatch.setattr("google.auth.default", lambda *_, **__: (AnonymousCredentials(), "test"))
-    yield storage.Client(project="test", credentials=AnonymousCredentials()).create_bucket("corpus")
-    server.stop()

@@ -1,4 +1,4 @@
-"""Start scripts under Composer's launcher."""
+"""Start scripts with Composer's launcher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COMPOSER = Path(sys.executable).with_name("composer")
 
 
 def launch(processes: int, *arguments: str) -> str:
-    """Run a script under Composer's launcher, or plainly for one process; its output, if it succeeds."""
+    """Run a script with Composer's launcher (directly for one process) and return its output; it must succeed."""
     command = [str(COMPOSER), "-n", str(processes)] if processes > 1 else [sys.executable]
     done = programs.run(
         [*command, *arguments],

@@ -1,4 +1,4 @@
-"""Small folders of shards, written without the converter."""
+"""Write small folders of shards without the converter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_tokenizer(folder, words=WORDS):
 
 
 def make_rows(count, seed=0):
-    """Rows of 1 to 3 examples; the first word of a row is its number."""
+    """Make rows of 1 to 3 examples; the first word of a row encodes its number."""
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(count):

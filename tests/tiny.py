@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-SHARED_DATA = ROOT.parent / "shared" / "data"  # real text and GLUE files, where they are at hand
+SHARED_DATA = ROOT.parent / "shared" / "data"  # real text and GLUE files, if available
 
 TINY_YAML = """
 run_name: tiny

@@ -1,4 +1,4 @@
-"""The Transformer encoder that generator and discriminator share the shape of.
+"""Transformer encoder of the generator and the discriminator.
 
 Post-LayerNorm BERT layers (Devlin et al. 2018) as in google-research/electra `model/modeling.py`, with a fused
 query-key-value projection. A row may hold several examples; attention never crosses from one to another
@@ -16,13 +16,13 @@ from electra_composer.model.kernels.attention import AttentionPattern, attention
 from electra_composer.model.kernels.dropout import Dropout
 
 EMBEDDING_ROWS_MULTIPLE = 64
-"""Embedding tables are padded to a multiple of this many rows: tensor cores want it, and FSDP2 shards that are even on
-every rank keep clear of lost updates to tied parameters (pytorch#176076)."""
+"""Embedding tables are padded to a multiple of this many rows: for tensor cores, for kernels/sampling.py, and because
+FSDP2 loses updates to tied parameters whose shards differ in size between ranks (pytorch#176076)."""
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of one encoder. Derived by :mod:`electra_composer.model.electra`, not written by hand."""
+    """Sizes of one encoder, derived by :mod:`electra_composer.model.sizes`."""
 
     vocab_size: int
     embedding_size: int
@@ -39,7 +39,7 @@ class EncoderConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the token embedding table; those beyond `vocab_size` are zero, never looked up, never predicted."""
+        """Rows of the token embedding table; those from `vocab_size` on are zero and never used."""
         return -(-self.vocab_size // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
 
 
@@ -55,7 +55,7 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Integers `[rows, length]`, three times → floats `[rows, length, embedding_size]`."""
+        """Three times integers `[rows, length]` → floats `[rows, length, embedding_size]`."""
         embedded = self.word(input_ids) + self.position(position_ids) + self.token_type(token_type_ids)
         return self.dropout(self.norm(embedded))
 
@@ -71,12 +71,12 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, pattern: AttentionPattern) -> Tensor:
-        """`hidden [rows, length, hidden_size]` → the same; `pattern` says which tokens attend to which."""
+        """`hidden [rows, length, hidden_size]` → the same shape; `pattern`: which tokens attend to each other."""
         return self.out(attention(self.qkv(hidden), pattern, self.num_heads, self.dropout if self.training else 0.0))
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each followed by dropout, residual and LayerNorm; GELU is the exact one (erf)."""
+    """Attention and feed-forward, each followed by dropout, residual and LayerNorm; exact GELU (erf)."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -93,7 +93,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Projection from embedding size to hidden size, where they differ, then the layers."""
+    """Projection from embedding size to hidden size, if they differ, and the layers."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -114,7 +114,7 @@ class Encoder(nn.Module):
 
 
 def init_weights(module: nn.Module, initializer_range: float) -> None:
-    """Normal, truncated at two standard deviations, for weights; zero for biases; identity for LayerNorm.
+    """Initialise weights from a normal truncated at two standard deviations, biases to 0, LayerNorm to the identity.
 
     Source: `create_initializer` in google-research/electra `model/modeling.py`.
     """

@@ -1,4 +1,4 @@
-"""What is made of a pretrained discriminator: a classifier for GLUE, and a judge of single tokens."""
+"""Finetuning models built on a pretrained discriminator: sequence classification and replaced-token detection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from electra_composer.model.kernels.dropout import Dropout
 
 
 class ElectraForReplacedTokens(nn.Module):
-    """The discriminator by itself: which tokens of a sentence look replaced.
+    """Discriminator with its replaced-token head.
 
     Args:
         config: sizes of the discriminator.
@@ -32,15 +32,15 @@ class ElectraForReplacedTokens(nn.Module):
 
 
 class ElectraForClassification(nn.Module):
-    """The discriminator's body with the GLUE head of google-research/electra and richarddwang/electra_pytorch.
+    """Discriminator encoder with the classification head of google-research/electra and richarddwang/electra_pytorch.
 
-    Dropout and one linear layer on the last hidden state of `[CLS]`; no tanh, no further layer. Xavier-uniform weight,
-    zero bias.
+    Dropout and one linear layer on the last hidden state of `[CLS]`, without tanh or further layers. Weight
+    Xavier-uniform, bias zero.
 
     Args:
         config: sizes of the discriminator.
-        num_labels: outputs; 1 for regression.
-        classifier_dropout: probability.
+        num_labels: number of outputs; 1 for regression.
+        classifier_dropout: dropout probability before the head.
     """
 
     def __init__(self, config: EncoderConfig, num_labels: int, classifier_dropout: float = 0.1):

@@ -1,8 +1,8 @@
-"""Which positions are masked, what stands there, and which tokens count as replaced.
+"""Choice of masked positions, their replacement in the generator's input, and the discriminator's labels.
 
-Pure functions on tensors. Every random choice is made from uniform numbers that the caller passes in, so that the same
-numbers give the same batch however it is split. Source: google-research/electra `pretrain/pretrain_helpers.py`; it
-draws positions with replacement, we draw without, so that the share of masked tokens is what the configuration says.
+Pure functions on tensors. Every random choice is made from uniform numbers passed by the caller, so results do not
+depend on how a batch is split. Source: google-research/electra `pretrain/pretrain_helpers.py`. It draws positions with
+replacement; we draw without, so that the fraction of masked tokens is the configured one.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from torch import Tensor
 
 
 def num_slots(mask_prob: float, max_seq_length: int) -> int:
-    """Masked positions a row has room for: `int((mask_prob + 0.005) × max_seq_length)` (`configure_pretraining.py`)."""
+    """Maximum of masked positions per row: `int((mask_prob + 0.005) × max_seq_length)` (`configure_pretraining.py`)."""
     return int((mask_prob + 0.005) * max_seq_length)
 
 
 def noise_width(max_seq_length: int, slots: int) -> int:
-    """Uniform numbers that one row of a batch needs: one per position, three per slot."""
+    """Number of uniform numbers per row: one per position, three per slot."""
     return max_seq_length + 3 * slots
 
 
 def split_noise(noise: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`[rows, noise_width]` → position `[rows, length]`; replacement, random token, sample `[rows, slots]` each."""
+    """Split `[rows, noise_width]`: positions `[rows, length]`; case, random token, sample `[rows, slots]` each."""
     length = noise.shape[1] - 3 * slots
     position, replace, random_token, sample = noise.split([length, slots, slots, slots], dim=1)
     return position, replace, random_token, sample
 
 
 def maskable(input_ids: Tensor, sequence_ids: Tensor, special_ids: tuple[int, ...]) -> Tensor:
-    """True where a token may be masked: not padding, none of `special_ids`. `[rows, length]`, three times."""
+    """True where a token may be masked: neither padding nor in `special_ids`; inputs and output `[rows, length]`."""
     candidates = sequence_ids > 0
     for special_id in special_ids:
         candidates = candidates & (input_ids != special_id)
@@ -37,10 +37,10 @@ def maskable(input_ids: Tensor, sequence_ids: Tensor, special_ids: tuple[int, ..
 
 
 def mask_counts(candidates: Tensor, sequence_ids: Tensor, mask_prob: float, slots: int) -> Tensor:
-    """How many positions of each row are masked.
+    """Number of masked positions per row.
 
-    A share `mask_prob` of its tokens, `[CLS]` and `[SEP]` counted as the paper's code does, at least one, at most the
-    slots there are, and never more than there are candidates.
+    A fraction `mask_prob` of its tokens (`[CLS]` and `[SEP]` included, as in the paper's code), rounded, at least 1, at
+    most the number of slots and the number of candidates.
 
     Returns:
         Integers `[rows]`.
@@ -56,12 +56,12 @@ def choose_positions(candidates: Tensor, counts: Tensor, slots: int, noise: Tens
     Args:
         candidates: booleans `[rows, length]`.
         counts: integers `[rows]`, at most `slots` and at most the candidates of the row.
-        slots: N.
+        slots: number of slots N.
         noise: uniform in [0, 1), `[rows, length]`.
 
     Returns:
-        `positions [rows, N]`, integers, all different within a row; `weights [rows, N]`, fp32: 1 for the first `counts`
-        slots, 0 for the unused ones, whose positions mean nothing.
+        `positions [rows, N]`, integers, distinct within a row; `weights [rows, N]`, fp32: 1 for the first `counts`
+        slots, 0 for the unused ones, which have arbitrary positions.
     """
     scores = noise.masked_fill(~candidates, -1.0)
     positions = scores.topk(slots, dim=1).indices
@@ -72,7 +72,7 @@ def choose_positions(candidates: Tensor, counts: Tensor, slots: int, noise: Tens
 def mask_tokens(
     tokens: Tensor, weights: Tensor, style: str, mask_id: int, vocab_size: int, replace: Tensor, random_token: Tensor
 ) -> Tensor:
-    """What the generator sees at the masked positions.
+    """Replace the tokens at the masked positions for the generator's input.
 
     Args:
         tokens: original ids `[rows, N]`.
@@ -80,8 +80,8 @@ def mask_tokens(
         style: `electra`: 85% `[MASK]`, 15% unchanged (paper's code); `bert`: 80% `[MASK]`, 10% random, 10% unchanged.
         mask_id: id of `[MASK]`.
         vocab_size: random tokens are drawn from all ids below it.
-        replace: uniform in [0, 1), `[rows, N]`: which of the cases.
-        random_token: uniform in [0, 1), `[rows, N]`: which random token.
+        replace: uniform in [0, 1), `[rows, N]`; selects the case.
+        random_token: uniform in [0, 1), `[rows, N]`; selects the random token.
 
     Returns:
         Ids `[rows, N]`.
@@ -97,5 +97,6 @@ def mask_tokens(
 
 
 def replaced_labels(corrupted: Tensor, originals: Tensor, sequence_ids: Tensor) -> Tensor:
-    """True where the discriminator should say "replaced"; a sample equal to the original is original (paper, 2)."""
+    """Labels of the discriminator: True where a token differs from the original; a sample equal to it is original
+    (paper, section 2)."""
     return (corrupted != originals) & (sequence_ids > 0)

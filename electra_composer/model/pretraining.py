@@ -1,4 +1,4 @@
-"""ELECTRA pretraining as a `ComposerModel`: what Composer's `Trainer` needs to know of it, and nothing else."""
+"""`ComposerModel` for ELECTRA pretraining: joint loss, validation metrics and FLOPs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from electra_composer.model.encoder import EncoderConfig, Layer
 MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids", "noise")
 
 EVAL_NOISE_SEED = 20200311
-"""Validation masks are drawn from this seed and the batch's own tokens, never from the training stream: checkpoints are
-compared on the same masks, and how often one evaluates changes nothing in training."""
+"""Validation masks depend on this seed and the tokens of the batch, not on the random state of training. So checkpoints
+are compared on the same masks, and evaluating more often does not change training."""
 
 RATIOS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mlm_loss": ("mlm_loss_sum", ("masked",)),
@@ -32,20 +32,20 @@ RATIOS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rtd_recall": ("true_positive", ("true_positive", "false_negative")),
     "replaced_share": ("replaced", ("tokens",)),
 }
-"""Every metric but AUC is a ratio of sums that the forward returns: name → (numerator, terms of the denominator)."""
+"""Metrics that are ratios of sums returned by the forward: name → (numerator, terms of the denominator)."""
 
 
 class ElectraPretraining(ComposerModel):
-    """Joint loss over a whole batch, however it is split.
+    """ELECTRA pretraining with a joint loss that does not depend on how the batch is split.
 
     `1.0 × MLM + 50.0 × RTD` (paper, section 2.2): MLM is a mean over the masked tokens, RTD over the non-padding tokens
-    **of the whole batch**, all microbatches and processes together. Composer weighs a microbatch by its rows alone, so
+    **of the complete batch**, over all microbatches and ranks. Composer weights a microbatch by its rows only, so
     :meth:`count_batch` counts both denominators before the batch is split and :meth:`loss` divides by them.
 
     Args:
-        model: the only child, so that sharding sees one container and tied parameters stay in one group.
+        model: the only child module, so that sharding keeps tied parameters in one group.
         cpu_autocast: run the forward under bfloat16 autocast on the CPU (see devices.py).
-        gradient_factor: what the gradients, and only they, are multiplied by (see `devices.fsdp_gradient_factor`).
+        gradient_factor: multiplies the gradients, but not the loss (see `devices.fsdp_gradient_factor`).
     """
 
     def __init__(self, model: ElectraForPretraining, cpu_autocast: bool = False, gradient_factor: float = 1.0):
@@ -53,24 +53,24 @@ class ElectraPretraining(ComposerModel):
         self.gradient_factor = gradient_factor
         self.model = model
         self.cpu_autocast = cpu_autocast
-        # Composer asks the child, not the ComposerModel: FSDP shards (and checkpoints the activations of) each
-        # Transformer layer as a unit, and keeps the rest, tied parameters included, in the container's group.
+        # Composer reads these from the child module: FSDP shards (and checkpoints the activations of) each Transformer
+        # layer as a unit, and keeps the rest, tied parameters included, in one group.
         model.fsdp_wrap_fn = _is_layer  # type: ignore[assignment]
         model.activation_checkpointing_fn = _is_layer  # type: ignore[assignment]
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """`batch`: the integers of shards.py, `[rows, length]` each; optionally `noise` (see masking.py)."""
+        """Run the model on a batch of shards.py, integers `[rows, length]`, and optionally `noise` (see masking.py)."""
         inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         autocast = torch.autocast("cpu", torch.bfloat16) if self.cpu_autocast else contextlib.nullcontext()
         with autocast:
             return self.model(**inputs)
 
     def count_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Add `loss_scale [rows, 2]`, fp32, the same in every row: what a sum of losses is multiplied by.
+        """Add `loss_scale [rows, 2]`, fp32, equal in every row: the factors of the summed MLM and RTD losses.
 
-        To be used as Composer's `batch_transforms`: it sees the whole batch of this process before it is split. The
-        factors hold the global denominators, undo that DDP and FSDP average over processes, and carry the rows of the
-        batch, by which Composer's weighting of microbatches is undone in :meth:`loss`.
+        For use as Composer's `batch_transforms`, which gets the complete batch of this rank before it is split. The
+        factors contain the global denominators, compensate for the averaging of DDP and FSDP over ranks, and contain
+        the rows of the batch, with which :meth:`loss` undoes Composer's weighting of microbatches.
         """
         input_ids, sequence_ids = batch["input_ids"], batch["sequence_ids"]
         rows = input_ids.shape[0]
@@ -82,15 +82,15 @@ class ElectraPretraining(ComposerModel):
             ]
         ).double()
         if dist.get_world_size() > 1:
-            dist.all_reduce(counts, reduce_operation="SUM")  # between the hosts: the batch is not on the device yet
+            dist.all_reduce(counts, reduce_operation="SUM")  # on the CPU: the batch is not on the device yet
         masked, tokens, all_rows = counts.unbind()
-        # Gradients are averaged over processes: × world_size; Composer multiplies by rows of the microbatch over the
-        # rows of a process's batch: × the latter, and `loss` divides by the former.
+        # Gradients are averaged over ranks: × world_size. Composer multiplies by the rows of the microbatch over those
+        # of the rank's batch: × the latter, and `loss` divides by the former.
         scale = torch.stack([all_rows / masked.clamp(min=1), all_rows / tokens.clamp(min=1)]).float()
         return {**batch, "loss_scale": scale.expand(rows, 2).contiguous()}
 
     def loss(self, outputs: dict[str, Any], batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """`total`, `mlm`, `rtd`: fp32 scalars, means over the whole batch once Composer has summed the microbatches."""
+        """Return `total`, `mlm`, `rtd`: fp32 scalars; summed by Composer over microbatches, means over the batch."""
         if "loss_scale" not in batch:
             raise KeyError("the batch has no loss_scale: pass it through count_batch before it is split")
         scale = batch["loss_scale"][0] / batch["input_ids"].shape[0]
@@ -101,7 +101,7 @@ class ElectraPretraining(ComposerModel):
         return {"total": total, "mlm": mlm, "rtd": rtd}
 
     def eval_forward(self, batch: dict[str, Any], outputs: Any = None) -> dict[str, Any]:
-        """A forward whose masks and samples depend on the batch alone."""
+        """Run a forward with masks and samples that depend only on the batch."""
         if "noise" not in batch:
             generator = torch.Generator(batch["input_ids"].device)
             generator.manual_seed(EVAL_NOISE_SEED + int(batch["input_ids"].sum()))
@@ -109,17 +109,17 @@ class ElectraPretraining(ComposerModel):
         return self.forward(batch)
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """Validation metrics; training metrics are summed up by a callback, without waiting for the device."""
+        """Return validation metrics; a callback sums training metrics, without synchronising with the device."""
         if is_train:
             return {}
         metrics: dict[str, Metric] = {name: NamedMean(name) for name in RATIOS}
         metrics["total_loss"] = TotalLoss(self.model.objective)
-        # Fixed thresholds keep memory constant; even steps in logit space resolve the low probabilities RTD lives on.
+        # Fixed thresholds keep memory constant; even steps in logit space resolve the low probabilities of RTD.
         metrics["rtd_auc"] = BinaryAUROC(thresholds=torch.sigmoid(torch.linspace(-12, 12, 961)))
         return metrics
 
     def update_metric(self, batch: dict[str, Any], outputs: dict[str, Any], metric: Metric) -> None:
-        """Feed one batch to one metric of :meth:`get_metrics`."""
+        """Update one metric of :meth:`get_metrics` with one batch."""
         if isinstance(metric, BinaryAUROC):
             tokens = batch["sequence_ids"] > 0
             metric.update(outputs["rtd_logits"][tokens].sigmoid(), outputs["replaced"][tokens].long())
@@ -135,10 +135,10 @@ class ElectraPretraining(ComposerModel):
         metric.update(stats[numerator] / denominator.clamp(min=1), denominator)
 
     def flops_per_batch(self, batch: dict[str, Any]) -> int:
-        """Floating-point operations that one training step on `batch` needs: what MFU is counted from.
+        """Floating-point operations of one training step on `batch`, for MFU.
 
-        They are model FLOPs in the sense of PaLM (arXiv 2204.02311, appendix B): those of the model, however it is
-        computed. Generator and discriminator are counted apart, each with its own hidden size h, feed-forward size f
+        These are model FLOPs as defined by PaLM (arXiv 2204.02311, appendix B), independent of the implementation.
+        Generator and discriminator are counted separately, each with its own hidden size h, feed-forward size f
         and layers n. With e the embedding size, v the vocabulary, T the non-padding tokens of the batch, M the masked
         ones, S the sum over its examples of their length squared::
 
@@ -146,13 +146,12 @@ class ElectraPretraining(ComposerModel):
             MLM head  6 · M · (h · e + e · v)                                (h of the generator)
             RTD head  6 · T · (h · h + h)                                    (h of the discriminator)
 
-        A multiply-add is two operations, and backward twice the forward: hence 6 for every weight of a matrix product,
-        and 12 for the two products of attention. What computes more gets no credit for it: padding, attention to the
-        other examples of a row, unused slots, recomputation. Embeddings are looked up and cost nothing; LayerNorm,
-        softmax, sampling and the optimizer are left out, as usual.
+        A multiply-add is two operations, and backward is twice the forward: hence 6 per weight of a matrix product, and
+        12 for the two products of attention. Not counted: padding, attention to other examples of a row, unused slots,
+        recomputation, embedding lookups, LayerNorm, softmax, sampling and the optimizer.
 
         Args:
-            batch: as for :meth:`forward`. Its tokens are counted: if it is on a GPU, that waits for the device.
+            batch: as for :meth:`forward`. Its tokens are counted, which synchronises with the device if it is on a GPU.
         """
         sequence_ids = batch["sequence_ids"]
         tokens = int((sequence_ids > 0).sum())
@@ -175,19 +174,19 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 class NamedMean(MeanMetric):
-    """A weighted mean that knows which ratio of :data:`RATIOS` it is the mean of."""
+    """Weighted mean of one ratio of :data:`RATIOS`."""
 
     def __init__(self, of: str):
         super().__init__()
         self.of = of
 
     def compute(self) -> Tensor:
-        """0, not NaN, where nothing was counted: the precision before anything is called replaced."""
+        """Return 0, not NaN, if nothing was counted, for example precision if no token is predicted replaced."""
         return self.mean_value / self.weight.clamp(min=1.0)
 
 
 class TotalLoss(Metric):
-    """The joint loss over a whole evaluation: each of its two means with its own denominator."""
+    """Joint loss over a complete evaluation; each of its two means has its own denominator."""
 
     SUMS = ("mlm_loss_sum", "masked", "rtd_loss_sum", "tokens")
 
@@ -201,18 +200,18 @@ class TotalLoss(Metric):
         self.sums += torch.stack([stats[name] for name in self.SUMS])
 
     def compute(self) -> Tensor:
-        """fp64 scalar."""
+        """Return an fp64 scalar."""
         mlm, masked, rtd, tokens = self.sums
         return self.weights[0] * mlm / masked.clamp(min=1) + self.weights[1] * rtd / tokens.clamp(min=1)
 
 
 def encoder_flops(config: EncoderConfig, tokens: int, squared_lengths: int) -> int:
-    """Forward and backward of one encoder: see `ElectraPretraining.flops_per_batch`.
+    """Operations of forward and backward of one encoder; see `ElectraPretraining.flops_per_batch`.
 
     Args:
-        config: its sizes.
-        tokens: without padding.
-        squared_lengths: sum over the examples of their length squared, which is what attention grows with.
+        config: sizes of the encoder.
+        tokens: number of tokens without padding.
+        squared_lengths: sum over the examples of their squared lengths.
     """
     hidden = config.hidden_size
     layer_weights = 4 * hidden * hidden + 2 * hidden * config.intermediate_size

@@ -1,6 +1,6 @@
-"""Weight maps to and from transformers' ELECTRA modules, both ways and strict.
+"""Convert state dicts to and from transformers' ELECTRA modules. Missing weights are errors.
 
-Queries, keys and values are three matrices there and one here; the vocabulary is padded here (see encoder.py).
+transformers has separate matrices for queries, keys and values, ours are one; our vocabulary is padded (encoder.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MLM_HEAD = (("dense", "generator_predictions.dense"), ("norm", "generator_predi
 
 
 def transformers_config(config: EncoderConfig, pad_id: int) -> ElectraConfig:
-    """The `ElectraConfig` of one encoder."""
+    """Convert the sizes of one encoder to an `ElectraConfig`."""
     return ElectraConfig(
         vocab_size=config.vocab_size,
         embedding_size=config.embedding_size,
@@ -57,10 +57,10 @@ def transformers_config(config: EncoderConfig, pad_id: int) -> ElectraConfig:
 
 
 def encoder_config_of(config: ElectraConfig) -> EncoderConfig:
-    """Our sizes from an `ElectraConfig`.
+    """Convert an `ElectraConfig` to our sizes.
 
     Raises:
-        UserError: something our encoder does not compute.
+        UserError: a feature that our encoder does not implement.
     """
     for name, found, expected in (
         ("model_type", config.model_type, ("electra",)),
@@ -86,15 +86,15 @@ def encoder_config_of(config: ElectraConfig) -> EncoderConfig:
 
 
 def encoder_to_transformers(embeddings: State, encoder: State, config: EncoderConfig) -> State:
-    """Our embeddings and encoder as an `ElectraModel`'s state.
+    """Convert our embeddings and encoder to the state of an `ElectraModel`.
 
     Args:
         embeddings: state of our `Embeddings`.
         encoder: state of our `Encoder`.
-        config: its sizes.
+        config: sizes of the encoder.
 
     Returns:
-        Keys `embeddings.…`, `embeddings_project.…`, `encoder.layer.…`; the rows that pad the vocabulary are cut off.
+        Keys `embeddings.…`, `embeddings_project.…`, `encoder.layer.…`; without the padding rows of the vocabulary.
     """
     result = {f"embeddings.{theirs}": embeddings[ours] for ours, theirs in _EMBEDDINGS}
     result["embeddings.word_embeddings.weight"] = embeddings["word.weight"][: config.vocab_size]
@@ -111,7 +111,7 @@ def encoder_to_transformers(embeddings: State, encoder: State, config: EncoderCo
 
 
 def encoder_from_transformers(state: State, config: EncoderConfig) -> tuple[State, State]:
-    """An `ElectraModel`'s state as the states of our `Embeddings` and `Encoder`: the inverse of the map above."""
+    """Convert the state of an `ElectraModel` to those of our `Embeddings` and `Encoder`; inverse of the above."""
     embeddings = {ours: _take(state, f"embeddings.{theirs}") for ours, theirs in _EMBEDDINGS}
     embeddings["word.weight"] = _pad_rows(embeddings["word.weight"], config)
     encoder: State = {}
@@ -129,7 +129,7 @@ def encoder_from_transformers(state: State, config: EncoderConfig) -> tuple[Stat
 
 
 def discriminator_to_transformers(state: State, config: EncoderConfig) -> State:
-    """Our pretraining state as the state of `ElectraForPreTraining`."""
+    """Convert our pretraining state to that of `ElectraForPreTraining`."""
     body = encoder_to_transformers(under(state, "embeddings."), under(state, "discriminator."), config)
     result = {f"electra.{name}": tensor for name, tensor in body.items()}
     for ours, theirs in _RTD_HEAD:
@@ -139,9 +139,9 @@ def discriminator_to_transformers(state: State, config: EncoderConfig) -> State:
 
 
 def generator_to_transformers(state: State, config: EncoderConfig) -> State:
-    """Our pretraining state as the state of `ElectraForMaskedLM`; output weights are the token embeddings.
+    """Convert our pretraining state to that of `ElectraForMaskedLM`; output weights are the token embeddings.
 
-    Where embeddings or layers are tied, the generator's are the discriminator's.
+    Tied embeddings or layers are taken from the discriminator.
     """
     embeddings = under(state, "generator_embeddings.") or under(state, "embeddings.")
     body = encoder_to_transformers(embeddings, under(state, "generator.") or under(state, "discriminator."), config)
@@ -155,12 +155,12 @@ def generator_to_transformers(state: State, config: EncoderConfig) -> State:
 
 
 def pretraining_from_transformers(discriminator: State, generator: State, model: ModelConfig, vocab_size: int) -> State:
-    """States of `ElectraForPreTraining` and `ElectraForMaskedLM` as our pretraining state.
+    """Convert states of `ElectraForPreTraining` and `ElectraForMaskedLM` to our pretraining state.
 
-    Tied, the embeddings (and layers) are the discriminator's; the generator's must equal them.
+    Tied embeddings or layers are taken from the discriminator; the generator's must be equal.
 
     Raises:
-        UserError: embeddings or layers that differ although `model.tie_embeddings` or `tie_encoder` says they are one.
+        UserError: embeddings or layers differ although `model.tie_embeddings` or `model.tie_encoder` is set.
     """
     sizes = discriminator_config(model, vocab_size), generator_config(model, vocab_size)
     embeddings, encoder = encoder_from_transformers(under(discriminator, "electra."), sizes[0])
@@ -183,14 +183,14 @@ def pretraining_from_transformers(discriminator: State, generator: State, model:
 
 
 def rtd_head_from_transformers(state: State) -> State:
-    """The head of an `ElectraForPreTraining`'s state as the state of our `ReplacedTokenHead`."""
+    """Convert the head of an `ElectraForPreTraining` to the state of our `ReplacedTokenHead`."""
     return {
         f"{ours}.{kind}": _take(state, f"{theirs}.{kind}") for ours, theirs in _RTD_HEAD for kind in ("weight", "bias")
     }
 
 
 def under(state: State, prefix: str) -> State:
-    """The part of a state below a prefix, which is taken off."""
+    """Select the entries of a state with a prefix, and remove the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 

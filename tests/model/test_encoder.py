@@ -1,4 +1,4 @@
-"""The encoder against transformers' `ElectraModel`, its initialisation, and attention that stays within an example."""
+"""Encoder against transformers' `ElectraModel`, initialisation, attention within examples, classification head."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(embeddings: Embeddings, encoder: Encoder, batch: Batch) -> torch.Tensor:
 def test_hidden_states_agree_with_transformers(
     tiny_model_config: Callable[..., ModelConfig], make_batch: Callable[..., Batch], embedding_size: int
 ) -> None:
-    """Embedding size unlike and like the hidden size (no projection then), two segments, padding."""
+    """Embedding size different from and equal to the hidden size (no projection), two segments, padding."""
     embeddings, encoder = body(tiny_model_config(embedding_size=embedding_size))
     theirs = ElectraModel(transformers_config(encoder.config, pad_id=0)).eval()
     assert (encoder.project is None) == (embedding_size == 32)
@@ -56,7 +56,7 @@ def test_hidden_states_agree_with_transformers(
 def test_positions_restart_and_packing_changes_nothing(
     tiny_model_config: Callable[..., ModelConfig], make_batch: Callable[..., Batch]
 ) -> None:
-    """Every token of a packed row has the hidden state that it has alone in a row."""
+    """Hidden states in a packed row equal those of the example alone in a row."""
     embeddings, encoder = body(tiny_model_config())
     packed = make_batch([[(6, 5), (8, 0), (4, 7)]])
     hidden = run(embeddings, encoder, packed)
@@ -70,7 +70,7 @@ def test_positions_restart_and_packing_changes_nothing(
 def test_a_token_changes_nothing_in_another_example(
     tiny_model_config: Callable[..., ModelConfig], make_batch: Callable[..., Batch]
 ) -> None:
-    """Exactly nothing: bit for bit the same hidden states, and a gradient of exactly zero."""
+    """Hidden states are bitwise identical, and the gradient is exactly zero."""
     embeddings, encoder = body(tiny_model_config())
     batch = make_batch([[(6, 5), (8, 0), (4, 7)]])
     example = batch["sequence_ids"]
@@ -89,7 +89,7 @@ def test_a_token_changes_nothing_in_another_example(
 
 
 def test_attention_mask() -> None:
-    """Examples 1 1 2 and one padding: blocks on the diagonal, and no row without anyone to attend to."""
+    """Examples 1 1 2 and one padding: blocks on the diagonal, and no empty row."""
     mask = pattern_of(torch.tensor([[1, 1, 2, 0]])).mask
     assert mask.shape == (1, 1, 4, 4)
     assert mask[0, 0].int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
@@ -114,7 +114,7 @@ def test_dropout_is_off_in_evaluation_and_on_in_training(
 
 
 def truncated_std(std: float) -> float:
-    """Standard deviation of a normal cut at two of its own: σ √(1 - 2·2φ(2)/(2Φ(2)-1)) ≈ 0.8796 σ."""
+    """Standard deviation of a normal truncated at two standard deviations: σ √(1 - 2·2φ(2)/(2Φ(2)-1)) ≈ 0.8796 σ."""
     density = math.exp(-2.0) / math.sqrt(2 * math.pi)
     return std * math.sqrt(1 - 4 * density / math.erf(2 / math.sqrt(2)))
 
@@ -177,7 +177,7 @@ def test_classification_head_is_xavier_uniform_without_bias(tiny_model_config: C
 def test_classification_reads_the_last_hidden_state_of_cls_alone(
     tiny_model_config: Callable[..., ModelConfig], make_batch: Callable[..., Batch], special: SpecialIds
 ) -> None:
-    """One linear layer on it, no tanh, no further layer: against a product written out."""
+    """One linear layer, no tanh or further layers: compared with an explicit product."""
     model = classifier(tiny_model_config()).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)

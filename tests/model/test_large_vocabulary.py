@@ -1,4 +1,4 @@
-"""A vocabulary above 65,535, whose ids need four bytes: converted, loaded, trained on, exported."""
+"""Convert, load, train and export with a vocabulary above 65,535, whose ids need four bytes."""
 
 from __future__ import annotations
 

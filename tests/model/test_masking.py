@@ -1,7 +1,7 @@
 """Masking and sampling against the rules of the paper's code and against closed forms.
 
-Statistical tolerances are binomial standard errors, √(p(1-p)/n), five of them unless said otherwise: with fixed seeds a
-test passes always or never, and five leave room for the many comparisons made.
+Statistical tolerances are five binomial standard errors, √(p(1-p)/n), unless stated otherwise: with fixed seeds a test
+passes always or never, and five allow for the number of comparisons.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SLOTS = 19  # int(0.155 × 128)
 
 @pytest.fixture(scope="module")
 def corpus() -> tuple[torch.Tensor, torch.Tensor]:
-    """`input_ids`, `sequence_ids` `[11000, 128]`: one example a row, 60 to 128 tokens, over 10⁶ tokens together."""
+    """`input_ids`, `sequence_ids` `[11000, 128]`: one example of 60 to 128 tokens per row, over 10⁶ tokens in total."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(60, LENGTH + 1, (ROWS,), generator=generator)
     middles = (lengths.double() * torch.rand(ROWS, generator=generator).double()).long().clamp(min=2)
@@ -38,7 +38,7 @@ def corpus() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def draw(corpus: tuple[torch.Tensor, torch.Tensor], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Positions, weights, and the candidates they were drawn from."""
+    """Draw positions and weights; also return the candidates."""
     input_ids, sequence_ids = corpus
     candidates = masking.maskable(input_ids, sequence_ids, SPECIAL)
     counts = masking.mask_counts(candidates, sequence_ids, 0.15, SLOTS)
@@ -78,14 +78,14 @@ def test_noise_is_one_number_per_position_and_three_per_slot() -> None:
     ],
 )
 def test_mask_count_of_a_row(tokens: int, candidates: int, expected: int) -> None:
-    """A share of the tokens, special ones counted, rounded, at least one, never more than there are candidates."""
+    """A fraction of the tokens, special ones included, rounded, at least 1, at most the number of candidates."""
     sequence_ids = (torch.arange(LENGTH) < tokens).long()[None]
     allowed = (torch.arange(LENGTH) < candidates)[None]
     assert masking.mask_counts(allowed, sequence_ids, 0.15, SLOTS).tolist() == [expected]
 
 
 def test_mask_count_is_at_most_the_slots() -> None:
-    """A full row of 128 at 25% would have 32; with 19 slots it has 19."""
+    """25% of a full row of 128 would be 32; with 19 slots it is 19."""
     full = torch.ones(1, LENGTH, dtype=torch.long)
     assert masking.mask_counts(full.bool(), full, 0.25, SLOTS).tolist() == [SLOTS]
 
@@ -120,7 +120,7 @@ def test_a_literal_mask_token_is_not_masked() -> None:
 
 
 def test_no_position_twice(corpus: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Unused slots included: their scatter must not undo a used one."""
+    """Including unused slots, whose scatter must not overwrite a used one."""
     positions, _, _ = draw(corpus, 4)
     ordered = positions.sort(dim=1).values
     assert (ordered[:, 1:] > ordered[:, :-1]).all()
@@ -151,14 +151,14 @@ def test_every_candidate_equally_often() -> None:
 
 
 def test_noise_of_zero_still_prefers_candidates() -> None:
-    """0 is in the range of uniform numbers, and must beat what is not a candidate."""
+    """0 is a possible uniform number and must rank above positions that are not candidates."""
     candidates = torch.tensor([[False, False, True, False, True, False]])
     positions, weights = masking.choose_positions(candidates, torch.tensor([2]), 3, torch.zeros(1, 6))
     assert sorted(positions[weights > 0].tolist()) == [2, 4]
 
 
 def test_masking_is_dynamic(corpus: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Two draws of a row share 15% of their positions, no more: overlap within five standard errors."""
+    """Two draws of a row overlap in 15% of their positions, within five standard errors."""
     first, weights, candidates = draw(corpus, 5)
     second, _, _ = draw(corpus, 6)
     marks = torch.zeros(ROWS, LENGTH).scatter(1, first, weights)
@@ -172,7 +172,7 @@ def test_masking_is_dynamic(corpus: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 
 def shares_of(style: str, tokens: torch.Tensor) -> tuple[float, float, float]:
-    """Shares of `[MASK]`, unchanged and other among what `mask_tokens` gives; every slot is used."""
+    """Fractions of `[MASK]`, unchanged and other tokens in the output of `mask_tokens`, with every slot used."""
     weights = torch.ones_like(tokens, dtype=torch.float32)
     out = masking.mask_tokens(tokens, weights, style, MASK, VOCAB, torch.rand(tokens.shape), torch.rand(tokens.shape))
     masked, kept = out == MASK, out == tokens
@@ -189,7 +189,7 @@ def test_electra_style_is_85_15_0() -> None:
 
 
 def test_bert_style_is_80_10_10() -> None:
-    """A random token is `[MASK]` or the original once in 1000 each: shares shift by 10% of a thousandth."""
+    """A random token is `[MASK]` or the original with probability 1/1000 each: fractions shift by 10% of that."""
     tokens = torch.randint(5, VOCAB, (1000, 1000))
     masked, kept, other = shares_of("bert", tokens)
     for found, expected in ((masked, 0.8 + 1e-4), (kept, 0.1 + 1e-4), (other, 0.1 - 2e-4)):
@@ -230,7 +230,7 @@ def test_unknown_style_is_refused() -> None:
 
 
 def test_labels() -> None:
-    """Replaced: differs from the original, and is no padding. A sample equal to the original is original."""
+    """Replaced means different from the original and not padding; a sample equal to the original is original."""
     originals = torch.tensor([[CLS, 7, 8, SEP, PAD]])
     corrupted = torch.tensor([[CLS, 9, 8, SEP, 5]])
     sequence_ids = torch.tensor([[1, 1, 1, 1, 0]])

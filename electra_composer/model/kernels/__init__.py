@@ -1,1 +1,1 @@
-"""What is fused by hand: each kernel has a plain PyTorch twin of the same signature."""
+"""Fused operations. Each has a plain PyTorch implementation with the same signature."""

@@ -1,12 +1,11 @@
-"""Attention within examples, by the fastest path of each device.
+"""Self-attention within examples, with the fastest implementation for each device.
 
-A row may hold several examples and padding; tokens attend to tokens of their own example. There are three paths of one
-meaning, and :class:`AttentionPattern` carries what each needs of a batch:
+A row may hold several examples and padding; tokens attend to tokens of their own example. :class:`AttentionPattern`
+holds the description of a batch that the three equivalent implementations need:
 
 * `sdpa`: `F.scaled_dot_product_attention` with a mask; any device.
-* on a CPU, where torch's own is slow, that is in training with dropout and on short rows in bf16:
-  :class:`_WrittenAttention`.
-* `varlen`: flash attention over the examples one after another, without a mask; CUDA.
+* :class:`_WrittenAttention`: replaces `sdpa` on a CPU where torch's is slow: training with dropout, short rows in bf16.
+* `varlen`: flash attention over concatenated examples, without a mask; CUDA.
 """
 
 from __future__ import annotations
@@ -23,22 +22,22 @@ from electra_composer.model.kernels import dropout
 
 
 class AttentionPattern(NamedTuple):
-    """Who attends to whom in a batch `[rows, length]`: one of the two, made once per forward."""
+    """Which tokens attend to each other in a batch `[rows, length]`; one field is set. Built once per forward."""
 
     mask: Tensor | None
     """Booleans `[rows, 1, length, length]`, True: may attend."""
     boundaries: Tensor | None
-    """int32 `[most examples + 1]`: where the examples start in the rows laid end to end, then the end, repeated."""
+    """int32 `[maximum of examples + 1]`: starts of the examples in the flattened rows, then the end, repeated."""
 
 
 def pattern_of(sequence_ids: Tensor, path: str = "sdpa") -> AttentionPattern:
-    """The pattern of a batch.
+    """Build the attention pattern of a batch.
 
     Args:
-        sequence_ids: integers `[rows, length]`; 0 is padding, 1… the example of the row that a token belongs to.
+        sequence_ids: integers `[rows, length]`; 0 for padding, otherwise the example's number in the row, from 1.
         path: `sdpa` or `varlen`.
 
-    Padding attends to padding: a row of the softmax must not be empty (NaN), and nothing reads what comes out there.
+    Padding attends to padding: an empty row of the softmax would be NaN. Its output is not used.
     """
     if path == "varlen":
         return AttentionPattern(None, boundaries_of(sequence_ids))
@@ -46,10 +45,10 @@ def pattern_of(sequence_ids: Tensor, path: str = "sdpa") -> AttentionPattern:
 
 
 def boundaries_of(sequence_ids: Tensor) -> Tensor:
-    """Starts of all examples, and of each row's padding, in the rows laid end to end; then their end.
+    """Return the starts of all examples, and of each row's padding, in the flattened rows, followed by their end.
 
-    The shape is static, as CUDA graphs want it, with a place for the most that there can be: an example has at least
-    two tokens, `[CLS]` and `[SEP]`. Places too many hold the end, which makes their examples empty.
+    The shape is static, as CUDA graphs require, and sized for the maximum: an example has at least two tokens, `[CLS]`
+    and `[SEP]`. Unused entries hold the end, so their examples are empty.
 
     `[rows, length]` → int32 `[rows × (length // 2 + 1) + 1]`.
     """
@@ -59,19 +58,19 @@ def boundaries_of(sequence_ids: Tensor) -> Tensor:
     starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
     starts = starts.flatten()
     places = torch.arange(total, dtype=torch.int32, device=sequence_ids.device)
-    # The n-th start goes to place n; what is no start goes to the last place, which is the end in any case.
+    # The n-th start goes to entry n; all other tokens go to the last entry, which is always the end.
     order = torch.where(starts, starts.cumsum(0) - 1, most)
     boundaries = torch.full((most + 1,), total, dtype=torch.int32, device=sequence_ids.device)
     return boundaries.scatter_reduce(0, order, torch.where(starts, places, total), "amin")
 
 
 def attention(qkv: Tensor, pattern: AttentionPattern, num_heads: int, dropout_p: float = 0.0) -> Tensor:
-    """Softmax attention, `softmax(Q Kᵀ / sqrt(D)) V` per head, with dropout on the probabilities.
+    """Compute softmax attention, `softmax(Q Kᵀ / sqrt(D)) V` per head, with dropout on the probabilities.
 
     Args:
-        qkv: `[rows, length, 3 × hidden_size]`: queries, keys and values, heads one after another in each.
-        pattern: of the batch.
-        num_heads: of `hidden_size`.
+        qkv: `[rows, length, 3 × hidden_size]`: queries, keys and values, each a concatenation of heads.
+        pattern: which tokens attend to each other.
+        num_heads: heads in `hidden_size`.
         dropout_p: 0 outside training.
 
     Returns:
@@ -93,8 +92,8 @@ def attention(qkv: Tensor, pattern: AttentionPattern, num_heads: int, dropout_p:
 
 
 SHORT = 256
-"""Up to this length a CPU's bf16 products of whole rows are faster than torch's flash attention: 3.2 × at 128, 1.9 × at
-256 (benchmarks/RESULTS.md)."""
+"""Up to this length, products of complete rows in bf16 on a CPU are faster than torch's flash attention: 3.2 × at 128,
+1.9 × at 256 (benchmarks/RESULTS.md)."""
 
 
 def _is_short_bf16(qkv: Tensor) -> bool:
@@ -105,17 +104,20 @@ def _flash(qkv: Tensor, boundaries: Tensor, dropout_p: float) -> Tensor:
     """`[rows, length, 3, heads, head size]` in bf16 or fp16 → `[rows × length, heads, head size]`."""
     rows, length, _, heads, size = qkv.shape
     query, key, value = qkv.view(rows * length, 3, heads, size).unbind(1)
-    # torch's own build of flash attention (Dao 2023), the operator behind scaled_dot_product_attention, which has no
-    # argument for examples of different lengths; flex_attention has, but knows no dropout.
+    # Workaround (torch 2.7): flash attention (Dao 2023) is called by its private operator, because
+    # scaled_dot_product_attention has no argument for examples of different lengths and flex_attention has no dropout;
+    # goes when a public function has both.
     return torch.ops.aten._flash_attention_forward(
         query, key, value, boundaries, boundaries, length, length, dropout_p, False, False, scale=1 / math.sqrt(size)
     )[0]
 
 
+# Workaround (torch 2.7): on a CPU, scaled_dot_product_attention with dropout or with short rows in bf16 is slow; goes
+# when torch is as fast there.
 class _WrittenAttention(torch.autograd.Function):
-    """Attention on a CPU as plain products, with the passes over `[rows, heads, length, length]` counted.
+    """Attention on a CPU as plain matrix products, with few passes over `[rows, heads, length, length]`.
 
-    Rows are taken a few at a time, so that their scores stay in the cache from one pass to the next.
+    Rows are processed in pieces, so that their scores stay in the cache between passes.
     """
 
     @staticmethod
@@ -158,6 +160,7 @@ class _WrittenAttention(torch.autograd.Function):
                 keep = dropout.kept(bits[piece], ctx.p, chances)
                 of_chances.mul_(keep)
                 dropped = keep.mul_(chances)
+            # Workaround (torch 2.7): private function; goes when softmax's backward has a public one.
             of_scores = torch._softmax_backward_data(of_chances, chances, -1, chances.dtype)
             dropped = dropped.transpose(1, 2)
             for out, left, right, alpha in (
@@ -170,11 +173,11 @@ class _WrittenAttention(torch.autograd.Function):
 
 
 PIECE_NUMBERS = 2**19
-"""Scores that are worked on at a time: 2 MB in fp32, with two more buffers of their size beside them."""
+"""Scores per piece: 2 MB in fp32, plus two buffers of the same size."""
 
 
 def _pieces(rows: int, heads: int, length: int) -> list[tuple[slice, slice]]:
-    """The batch in pieces of whole rows: slices of `rows × heads` and of `rows`."""
+    """Split the batch into pieces of complete rows: slices of `rows × heads` and of `rows`."""
     step = max(1, PIECE_NUMBERS // (heads * length * length))
     return [
         (slice(start * heads, (start + step) * heads), slice(start, start + step)) for start in range(0, rows, step)

@@ -1,8 +1,8 @@
-"""Dropout for the CPU, where torch's spends a quarter of a step on random numbers.
+"""Dropout for the CPU, where random numbers for `F.dropout` take a quarter of a training step.
 
-`F.dropout` draws one double per element there. Sixteen random bits decide as well: they come four at a time out of one
-64-bit number of NumPy's SFC64, seeded by one number of torch's generator, so that a seed still says everything. CUDA
-and `torch.compile` have generators that cost nothing and fuse them; they keep `F.dropout`.
+Each element uses 16 random bits, four elements per 64-bit number of NumPy's SFC64. It is seeded by one number from
+torch's generator, so results are reproducible from torch's seed. CUDA and `torch.compile` use `F.dropout`, whose random
+numbers are fused there.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# Workaround (torch 2.7): `F.dropout` on the CPU draws one double per element; goes when torch draws fewer bits there.
 LEVELS = 2**16
-"""Probabilities are multiples of 1 / LEVELS: 0.1 is 0.100006."""
+"""Probabilities are rounded to multiples of 1 / LEVELS: 0.1 is 0.100006."""
 
 
 class Dropout(nn.Module):
-    """`nn.Dropout`, and the sum with a residual that follows it in a Transformer.
+    """`nn.Dropout`, with an optional fused addition of a residual.
 
     Args:
-        p: probability of an element to become 0; the others are divided by 1 - p.
+        p: probability of zeroing an element; the others are divided by 1 - p.
     """
 
     def __init__(self, p: float):
@@ -44,22 +45,22 @@ class Dropout(nn.Module):
 
 
 def serves(x: Tensor, p: float) -> bool:
-    """Whether this module's own way is the one for `x`: on a CPU, outside `torch.compile`, 0 < p < 1."""
+    """Return whether this implementation is used for `x`: on a CPU, outside `torch.compile`, rounded `p` below 1."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and threshold(p) < LEVELS
 
 
 def threshold(p: float) -> int:
-    """Of the `LEVELS` values of 16 bits, how many mean "drop"."""
+    """Number of the `LEVELS` values of 16 bits that mean "drop"."""
     return round(p * LEVELS)
 
 
 def scale(p: float) -> float:
-    """What the kept elements are multiplied by: 1 / (1 - p), with `p` as 16 bits have it, so that means stay means."""
+    """Factor of the kept elements: 1 / (1 - p), with `p` rounded to 16 bits, so that the mean is preserved."""
     return LEVELS / (LEVELS - threshold(p))
 
 
 def draw_bits(shape: torch.Size) -> Tensor:
-    """Uniform int16 of this shape, from torch's default CPU generator."""
+    """Draw uniform int16 numbers of this shape, seeded by torch's default CPU generator."""
     count = shape.numel()
     seed = int(torch.empty((), dtype=torch.int64).random_())
     words = np.random.SFC64(seed).random_raw(-(-count // 4))
@@ -67,15 +68,15 @@ def draw_bits(shape: torch.Size) -> Tensor:
 
 
 def kept(bits: Tensor, p: float, like: Tensor) -> Tensor:
-    """1 where an element is kept, 0 where it is dropped, shape and dtype of `like`.
+    """Return 1 where an element is kept and 0 where it is dropped, with shape and dtype of `like`.
 
-    Floats, because products of floats with booleans are not vectorised.
+    Floats, because products of floats and booleans are not vectorised.
     """
     return torch.ge(bits, threshold(p) - LEVELS // 2, out=torch.empty_like(like, memory_format=torch.contiguous_format))
 
 
 class _Dropout(torch.autograd.Function):
-    """Keeps two bytes per element for the backward pass."""
+    """Autograd function that saves two bytes per element for the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, p: float) -> Tensor:

@@ -1,18 +1,18 @@
-"""Masked-language-model loss and sample in one, without logits for the whole batch.
+"""Masked-language-model loss and sample in one operation, without logits for the complete batch.
 
-A generator's last product meets the vocabulary: `[masked, vocabulary]` logits, a loss over them and one draw from them.
-That tensor is larger than all others of a step together (ELECTRA-Small at 128 × 128: 2,432 × 30,522, 300 MB in fp32,
-and an autograd graph holds it several times over), and everything made from it is read once. So it is made in pieces
-which are used up at once: loss, sample, and the gradients of features, embeddings and bias.
+The generator's output layer produces logits `[masked, vocabulary]`, from which a loss and one sample per row are
+computed. This would be the largest tensor of a step (ELECTRA-Small at 128 × 128: 2,432 × 30,522, 300 MB in fp32,
+several times over in an autograd graph), and everything derived from it is read once. So it is computed in pieces, each
+of which is consumed at once for the loss, the sample and the gradients of features, embeddings and bias.
 
-:func:`masked_lm` is what the model calls. Two implementations stand behind it, with one signature and one meaning:
+:func:`masked_lm` selects one of two implementations with the same semantics:
 
-* `chunked`: plain PyTorch over chunks of rows, gradients taken in the forward pass while a chunk is in the cache. It
-  serves the CPU, and is what the other is tested against.
+* `chunked`: plain PyTorch over chunks of rows, with gradients computed in the forward while a chunk is in the cache.
+  Used on CPUs, and as the reference for tests of the other.
 * `triton`: CUDA, see masked_lm_triton.py.
 
-Sampling is by inverse CDF in two steps, from one uniform number per row: first the block of 64 tokens in which the
-cumulative probability passes the number, then the token in the block. Only block sums are ever accumulated.
+Samples come from the inverse CDF in two steps, from one uniform number per row: first the block of 64 tokens in which
+the cumulative probability exceeds the number, then the token in the block. Only block sums are accumulated.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class MaskedLM(NamedTuple):
-    """What comes out of :func:`masked_lm`, for `M` masked positions."""
+    """Output of :func:`masked_lm` for `M` masked positions."""
 
     loss: Tensor
     """fp32 scalar: sum of `row_weights` × losses. The only output with a gradient."""
@@ -59,31 +59,31 @@ def masked_lm(
     gumbel: bool = False,
     implementation: str = "auto",
 ) -> MaskedLM:
-    """Cross entropy of `softmax(features · weightᵀ + bias)` against `targets`, and one draw from it, for every row.
+    """Compute the cross entropy of `softmax(features · weightᵀ + bias)` with `targets`, and one sample from it per row.
 
-    Under autocast the products are computed in its dtype; probabilities, losses and sums are fp32 always.
+    Under autocast the products use its dtype; probabilities, losses and sums are always fp32.
 
     Args:
         features: `[M, E]`, floats.
         weight: token embeddings `[P, E]`, floats; `P` is a multiple of :data:`SAMPLING_BLOCK`, at least `vocab_size`.
-            Rows from `vocab_size` on are never drawn and get a gradient of zero.
+            Rows from `vocab_size` on are never sampled and get a gradient of zero.
         bias: `[P]`, floats.
         targets: original ids `[M]`, int64, below `vocab_size`.
         row_weights: `[M]`, fp32: 1 for a position in use, 0 for an unused one.
-        noise: `[M]`, fp32, uniform in [0, 1): the sample's number. Not read where `gumbel` is set.
+        noise: `[M]`, fp32, uniform in [0, 1), for the inverse CDF. Not read with `gumbel`.
         vocab_size: rows of `weight` that are tokens.
-        temperature: the sample is drawn from `softmax(logits / temperature)`; the loss knows nothing of it.
-        disallow_correct: never draw the original token.
-        label_smoothing: share of the target spread evenly over the vocabulary, as in `F.cross_entropy`.
-        gumbel: draw by noise over the whole vocabulary, from torch's default generator, as the paper's code does.
+        temperature: the sample is from `softmax(logits / temperature)`; the loss does not depend on it.
+        disallow_correct: never sample the original token.
+        label_smoothing: fraction of the target spread evenly over the vocabulary, as in `F.cross_entropy`.
+        gumbel: sample by Gumbel noise over the vocabulary, from torch's default generator, as the paper's code does.
         implementation: `chunked`, `triton`, or `auto`: triton on CUDA, chunked elsewhere.
 
     Returns:
         See :class:`MaskedLM`. Gradients are summed in fp32 and have the dtypes of `features`, `weight` and `bias`.
 
     Raises:
-        UserError: an implementation that cannot serve this device or these sizes.
-        ValueError: a table of embeddings without the padding that this needs.
+        UserError: an implementation that does not support this device or these sizes.
+        ValueError: an embedding table without the required padding.
     """
     if weight.shape[0] % SAMPLING_BLOCK or weight.shape[0] < vocab_size:
         raise ValueError(
@@ -93,33 +93,31 @@ def masked_lm(
     device_type = features.device.type
     if torch.is_autocast_enabled(device_type):
         features = features.to(torch.get_autocast_dtype(device_type))
+    tensors = (features, weight, bias, targets, row_weights, noise)
     options = (vocab_size, temperature, disallow_correct, label_smoothing, gumbel)
-    if resolve_implementation(implementation, device_type, weight.shape[0], weight.shape[1]) == "triton":
+    if resolve_implementation(implementation, device_type, *weight.shape) == "triton":
         from electra_composer.model.kernels.masked_lm_triton import masked_lm_triton
 
-        # A seed on the device costs no wait for it; without `gumbel` nothing reads it.
+        # Drawing the seed on the device needs no synchronisation; without `gumbel` it is not read.
         seed = torch.randint(2**31, (1,), device=features.device) if gumbel else targets
-        loss, token_losses, sampled, correct, _ = masked_lm_triton(
-            features, weight, bias, targets, row_weights, noise, seed, *options
-        )
-        return MaskedLM(loss, token_losses, sampled, correct)
-    with_gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad or bias.requires_grad)
-    outputs = masked_lm_chunked(features, weight, bias, targets, row_weights, noise, *options, with_gradients)
-    return MaskedLM(*outputs[:4])
+        return MaskedLM(*masked_lm_triton(*tensors, seed, *options)[:4])
+    with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, weight, bias))
+    return MaskedLM(*masked_lm_chunked(*tensors, *options, with_gradients)[:4])
 
 
 def resolve_implementation(name: str, device_type: str, rows: int, width: int) -> str:
-    """`chunked` or `triton` for a name of the configuration.
+    """Return `chunked` or `triton` for a value of `objective.masked_lm`.
 
     Raises:
-        UserError: an unknown name, Triton without CUDA or not installed, or embeddings beyond the kernel's offsets.
+        UserError: an unknown name, Triton without CUDA or not installed, or embeddings too large for its offsets.
     """
     if name not in IMPLEMENTATIONS:
         raise UserError(f"objective.masked_lm is {name!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
     if name == "auto":
         name = "triton" if device_type == "cuda" else "chunked"
     if name == "triton":
-        if device_type != "cuda" and not _interpreted():
+        # Triton's interpreter, for tests on the CPU, replaces a GPU.
+        if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise UserError(
                 f"objective.masked_lm is triton on {device_type}; it needs CUDA: set objective.masked_lm=chunked"
             )
@@ -130,12 +128,7 @@ def resolve_implementation(name: str, device_type: str, rows: int, width: int) -
             )
         if rows * width >= 2**31:
             raise UserError(
-                f"token embeddings of {rows} × {width} are too many for objective.masked_lm=triton; expected less than "
-                "2^31 numbers: set objective.masked_lm=chunked, or a smaller model.embedding_size"
+                f"token embeddings of {rows} × {width} are too large for objective.masked_lm=triton; expected fewer "
+                "than 2^31 numbers: set objective.masked_lm=chunked, or a smaller model.embedding_size"
             )
     return name
-
-
-def _interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU: tests on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,7 +1,7 @@
 """Masked-LM loss, sample and gradients in plain PyTorch, over chunks of rows that fit into a cache.
 
-Gradients are computed in the forward pass, while a chunk's logits are in the cache. This is the implementation for
-CPUs, and the reference for masked_lm_triton.py.
+Gradients are computed in the forward pass, while the logits of a chunk are in the cache. This is the implementation for
+CPUs and the reference for masked_lm_triton.py.
 """
 
 import math
@@ -15,14 +15,8 @@ CHUNK_BYTES = 16 * 2**20
 """Size of a chunk's fp32 logits: small enough for a last-level cache, large enough for products at full speed."""
 
 
-# An opaque operator: `torch.compile` calls it instead of unrolling its loop, and gradients stay where they were made.
-@torch.library.custom_op(
-    "electra_composer::masked_lm_chunked",
-    mutates_args=(),
-    schema="(Tensor features, Tensor weight, Tensor bias, Tensor targets, Tensor row_weights, Tensor noise, "
-    "int vocab_size, float temperature, bool disallow_correct, float label_smoothing, bool gumbel, "
-    "bool with_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+# An opaque operator: `torch.compile` calls it instead of unrolling its loop, and keeps the gradients in the forward.
+@torch.library.custom_op("electra_composer::masked_lm_chunked", mutates_args=())
 def masked_lm_chunked(
     features: Tensor,
     weight: Tensor,
@@ -37,13 +31,17 @@ def masked_lm_chunked(
     gumbel: bool,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`loss`, `token_losses`, `sampled`, `correct`; the fp32 gradients of `loss` (empty without `with_gradients`)."""
+    """Compute loss, samples and gradients; arguments as for :func:`masked_lm.masked_lm`.
+
+    Returns:
+        `loss`, `token_losses`, `sampled`, `correct`, and the fp32 gradients of `loss` with respect to features, weight
+        and bias (empty without `with_gradients`).
+    """
     count, padded = features.shape[0], weight.shape[0]
     token_losses = features.new_empty(count, dtype=torch.float32)
     sampled, correct = torch.empty_like(targets), torch.empty_like(targets, dtype=torch.bool)
-    gradients = _empty_gradients(features, weight, bias, with_gradients)
-    grad_features, grad_weight, grad_bias = (gradient.zero_() for gradient in gradients)
-    # Padding rows of the table are no tokens: minus infinity keeps them out of everything below.
+    gradients = [gradient.zero_() for gradient in _empty_gradients(features, weight, bias, with_gradients)]
+    # Padding rows of the table are not tokens: minus infinity excludes them from everything below.
     offsets = bias.float().masked_fill(torch.arange(padded, device=bias.device) >= vocab_size, -math.inf)
     table = weight.to(features.dtype)
     mean_row = table[:vocab_size].mean(0, dtype=torch.float32) if label_smoothing else None
@@ -73,37 +71,58 @@ def masked_lm_chunked(
                 mean_logits = chunk.float() @ mean_row[:, None] + mean_bias
                 losses = (1 - label_smoothing) * losses + label_smoothing * (normalizer - mean_logits)
             token_losses[piece] = losses.squeeze(1)
-            if not with_gradients:
-                continue
-            # d loss / d logits = row_weight × (probability - target); the division goes to the thin side.
-            scale = row_weights[piece, None] / total
-            thin = torch.cat([chunk.float() * scale, scale], dim=1)
-            thick = weights.to(chunk.dtype)
-            grad_features[piece] = (thick @ table).float().mul_(scale)
-            if chunk.dtype == torch.float32:
-                grad_weight.addmm_(thick.t(), thin[:, :-1])
-                grad_bias.addmv_(thick.t(), thin[:, -1])
-            else:
-                grad_weight.add_(thick.t() @ thin[:, :-1].to(chunk.dtype))
-                grad_bias.add_(thick.t() @ thin[:, -1].to(chunk.dtype))
+            if with_gradients:
+                _add_softmax(gradients, piece, chunk, table, weights, row_weights[piece, None] / total)
         if with_gradients:
             _subtract_targets(gradients, features, table, targets, row_weights, vocab_size, label_smoothing, mean_row)
-    return (token_losses * row_weights).sum(), token_losses, sampled, correct, *gradients
+    loss = (token_losses * row_weights).sum()
+    return loss, token_losses, sampled, correct, gradients[0], gradients[1], gradients[2]
 
 
-def _empty_gradients(
-    features: Tensor, weight: Tensor, bias: Tensor, with_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients of all three, fp32: they are scaled by the loss's gradient before they are rounded."""
-    features, weight, bias = (
-        tensor.new_empty(tensor.shape if with_gradients else 0, dtype=torch.float32)
-        for tensor in (features, weight, bias)
-    )
-    return features, weight, bias
+def _draw(
+    logits: Tensor,
+    largest: Tensor,
+    target: Tensor,
+    noise: Tensor,
+    temperature: float,
+    disallow_correct: bool,
+    gumbel: bool,
+) -> Tensor | None:
+    """Sample from weights other than the loss's probabilities; None if those can be used."""
+    if temperature == 1.0 and not disallow_correct and not gumbel:
+        return None
+    if disallow_correct:
+        logits = logits.scatter(1, target, -math.inf)
+        largest = logits.amax(1, keepdim=True)
+    weights = (logits - largest).mul_(1.0 / temperature).exp_()
+    if gumbel:
+        # argmax of logits + Gumbel noise in its ratio form, which avoids the logarithm of a uniform zero.
+        return weights.div_(torch.empty_like(weights).exponential_()).argmax(1)
+    return inverse_cdf(weights, sum_blocks(weights), noise)
+
+
+def _add_softmax(
+    gradients: list[Tensor], piece: slice, chunk: Tensor, table: Tensor, weights: Tensor, scale: Tensor
+) -> None:
+    """Add the softmax part of d loss / d logits = row_weight × (probability - target) for one chunk.
+
+    Probabilities are `weights` / total; the division is in `scale`, row_weight / total `[R, 1]`, on the narrow side of
+    each product.
+    """
+    grad_features, grad_weight, grad_bias = gradients
+    thin = torch.cat([chunk.float() * scale, scale], dim=1)
+    thick = weights.to(chunk.dtype)
+    grad_features[piece] = (thick @ table).float().mul_(scale)
+    if chunk.dtype == torch.float32:
+        grad_weight.addmm_(thick.t(), thin[:, :-1])
+        grad_bias.addmv_(thick.t(), thin[:, -1])
+    else:
+        grad_weight.add_(thick.t() @ thin[:, :-1].to(chunk.dtype))
+        grad_bias.add_(thick.t() @ thin[:, -1].to(chunk.dtype))
 
 
 def _subtract_targets(
-    gradients: tuple[Tensor, Tensor, Tensor],
+    gradients: list[Tensor],
     features: Tensor,
     table: Tensor,
     targets: Tensor,
@@ -112,7 +131,7 @@ def _subtract_targets(
     label_smoothing: float,
     mean_row: Tensor | None,
 ) -> None:
-    """The target's part of d loss / d logits, which is sparse, and flat over the vocabulary where it is smoothed."""
+    """Subtract the target part of d loss / d logits: one entry per row, plus a constant for label smoothing."""
     grad_features, grad_weight, grad_bias = gradients
     kept = (row_weights * (1 - label_smoothing))[:, None]
     grad_features.sub_(table[targets].float().mul_(kept))
@@ -123,6 +142,12 @@ def _subtract_targets(
         grad_features.sub_(spread * mean_row)
         grad_weight[:vocab_size] -= (features.float() * spread).sum(0) / vocab_size
         grad_bias[:vocab_size] -= spread.sum() / vocab_size
+
+
+def _empty_gradients(features: Tensor, weight: Tensor, bias: Tensor, with_gradients: bool) -> list[Tensor]:
+    """Allocate the three gradients in fp32: they are scaled by the loss's gradient before they are rounded."""
+    tensors = (features, weight, bias)
+    return [tensor.new_empty(tensor.shape if with_gradients else 0, dtype=torch.float32) for tensor in tensors]
 
 
 @masked_lm_chunked.register_fake
@@ -148,25 +173,3 @@ def _backward(ctx, grad_loss, *_):
 
 
 masked_lm_chunked.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _draw(
-    logits: Tensor,
-    largest: Tensor,
-    target: Tensor,
-    noise: Tensor,
-    temperature: float,
-    disallow_correct: bool,
-    gumbel: bool,
-) -> Tensor | None:
-    """A draw that needs weights of its own; none where the loss's own probabilities serve."""
-    if temperature == 1.0 and not disallow_correct and not gumbel:
-        return None
-    if disallow_correct:
-        logits = logits.scatter(1, target, -math.inf)
-        largest = logits.amax(1, keepdim=True)
-    weights = (logits - largest).mul_(1.0 / temperature).exp_()
-    if gumbel:
-        # The largest of logits + Gumbel noise in its ratio form, which needs no logarithm of a uniform zero.
-        return weights.div_(torch.empty_like(weights).exponential_()).argmax(1)
-    return inverse_cdf(weights, sum_blocks(weights), noise)

@@ -1,4 +1,4 @@
-"""kernels/attention.py: each path against attention written out, one example at a time."""
+"""kernels/attention.py: each implementation against explicit attention, one example at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDS = torch.tensor(
 
 
 def written_out(qkv: Tensor, ids: Tensor, heads: int, factors: Tensor | None = None) -> Tensor:
-    """Per row, example and head; `factors [rows, heads, length, length]` multiply the probabilities."""
+    """Attention per row, example and head; `factors [rows, heads, length, length]` multiply the probabilities."""
     rows, length, width = qkv.shape
     size = width // (3 * heads)
     out = torch.zeros(rows, length, heads, size, dtype=qkv.dtype)
@@ -52,7 +52,7 @@ def test_sdpa_is_attention_within_examples(heads: int) -> None:
 def test_without_dropout_the_products_and_their_gradient_are_the_same(
     piece_numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What bf16 takes on a CPU, in double precision, where the comparison is exact; it draws nothing."""
+    """The implementation for bf16 on a CPU, tested in double precision; it draws no random numbers."""
     monkeypatch.setattr(kernel, "PIECE_NUMBERS", piece_numbers)
     monkeypatch.setattr(kernel, "_is_short_bf16", lambda qkv: True)
     qkv = torch.randn(5, 8, 48, dtype=torch.float64, requires_grad=True)
@@ -70,7 +70,7 @@ def test_without_dropout_the_products_and_their_gradient_are_the_same(
 
 @pytest.mark.parametrize(("length", "written"), [(32, True), (kernel.SHORT + 8, False)])
 def test_bf16_on_a_cpu(length: int, written: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Near the same in fp32, by either path: short rows by products, long ones by torch's."""
+    """Close to fp32: short rows with `_WrittenAttention`, long ones with torch's attention."""
     taken = []
     apply = kernel._WrittenAttention.apply
     monkeypatch.setattr(kernel._WrittenAttention, "apply", lambda *inputs: taken.append(1) or apply(*inputs))
@@ -86,7 +86,7 @@ def test_bf16_on_a_cpu(length: int, written: bool, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("piece_numbers", [1, 2**19])
 def test_dropout_attention_and_its_gradient(heads: int, piece_numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bits that were drawn, put into the formula; in one piece and row by row."""
+    """Compared with the formula for the bits drawn; in one piece and row by row."""
     monkeypatch.setattr(kernel, "PIECE_NUMBERS", piece_numbers)
     drawn = []
 
@@ -107,7 +107,7 @@ def test_dropout_attention_and_its_gradient(heads: int, piece_numbers: int, monk
 
 
 def test_dropout_attention_in_bfloat16() -> None:
-    """Under CPU autocast: its dtype in, its dtype out; the mean over many draws is attention without dropout."""
+    """bf16 in and out, as under CPU autocast; the mean over many draws is attention without dropout."""
     qkv = torch.randn(1, 8, 48).repeat(4000, 1, 1).bfloat16().requires_grad_()
     out = attention(qkv, pattern_of(IDS[2:3].expand(4000, -1)), 4, dropout_p=0.1)
     assert out.dtype == torch.bfloat16
@@ -118,7 +118,7 @@ def test_dropout_attention_in_bfloat16() -> None:
 
 
 def test_without_dropout_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation, and training at probability 0, draw nothing."""
+    """Evaluation, and training with probability 0, draw no random numbers."""
     monkeypatch.setattr(dropout, "draw_bits", None)
     qkv = torch.randn(5, 8, 48)
     torch.testing.assert_close(attention(qkv, pattern_of(IDS), 4), written_out(qkv, IDS, 4))
@@ -148,7 +148,7 @@ def test_boundaries_against_numpy(length: int) -> None:
 
 
 def test_boundaries_hold_the_most_examples_there_can_be() -> None:
-    """Rows of examples of two tokens and one token of padding: every place is taken."""
+    """Rows of examples of two tokens and one token of padding: every entry is used."""
     ids = torch.tensor([[1, 1, 2, 2, 3, 3, 0]] * 3)
     assert boundaries_of(ids).tolist() == [0, 2, 4, 6, 7, 9, 11, 13, 14, 16, 18, 20, 21]
 
@@ -157,7 +157,7 @@ def test_boundaries_hold_the_most_examples_there_can_be() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("make_ids", [lambda: IDS, lambda: torch.ones(4, 128, dtype=torch.long)])
 def test_flash_agrees_with_sdpa(make_ids: Callable[[], Tensor]) -> None:
-    """Values and gradients in bf16, where an example or padding stands."""
+    """Values and gradients in bf16, for examples and padding."""
     ids = make_ids().cuda()
     qkv = torch.randn(*ids.shape, 3 * 64, device="cuda", dtype=torch.bfloat16)
     results = []

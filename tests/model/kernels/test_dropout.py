@@ -1,4 +1,4 @@
-"""kernels/dropout.py against the definition: what is kept, how often, by what factor, with which gradient."""
+"""kernels/dropout.py against the definition of dropout: rate, factor, independence and gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from electra_composer.model.kernels.dropout import Dropout
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.01])
 def test_rate_and_factor_over_a_million_elements(p: float) -> None:
-    """Dropped: a share p, within five standard errors and the resolution of 16 bits. Kept: x / (1 - p)."""
+    """Dropped: a fraction p, within five standard errors and the resolution of 16 bits. Kept: x / (1 - p)."""
     x = torch.ones(1000, 1000)
     out = Dropout(p)(x)
     dropped = (out == 0).double().mean().item()
@@ -26,7 +26,7 @@ def test_rate_and_factor_over_a_million_elements(p: float) -> None:
 
 
 def test_elements_are_independent() -> None:
-    """Neighbours, which share a random word, are dropped together no more often than chance has it."""
+    """Neighbours, which share a random word, are dropped independently."""
     dropped = (Dropout(0.3)(torch.ones(250_000, 4)) == 0).double()
     together = (dropped.T @ dropped / len(dropped)).fill_diagonal_(0.09)
     assert ((together - 0.09).abs() < 5 * math.sqrt(0.09 * 0.91 / len(dropped))).all()
@@ -58,7 +58,7 @@ def test_gradient_is_that_of_the_mask(shape: tuple[int, ...], with_residual: boo
 
 
 def test_other_dtypes_and_layouts() -> None:
-    """bf16 with an fp32 residual, as autocast makes them; transposed inputs."""
+    """bf16 with an fp32 residual, as under autocast; transposed inputs."""
     x = torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True)
     out = Dropout(0.5)(x, torch.zeros(6, 8))
     assert out.dtype == torch.float32
@@ -82,7 +82,7 @@ def test_evaluation_changes_nothing(p: float) -> None:
 
 
 def test_everything_dropped_is_zero() -> None:
-    """p = 1 is left to torch: there is no factor 1 / 0."""
+    """p = 1 uses `F.dropout`, because the factor would be 1 / 0."""
     x = torch.randn(4, 4, requires_grad=True)
     out = Dropout(1.0)(x)
     out.sum().backward()
@@ -91,7 +91,7 @@ def test_everything_dropped_is_zero() -> None:
 
 
 def test_compiled_it_is_torchs_dropout() -> None:
-    """One graph, no break; a seed still says everything."""
+    """One graph without breaks, reproducible from the seed."""
     compiled = torch.compile(Dropout(0.5), fullgraph=True, backend="eager")
     x = torch.randn(9, 9)
     torch.manual_seed(1)
