@@ -18,8 +18,8 @@ from electra_composer.finetune.predictions import (
     check_indices,
     check_select,
     load_logits,
-    missing_of,
     submission_files,
+    submission_problems,
     write_submission,
 )
 from electra_composer.finetune.ranking import rank_split
@@ -63,7 +63,7 @@ def main(config: GlueConfig) -> dict[str, Any]:
 
     def run_one(run: PlannedRun) -> None:
         data = job.data[run.task.name]
-        start_from = f" from {run.needs.name}" if run.needs else ""
+        start_from = f" from {run.starts_from.name}" if run.starts_from else ""
         processes.print(
             f"\n{run.task.folder}, seed {run.seed}{start_from}: {len(data.train)} training, {len(data.dev['dev'])} dev "
             "examples"
@@ -192,7 +192,7 @@ def predict(config: GlueConfig, tasks: list[Task], job: Job) -> None:
     files = submission_files(tasks, runs, config.predict.select, job.files.logits)
     write_submission(config.predict.file, files)
     print(f"predictions of {len(files)} test sets ({config.predict.select}): {config.predict.file}", flush=True)
-    if (missing := missing_of(files)) is not None:
+    if (missing := submission_problems(files)) is not None:
         print(f"the GLUE server expects a complete submission: {missing}", flush=True)
 
 

@@ -24,7 +24,7 @@ from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.storage.shard_folder import Meta
 from electra_composer.training.callbacks import RunRecord, TrainMetrics
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, check_run_folder, checkpoint_to_load
-from electra_composer.training.compilation import compile_errors_named
+from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.devices import choose_attention, fsdp_gradient_factor, resolve_device
 from electra_composer.training.learning_watch import LearningWatch
 from electra_composer.training.startup import device_batch_size, microbatch_size, start
@@ -62,7 +62,7 @@ def main(config: PretrainConfig) -> Trainer:
         explain_failures(),
         exclusive_lock(config.checkpoints.folder),
         remote_copy(config.checkpoints, config.run_name, LATEST_OF_RANK_0) as copy,
-        compile_errors_named(),
+        explain_compile_errors(),
     ):
         trainer = build_trainer(
             config,

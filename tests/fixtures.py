@@ -42,8 +42,8 @@ def _seeded() -> None:
 def _forget_trainers() -> Iterator[None]:
     """Release the trainers of a test, and the files that their loaders hold open (a process may have 1,024)."""
     yield
-    # Workaround (torch 2.7): a private cache of torch.distributed.checkpoint keeps every model alive; goes when torch 2.7
-    # is no longer supported (later versions have no such cache).
+    # Workaround (torch 2.7): a private cache of torch.distributed.checkpoint keeps every model alive; goes when
+    # torch 2.7 is no longer supported (later versions have no such cache).
     if hasattr(state_dict._get_fqns, "cache_clear"):
         state_dict._get_fqns.cache_clear()
     # Workaround (composer 0.32): an atexit handler keeps every trainer's state alive; goes when closing a trainer

@@ -34,7 +34,7 @@ from electra_composer.finetune.ranker import build_ranker
 from electra_composer.finetune.runs import PlannedRun, now
 from electra_composer.finetune.tasks import Task
 from electra_composer.training.builders import build_callbacks, build_optimizer, build_scheduler
-from electra_composer.training.compilation import compile_errors_named
+from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.startup import device_batch_size
 from electra_composer.training.times import parse_time
 from electra_composer.training.trainer import build_trainer
@@ -157,8 +157,8 @@ def finetune(
     started = time.monotonic()
     task = run.task
     mine = config_of_run(config, run, files)
-    if run.needs is not None:
-        source = dataclasses.replace(source, weights=_load_weights(files.weights(run.needs.name)))
+    if run.starts_from is not None:
+        source = dataclasses.replace(source, weights=_load_weights(files.weights(run.starts_from.name)))
     reproducibility.seed_all(run.seed)  # determines the head, and random weights
     model = build_model(source, task, config, cpu_autocast)
     model.model.attention_path = attention_path
@@ -178,7 +178,7 @@ def finetune(
         "metrics": metrics,
         "epochs": scores.epochs,
         "collapsed": scores.collapsed,
-        "started_from": None if run.needs is None else run.needs.name,
+        "started_from": None if run.starts_from is None else run.starts_from.name,
         "steps": timestamp.batch.value,
         "train_examples": len(data.train),
         "dev_examples": sum(map(len, data.dev.values())),
@@ -224,7 +224,7 @@ def _train_and_predict(
         static_shapes=False,  # a batch is as long as its longest example
     )
     try:
-        with compile_errors_named():
+        with explain_compile_errors():
             if len(data.dev) == 1:
                 trainer.fit()
             else:

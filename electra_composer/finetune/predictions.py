@@ -239,7 +239,7 @@ def check_submission(path: str, expected: Mapping[str, tuple[Task, int]]) -> Non
                 raise UserError(f"{path}: {name}: prediction {prediction!r} of index {index} is no {task.folder} label")
 
 
-def missing_of(files: Mapping[str, tuple[Task, list[str]]]) -> str | None:
+def submission_problems(files: Mapping[str, tuple[Task, list[str]]]) -> str | None:
     """Return, in one line, why the server would reject the files; None for a complete submission."""
     absent = [name for name in SERVER_ROWS if name not in files]
     others = [

@@ -34,13 +34,13 @@ class PlannedRun:
 
     Attributes:
         examples: number of training examples over all epochs; the estimate of the run's duration.
-        needs: run to take the initial weights from; None: start from the pretrained weights.
+        starts_from: run to take the initial weights from; None: start from the pretrained weights.
     """
 
     task: Task
     seed: int
     examples: int
-    needs: PlannedRun | None = None
+    starts_from: PlannedRun | None = None
 
     @property
     def name(self) -> str:
@@ -129,10 +129,10 @@ def run_all(
         if not todo:
             return [failed[run.key] for run in plan if run.key in failed]
         for run in todo:
-            if run.needs is not None and run.needs.key in failed:
-                add_failure(store, group, run, f"not started: {run.needs.name} failed")
+            if run.starts_from is not None and run.starts_from.key in failed:
+                add_failure(store, group, run, f"not started: {run.starts_from.name} failed")
                 break
-            if run.needs is not None and run.needs.key not in done:
+            if run.starts_from is not None and run.starts_from.key not in done:
                 continue
             with claim(os.path.join(claims, f"{run.name}.lock")) as acquired:
                 # Another process may have finished it between the query above and the lock.

@@ -76,7 +76,7 @@ def compile_model(model: ComposerModel, trainer: TrainerConfig, static_shapes: b
 
 
 @contextlib.contextmanager
-def compile_errors_named() -> Iterator[None]:
+def explain_compile_errors() -> Iterator[None]:
     """Turn errors of `torch.compile`, in the first batch or later, into one-line errors that name trainer.compile.
 
     Raises:

@@ -20,7 +20,7 @@ from composer.core import Callback, DataSpec, TimeUnit
 from composer.models import ComposerModel
 from composer.utils import dist
 
-from electra_composer.checkpoints.forms import loading
+from electra_composer.checkpoints.formats import trainer_load_arguments
 from electra_composer.checkpoints.remote import RemoteCopy
 from electra_composer.config import RunConfig
 from electra_composer.training.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
@@ -70,7 +70,9 @@ def build_trainer(
         recompute_activations(model)
     schedule = build_scheduler(config.schedule, max_duration)
     own_callbacks = build_callbacks(config.callbacks)
-    with loading(config.checkpoints, os.path.join(folder, LATEST_OF_RANK_0), load_path(config), sharded) as arguments:
+    with trainer_load_arguments(
+        config.checkpoints, os.path.join(folder, LATEST_OF_RANK_0), load_path(config), sharded
+    ) as arguments:
         return RunTrainer(
             log_interval=trainer.log_interval,
             guard=guard,

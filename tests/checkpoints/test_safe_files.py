@@ -23,7 +23,7 @@ from tiny import ROOT
 from torch.distributed.checkpoint.api import CheckpointException
 
 from electra_composer.batches.shards import build_dataloader, read_meta
-from electra_composer.checkpoints.forms import in_format
+from electra_composer.checkpoints.formats import in_format
 from electra_composer.checkpoints.safe_loading import SafeLoadPlanner, safe_composer_loading
 from electra_composer.checkpoints.sharded import read_all
 from electra_composer.config import PretrainConfig, ShardsConfig

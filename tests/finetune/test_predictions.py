@@ -20,10 +20,10 @@ from electra_composer.finetune.predictions import (
     check_submission,
     format_predictions,
     load_logits,
-    missing_of,
     save_logits,
     select_runs,
     submission_files,
+    submission_problems,
     write_submission,
 )
 from electra_composer.finetune.tasks import TASKS
@@ -180,8 +180,8 @@ def test_wrong_answers_never_reach_the_file(tmp_path: Path) -> None:
 
 def test_what_a_whole_submission_lacks() -> None:
     whole = {name: (TASKS["cola"], ["0"] * rows) for name, rows in SERVER_ROWS.items()}
-    assert missing_of(whole) is None
+    assert submission_problems(whole) is None
     assert set(SERVER_ROWS) == {name for task in TASKS.values() for name in task.submission.values()}
     del whole["AX.tsv"]
     whole["WNLI.tsv"] = (TASKS["wnli"], ["0"] * 10)
-    assert missing_of(whole) == "no AX.tsv; WNLI.tsv has 10 predictions, not 146"
+    assert submission_problems(whole) == "no AX.tsv; WNLI.tsv has 10 predictions, not 146"

@@ -37,11 +37,13 @@ def test_longest_first_then_by_seed() -> None:
 
 
 def test_runs_that_start_from_mnli_name_the_one_of_their_seed() -> None:
-    needs = {run.name: run.needs and run.needs.name for run in plan_of("rte", "sst2", "mnli", intermediate=True)}
-    assert needs["rte-seed1"] == "mnli-seed1"
-    assert needs["rte-seed2"] == "mnli-seed2"
-    assert needs["sst2-seed1"] is needs["mnli-seed1"] is None
-    assert all(run.needs is None for run in plan_of("rte", "sst2", "mnli"))
+    started = {
+        run.name: run.starts_from and run.starts_from.name for run in plan_of("rte", "sst2", "mnli", intermediate=True)
+    }
+    assert started["rte-seed1"] == "mnli-seed1"
+    assert started["rte-seed2"] == "mnli-seed2"
+    assert started["sst2-seed1"] is started["mnli-seed1"] is None
+    assert all(run.starts_from is None for run in plan_of("rte", "sst2", "mnli"))
 
 
 def test_a_run_waits_for_the_one_it_starts_from(store: RunStore, tmp_path: Path) -> None:

@@ -138,6 +138,6 @@ def test_a_failure_while_compiling_names_the_switch() -> None:
 
     with (
         pytest.raises(UserError, match=r"trainer\.compile: torch\.compile failed: .*set trainer\.compile=false"),
-        compilation.compile_errors_named(),
+        compilation.explain_compile_errors(),
     ):
         torch.compile(lambda x: x + 1, backend=fails)(torch.ones(2))

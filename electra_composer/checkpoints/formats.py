@@ -29,7 +29,7 @@ from electra_composer.errors import UserError, one_line
 
 
 @contextlib.contextmanager
-def loading(
+def trainer_load_arguments(
     checkpoints: CheckpointConfig, latest: str, load_path: str | None, sharded: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield the arguments of Composer's `Trainer` that load a checkpoint, and make it load safely inside the block.
