@@ -1,0 +1,1 @@
+"""Shards to batches: streams, reader, dataset and loader workers."""

@@ -1,0 +1,1 @@
+"""Saving, resuming, remote copies, safe loading, and weights to and from transformers."""

@@ -1,0 +1,1 @@
+"""Text to shards: sources, documents, examples, parts and engines."""

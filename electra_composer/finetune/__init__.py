@@ -1,0 +1,1 @@
+"""GLUE: tasks, data, classification head, runs, results and reports."""

@@ -1,0 +1,1 @@
+"""The paper: generator, discriminator, encoder, masking, and their ComposerModel."""

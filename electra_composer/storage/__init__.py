@@ -1,0 +1,1 @@
+"""Format of a folder of shards; object stores."""

@@ -1,0 +1,1 @@
+"""Composer's Trainer for one run: builders, optimizer, callbacks, loggers, devices and parallelism."""

@@ -1,1 +1,1 @@
-"""Fused operations. Each has a plain PyTorch implementation with the same signature."""
+"""Masked-LM loss with sampling, attention within examples, and dropout for CPUs."""
