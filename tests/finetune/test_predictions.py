@@ -269,7 +269,7 @@ def test_from_runs_to_a_submission(
     logits = load_logits(str(group / f"mnli-seed{best}.npz"))
     assert found["AX.tsv"] == [NLI[index] for index in logits["ax-test"].argmax(-1).tolist()]
     out = capsys.readouterr().out
-    assert "the GLUE server wants a whole submission: no CoLA.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, WNLI.tsv" in out
+    assert "the GLUE server expects a complete submission: no CoLA.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, WNLI.tsv" in out
 
     # RTE and STS-B start from MNLI's weights of their seed, SST-2 from the source's.
     for name, started_from in (("rte", "mnli-seed2"), ("stsb", "mnli-seed2"), ("sst2", None)):
@@ -290,7 +290,7 @@ def test_from_runs_to_a_submission(
 
     # Without the weights that others start from, or the logits that are asked for, nothing starts.
     (group.parent / "weights" / "mnli-seed1.safetensors").unlink()
-    with pytest.raises(UserError, match=r"mnli-seed1.safetensors: no such file, from which runs of RTE"):
+    with pytest.raises(UserError, match=r"mnli-seed1.safetensors: no such file, but runs of RTE"):
         glue.main(make_config(tasks, "seeds=[1, 2, 3]", "intermediate=true", "predict.enabled=false"))
     (group / "sst2-seed1.npz").unlink()
     with pytest.raises(UserError, match=r"sst2-seed1.npz: no such file: the run was done with predict.enabled=false"):
