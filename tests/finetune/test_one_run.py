@@ -100,7 +100,7 @@ def test_from_runs_to_a_submission(
     logits = load_logits(str(group / f"mnli-seed{best}.npz"))
     assert found["AX.tsv"] == [NLI[index] for index in logits["ax-test"].argmax(-1).tolist()]
     out = capsys.readouterr().out
-    assert "the GLUE server wants a whole submission: no CoLA.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, WNLI.tsv" in out
+    assert "the GLUE server expects a complete submission: no CoLA.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, WNLI.tsv" in out
 
     # RTE and STS-B start from the MNLI run of the same seed, SST-2 from the source.
     for name, started_from in (("rte", "mnli-seed2"), ("stsb", "mnli-seed2"), ("sst2", None)):
