@@ -121,7 +121,7 @@ def test_from_runs_to_a_submission(
 
     # Without the weights from which other runs start, or the logits of finished runs, no run starts.
     (group.parent / "weights" / "mnli-seed1.safetensors").unlink()
-    with pytest.raises(UserError, match=r"mnli-seed1.safetensors: no such file, from which runs of RTE"):
+    with pytest.raises(UserError, match=r"mnli-seed1.safetensors: no such file, but runs of RTE"):
         glue.main(make_config(tasks, "seeds=[1, 2, 3]", "intermediate=true", "predict.enabled=false"))
     (group / "sst2-seed1.npz").unlink()
     with pytest.raises(UserError, match=r"sst2-seed1.npz: no such file: the run had predict.enabled=false"):
