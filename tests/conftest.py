@@ -1,4 +1,4 @@
-"""Settings and hooks of the test suite; the shared fixtures are in fixtures.py."""
+"""Settings and hooks of the test suite; the shared fixtures are in shared_fixtures.py."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if not config.option.collectonly:
             programs.start_server()
     else:
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("shared_fixtures")
 
 
 @pytest.hookimpl(wrapper=True)
