@@ -68,11 +68,9 @@ def build_trainer(
     compile_model(model, trainer, static_shapes)
     if trainer.activation_checkpointing and not (sharding is not None and sharding.activation_checkpointing):
         recompute_activations(model)
-    schedule = build_scheduler(config.schedule, max_duration)
-    own_callbacks = build_callbacks(config.callbacks)
-    with trainer_load_arguments(
-        config.checkpoints, os.path.join(folder, LATEST_OF_RANK_0), load_path(config), sharded
-    ) as arguments:
+    schedule, own_callbacks = build_scheduler(config.schedule, max_duration), build_callbacks(config.callbacks)
+    latest = os.path.join(folder, LATEST_OF_RANK_0)
+    with trainer_load_arguments(config.checkpoints, latest, load_path(config), sharded) as arguments:
         return RunTrainer(
             log_interval=trainer.log_interval,
             guard=guard,
