@@ -6,6 +6,7 @@ Fixtures return factories, so that a test states only the differences from the t
 from __future__ import annotations
 
 import atexit
+import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,16 @@ FIRST_WORD = 5
 Batch = dict[str, torch.Tensor]
 # An example is (tokens of A with [CLS] and [SEP], tokens of B with [SEP] or 0), as in the shards' segment_lengths.
 Row = list[tuple[int, int]]
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported by now from garbage collection.
+
+    Every start of a run collects garbage (batches/shared_memory.py). Among the objects of all libraries and test modules
+    that takes most of a second, several times per run.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
