@@ -114,7 +114,7 @@ def check_export() -> str:
         mask = pattern_of(torch.ones_like(ids))
         embedded = ours.embeddings(ids, encoded["token_type_ids"], torch.arange(ids.shape[1])[None])
         rtd = ours.rtd_head(ours.discriminator(embedded, mask))
-        mlm = ours.mlm_head(ours.encoder_of_generator(embedded, mask), ours.embeddings.word.weight)
+        mlm = ours.mlm_logits(ours.mlm_head(ours.encoder_of_generator(embedded, mask)))
         difference = max(
             (rtd - discriminator(**encoded).logits).abs().max().item(),
             (mlm - generator(**encoded).logits).abs().max().item(),

@@ -38,8 +38,11 @@ import psutil
 
 LIBRARIES = ("composer", "streaming", "transformers", "torchmetrics", "pyarrow.parquet", "composer.cli.launcher")
 ADDRESS = "ELECTRA_TESTS_PROGRAM_SERVER"  # environment variable with the path of the server's socket
+WARM_CHILDREN = "ELECTRA_TESTS_WARM_CHILDREN"  # environment variable: what the program starts is forked too
 START_SECONDS = 180  # for the server's imports on a busy machine
 START_OF_SESSION = 5  # index of `start_new_session` among the last arguments of `_execute_child`, Python 3.10 to 3.12
+
+Popen = subprocess.Popen  # the original, where programs replace it
 
 running: list[Program] = []
 """Programs started by this process that have not been waited for."""
@@ -51,13 +54,13 @@ class Program(subprocess.Popen):
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any,
                        env: Any, startupinfo: Any, creationflags: Any, shell: Any, p2cread: int, p2cwrite: int,
                        c2pread: int, c2pwrite: int, errread: int, errwrite: int, *rest: Any) -> None:  # fmt: skip
+        self._status = _connect()
         request = {
             "command": [os.fspath(word) for word in args],
-            "env": dict(os.environ if env is None else env),
+            "env": {**(os.environ if env is None else env), ADDRESS: os.environ[ADDRESS]},
             "cwd": os.fspath(cwd or os.getcwd()),
             "session": bool(rest[START_OF_SESSION]),
         }
-        self._status = _connect()
         streams = [given if given != -1 else own for own, given in enumerate((p2cread, c2pwrite, errwrite))]
         socket.send_fds(self._status, [json.dumps(request).encode() + b"\n"], streams)
         self.pid = int(_read_line(self._status))
@@ -128,7 +131,7 @@ def start_server() -> None:
         return
     folder = tempfile.mkdtemp(prefix="programs-")
     address = os.path.join(folder, "socket")
-    server = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.DEVNULL)
+    server = Popen([sys.executable, __file__, address], stdin=subprocess.DEVNULL)
     os.environ[ADDRESS] = address
     owner = os.getpid()
 
@@ -268,6 +271,8 @@ def _run(command: list[str]) -> None:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     program, *arguments = command
+    if WARM_CHILDREN in os.environ:
+        subprocess.Popen = Program  # type: ignore[misc]
     for folder in reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         if folder and folder not in sys.path:
             sys.path.insert(0, folder)

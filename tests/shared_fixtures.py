@@ -36,8 +36,8 @@ Row = list[tuple[int, int]]
 def pytest_collection_finish() -> None:
     """Exempt what is imported by now from garbage collection.
 
-    Every start of a run collects garbage (batches/shared_memory.py). Among the objects of all libraries and test modules
-    that takes most of a second, several times per run.
+    Every start of a run collects garbage (batches/shared_memory.py). Among the objects of all libraries and test
+    modules that takes most of a second, several times per run.
     """
     gc.collect()
     gc.freeze()
@@ -205,7 +205,18 @@ def s3_endpoint() -> Iterator[str]:
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
+    # Workaround (botocore 1.44): every session parses the JSON description of S3 again; goes when sessions share it.
+    session = pytest.importorskip("botocore.session")
+    original, cache = session.create_loader, {}
+
+    def create_loader(*arguments: Any) -> Any:
+        loader = original(*arguments)
+        loader._cache = cache
+        return loader
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "create_loader", create_loader)
+        yield f"http://{host}:{port}"
     server.stop()
 
 

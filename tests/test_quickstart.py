@@ -21,7 +21,7 @@ def test_smoke(tmp_path):
     done = programs.run(
         [sys.executable, "-m", "electra_composer.quickstart", "--smoke"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", programs.WARM_CHILDREN: "1"},
         capture_output=True,
         text=True,
         timeout=540,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import programs
 import pytest
 import soak
 from recorded_run import read_record
@@ -17,6 +18,7 @@ def short(tmp_path_factory):
     folder = tmp_path_factory.mktemp("soak")
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
+        patch.setattr("subprocess.Popen", programs.Program)
         patch.setattr("builtins.print", lambda *texts, **_: lines.append(texts[0]))
         status = soak.main([*ARGUMENTS, f"--folder={folder}"])
     return status, json.loads(lines[-1]), folder

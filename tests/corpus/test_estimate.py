@@ -30,7 +30,7 @@ def gather(corpus, folder, kind):
         elif kind == "txt":
             (folder / f"{part}.txt").write_text("\n\n".join(text.replace("\n\n", "\n") for text in chosen))
         else:
-            (folder / f"{part}.jsonl.gz").write_bytes(gzip.compress(jsonl(chosen)))
+            (folder / f"{part}.jsonl.gz").write_bytes(gzip.compress(jsonl(chosen), compresslevel=1))
     return texts
 
 
