@@ -8,7 +8,7 @@ NEWEST := .venv-newest
 
 # A module's tests run in one worker, since many share fixtures that take long to make. A worker that is ended by a test
 # that hangs is replaced.
-WORKERS ?= 2
+WORKERS ?= 3
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 8
 
 .PHONY: quickstart test test-fast test-long test-newest lint format clean

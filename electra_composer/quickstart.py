@@ -54,7 +54,7 @@ class Size:
 SMOKE = Size(
     convert=("--vocab-size", "1000", "--val-fraction", "0.2", "--max-documents", "200"),
     pretrain=("trainer.max_duration=40ba", "trainer.eval_interval=40ba", "trainer.eval_batches=2"),
-    synthetic=("--train", "64", "--dev", "32", "--max-documents", "5000"),
+    synthetic=("--train", "64", "--dev", "32", "--max-documents", "1000"),
     finetune=("trainer.max_duration=1ep", "seeds=[1]"),
     launcher=False,
 )

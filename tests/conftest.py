@@ -29,17 +29,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --fast, deselect the tests that are marked as slow or distributed, and those with heavy fixtures."""
-    if not config.getoption("--fast"):
-        return
-    marks = ("slow", "distributed")
-    heavy = [
-        item
-        for item in items
-        if HEAVY_FIXTURES.intersection(getattr(item, "fixturenames", ())) or any(map(item.get_closest_marker, marks))
-    ]
-    config.hook.pytest_deselected(items=heavy)
-    items[:] = [item for item in items if item not in set(heavy)]
+    """Start modules with long tests first, so that all workers end together; with --fast, deselect what takes long."""
+
+    def takes_long(item: pytest.Item) -> bool:
+        return any(map(item.get_closest_marker, ("slow", "distributed")))
+
+    long_modules = {item.path for item in items if takes_long(item)}
+    items.sort(key=lambda item: item.path not in long_modules)
+    if config.getoption("--fast"):
+        heavy = {item for item in items if takes_long(item) or HEAVY_FIXTURES & {*getattr(item, "fixturenames", ())}}
+        config.hook.pytest_deselected(items=list(heavy))
+        items[:] = [item for item in items if item not in heavy]
 
 
 def pytest_configure(config: pytest.Config) -> None:
