@@ -36,7 +36,17 @@ from typing import Any
 
 import psutil
 
-LIBRARIES = ("composer", "streaming", "transformers", "torchmetrics", "pyarrow.parquet", "composer.cli.launcher")
+LIBRARIES = (
+    "omegaconf",
+    "transformers.models.electra.modeling_electra",
+    "transformers.models.electra.tokenization_electra_fast",
+    "composer",
+    "streaming",
+    "transformers",
+    "torchmetrics",
+    "pyarrow.parquet",
+    "composer.cli.launcher",
+)
 ADDRESS = "ELECTRA_TESTS_PROGRAM_SERVER"  # environment variable with the path of the server's socket
 WARM_CHILDREN = "ELECTRA_TESTS_WARM_CHILDREN"  # environment variable: what the program starts is forked too
 START_SECONDS = 180  # for the server's imports on a busy machine

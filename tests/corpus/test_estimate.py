@@ -19,10 +19,10 @@ from electra_composer.corpus.sources import Sources
 DATA = ROOT / "../shared/data"
 
 
-def gather(corpus, folder, kind):
-    """Write the documents of the corpus 40 times to three files of one format; return their texts."""
+def gather(corpus, folder, kind, times=40):
+    """Write the documents of the corpus `times` times to three files of one format; return their texts."""
     texts = [json.loads(line)["text"] for line in (corpus / "corpus.jsonl").read_text().splitlines()]
-    texts *= 40
+    texts *= times
     for part in range(3):
         chosen = texts[part::3]
         if kind == "parquet":
@@ -65,7 +65,7 @@ def test_compressed_reviews_are_estimated_from_a_sample():
 def test_a_dry_run_foretells_the_conversion_and_writes_nothing(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(dry_run, "SAMPLE_BYTES", 100_000)
     (tmp_path / "in").mkdir()
-    gather(corpus, tmp_path / "in", "jsonl.gz")
+    gather(corpus, tmp_path / "in", "jsonl.gz", times=8)
     options = [*arguments(corpus, tmp_path / "out")[2:], "--source", str(tmp_path / "in")]
     told = main([*options, "--dry-run"])
     assert os.listdir(tmp_path) == ["in"]
