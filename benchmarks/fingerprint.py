@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-CLOCKS = ("time/", "throughput/", "memory/", "wall_clock/")
+CLOCKS = ("time/", "throughput/", "memory/", "data/wait")
 # Keys of results.json that depend on the clock, the machine, the folder or the installed versions.
-VOLATILE = re.compile(r"seconds|time|date|version|host|folder|path|machine|at$")
+VOLATILE = re.compile(r"second|finished_at|time|date|version|host|folder|path|machine|at$")
 
 PRETRAIN = [
     "data.max_seq_length=64",

@@ -156,7 +156,8 @@ def first_failure(mutation: Mutation) -> str | None:
             check=False,
         )
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    if done.returncode not in (0, 1) or (done.returncode == 1) != bool(found):
+    # 1: tests failed; 2: stopped after the first failure.
+    if done.returncode not in (0, 1, 2) or (done.returncode > 0) != bool(found):
         raise RuntimeError(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
     return found[1] if found else None
 
