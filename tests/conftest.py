@@ -82,5 +82,5 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 def _kill(processes: Iterable[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            if "programs.py" not in " ".join(process.cmdline()):  # their server
+            if "program_server.py" not in " ".join(process.cmdline()):  # their server
                 process.kill()
