@@ -21,7 +21,7 @@ test: $(STAMP)
 
 # Less than a minute: the tests that start no program and train no model.
 test-fast: $(STAMP)
-	$(BIN)/python $(PYTEST) --fast tests
+	$(BIN)/python $(PYTEST) -n 2 --fast tests
 
 # What `test` leaves out: torch's C++ code generator, and the script for a GPU machine.
 test-long: $(STAMP)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
@@ -16,6 +17,8 @@ import programs
 import psutil
 import pytest
 
+TESTS = Path(__file__).parent
+
 # The usual limit of open files, so that a leak is detected on every machine.
 _SOFT, _HARD = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024 if _SOFT == resource.RLIM_INFINITY else min(_SOFT, 1024), _HARD))
@@ -24,8 +27,46 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (1024 if _SOFT == resource.RLIM_INFIN
 HEAVY_FIXTURES = {"shards", "write_tiny_yaml", "tiny_yaml", "s3", "s3_endpoint", "gcs"}
 
 
+# Modules that --fast leaves out as a whole: most of their tests compile, convert, train or start programs.
+SLOW_MODULES = {
+    "benchmarks",
+    "batches/test_remote_errors.py",
+    "batches/test_remote_shards.py",
+    "batches/test_workers.py",
+    "checkpoints/test_exact_resume.py",
+    "checkpoints/test_remote.py",
+    "corpus/test_conversion.py",
+    "corpus/test_conversion_options.py",
+    "corpus/test_estimate.py",
+    "corpus/test_remote_writing.py",
+    "corpus/test_resuming_conversion.py",
+    "finetune/test_one_run.py",
+    "finetune/test_processes.py",
+    "finetune/test_results.py",
+    "model/test_compile.py",
+    "model/test_large_vocabulary.py",
+    "model/kernels/test_masked_lm_triton.py",
+    "training/test_devices.py",
+    "training/test_distributed.py",
+    "training/test_equality.py",
+    "training/test_interrupts.py",
+    "training/test_monitors.py",
+    "test_artefacts.py",
+    "test_faults.py",
+    "test_glue.py",
+    "test_pretrain.py",
+    "test_quickstart.py",
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out what takes long, for a run between two edits")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --fast, do not even import the modules that are left out."""
+    name = collection_path.relative_to(TESTS).as_posix() if collection_path.is_relative_to(TESTS) else ""
+    return True if config.getoption("--fast") and name in SLOW_MODULES else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -49,7 +90,7 @@ def pytest_configure(config: pytest.Config) -> None:
     Composer's signal handlers do not interfere with Ctrl-C.
     """
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
-        if not config.option.collectonly:
+        if not (config.option.collectonly or config.getoption("--fast")):
             programs.start_server()
     else:
         config.pluginmanager.import_plugin("shared_fixtures")

@@ -73,6 +73,7 @@ def test_evaluation_sees_each_example_once_and_order_is_restored_by_index(
     )
 
 
+@pytest.mark.slow
 def test_training_order_is_seeded_and_new_every_epoch_and_dev_has_one(tokenizer: ElectraTokenizerFast) -> None:
     words = LETTERS[5:21]
     examples = [Example((f"{first} {second}",), 0) for first in words for second in words]
