@@ -6,7 +6,8 @@ take the arguments of `subprocess.Popen` and `subprocess.run` and start the same
 libraries and nothing of electra_composer. Ranks that Composer's launcher starts are forked from the same server.
 
 A program that must be a child of the test process, or must see its environment before Python or torch starts (locale,
-PYTHONHASHSEED, TRITON_INTERPRET), is started by `subprocess` instead.
+PYTHONHASHSEED, TRITON_INTERPRET), is started by `subprocess` instead. So is one whose exit is timed: a forked process
+exits without tearing down the interpreter and its libraries.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
+from streaming import LocalDataset, MDSWriter
 
 from electra_composer.corpus.examples import Row
 from electra_composer.corpus.folder_writer import ShardFolder
@@ -59,3 +61,17 @@ def write_shards(out, tokenizer, train=40, val=7, **options):
 
 def open_files():
     return len(os.listdir("/proc/self/fd"))
+
+
+def copy_to_many_files(shards: Path, folder: Path) -> Path:
+    """Copy a folder of shards, with its rows in more than ten files per split; return the copy."""
+    shutil.copytree(shards, folder)
+    for split in ("train", "val"):
+        rows = list(LocalDataset(local=str(shards), split=split))
+        shutil.rmtree(folder / split)
+        columns = {"input_ids": "ndarray:uint16", "segment_lengths": "ndarray:uint16"}
+        with MDSWriter(columns=columns, out=str(folder / split), size_limit=1500, hashes=["xxh64"]) as writer:
+            for row in rows:
+                writer.write(row)
+    assert len(list((folder / "train").glob("*.mds"))) > 10
+    return folder
