@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 END_OF_WORKER = signal.SIGUSR2
+SIGNALS_OF_WORKER = {signal.SIGINT, signal.SIGTERM, END_OF_WORKER}
 ENDS_WORKERS = sys.platform.startswith("linux")  # PyTorch forks its workers there
 
 
@@ -35,12 +36,22 @@ def leave_signals_to_parent(_: int = 0) -> None:
     if ENDS_WORKERS:
         signal.signal(END_OF_WORKER, lambda number, frame: os._exit(0))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS_OF_WORKER)
 
 
 # Workaround (torch 2.7): DataLoader, and Python at exit, terminate workers by SIGTERM, which these workers ignore. They
-# get END_OF_WORKER instead, and exit with the status 0 that DataLoader expects. `_Popen` is private to Python's
-# multiprocessing. Goes when DataLoader lets the caller choose the signal.
+# get END_OF_WORKER instead, and exit with the status 0 that DataLoader expects. `_Popen` is private to
+# Python's multiprocessing. Goes when DataLoader lets the caller choose the signal.
 class _WorkerPopen(Popen):
+    def __init__(self, process: BaseProcess) -> None:
+        # Until the worker has its handlers, a signal would kill it with a status that DataLoader takes for a fault: it
+        # starts with these signals blocked, and one that arrives early waits for `leave_signals_to_parent`.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_WORKER)
+        try:
+            super().__init__(process)  # forks; returns in the parent only
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
     def terminate(self) -> None:
         if self.poll() is None:
             os.kill(self.pid, END_OF_WORKER)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ import time
 import pytest
 from torch.utils.data import DataLoader
 
-from electra_composer.batches.workers import loader_workers
+from electra_composer.batches.workers import leave_signals_to_parent, loader_workers
 
 
 def squares_that_take_long(index: int) -> int:
@@ -31,6 +33,28 @@ def test_a_loaders_worker_hears_its_parent_alone():
     worker.join(0.5)
     assert worker.is_alive()
     worker.terminate()  # in the middle of the third batch
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+def start_slowly() -> None:
+    time.sleep(1)
+    leave_signals_to_parent()
+    time.sleep(600)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere PyTorch does not fork its workers")
+@pytest.mark.parametrize("number", ["INT", "TERM", "USR2"])
+def test_a_signal_before_the_worker_has_its_handlers_waits_for_them(number):
+    """A signal that killed a worker then made the parent's exit print a traceback."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    worker = loader_workers(1)["multiprocessing_context"].Process(target=start_slowly)
+    worker.start()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+    os.kill(worker.pid, getattr(signal, f"SIG{number}"))
+    worker.join(0.2)
+    assert worker.is_alive()
+    worker.terminate()
     worker.join(60)
     assert worker.exitcode == 0
 
