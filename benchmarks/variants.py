@@ -28,7 +28,7 @@ from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.training.builders import build_optimizer
 from electra_composer.training.callbacks import TrainMetrics
 from electra_composer.training.compilation import compile_config
-from electra_composer.training.devices import (
+from electra_composer.training.process_memory import (
     M_MMAP_MAX,
     M_MMAP_THRESHOLD,
     M_TOP_PAD,

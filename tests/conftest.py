@@ -106,6 +106,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+@pytest.hookimpl(optionalhook=True)  # unknown with `-p no:xdist`
 def pytest_testnodedown(node: Any, error: Any) -> None:
     """Kill what a worker that crashed, or was ended by the last time limit, has left behind."""
     if error:

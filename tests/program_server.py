@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def serve(address: str) -> None:
     sys.dont_write_bytecode = False
     for name in LIBRARIES:
         importlib.import_module(name)
+    # Composer starts a process to find the processor's name, which takes a second, and caches it.
+    importlib.import_module("composer.utils.collect_env").get_cpu_model()
     sys.pycache_prefix = os.path.dirname(address)
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -113,12 +116,14 @@ def _become(request: dict[str, Any], fds: list[int]) -> None:
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        time.sleep(float(os.environ.get(programs.EXIT_SECONDS, 0)))
     finally:
         os._exit((code or 0) & 0xFF)
 
 
 def _writer(fd: int, **options: Any) -> io.TextIOWrapper:
-    return io.TextIOWrapper(open(fd, "wb", closefd=False), **options)
+    encoding = os.environ.get("PYTHONIOENCODING")
+    return io.TextIOWrapper(open(fd, "wb", closefd=False), encoding=encoding, **options)
 
 
 def _say(message: Any) -> int:

@@ -5,9 +5,9 @@ take the arguments of `subprocess.Popen` and `subprocess.run` and start the same
 `python -c`, `python -m`, `composer -n 2 script`), but the process is forked from a server that has imported those
 libraries and nothing of electra_composer. Ranks that Composer's launcher starts are forked from the same server.
 
-A program that must be a child of the test process, or must see its environment before Python or torch starts (locale,
-PYTHONHASHSEED, TRITON_INTERPRET), is started by `subprocess` instead. So is one whose exit is timed: a forked process
-exits without tearing down the interpreter and its libraries.
+A program that must be a child of the test process, or must see its environment before Python or a library starts
+(PYTHONHASHSEED, TRITON_INTERPRET), is started by `subprocess` instead. A forked process exits without tearing down the
+interpreter and its libraries, which takes a real one a second or two: `EXIT_SECONDS` simulates that.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import psutil
 ADDRESS = "ELECTRA_TESTS_PROGRAM_SERVER"  # environment variable with the path of the server's socket
 SERVER = Path(__file__).with_name("program_server.py")
 WARM_CHILDREN = "ELECTRA_TESTS_WARM_CHILDREN"  # environment variable: what the program starts is forked too
+EXIT_SECONDS = "ELECTRA_TESTS_EXIT_SECONDS"  # environment variable: seconds between the end of the program and its exit
 START_SECONDS = 180  # for the server's imports on a busy machine
 START_OF_SESSION = 5  # index of `start_new_session` among the last arguments of `_execute_child`, Python 3.10 to 3.12
 

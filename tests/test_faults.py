@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import programs
 import pytest
 import torch
 from composer.core import Callback
@@ -98,13 +99,13 @@ def test_a_dead_rank_ends_the_others_within_a_minute(tiny_yaml, tmp_path):
     ]
     command += [str(tiny_yaml), f"callbacks.record.folder={tmp_path / 'record'}", "trainer.max_duration=100000ba"]
     command += [f"callbacks.signal_at.{setting}" for setting in settings]
-    # Not by programs.py, whose processes exit faster: the launcher must see the end of rank 1 before that of rank 0.
-    done = subprocess.run(
+    # The launcher must see the end of rank 1 before that of rank 0, which takes a second to exit.
+    done = programs.run(
         command,
         capture_output=True,
         text=True,
         timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", programs.EXIT_SECONDS: "2"},
         check=False,
     )
     ended = time.time()
@@ -162,7 +163,7 @@ def test_shared_memory_of_a_killed_run_is_removed_by_the_next(shards):
     """That of a live run is kept."""
     config = ShardsConfig(path=str(shards), max_seq_length=32, num_workers=0)
     command = [sys.executable, "-c", BUILDS_AND_DIES, str(shards)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = programs.Program(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     prefix = f"{int(process.stdout.readline()):06}_"
 
     def left() -> list[str]:
@@ -204,7 +205,7 @@ def test_a_locale_that_lacks_the_letters(tiny_yaml, tmp_path):
     run = tmp_path / "läuft"
     locale = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     settings = [f"checkpoints.folder={run}", "run_name=größe", "trainer.max_duration=2ba", "schedule.warmup=1ba"]
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, str(ROOT / "electra_composer/pretrain.py"), str(tiny_yaml), *settings],
         capture_output=True,
         env={**os.environ, **locale},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
+import random
 import subprocess
 import sys
 
@@ -91,14 +93,16 @@ def test_training_is_the_same_in_every_process(tmp_path):
         "text = [inspect.getsource(random), inspect.getsource(inspect)];"
         "print(v.vocabulary_sha256(v.train_tokenizer(text, 2000)))"
     )
-    hashes = set()
-    for parallelism in ("true", "false"):
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": parallelism}
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
-        )
-        hashes.add(done.stdout.split()[-1])
-    assert len(hashes) == 1
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "true"},  # here it is false
+        cwd=tmp_path,
+    )
+    text = [inspect.getsource(random), inspect.getsource(inspect)]
+    assert done.stdout.split()[-1] == vocabulary_sha256(train_tokenizer(text, 2000))
 
 
 def test_alphabet_keeps_the_most_frequent_characters(monkeypatch):

@@ -1,10 +1,8 @@
-"""Choices that depend on the machine: device, precision, attention path, memory allocator."""
+"""Choices that depend on the machine: device, precision, attention path."""
 
 from __future__ import annotations
 
-import ctypes
 import platform
-import sys
 import time
 from collections.abc import Callable
 
@@ -112,30 +110,6 @@ def cpu_multiplies_bfloat16() -> bool:
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-# From glibc's malloc.h: mallopt(parameter, value).
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
-
-
-def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for the next step instead of returning it to the system.
-
-    A step on a CPU allocates and frees gigabytes. Page faults of memory from the system take a quarter of a small
-    model's step. The process then keeps its peak memory. CUDA has its own allocator.
-
-    Returns:
-        False if there is no glibc or it refused.
-    """
-    return set_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26})
-
-
-def set_malloc(settings: dict[int, int]) -> bool:
-    """Call glibc's `mallopt` for each setting. Return False if there is no glibc or it refused one."""
-    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return [mallopt(parameter, value) for parameter, value in settings.items()] == [1] * len(settings)
 
 
 def choose_attention(trainer: TrainerConfig, encoder: EncoderConfig, rows: int, length: int) -> tuple[str, str]:

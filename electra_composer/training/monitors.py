@@ -6,10 +6,7 @@ ahead. Values are read back from the device when they are logged.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -21,6 +18,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from electra_composer.errors import UserError
+from electra_composer.training.process_memory import peak_resident_bytes
 from electra_composer.training.times import IntervalCallback
 
 
@@ -159,20 +157,6 @@ class RunMemoryMonitor(IntervalCallback, MemoryMonitor):
     def log(self, state: State, logger: Logger) -> None:
         MemoryMonitor.after_train_batch(self, state, logger)
         logger.log_metrics({"memory/peak_resident_mem": peak_resident_bytes() / 1e9})
-
-
-def peak_resident_bytes() -> int:
-    """Return the peak main memory of this process.
-
-    Read from `/proc`, since Linux keeps `ru_maxrss` over `exec`, so that a child of a large process (a launcher, a test
-    runner) reports its parent's peak.
-    """
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, others kibibytes
 
 
 class DataWait(IntervalCallback):

@@ -7,7 +7,8 @@ from composer.utils import dist, reproducibility
 from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.errors import UserError
 from electra_composer.training.compilation import check_compile
-from electra_composer.training.devices import keep_freed_memory, resolve_device, run_device
+from electra_composer.training.devices import resolve_device, run_device
+from electra_composer.training.process_memory import keep_freed_memory
 from electra_composer.training.times import parse_time
 
 

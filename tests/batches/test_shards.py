@@ -13,6 +13,7 @@ import time
 import programs
 import pytest
 from composer.core.data_spec import default_split_batch
+from launcher import launch
 from small_shards import LENGTH, WORDS, make_rows, make_tokenizer, open_files, write_shards
 
 from electra_composer.batches.checks import check_shards
@@ -249,9 +250,7 @@ def test_runs_that_start_together_share_no_memory(shards):
 @pytest.mark.slow
 def test_two_processes_share_the_rows(shards, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(tmp_path / "program.py"), shards]
-    done = programs.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch(2, str(tmp_path / "program.py"), str(shards), str(tmp_path))
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert [batches for batches, _ in ranks] == [4, 4]
     assert sorted(ranks[0][1] + ranks[1][1]) == sorted(

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed
 from composer import Trainer
 from composer.core import DataSpec, Evaluator
-from torch.nn.parallel import DistributedDataParallel
+from launcher import launch
+from tiny import ROOT
 from torch.utils.data import DataLoader
 
-from electra_composer.config import ModelConfig, ObjectiveConfig
+from electra_composer.config import ObjectiveConfig
 from electra_composer.model import electra, masking, pretraining
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import Layer
@@ -43,7 +40,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 
 def gradients(model: torch.nn.Module) -> Batch:
-    return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(found: Batch, expected: Batch) -> None:
@@ -200,35 +197,7 @@ def test_composers_evaluation_is_repeatable(make_model: Make, make_batch: Make) 
     assert found[0]["total_loss"] == pytest.approx(mlm.item() + 50 * rtd.item(), rel=0.05)
 
 
-def _process(rank: int, port: int, config: ModelConfig, state: Batch, batch: Batch, out: str) -> None:
-    """One of two ranks: its rows, in two microbatches, under DDP, with Composer's weighting."""
-    # Composer reads these, and leaves those of a run in one process behind in the process that started this one.
-    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = ElectraPretraining(
-        ElectraForPretraining(config, ObjectiveConfig(), 99, SpecialIds(pad=0, cls=2, sep=3, mask=4), LENGTH)
-    )
-    model.model.load_state_dict(state)
-    wrapped = DistributedDataParallel(model)
-    for first_rows in SHARES:
-        model.zero_grad()
-        mine = {name: t[:first_rows] if rank == 0 else t[first_rows:] for name, t in batch.items()}
-        counted = model.count_batch(mine)
-        halves = [{name: tensor[half::2] for name, tensor in counted.items()} for half in range(2)]
-        for half, context in zip(halves, (wrapped.no_sync(), contextlib.nullcontext()), strict=True):
-            with context:
-                weight = len(half["input_ids"]) / (len(batch["input_ids"]) / 2)  # over the mean of the processes' rows
-                (model.loss(wrapped(half), half)["total"] * weight).backward()
-        torch.save(gradients(model.model), f"{out}/{first_rows}_{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-SHARES = (4, 6)  # of the eight rows, how many the first process has
-
-
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_two_processes_give_the_gradient_of_one(
     make_model: Make, make_batch: Make, tiny_model_config: Make, tmp_path: Path
 ) -> None:
@@ -236,12 +205,12 @@ def test_two_processes_give_the_gradient_of_one(
     model = make_model()
     batch = noisy(model, make_batch(VERY_UNEVEN))
     expected, _ = reference(model, batch)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (port, tiny_model_config(), model.state_dict(), batch, str(tmp_path))
-    torch.multiprocessing.start_processes(_process, args=arguments, nprocs=2, start_method="spawn")
-    for first_rows in SHARES:
+    sizes = (tiny_model_config(), 99, SpecialIds(pad=0, cls=2, sep=3, mask=4), LENGTH)
+    shares = (4, 6)  # of the eight rows, how many the first process has
+    inputs = {"sizes": sizes, "weights": model.state_dict(), "batch": batch, "shares": shares}
+    torch.save(inputs, tmp_path / "inputs.pt")
+    launch(2, str(ROOT / "tests" / "gradient_of_ranks.py"), str(tmp_path))
+    for first_rows in shares:
         for rank in range(2):
             assert_same(torch.load(tmp_path / f"{first_rows}_{rank}.pt"), expected)
 

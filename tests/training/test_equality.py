@@ -12,11 +12,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import equality
+import programs
 import pytest
 import torch
 from launcher import COMPOSER, launch
@@ -239,51 +238,25 @@ def test_an_infinite_loss_of_one_process_is_skipped_by_all(one: Path, two: Path)
 # Several nodes
 
 
-def two_nodes(folder: Path) -> Callable[[int, int], list[str]]:
-    """Return the launcher of each of two nodes, in a mount namespace with its own shared memory, like a machine.
-
-    Streaming shares state between the ranks of a node in `/dev/shm`; two nodes on one machine would share it too.
-    """
-    isolated = [
-        "unshare",
-        "--map-root-user",
-        "--mount",
-        "sh",
-        "-c",
-        'mount -t tmpfs tmpfs /dev/shm && exec "$@"',
-        "sh",
-    ]
-
-    def command(rank: int, port: int) -> list[str]:
-        place = ["--world_size", "2", "--node_rank", str(rank), "--nproc", "1"]
-        address = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-        script = [str(ROOT / "tests" / "equality.py"), str(folder / "nodes"), str(folder / "equal.yaml"), "ddp"]
-        return [*isolated, str(COMPOSER), *place, *address, *script]
-
-    return command
-
-
-def has_namespaces() -> bool:
-    try:
-        command = ["unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /dev/shm"]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux namespaces")
 def test_two_nodes(folder: Path, one: Path) -> None:
     """Two launchers with a node rank each that share the run's folder, as on a cluster's file system."""
-    if not has_namespaces():
-        pytest.skip("no user namespaces here, so two nodes would share one /dev/shm")
+    alone = str(ROOT / "tests" / "on_a_node.py")
+    refused = programs.run([sys.executable, alone], capture_output=True, text=True)
+    if refused.returncode != 0:
+        pytest.skip(f"two nodes would share one /dev/shm: {refused.stderr.splitlines()[-1]}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = two_nodes(folder)
-    environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1"}
+        place = ["--world_size", "2", "--nproc", "1", "--master_addr", "127.0.0.1"]
+        place += ["--master_port", str(probe.getsockname()[1])]
+    script = [alone, str(ROOT / "tests" / "equality.py"), str(folder / "nodes"), str(folder / "equal.yaml"), "ddp"]
     nodes = [
-        subprocess.Popen(
-            command(rank, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        programs.Program(
+            [str(COMPOSER), *place, "--node_rank", str(rank), *script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for rank in (0, 1)
     ]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import programs
 import pytest
 from resumed_runs import run, signal_at
 
@@ -72,15 +73,21 @@ print("received", stop.received(), flush=True)
 time.sleep(600)
 """
 LAUNCHER = """
-import os, subprocess, sys
-subprocess.run([sys.executable, "-c", sys.argv[1]], env={**os.environ, "LOCAL_RANK": "0"})
+import os, signal, sys
+
+if os.fork() == 0:
+    os.environ["LOCAL_RANK"] = "0"
+    exec(sys.argv[1])
+else:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # instead of Composer's, which exits normally
+    os.wait()
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's signal at the end of a parent")
 def test_the_end_of_the_launcher_is_a_sigterm_and_sigint_then_ends_at_once():
     """When the launcher dies of SIGTERM its rank receives SIGTERM too; SIGINT then ends it at once."""
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, CHILD], stdout=subprocess.PIPE, text=True)
+    launcher = programs.Program([sys.executable, "-c", LAUNCHER, CHILD], stdout=subprocess.PIPE, text=True)
     word, pid = launcher.stdout.readline().split()
     assert word == "ready"
     try:

@@ -39,7 +39,9 @@ def test_triton_under_the_interpreter() -> None:
     if INTERPRETED:
         pytest.skip("already in the interpreter")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", __file__, "-k", "test_kernel_"]
+    # The tests need none of the shared fixtures, whose imports take seconds.
+    plugins = [word for name in ("cacheprovider", "shared_fixtures", "xdist") for word in ("-p", f"no:{name}")]
+    command = [sys.executable, "-m", "pytest", "-rA", *plugins, __file__, "-k", "test_kernel_"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert done.stdout.count("PASSED") > 15
@@ -102,6 +104,11 @@ kernel = [
         not (ON_GPU or INTERPRETED), reason="no GPU; test_triton_under_the_interpreter runs it in another process"
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture
