@@ -82,13 +82,13 @@ def all_runs(yaml: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.initialize_dist(get_device("cpu"))
     for kind, overrides in KINDS.items():
-        overrides = [*overrides, "trainer.log_interval=5ba"]
+        overrides = [*overrides, "trainer.log_interval=3ba", "trainer.max_duration=10ba"]
         assert run(yaml, folder / f"{kind}-uninterrupted", *overrides) == 0
         broken = folder / f"{kind}-interrupted"
         # One rank receives the signal; both stop after the current batch.
-        assert run(yaml, broken, *overrides, *signal_at(6, SIGNALS[kind], rank=1)) == 128 + SIGNALS[kind]
+        assert run(yaml, broken, *overrides, *signal_at(4, SIGNALS[kind], rank=1)) == 128 + SIGNALS[kind]
         if kind == "sharded":
-            assert run(yaml, broken, *overrides, "callbacks.crash.batch=14") == -9
+            assert run(yaml, broken, *overrides, "callbacks.crash.batch=8") == -9
         assert run(yaml, broken, *overrides) == 0
     # Started and finished on one rank by the test itself.
     assert run(yaml, folder / "elastic", *signal_at(9, signal.SIGTERM, rank=1)) == 143

@@ -1,6 +1,6 @@
 """A run is equal on one rank and on several, under DDP or FSDP2, compiled or not, uninterrupted or resumed.
 
-Real shards and `pretrain.main`; equality.py says which two parts are replaced. Twenty batches of twelve rows pass the
+Real shards and `pretrain.main`; equality.py says which two parts are replaced. Twelve batches of 24 rows pass the
 end of an epoch. Three ranks divide neither the embedding tables (128, 40 and 2 rows) nor the layers.
 """
 
@@ -36,14 +36,14 @@ model:
    dropout: 0.0, attention_dropout: 0.0}
 optimizer: {lr: 5.0e-4}
 schedule: {warmup: 2ba}
-trainer: {max_duration: 20ba, global_train_batch_size: 12, device_eval_batch_size: 8, eval_interval: 20ba,
+trainer: {max_duration: 12ba, global_train_batch_size: 24, device_eval_batch_size: 8, eval_interval: 12ba,
           eval_batches: 1, precision: fp32, log_interval: 1ba, progress_bar: false, device: cpu}
 checkpoints: {folder: FOLDER, milestones: [0.5, 1.0]}
 """
 TIED = "model.tie_encoder=true model.generator_size=1.0 model.num_heads=1"
 COMPILED = "trainer.compile=true"
 FSDP = "trainer.fsdp={}"
-MICRO = "trainer.device_train_microbatch_size=5"
+MICRO = "trainer.device_train_microbatch_size=10"
 SHARDED = "trainer.fsdp={} trainer.fsdp.state_dict_type=sharded"
 
 
@@ -87,7 +87,7 @@ def two(folder: Path, one: Path) -> Path:
         f"fsdp_micro_recomputed {FSDP} {MICRO} trainer.fsdp.activation_checkpointing=true",
         f"tied_fsdp_compiled {TIED} {COMPILED} {FSDP}",
         f"sharded {SHARDED}",
-        f"ddp_from_file@10 checkpoints.load_path={middle(one / 'reference')}",
+        f"ddp_from_file@6 checkpoints.load_path={middle(one / 'reference')}",
         f"infinite_fsdp trainer.on_nonfinite=skip {FSDP}",
     )
 
@@ -100,22 +100,22 @@ def three(folder: Path, one: Path, two: Path) -> Path:
         3,
         f"fsdp {FSDP}",
         f"tied_fsdp {TIED} {FSDP}",
-        f"sharded_from_file@10 {SHARDED} checkpoints.load_path={middle(one / 'reference')}",
-        f"sharded_from_sharded@10 {SHARDED} checkpoints.load_path={middle(two / 'sharded')}",
+        f"sharded_from_file@6 {SHARDED} checkpoints.load_path={middle(one / 'reference')}",
+        f"sharded_from_sharded@6 {SHARDED} checkpoints.load_path={middle(two / 'sharded')}",
         f"lost_fsdp {FSDP}",
     )
 
 
 def middle(run: Path) -> Path:
-    """Return the checkpoint after ten batches, a file or a folder."""
-    return run / "milestone-ba10" if (run / "milestone-ba10").is_dir() else run / "milestone-ba10-rank0.pt"
+    """Return the checkpoint after six batches, a file or a folder."""
+    return run / "milestone-ba6" if (run / "milestone-ba6").is_dir() else run / "milestone-ba6-rank0.pt"
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
     """Compare rows, losses (to 1e-5) and weights over the batches of `run`."""
     seen, expected = (json.loads((path / "seen.json").read_text()) for path in (run, reference))
     start = int(run.name.partition("@")[2] or 0)
-    assert len(seen["losses"]) == 20 - start
+    assert len(seen["losses"]) == 12 - start
     assert seen["rows"] == expected["rows"][start:]
     assert seen["losses"] == pytest.approx(expected["losses"][start:], rel=1e-5)
     weights, theirs = read_checkpoint(str(run)).state, read_checkpoint(str(reference)).state
@@ -160,7 +160,7 @@ def test_a_shard_that_is_not_updated_is_noticed(one: Path, three: Path) -> None:
 
 
 def test_every_parameter_moves(one: Path, three: Path) -> None:
-    """Without a reference: every row of every matrix changes between the tenth batch and the last, on every shard."""
+    """Without a reference: every row of every matrix changes between the sixth batch and the last, on every shard."""
     for run in (one / "reference", three / "fsdp", three / "tied_fsdp"):
         before, after = read_checkpoint(str(middle(run))).state, read_checkpoint(str(run)).state
         for name, tensor in after.items():
@@ -184,10 +184,10 @@ def test_what_is_compiled(two: Path, one: Path) -> None:
 
 
 def test_from_one_file_to_two_replicas(one: Path, two: Path) -> None:
-    assert_same_run(two / "ddp_from_file@10", one / "reference")
+    assert_same_run(two / "ddp_from_file@6", one / "reference")
 
 
-@pytest.mark.parametrize("name", ["sharded_from_file@10", "sharded_from_sharded@10"])
+@pytest.mark.parametrize("name", ["sharded_from_file@6", "sharded_from_sharded@6"])
 def test_to_three_shards(one: Path, three: Path, name: str) -> None:
     assert is_sharded(os.path.realpath(three / name / "latest-rank0.pt"))
     assert_same_run(three / name, one / "reference")
@@ -195,12 +195,12 @@ def test_to_three_shards(one: Path, three: Path, name: str) -> None:
 
 def test_from_two_shards_to_one_process(folder: Path, one: Path, two: Path) -> None:
     """To one file and to one shard; and a run that saved shards resumes in its own folder without FSDP."""
-    shutil.copytree(two / "sharded", folder / "own@10", symlinks=True)
-    (folder / "own@10" / "latest-rank0.pt").unlink()
-    (folder / "own@10" / "latest-rank0.pt").symlink_to("milestone-ba10")
+    shutil.copytree(two / "sharded", folder / "own@6", symlinks=True)
+    (folder / "own@6" / "latest-rank0.pt").unlink()
+    (folder / "own@6" / "latest-rank0.pt").symlink_to("milestone-ba6")
     load = f"checkpoints.load_path={middle(two / 'sharded')}"
-    equality.main(str(folder), str(folder / "equal.yaml"), [f"file@10 {load}", f"shard@10 {load} {SHARDED}", "own@10"])
-    for name in ("file@10", "shard@10", "own@10"):
+    equality.main(str(folder), str(folder / "equal.yaml"), [f"file@6 {load}", f"shard@6 {load} {SHARDED}", "own@6"])
+    for name in ("file@6", "shard@6", "own@6"):
         assert_same_run(folder / name, one / "reference")
 
 
@@ -211,7 +211,7 @@ def test_export_from_both_forms(folder: Path, one: Path, two: Path, three: Path)
     for name, run in {
         "file": one / "reference",
         "two": two / "sharded",
-        "three": three / "sharded_from_file@10",
+        "three": three / "sharded_from_file@6",
     }.items():
         export(read_checkpoint(str(run)), str(folder / f"export_{name}"))
         exported[name] = ElectraForPreTraining.from_pretrained(folder / f"export_{name}" / "discriminator").state_dict()
