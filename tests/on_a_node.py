@@ -1,6 +1,6 @@
 """Run a script of the tests as on a machine of its own: with a shared memory that no other process has.
 
-    python tests/on_a_node.py SCRIPT ARGUMENTS …
+    python tests/on_a_node.py [SCRIPT ARGUMENTS …]
 
 Streaming shares state between the ranks of a node in `/dev/shm`. Two nodes on one machine would share it too.
 """
@@ -41,7 +41,7 @@ def call(name: str, *arguments: object) -> None:
 
 if __name__ == "__main__":
     leave_shared_memory()
-    sys.argv = sys.argv[1:]
-    if sys.argv:
+    if len(sys.argv) > 1:
+        del sys.argv[0]
         sys.path[0] = os.path.dirname(sys.argv[0])
         runpy.run_path(sys.argv[0], run_name="__main__")
