@@ -45,10 +45,10 @@ def test_tests_that_hang_end_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("xdist")
     programs.run([sys.executable, "-c", "pass"], check=True)  # now their server is ready
     (tmp_path / "test_hanging.py").write_text(HANGING)
+    options = "-p conftest -p no:shared_fixtures -p no:cacheprovider -n 1 --max-worker-restart=2 -o timeout=2"
+    options += f" -o faulthandler_timeout=5 -o faulthandler_exit_on_timeout=true --rootdir {tmp_path} -c {os.devnull}"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:shared_fixtures", "-p", "no:cacheprovider"]
-        + ["-n", "1", "--max-worker-restart=2", "--rootdir", str(tmp_path), "-c", os.devnull]
-        + ["-o", "timeout=2", "-o", "faulthandler_timeout=5", "-o", "faulthandler_exit_on_timeout=true"],
+        [sys.executable, "-m", "pytest", *options.split()],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
