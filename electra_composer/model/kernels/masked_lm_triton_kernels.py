@@ -66,7 +66,9 @@ def tile_statistics(
         tile = first_tile + index
         tokens = tile * TILE + tl.arange(0, TILE)
         place = rows.to(tl.int64) * tiles + tile
-        stored = in_batch & (tile < tiles)
+        # Workaround (triton 3.9): the interpreter broadcasts a scalar int1 as int32, which it refuses in a mask, so
+        # `in_batch & (tile < tiles)` is written with integers; goes when the interpreter broadcasts int1 as bool.
+        stored = rows < tl.where(tile < tiles, count, 0)
         logits = _logits_tile(
             features, table, bias, rows, tokens, count, vocab_size, width, BLOCK_M, TILE, BLOCK_E, PRECISION
         )
