@@ -35,7 +35,7 @@ LIBRARIES = {
     "mosaicml-streaming": Library(
         "Streaming", tested=("0.13.0",), first="0.10.0", lacks="streaming.base.storage.download.CloudDownloader"
     ),
-    "torch": Library("PyTorch", tested=("2.7.0",), first="2.7.0"),
+    "torch": Library("PyTorch", tested=("2.7.0", "2.15.0"), first="2.7.0"),
     "transformers": Library("Transformers", tested=("4.57.6",), first="4.57.0"),
 }
 

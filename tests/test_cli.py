@@ -293,5 +293,6 @@ def test_one_line_is_all_that_a_process_says(tiny_yaml, tmp_path, script, words)
         [sys.executable, ROOT / script, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 2
-    mentions(one_line(done.stderr), *words)
+    lines = [line for line in done.stderr.splitlines() if " is untested (tested: " not in line]  # versions.py
+    mentions(one_line("\n".join(lines)), *words)
     assert files_of(tmp_path) == before

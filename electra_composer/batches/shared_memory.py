@@ -9,26 +9,27 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from composer.utils import dist
 from filelock import FileLock
 from streaming import StreamingDataset
-from streaming.base.shared import SharedMemory
+from streaming.base.shared import SharedMemory, prefix
 from streaming.base.world import World
 
 from electra_composer.batches.stale_memory import remove_stale_memory
 
 
 # Workaround (streaming 0.13): get_shm_prefix picks the first free name without a lock, so that two runs that start at
-# the same time find the same name and one of them fails. Every rank searches by itself. Goes when Streaming locks the
-# search.
+# the same time find the same name and one of them fails. Every rank searches by itself, in the private
+# `_check_and_find_retrying`. Goes when Streaming locks the search and shares what it found.
 @contextlib.contextmanager
 def exclusive_prefix() -> Iterator[None]:
     """Let one dataset of this machine and user at a time pick the next free name of Streaming's shared memory.
 
-    No rank enters before the lock is held and every rank has released the datasets of earlier trainers, so that all
-    ranks find the same name.
+    No rank enters before the lock is held and every rank has released the datasets of earlier trainers. The ranks of a
+    machine take the name that its first one finds: another run may exit, and free its name, at any time.
     """
     gc.collect()
     is_first = _is_first_on_this_machine()
@@ -38,9 +39,35 @@ def exclusive_prefix() -> Iterator[None]:
             remove_stale_memory()
         if _is_distributed():
             torch.distributed.barrier()
-        yield
+        find = prefix._check_and_find_retrying
+        prefix._check_and_find_retrying = _same_on_all_ranks(find)
+        try:
+            yield
+        finally:
+            prefix._check_and_find_retrying = find
         if _is_distributed():
             torch.distributed.barrier()
+
+
+def _same_on_all_ranks(find: Callable[..., int]) -> Callable[..., int]:
+    """Make every rank return, or raise, what `find` does on the first rank of its machine."""
+
+    def find_once(*arguments: Any, **options: Any) -> int:
+        if not _is_distributed():
+            return find(*arguments, **options)
+        found: int | ValueError | None = None
+        if _is_first_on_this_machine():
+            try:
+                found = find(*arguments, **options)
+            except ValueError as error:  # the folder is in use
+                found = error
+        of_ranks = dist.all_gather_object((_machine(), found))
+        found = next(found for machine, found in of_ranks if machine == _machine() and found is not None)
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    return find_once
 
 
 def _is_distributed() -> bool:
@@ -55,9 +82,13 @@ def _is_first_on_this_machine() -> bool:
     """
     if not _is_distributed():
         return World.detect().is_local_leader
-    place = os.stat(tempfile.gettempdir())
-    machines = dist.all_gather_object((socket.gethostname(), place.st_dev, place.st_ino))
+    machines = dist.all_gather_object(_machine())
     return machines.index(machines[dist.get_global_rank()]) == dist.get_global_rank()
+
+
+def _machine() -> tuple[str, int, int]:
+    place = os.stat(tempfile.gettempdir())
+    return socket.gethostname(), place.st_dev, place.st_ino
 
 
 # Workaround (streaming 0.13): blocks are released by exit handlers alone; goes when datasets have a close method.

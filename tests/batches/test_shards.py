@@ -258,6 +258,20 @@ def test_two_processes_share_the_rows(shards, tmp_path):
     )
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_name_that_is_freed_between_the_ranks_searches(shards, tmp_path):
+    """Another run exits after rank 0 has searched for a free name: rank 1 takes the name that rank 0 found."""
+    freed = """
+from streaming.base.shared import prefix
+find = prefix._check_and_find
+prefix._check_and_find = lambda *arguments, **options: find(*arguments, **options) + 7 * (dist.get_global_rank() == 0)
+"""
+    (tmp_path / "program.py").write_text(PROGRAM.replace("config =", f"{freed}config ="))
+    launch(2, str(tmp_path / "program.py"), str(shards), str(tmp_path))
+    assert [json.loads((tmp_path / f"{rank}.json").read_text())[0] for rank in (0, 1)] == [4, 4]
+
+
 def test_a_resumed_run_keeps_no_file_open_for_each_checkpoint(shards):
     """Streaming opens one at each checkpoint and epoch: after about 900 the limit would be reached."""
     loader = build_dataloader(config(shards), read_meta(shards), "train", 4, shuffle=True, drop_last=True, seed=1)

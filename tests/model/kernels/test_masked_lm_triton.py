@@ -240,6 +240,9 @@ class TestKernel:
         _assert_twins(inputs, 99)
 
     def test_kernel_logits_that_are_not_numbers(self) -> None:
+        triton = pytest.importorskip("triton")
+        if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+            pytest.skip("Triton 3.9's interpreter raises at the argmax of NaN alone, for which a GPU returns an index")
         inputs = make_inputs(8, 16, 99, device=DEVICE)
         with torch.no_grad():
             inputs["features"][::2] = math.nan
