@@ -84,7 +84,7 @@ def test_killed_three_times_the_table_is_the_same(
         process = programs.Program(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
         while recorded() < kill and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 1.0 if kill else 12.0))
+        time.sleep(rng.uniform(0.0, 1.0 if kill else 5.0))
         process.send_signal(signal.SIGKILL)
         process.wait()
     left = 6 - recorded()
