@@ -40,7 +40,7 @@ def exclusive_prefix() -> Iterator[None]:
         if _is_distributed():
             torch.distributed.barrier()
         find = prefix._check_and_find_retrying
-        prefix._check_and_find_retrying = _same_on_all_ranks(find)
+        prefix._check_and_find_retrying = _same_on_all_ranks(find, is_first)
         try:
             yield
         finally:
@@ -49,14 +49,14 @@ def exclusive_prefix() -> Iterator[None]:
             torch.distributed.barrier()
 
 
-def _same_on_all_ranks(find: Callable[..., int]) -> Callable[..., int]:
+def _same_on_all_ranks(find: Callable[..., int], is_first: bool) -> Callable[..., int]:
     """Make every rank return, or raise, what `find` does on the first rank of its machine."""
 
     def find_once(*arguments: Any, **options: Any) -> int:
         if not _is_distributed():
             return find(*arguments, **options)
         found: int | ValueError | None = None
-        if _is_first_on_this_machine():
+        if is_first:
             try:
                 found = find(*arguments, **options)
             except ValueError as error:  # the folder is in use
