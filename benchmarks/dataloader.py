@@ -42,7 +42,7 @@ def usual_loader(config: ShardsConfig, meta: Meta, batch_size: int) -> Streaming
     return StreamingDataLoader(
         dataset,
         batch_size=batch_size,
-        num_workers=config.num_workers,
+        num_workers=1 if config.num_workers == "auto" else config.num_workers,
         persistent_workers=True,
         drop_last=True,
         collate_fn=partial(_collate, max_seq_length=meta.max_seq_length, pad_id=meta.tokenizer.special_ids["pad"]),
@@ -130,19 +130,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a folder of shards")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--workers", nargs="+", default=["auto", "1", "2"], help="values of data.num_workers; Streaming's: 1 for auto"
+    )
     parser.add_argument("--batch", type=int, default=32, help="rows")
     parser.add_argument("--segment", type=int, default=500, help="batches per timed call")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
     meta = read_meta(options.data)
     rows = meta.splits["train"].rows
-    if min(options.workers) < 1 or rows < options.batch * 2 * max(options.workers):
+    numbers = [int(workers) for workers in options.workers if workers != "auto"]
+    if min(numbers, default=1) < 1 or rows < options.batch * 2 * max(numbers, default=1):
         raise UserError(
             f"--data {options.data}: {rows} rows are too few for --batch {options.batch}, or --workers is below 1"
         )
     results = {}
-    for workers in options.workers:
+    for name in options.workers:
+        workers = name if name == "auto" else int(name)
         config = ShardsConfig(options.data, meta.max_seq_length, num_workers=workers)
         loaders = {
             "usual": usual_loader(config, meta, options.batch),
@@ -158,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         calls = options.repeats + 1
         speed = {name: streams[name].tokens / calls / statistics.median(taken) for name, taken in seconds.items()}
-        results[f"{workers} worker{'s' if workers > 1 else ''}"] = {
+        results[f"num_workers={workers}"] = {
             **{f"{name}_tokens_per_second": round(value) for name, value in speed.items()},
             "ours_over_usual": round(speed["ours"] / speed["usual"], 2),
             "same_batches": compared,

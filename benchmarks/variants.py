@@ -28,6 +28,8 @@ from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.training.builders import build_optimizer
 from electra_composer.training.callbacks import TrainMetrics
 from electra_composer.training.compilation import compile_config
+from electra_composer.training.optim import leaves
+from electra_composer.training.parallelism import use_flat_parameters
 from electra_composer.training.process_memory import (
     M_MMAP_MAX,
     M_MMAP_THRESHOLD,
@@ -128,20 +130,24 @@ class Setup:
     def _bare(self, batches: list[dict[str, Any]]) -> Variant:
         model = self.ours()
         optimizer = build_optimizer(self.config.optimizer, model)
+        use_flat_parameters(model, optimizer, self.config.trainer.precision)
         prepared = [to_device(model.count_batch(batch), self.device) for batch in batches]
         arguments = compile_config(self.config.trainer, static_shapes=True)
         if arguments is not None:  # the reference stays eager
             model.forward = torch.compile(model.forward, **arguments)  # as Composer's Trainer does
         # On the CPU the model enters autocast itself; on CUDA the trainer would.
         context = contextlib.nullcontext if self.cpu_autocast else self.autocast
-        return BareSteps(self, model, optimizer, prepared, lambda batch: _our_loss(model, batch), context)
+        return BareSteps(
+            self, model, optimizer, prepared, lambda batch: _our_loss(model, batch), context, leaves(optimizer)
+        )
 
     def _reference(self, batches: list[dict[str, Any]]) -> Variant:
         model = reference.ReferenceElectra(self.ours().model)
         optimizer = reference.build_optimizer(self.config.optimizer, model)
         pad_id = model.special_ids.pad
         prepared = [reference.unpack(to_device(batch, self.device), pad_id) for batch in batches]
-        return BareSteps(self, model, optimizer, prepared, lambda batch: model(batch).total, self.autocast)
+        parameters = list(model.parameters())
+        return BareSteps(self, model, optimizer, prepared, lambda batch: model(batch).total, self.autocast, parameters)
 
 
 def _our_loss(model: ElectraPretraining, batch: dict[str, Any]) -> Tensor:
@@ -163,11 +169,12 @@ class BareSteps:
         batches: list[dict[str, Any]],
         loss_of: Callable[[dict[str, Any]], Tensor],
         autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+        parameters: list[Tensor],
     ):
         self.model, self.optimizer, self.batches, self.loss_of = model.train(), optimizer, batches, loss_of
         self.autocast = autocast
         self.clip = setup.config.trainer.gradient_clip
-        self.parameters = list(model.parameters())
+        self.parameters = parameters
         self.clock = StepClock(setup.device)
         # A no-op unless the precision is fp16.
         self.scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.config.trainer.precision == "amp_fp16")

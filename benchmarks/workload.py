@@ -68,7 +68,6 @@ def read_config(options: argparse.Namespace, folder: Path) -> PretrainConfig:
         *([f"data.max_seq_length={options.length}"] if options.length else ()),
         f"data.path={folder / 'shards'}",
         "data.shuffle=false",
-        *(["data.num_workers=1"] if options.device == "cpu" else ()),  # leave the cores to the step
         f"seed={options.seed}",
         "optimizer.lr=1.0e-5",
         "schedule.warmup=0ba",

@@ -22,7 +22,9 @@ class DataConfig:
 
     path: str = MISSING  # pretraining: the folder written by convert_owt.py; GLUE: the folder of TSV files, or "hub"
     max_seq_length: int = MISSING  # tokens per row; in pretraining it must equal the length of the shards
-    num_workers: int = 2  # loader processes per device; 0 loads in the training process
+    # loader processes per device; 0: load in the training process, between steps; auto: load in a thread of it, or in 2
+    # processes if shards are compressed or remote
+    num_workers: Union[int, str] = "auto"  # noqa: UP007 (OmegaConf)
 
 
 @dataclass

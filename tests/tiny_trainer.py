@@ -34,7 +34,9 @@ class Tiny(ComposerModel):
         metric.update(outputs)
 
 
-def make_trainer(max_duration: str, model: ComposerModel | None = None, **arguments: Any) -> Trainer:
+def make_trainer(
+    max_duration: str, model: ComposerModel | None = None, trainer_class: type[Trainer] = Trainer, **arguments: Any
+) -> Trainer:
     """Build a trainer on the CPU over 5 batches of 4 rows per epoch; `arguments` are Composer's."""
     torch.manual_seed(0)
     model = model or Tiny()
@@ -48,4 +50,4 @@ def make_trainer(max_duration: str, model: ComposerModel | None = None, **argume
         "device": "cpu",
         "precision": "fp32",
     }
-    return Trainer(model=model, max_duration=max_duration, **{**defaults, **arguments})
+    return trainer_class(model=model, max_duration=max_duration, **{**defaults, **arguments})

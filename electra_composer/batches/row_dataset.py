@@ -97,14 +97,28 @@ class RowDataset(FixedStreamingDataset):
 
     def collate(self, numbers: Sequence[int]) -> Batch:
         """Read rows by their numbers and collate them; see :func:`collate_rows` and :class:`RowLoader`."""
+        return self.collate_group(numbers, len(numbers))[0]
+
+    def collate_group(self, numbers: Sequence[int], batch_size: int) -> list[Batch]:
+        """Read rows by their numbers and collate them into batches of `batch_size`; the last one may be smaller."""
         if self._reader is None:  # opened in the worker that uses it
-            self._reader = RowReader(self.shards, self._wait_for_shard)
+            self._reader = RowReader(self.shards, self._wait_for_shard, self._is_cache.tolist())
         rows = self._reader.read(np.asarray(numbers, np.int64))
         if self._prefetcher is not None:
             self._prefetcher.position += len(numbers)
         packed = collate_rows(rows, self._meta.max_seq_length, self._meta.tokenizer.special_ids["pad"])
-        num_tokens = int(rows.row_lengths.sum())
-        return {"packed": torch.from_numpy(packed), "num_tokens": num_tokens, "rows": [int(row) for row in numbers]}
+        batches = []
+        for first in range(0, len(numbers), batch_size):
+            part = slice(first, first + batch_size)
+            columns = packed if batch_size >= len(numbers) else np.ascontiguousarray(packed[:, part])
+            num_tokens = int(rows.row_lengths[part].sum())
+            batch = {
+                "packed": torch.from_numpy(columns),
+                "num_tokens": num_tokens,
+                "rows": list(map(int, numbers[part])),
+            }
+            batches.append(batch)
+        return batches
 
     def _wait_for_shard(self, shard: int) -> None:
         """Fetch or decompress a shard, or wait for the worker that does; if that worker fails, it is still missing.

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from streaming import StreamingDataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
+from electra_composer.batches.background import BackgroundIterator
 from electra_composer.batches.collation import COLUMNS, Batch
+from electra_composer.batches.row_dataset import RowDataset
+
+GROUP_ROWS = 64
+"""Rows that are packed at once. NumPy's calls cost the same time for few rows as for many."""
 
 
 class RowLoader(StreamingDataLoader):
@@ -17,7 +24,17 @@ class RowLoader(StreamingDataLoader):
 
     A worker sends the four tensors of a batch as one and the row numbers as a list, since each tensor sent between
     processes costs a file descriptor and system calls.
+
+    Args:
+        dataset: gives row numbers.
+        background: without worker processes, load in a thread of this process. NumPy copies without the interpreter's
+            lock, and no batch is sent between processes, which takes several times as long as reading it.
+        options: of StreamingDataLoader.
     """
+
+    def __init__(self, dataset: RowDataset, *, background: bool = False, **options: Any) -> None:
+        self.background = background
+        super().__init__(dataset, **options)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches: int64 tensors `[rows, max_seq_length]` (see :func:`collate_rows`), `num_tokens`, and `rows`,
@@ -36,7 +53,20 @@ class RowLoader(StreamingDataLoader):
     # seconds for each worker. The finalizer keeps the iterator, and so its queues, alive until the workers have
     # exited. `_get_iterator` and `_shutdown_workers` are private; goes when DataLoader has a public close.
     def _get_iterator(self) -> Any:
+        if self.background:
+            return BackgroundIterator(self._in_groups())
         iterator = super()._get_iterator()
         if self.num_workers > 0:
             weakref.finalize(self, iterator._shutdown_workers)
         return iterator
+
+    def _in_groups(self) -> Iterator[Batch]:
+        """Yield the batches that DataLoader would, packing several small ones at once."""
+        assert isinstance(self.dataset, RowDataset)
+        assert self.batch_size is not None
+        numbers = iter(self.dataset)
+        group = self.batch_size * max(1, GROUP_ROWS // self.batch_size)
+        while chunk := list(itertools.islice(numbers, group)):
+            for batch in self.dataset.collate_group(chunk, self.batch_size):
+                if len(batch["rows"]) == self.batch_size or not self.drop_last:
+                    yield pin_memory(batch) if self.pin_memory else batch

@@ -1,14 +1,14 @@
 """Read rows from MDS shards, one batch at a time.
 
-Shards stay memory-mapped, and the headers of all rows of a batch are decoded together. The format is Streaming's
-(`format/mds`), unchanged.
+Shards stay memory-mapped. The headers of a shard's rows are decoded together when it is opened, since a shuffled batch
+has few rows of each shard. The format is Streaming's (`format/mds`), unchanged.
 """
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,9 @@ from electra_composer.errors import UserError
 
 _PLACES = np.arange(4)  # byte offsets within a length
 OPEN_SHARDS = 64  # at most; each needs a file descriptor. A shuffled epoch reads about 16 large ones at a time
+
+
+ROWS_AT_ONCE = 2**14  # whose headers are decoded together
 
 
 class Rows(NamedTuple):
@@ -50,15 +53,21 @@ class RowReader:
     Args:
         shards: Streaming's readers, in row order, with the columns described in `shard_folder.py`.
         prepare: called with a shard's number when its file is missing; should return once it exists.
+        fetched: True for shards of a remote, for which `prepare` is called before they are opened in any case: their
+            file may be there and not checked yet.
 
     Attributes:
         rows: total number of rows.
     """
 
-    def __init__(self, shards: list[MDSReader], prepare: Callable[[int], None]) -> None:
+    def __init__(
+        self, shards: list[MDSReader], prepare: Callable[[int], None], fetched: Sequence[bool] | None = None
+    ) -> None:
         self._shards = shards
         self._prepare = prepare
-        self._ends = np.cumsum([shard.samples for shard in shards])
+        self._fetched = [False] * len(shards) if fetched is None else fetched
+        self._samples = np.array([shard.samples for shard in shards])
+        self._ends = np.cumsum(self._samples)
         self.rows = int(self._ends[-1])
         self._open: OrderedDict[int, tuple[NDArray[np.uint8], NDArray[np.uint32]]] = OrderedDict()
         self._id_dtype = np.dtype(shards[0].column_encodings[0].removeprefix("ndarray:"))
@@ -78,31 +87,65 @@ class RowReader:
         Raises:
             UserError: a shard is corrupt.
         """
-        shard_of = np.searchsorted(self._ends, numbers, side="right")
-        pieces: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = [None] * len(numbers)  # type: ignore[list-item]
-        for shard in np.unique(shard_of):
-            chosen = np.flatnonzero(shard_of == shard)
-            first = self._ends[shard] - self._shards[shard].samples
-            for place, piece in zip(chosen.tolist(), self._slices(int(shard), numbers[chosen] - first), strict=True):
-                pieces[place] = piece
-        ids, segments = zip(*pieces, strict=True)
-        sizes = np.array([(len(row), len(lengths)) for row, lengths in pieces], np.int64)
+        shards = np.searchsorted(self._ends, numbers, side="right")
+        firsts = self._ends[shards] - self._samples[shards]
+        ids, segments = [], []
+        for shard, row in zip(shards.tolist(), (numbers - firsts).tolist(), strict=True):
+            data, places = self._open.get(shard) or self._map(shard)
+            begin, middle, end, last = places[row].tolist()
+            ids.append(data[begin:middle])
+            segments.append(data[end:last])
+        if len(self._open) > 1:
+            self._forget(set(shards.tolist()))
         return Rows(
             np.concatenate(ids).view(self._id_dtype),
-            sizes[:, 0] // self._id_dtype.itemsize,
+            np.array([len(row) for row in ids], np.int64) // self._id_dtype.itemsize,
             np.concatenate(segments).view(np.uint16),
-            sizes[:, 1] // 4,
+            np.array([len(row) for row in segments], np.int64) // 4,
         )
 
-    def _slices(self, shard: int, rows: NDArray[np.int64]) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-        """Return the bytes of both columns of some rows of a shard.
+    def _forget(self, used: set[int]) -> None:
+        """Mark these shards as used last, and close those unused for longest, down to :data:`OPEN_SHARDS`."""
+        for shard in used:
+            self._open.move_to_end(shard)
+        while len(self._open) > max(OPEN_SHARDS, len(used)):
+            self._open.popitem(last=False)
+
+    def _map(self, shard: int) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+        """Map a shard into memory; return its bytes and the :meth:`_places` of its rows."""
+        if self._fetched[shard]:
+            self._prepare(shard)
+        while True:
+            try:
+                data = np.asarray(np.memmap(self.name(shard), np.uint8, "r"))
+                break
+            except FileNotFoundError:
+                self._prepare(shard)
+            except ValueError as error:  # an empty file
+                raise self._corrupt(shard) from error
+        samples = self._shards[shard].samples
+        if len(data) < 4 * (samples + 2) or int(data[:4].view("<u4")[0]) != samples:
+            raise self._corrupt(shard)
+        offsets = data[4 : 4 * (samples + 2)].view("<u4").astype(np.int64)
+        places = np.empty((samples, 4), np.uint32)
+        for first in range(0, samples, ROWS_AT_ONCE):
+            part = offsets[first : first + ROWS_AT_ONCE + 1]
+            places[first : first + ROWS_AT_ONCE] = self._places(shard, data, part[:-1], part[1:])
+        self._open[shard] = data, places
+        return data, places
+
+    def _places(
+        self, shard: int, data: NDArray[np.uint8], begins: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Return where the values of some samples are, `[rows, 4]`: begin and end of the ids, of the segment lengths.
 
         A sample is the sizes of its two columns, four bytes each, followed by the columns. A column is one byte
         (4 × number of dimensions + code of the shape's type), the shape, and the values.
+
+        Raises:
+            UserError: the bytes are not that.
         """
-        data, offsets = self._file(shard)
-        begins, ends = offsets[rows].astype(np.int64), offsets[rows + 1].astype(np.int64)
-        if (ends - begins < 8).any() or ends.max() > len(data):
+        if (ends - begins < 8).any() or ends.max(initial=0) > len(data):
             raise self._corrupt(shard)
         sizes = data[begins[:, None] + np.arange(8)].view("<u4").astype(np.int64)
         first = begins + 8
@@ -122,28 +165,7 @@ class RowReader:
             or (lengths[:, 1] % 2 != 0).any()
         ):
             raise self._corrupt(shard)
-        return [(data[a:b], data[c:d]) for (a, c), (b, d) in zip(starts.tolist(), lasts.tolist(), strict=True)]
-
-    def _file(self, shard: int) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
-        """Return the bytes of a shard and the offsets of its samples."""
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        while True:
-            try:
-                data = np.memmap(self.name(shard), np.uint8, "r")
-                break
-            except FileNotFoundError:
-                self._prepare(shard)
-            except ValueError as error:  # an empty file
-                raise self._corrupt(shard) from error
-        samples = self._shards[shard].samples
-        if len(data) < 4 * (samples + 2) or int(data[:4].view("<u4")[0]) != samples:
-            raise self._corrupt(shard)
-        self._open[shard] = np.asarray(data), data[4 : 4 * (samples + 2)].view("<u4")
-        if len(self._open) > OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return self._open[shard]
+        return np.stack([starts, lasts], axis=2).reshape(-1, 4)
 
     def name(self, shard: int) -> str:
         """Return the path of a shard's file, whether or not it exists."""

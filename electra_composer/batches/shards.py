@@ -126,15 +126,40 @@ def build_dataloader(
     check_index(dataset, folders, split)
     if batches is not None:
         dataset.length = batches * batch_size
+    workers, in_thread = choose_workers(config.num_workers, dataset)
     return RowLoader(
         dataset,
+        background=in_thread,
         batch_size=batch_size,
-        persistent_workers=config.num_workers > 0,
+        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
         collate_fn=dataset.collate,
-        **loader_workers(config.num_workers),
+        **loader_workers(workers),
     )
+
+
+WORKERS = 2
+"""Processes of `data.num_workers: auto` where shards are fetched or decompressed, which a thread would do in turn with
+the training step."""
+
+
+def choose_workers(num_workers: int | str, dataset: RowDataset) -> tuple[int, bool]:
+    """Resolve `data.num_workers`.
+
+    Returns:
+        The number of processes, and whether to load in a thread of this process instead.
+
+    Raises:
+        UserError: neither a number nor `auto`.
+    """
+    if isinstance(num_workers, int):
+        return num_workers, False
+    if num_workers != "auto":
+        raise UserError(f"data.num_workers is {num_workers!r}; expected a number of processes, or auto")
+    remote = any(stream.remote is not None for stream in dataset.streams)
+    compressed = any(shard.zip_data is not None for shard in dataset.shards)
+    return (WORKERS, False) if remote or compressed else (0, True)
 
 
 def _check_sizes(

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
-from streaming.base.format import Reader
+from streaming.base.format import FileInfo, Reader
+from streaming.base.hashing import get_hash
 from streaming.base.shared import SharedMemory
 from streaming.base.util import retry
 from streaming.base.world import World
@@ -19,6 +20,7 @@ from streaming.base.world import World
 from electra_composer.batches.shared_memory import exclusive_prefix, release, release_new_blocks, shared_memory_of
 from electra_composer.batches.stale_memory import mark_in_use
 from electra_composer.storage.object_store import download_atomically
+from electra_composer.storage.shard_folder import HASH
 
 PICKS = 1_000_000  # approximate maximum per stream and epoch
 
@@ -26,13 +28,32 @@ PICKS = 1_000_000  # approximate maximum per stream and epoch
 class RemoteStream(Stream):
     """Stream of an object store; `local` is its cache."""
 
-    # Workaround (streaming 0.13): GCSDownloader writes under the final name, where readers find partial files;
-    # `_download_file` and `_downloader` are private. Goes when every downloader renames complete files.
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._hashes: dict[str, str] = {}  # of the shards' files
+
+    # Workaround (streaming 0.13): GCSDownloader writes under the final name, where readers find partial files. A file
+    # with a wrong hash keeps its name, and the next reader does not check it again. `_download_file`,
+    # `_prepare_shard_part` and `_downloader` are private. Goes when files are checked and then renamed.
+    def _prepare_shard_part(self, raw_info: FileInfo, zip_info: FileInfo | None = None, *args: Any) -> int:
+        for info in (raw_info, zip_info):
+            if info is not None and HASH in info.hashes:
+                self._hashes[info.basename] = info.hashes[HASH]
+        return int(super()._prepare_shard_part(raw_info, zip_info, *args))
+
+    def _check(self, name: str, path: str) -> None:
+        if name in self._hashes:
+            with open(path, "rb") as file:
+                if get_hash(HASH, file.read()) != self._hashes[name]:
+                    raise ValueError(f"checksum failure: {name}")
+
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
         remote = os.path.join(self.remote, self.split, from_basename)
         local = os.path.join(self.local, self.split, to_basename or from_basename)
         retry(clean_up_fn=self._downloader.clean_up, num_attempts=self.download_retry)(
-            lambda: download_atomically(self._downloader, remote, local, self.download_timeout)
+            lambda: download_atomically(
+                self._downloader, remote, local, self.download_timeout, lambda path: self._check(from_basename, path)
+            )
         )()
         return local
 

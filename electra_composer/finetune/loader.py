@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from electra_composer.batches.background import BackgroundLoader
 from electra_composer.batches.workers import loader_workers
 from electra_composer.finetune.data import EncodedExample, EncodedExamples
 from electra_composer.finetune.ranking import RankedExample, RankedExamples
@@ -24,7 +25,7 @@ Encoded = EncodedExamples | RankedExamples
 
 
 def build_loader(
-    examples: Encoded, pad_id: int, device_batch_size: int, num_workers: int, shuffle_seed: int | None
+    examples: Encoded, pad_id: int, device_batch_size: int, num_workers: int | str, shuffle_seed: int | None
 ) -> DataSpec:
     """Build the loader of this rank's share of the examples.
 
@@ -33,11 +34,15 @@ def build_loader(
 
     Args:
         device_batch_size: examples per batch on this device; ranked examples bring all of their rows.
-        num_workers: loader processes. Padding is cheap: 0 is right for a CPU, and 1 is enough for a GPU.
+        num_workers: loader processes; `auto`: a thread of this process.
         shuffle_seed: seed of the order, which changes every epoch; None sorts from the longest to the shortest example.
     """
     is_ranked = isinstance(examples, RankedExamples)
-    loader: DataLoader = DataLoader(
+    kind: type[DataLoader] = DataLoader
+    if num_workers == "auto":
+        kind, num_workers = BackgroundLoader, 0
+    assert isinstance(num_workers, int)
+    loader = kind(
         examples,
         batch_size=device_batch_size,
         sampler=LengthGroupedSampler(examples, examples.lengths, device_batch_size, shuffle_seed),

@@ -39,8 +39,21 @@ ADDRESS = {"s3": "S3_ENDPOINT_URL, unless it is Amazon's"}
 
 # Workaround (streaming 0.13): GCSDownloader writes under the final name, where readers see a partial file, and where
 # one left by a kill passes for the complete file; goes when every downloader renames complete files.
-def download_atomically(downloader: CloudDownloader, remote: str, local: str, seconds: float) -> None:
-    """Download a file unless it exists, and give it its name once it is complete. Raises the client's errors."""
+def download_atomically(
+    downloader: CloudDownloader,
+    remote: str,
+    local: str,
+    seconds: float,
+    check: Callable[[str], None] | None = None,
+) -> None:
+    """Download a file unless it exists, and give it its name once it is complete. Raises the client's errors.
+
+    Args:
+        downloader: of the remote.
+        remote, local: URL and path of the file.
+        seconds: to wait for it.
+        check: gets the path of the complete file under its temporary name, and raises if its content is wrong.
+    """
     if os.path.exists(local):
         return
     unfinished = f"{local}.{os.getpid()}.unfinished"
@@ -48,6 +61,8 @@ def download_atomically(downloader: CloudDownloader, remote: str, local: str, se
         os.remove(unfinished)
     try:
         downloader.download(remote, unfinished, seconds)
+        if check is not None:
+            check(unfinished)
         os.replace(unfinished, local)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -23,7 +23,7 @@ from composer.callbacks import (
     ThresholdStopper,
 )
 from composer.core import Callback
-from composer.loggers import LoggerDestination, TensorboardLogger
+from composer.loggers import LoggerDestination
 from composer.utils import MissingConditionalImportError
 
 from electra_composer.config import OptimizerConfig, ScheduleConfig
@@ -34,6 +34,7 @@ from electra_composer.training.monitors import DataWait, RunMemoryMonitor, Throu
 from electra_composer.training.optim import AdamW, parameter_groups
 from electra_composer.training.progress_bar import RunProgressBar
 from electra_composer.training.schedules import Schedule
+from electra_composer.training.tensorboard import RunTensorboard
 
 CALLBACKS: dict[str, type[Callback]] = {
     "data_wait": DataWait,
@@ -51,7 +52,7 @@ CALLBACKS: dict[str, type[Callback]] = {
 LOGGERS: dict[str, type[LoggerDestination]] = {
     "console": RunConsole,
     "metrics_file": MetricsFile,
-    "tensorboard": TensorboardLogger,
+    "tensorboard": RunTensorboard,
     "wandb": RunWandB,
 }
 
@@ -125,10 +126,11 @@ def build_loggers(
     Raises:
         UserError: as in :func:`build_callbacks`; or a package is not installed.
     """
+    batches = log_interval if log_interval.endswith("ba") else "1ba"
     defaults: dict[str, dict[str, Any]] = {
         "console": {"log_interval": log_interval},
         "metrics_file": {"path": os.path.join(run_folder, "metrics.jsonl"), "interval": log_interval},
-        "tensorboard": {"log_dir": os.path.join(run_folder, "tensorboard")},
+        "tensorboard": {"log_dir": os.path.join(run_folder, "tensorboard"), "interval": batches},
     }
     loggers = []
     for name, arguments in config.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from electra_composer.errors import UserError
+from electra_composer.training.optim import leaves
 from electra_composer.training.spikes import SpikeDetector
 
 log = logging.getLogger(__name__)
@@ -98,12 +99,12 @@ class NumericalGuard(Callback):
             loss.register_hook(lambda gradient: gradient + poison)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+        tensors = [tensor for optimizer in state.optimizers for tensor in leaves(optimizer)]
         # Workaround (torch 2.7): with a norm that is a DTensor, as clip_grad_norm_ computes it under FSDP2, clipping
         # reduces it once per parameter; goes when clip_grad_norm_ reduces it once.
-        norm = _full(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+        norm = _full(torch.nn.utils.get_total_norm([tensor.grad for tensor in tensors]))
         if self.gradient_clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(tensors, self.gradient_clip, norm)
         batch = self._pending[-1]
         batch.norm = norm.detach()
         batch.learning_rates = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
@@ -225,11 +226,12 @@ def write_record(folder: str, batch: PendingBatch, model: torch.nn.Module, loss:
 
 def _losses_and_norms(batches: list[PendingBatch]) -> list[list[float]]:
     """Read losses and gradient norms from the device, as means over ranks."""
-    losses = torch.stack([batch.loss.reshape(()).float() for batch in batches])  # type: ignore[union-attr]
-    norms = torch.stack([batch.norm.reshape(()).float() for batch in batches])  # type: ignore[union-attr]
-    values = torch.stack([losses / dist.get_world_size(), norms / dist.get_world_size()])
-    dist.all_reduce(values, reduce_operation="SUM")
-    return values.tolist()
+    scalars = [batch.loss for batch in batches] + [batch.norm for batch in batches]
+    values = torch.stack([scalar.reshape(()).float() for scalar in scalars])  # type: ignore[union-attr]
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values, reduce_operation="SUM")
+        values = values / dist.get_world_size()
+    return values.view(2, len(batches)).tolist()
 
 
 def _full(tensor: Tensor) -> Tensor:

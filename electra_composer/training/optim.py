@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from electra_composer.model.flat_parameters import FlatParameters
+
 # Adam divides its moments by 1 - beta**t. From this step count on both factors are exactly 1 in floating point for
 # every beta up to 1 - 1e-9, so counting from here is Adam without bias correction.
 UNCORRECTED_START = 1e12
@@ -47,6 +49,70 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.bias_correction = bias_correction
+        self.flat: FlatParameters | None = None
+        self._moments: list[list[dict[str, torch.Tensor]]] = []  # of each group's buffers
+
+    def use_flat(self, flat: FlatParameters) -> None:
+        """Update flat buffers, whose views the parameters are, instead of single parameters.
+
+        The state per parameter stays what it is without: its moments become views of flat moments.
+
+        Args:
+            flat: with the parameters of the groups.
+        """
+        self.flat = flat
+        start = 0.0 if self.bias_correction else UNCORRECTED_START
+        for buffers in flat.buffers:
+            moments = []
+            for buffer in buffers:
+                state = {
+                    "step": torch.full((), start, dtype=torch.float32, device=buffer.flat.device),
+                    "exp_avg": torch.zeros_like(buffer.flat, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(buffer.flat, requires_grad=False),
+                }
+                moments.append(state)
+                averages, squares = buffer.views(state["exp_avg"]), buffer.views(state["exp_avg_sq"])
+                for parameter, average, square in zip(buffer.parameters, averages, squares, strict=True):
+                    self.state[parameter] = {"step": state["step"], "exp_avg": average, "exp_avg_sq": square}
+            self._moments.append(moments)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set gradients to None, flat ones to zero in place."""
+        if self.flat is None:
+            super().zero_grad(set_to_none)
+        else:
+            self.flat.zero_grad()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, also one that was saved without flat buffers."""
+        super().load_state_dict(state_dict)
+        if self.flat is None:
+            return
+        for buffers, moments in zip(self.flat.buffers, self._moments, strict=True):
+            for buffer, state in zip(buffers, moments, strict=True):
+                averages, squares = buffer.views(state["exp_avg"]), buffer.views(state["exp_avg_sq"])
+                for parameter, average, square in zip(buffer.parameters, averages, squares, strict=True):
+                    loaded = self.state[parameter]
+                    state["step"].copy_(loaded["step"])
+                    average.copy_(loaded["exp_avg"])
+                    square.copy_(loaded["exp_avg_sq"])
+                    self.state[parameter] = {"step": state["step"], "exp_avg": average, "exp_avg_sq": square}
+
+    # Workaround (torch 2.7): the method that lists what a group's update reads is private; goes when an optimizer can
+    # be told to update other tensors than its parameters.
+    def _init_group(self, group: dict[str, Any], params: list[torch.Tensor], *lists: list[torch.Tensor]) -> bool:
+        if self.flat is None:
+            return super()._init_group(group, params, *lists)
+        gradients, averages, squares, _, steps = lists
+        index = next(index for index, other in enumerate(self.param_groups) if other is group)
+        for buffer, state in zip(self.flat.buffers[index], self._moments[index], strict=True):
+            assert buffer.flat.grad is not None
+            params.append(buffer.flat)
+            gradients.append(buffer.flat.grad)
+            averages.append(state["exp_avg"])
+            squares.append(state["exp_avg_sq"])
+            steps.append(state["step"])
+        return False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -57,7 +123,7 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         # Workaround (torch 2.7): AdamW has no switch for bias correction, so the step count starts where the correction
         # is exactly 1; goes when it has one.
-        if not self.bias_correction:
+        if not self.bias_correction and self.flat is None:
             for group in self.param_groups:
                 for param in group["params"]:
                     if param.grad is not None and not self.state[param]:
@@ -68,6 +134,14 @@ class AdamW(torch.optim.AdamW):
                         }
         super().step()
         return loss
+
+
+def leaves(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return the tensors with the gradients of an optimizer: its flat buffers, or parameters that have a gradient."""
+    if isinstance(optimizer, AdamW) and optimizer.flat is not None:
+        return optimizer.flat.flats
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [parameter for parameter in parameters if parameter.grad is not None]
 
 
 def decays(name: str, param: torch.Tensor) -> bool:

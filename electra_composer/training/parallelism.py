@@ -6,15 +6,18 @@ checkpointing, which must precede the wrapping.
 
 from __future__ import annotations
 
+import torch
 from composer.distributed.activation_checkpointing import apply_ac
 from composer.models import ComposerModel
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 
 from electra_composer.checkpoints.safe_loading import SafeLoadPlanner
-from electra_composer.config import FSDPConfig
+from electra_composer.config import FSDPConfig, TrainerConfig
 from electra_composer.errors import UserError
 from electra_composer.model.encoder import Layer
+from electra_composer.model.flat_parameters import FlatParameters
+from electra_composer.training.optim import AdamW
 
 
 class RunFSDP2Config(FSDP2Config):
@@ -75,3 +78,34 @@ def recompute_activations(model: ComposerModel) -> None:
     """
     # Workaround (composer 0.32): Trainer applies this function under FSDP only; goes when it does so under DDP too.
     apply_ac(model, True, False, lambda module: isinstance(module, Layer))
+
+
+def can_be_flat(trainer: TrainerConfig, sharded: bool) -> bool:
+    """Return whether parameters are stored in flat buffers (see model/flat_parameters.py).
+
+    Not under FSDP, which has flat shards of its own. On several ranks not with fp16 or automatic microbatches either:
+    Composer's step for these relies on DDP to average gradients.
+    """
+    if sharded:
+        return False
+    needs_ddp = trainer.precision == "amp_fp16" or trainer.device_train_microbatch_size == "auto"
+    return dist.get_world_size() == 1 or not needs_ddp
+
+
+PRODUCT_DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+def use_flat_parameters(model: ComposerModel, optimizer: AdamW, precision: str) -> None:
+    """Store the trainable parameters of `model` in flat buffers, which `optimizer` updates. All ranks get rank 0's.
+
+    Args:
+        model: on its device, not compiled yet; its `forward` is replaced.
+        optimizer: over parameters of `model`, before its first step.
+        precision: `trainer.precision`.
+    """
+    groups = [group["params"] for group in optimizer.param_groups]
+    flat = FlatParameters(model, groups, PRODUCT_DTYPES.get(precision))
+    for leaf in flat.flats:
+        dist.broadcast(leaf.detach(), src=0)
+    flat.attach(model)
+    optimizer.use_flat(flat)

@@ -8,16 +8,19 @@ the host has never go to the device (:class:`~electra_composer.training.devices.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 from composer import Evaluator, Trainer
-from composer.core import Callback, DataSpec, TimeUnit
+from composer.core import Callback, DataSpec, Event, TimeUnit, TrainerMode
 from composer.models import ComposerModel
+from composer.trainer import trainer as composer_trainer
 from composer.utils import dist
 
 from electra_composer.checkpoints.formats import trainer_load_arguments
@@ -28,10 +31,12 @@ from electra_composer.training.callbacks import BatchSeed
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, checkpoint_savers, load_path
 from electra_composer.training.compilation import compile_model
 from electra_composer.training.devices import resolve_device, run_device
+from electra_composer.training.engine import RunEngine
 from electra_composer.training.interrupts import StopOnSignal
 from electra_composer.training.numerical_guard import NumericalGuard
-from electra_composer.training.parallelism import fsdp_config, recompute_activations
+from electra_composer.training.parallelism import can_be_flat, fsdp_config, recompute_activations, use_flat_parameters
 from electra_composer.training.startup import microbatch_size
+from electra_composer.training.step import TrainStep
 from electra_composer.training.times import parse_time
 
 
@@ -62,8 +67,12 @@ def build_trainer(
     savers = checkpoint_savers(config, copy)
     stop = StopOnSignal(savers[-1] if savers else None)
     guard = NumericalGuard(folder, trainer.gradient_clip, trainer.on_nonfinite)
+    machine = run_device(device)
+    machine.module_to_device(model)
     optimizer = build_optimizer(config.optimizer, model)
     sharding = fsdp_config(trainer.fsdp, device)
+    if can_be_flat(trainer, sharding is not None):
+        use_flat_parameters(model, optimizer, trainer.precision)
     sharded = sharding is not None and sharding.state_dict_type == "sharded"
     compile_model(model, trainer, static_shapes)
     if trainer.activation_checkpointing and not (sharding is not None and sharding.activation_checkpointing):
@@ -87,7 +96,7 @@ def build_trainer(
             progress_bar=False,  # RunProgressBar is among the loggers
             run_name=config.run_name,
             seed=config.seed,
-            device=run_device(device),
+            device=machine,
             precision=precision,
             device_train_microbatch_size=trainer.device_train_microbatch_size or microbatch_size(trainer),
             parallelism_config={"fsdp": sharding} if sharding is not None else None,
@@ -123,6 +132,7 @@ class RunTrainer(Trainer):
     ) -> None:
         self.guard = guard
         self.stop = stop
+        flat = getattr(arguments.get("optimizers"), "flat", None)
         time = parse_time(log_interval, "trainer.log_interval")
         self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
         # Workaround (composer 0.32): the ranks of a node wait for its first rank by a signal file, and the first node's
@@ -133,8 +143,13 @@ class RunTrainer(Trainer):
         def name_per_node(*args: Any) -> str:
             return f"{shared_name(*args)}_{dist.get_node_rank()}"
 
-        with mock.patch.object(dist, "get_node_signal_file_name", name_per_node):
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch.object(dist, "get_node_signal_file_name", name_per_node))
+            patches.enter_context(mock.patch.object(composer_trainer, "Engine", RunEngine))
+            if flat is not None:
+                patches.enter_context(mock.patch.object(composer_trainer, "prepare_ddp_module", lambda model, _: model))
             super().__init__(**arguments)
+        self.step = TrainStep(self, None if flat is None else [leaf.grad for leaf in flat.flats])
 
     def fit(self, **arguments: Any) -> None:
         """Same as Trainer.fit, except that resuming a finished run is not an error.
@@ -156,11 +171,21 @@ class RunTrainer(Trainer):
     def _use_closures(self) -> bool:
         return False  # a closure returns the loss as a number, which synchronises; our optimizer needs none
 
-    def _train_batch(self, use_grad_scaling: bool) -> Any:
-        losses = super()._train_batch(use_grad_scaling)
-        if self.guard is not None and losses is not None:
+    def _train_batch(self, use_grad_scaling: bool) -> None:
+        """Train on `state.batch`, and log its losses at the interval; Trainer logs none if it gets None."""
+        losses = self.step() if self.step.serves else super()._train_batch(use_grad_scaling)
+        if losses is None:
+            return
+        if self.guard is not None:
             self.guard.record_losses(losses)
-        return losses if self._reads_losses() else None  # with None, Trainer logs no losses of this batch
+        if self._reads_losses():
+            values = torch.stack([loss.detach().reshape(()).float() for loss in losses.values()])
+            if dist.get_world_size() > 1:
+                dist.all_reduce(values, reduce_operation="SUM")
+                values = values / dist.get_world_size()
+            self.state.total_loss_dict = dict(zip(losses, values.tolist(), strict=True))
+            size = {"trainer/device_train_microbatch_size": self.state.device_train_microbatch_size}
+            self.logger.log_metrics({**self.state.total_loss_dict, **size})
 
     def _reads_losses(self) -> bool:
         if self.state.device.name != "gpu":
@@ -170,17 +195,37 @@ class RunTrainer(Trainer):
         is_last = duration is not None and duration.unit == TimeUnit.BATCH and done >= duration.value
         return done % self.loss_interval == 0 or is_last
 
+    def _iter_dataloader(self, trainer_mode: TrainerMode) -> Iterator[Any]:
+        """Yield batches; on one rank without asking all ranks whether their loaders have ended."""
+        if dist.get_world_size() > 1 or trainer_mode != TrainerMode.TRAIN:
+            yield from super()._iter_dataloader(trainer_mode)
+            return
+        assert self.state.dataloader is not None
+        length = self.state.dataloader_len
+        batches = itertools.islice(self.state.dataloader, None if length is None else int(length))
+        while True:
+            self.engine.run_event(Event.BEFORE_DATALOADER)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                self.engine.run_marker_only_event(Event.AFTER_DATALOADER)
+                return
+            yield batch
+
     def _accumulate_time_across_ranks(
         self, num_samples: int | float, num_tokens: int, batch_time: datetime.timedelta
     ) -> tuple[int, int, datetime.timedelta]:
         """Return samples and tokens of all ranks and the time of rank 0, reduced on the hosts with received signals."""
         received = self.stop.received() if self.stop is not None else []
+        if dist.get_world_size() == 1:
+            if self.stop is not None:
+                self.stop.agree(received)
+            return int(num_samples), num_tokens, batch_time
         counts = torch.tensor([num_samples, num_tokens, batch_time.total_seconds(), *received], dtype=torch.float64)
-        if dist.get_world_size() > 1:
-            seconds = counts[2:3].clone()
-            dist.all_reduce(counts, reduce_operation="SUM")
-            dist.broadcast(seconds, src=0)
-            counts[2] = seconds
+        seconds = counts[2:3].clone()
+        dist.all_reduce(counts, reduce_operation="SUM")
+        dist.broadcast(seconds, src=0)
+        counts[2] = seconds
         samples, tokens, time, *received = counts.tolist()
         if self.stop is not None:
             self.stop.agree(received)

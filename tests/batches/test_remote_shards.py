@@ -144,6 +144,7 @@ def test_a_corrupt_shard_is_found_by_its_hash(s3, remote, many_shards, tmp_path)
     s3.put_object(Bucket=BUCKET, Key="owt/train/shard.00002.mds", Body=bytes(data))
     with pytest.raises(UserError, match=r"(?i)the shard cannot be fetched or decompressed: .*checksum"):
         rows_of(loader_of(tmp_path / "cache", remote))
+    assert not (tmp_path / "cache/train/shard.00002.mds").exists()  # the next reader would take it for a good one
 
 
 def streams_of(cache, remote, folder, **changes):

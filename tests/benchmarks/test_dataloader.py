@@ -11,10 +11,11 @@ from electra_composer.batches.shards import build_dataloader, read_meta
 from electra_composer.config import ShardsConfig
 
 
-def test_one_line(shards, capsys):
-    assert benchmark.main([f"--data={shards}", "--workers", "1", "--batch=4", "--segment=3", "--repeats=2"]) == 0
+@pytest.mark.parametrize("workers", ["auto", "1"])
+def test_one_line(workers, shards, capsys):
+    assert benchmark.main([f"--data={shards}", "--workers", workers, "--batch=4", "--segment=3", "--repeats=2"]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    result = line["results"]["1 worker"]
+    result = line["results"][f"num_workers={workers}"]
     assert result["same_batches"] == read_meta(str(shards)).splits["train"].rows // 4 or result["same_batches"] == 50
     assert result["ours_over_usual"] == pytest.approx(
         result["ours_tokens_per_second"] / result["usual_tokens_per_second"], abs=0.01

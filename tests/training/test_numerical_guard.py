@@ -24,6 +24,7 @@ from electra_composer.pretrain import main
 from electra_composer.training import numerical_guard
 from electra_composer.training import trainer as trainer_module
 from electra_composer.training.numerical_guard import NumericalGuard
+from electra_composer.training.optim import AdamW
 from electra_composer.training.spikes import SpikeDetector
 
 
@@ -173,7 +174,8 @@ def test_clipping_is_torchs(clip: float | None) -> None:
             parameter.grad = torch.randn_like(parameter)
     expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip or math.inf)
     guard = NumericalGuard("nowhere", clip)
-    state = type("State", (), {"batch": {}, "model": mine, "optimizers": [], "precision": "fp32", "timestamp": None})
+    optimizer = AdamW(mine.parameters(), lr=0.1)
+    state = type("State", (), {"batch": {}, "model": mine, "optimizers": [optimizer], "precision": "fp32"})
     guard._pending.append(numerical_guard.PendingBatch(1, 0, {}))
     guard.after_train_batch(state, None)  # type: ignore[arg-type]
     assert guard._pending[-1].norm == expected
