@@ -28,7 +28,6 @@ from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.training.builders import build_optimizer
 from electra_composer.training.callbacks import TrainMetrics
 from electra_composer.training.compilation import compile_config
-from electra_composer.training.optim import leaves
 from electra_composer.training.parallelism import use_flat_parameters
 from electra_composer.training.process_memory import (
     M_MMAP_MAX,
@@ -130,16 +129,14 @@ class Setup:
     def _bare(self, batches: list[dict[str, Any]]) -> Variant:
         model = self.ours()
         optimizer = build_optimizer(self.config.optimizer, model)
-        use_flat_parameters(model, optimizer, self.config.trainer.precision)
+        flats = use_flat_parameters(model, optimizer, self.config.trainer.precision).flats
         prepared = [to_device(model.count_batch(batch), self.device) for batch in batches]
         arguments = compile_config(self.config.trainer, static_shapes=True)
         if arguments is not None:  # the reference stays eager
             model.forward = torch.compile(model.forward, **arguments)  # as Composer's Trainer does
         # On the CPU the model enters autocast itself; on CUDA the trainer would.
         context = contextlib.nullcontext if self.cpu_autocast else self.autocast
-        return BareSteps(
-            self, model, optimizer, prepared, lambda batch: _our_loss(model, batch), context, leaves(optimizer)
-        )
+        return BareSteps(self, model, optimizer, prepared, lambda batch: _our_loss(model, batch), context, flats)
 
     def _reference(self, batches: list[dict[str, Any]]) -> Variant:
         model = reference.ReferenceElectra(self.ours().model)

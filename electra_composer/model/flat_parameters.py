@@ -32,7 +32,8 @@ class FlatBuffer:
         dtype: to which a forward casts the buffer; None: not at all.
 
     Attributes:
-        flat: fp32 `[elements]`, the leaf of the autograd graph. Its `grad` always exists.
+        flat: fp32 `[elements]`, the leaf of the autograd graph. After a backward, the `grad` of every parameter is a
+            view of its `grad`.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype | None):
@@ -47,14 +48,25 @@ class FlatBuffer:
             view.copy_(parameter.detach())
             parameter.data = view
         self.flat.requires_grad_()
-        self.flat.grad = torch.zeros_like(self.flat)
-        for parameter, view in zip(self.parameters, self.views(self.flat.grad), strict=True):
-            parameter.grad = view
+        self.flat.register_post_accumulate_grad_hook(self._show_gradients)
 
     def views(self, tensor: Tensor) -> list[Tensor]:
         """Split a tensor with the elements of `flat` into views with the shapes of the parameters."""
         pieces = tensor.split_with_sizes(self.sizes)[::2]
         return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.parameters, strict=True)]
+
+    def _show_gradients(self, flat: Tensor) -> None:
+        assert flat.grad is not None
+        first = self.parameters[0].grad
+        if first is None or first.data_ptr() != flat.grad.data_ptr():  # another backward adds in place
+            for parameter, view in zip(self.parameters, self.views(flat.grad), strict=True):
+                parameter.grad = view
+
+    def zero_grad(self) -> None:
+        """Set the gradients to None: until the next backward has them, their memory is free for activations."""
+        self.flat.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
 
 
 class FlatParameters:
@@ -90,12 +102,14 @@ class FlatParameters:
 
     @property
     def flats(self) -> list[Tensor]:
-        """The buffers' tensors, leaves of the autograd graph; their `grad` are the flat gradients."""
+        """The buffers' tensors: leaves of the autograd graph, with flat gradients after a backward."""
         return [buffer.flat for buffers in self.buffers for buffer in buffers]
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero, in place."""
-        torch._foreach_zero_([flat.grad for flat in self.flats if flat.grad is not None])
+        """Set all gradients to None."""
+        for buffers in self.buffers:
+            for buffer in buffers:
+                buffer.zero_grad()
 
     def attach(self, module: nn.Module) -> None:
         """Replace the forward of `module`, which contains the parameters, by one that uses views of the buffers."""

@@ -77,7 +77,7 @@ class AdamW(torch.optim.AdamW):
             self._moments.append(moments)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Set gradients to None, flat ones to zero in place."""
+        """Set gradients to None, also those of flat buffers."""
         if self.flat is None:
             super().zero_grad(set_to_none)
         else:
@@ -106,7 +106,8 @@ class AdamW(torch.optim.AdamW):
         gradients, averages, squares, _, steps = lists
         index = next(index for index, other in enumerate(self.param_groups) if other is group)
         for buffer, state in zip(self.flat.buffers[index], self._moments[index], strict=True):
-            assert buffer.flat.grad is not None
+            if buffer.flat.grad is None:
+                continue
             params.append(buffer.flat)
             gradients.append(buffer.flat.grad)
             averages.append(state["exp_avg"])
@@ -139,7 +140,7 @@ class AdamW(torch.optim.AdamW):
 def leaves(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Return the tensors with the gradients of an optimizer: its flat buffers, or parameters that have a gradient."""
     if isinstance(optimizer, AdamW) and optimizer.flat is not None:
-        return optimizer.flat.flats
+        return [flat for flat in optimizer.flat.flats if flat.grad is not None]
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return [parameter for parameter in parameters if parameter.grad is not None]
 

@@ -95,7 +95,7 @@ def can_be_flat(trainer: TrainerConfig, sharded: bool) -> bool:
 PRODUCT_DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
-def use_flat_parameters(model: ComposerModel, optimizer: AdamW, precision: str) -> None:
+def use_flat_parameters(model: ComposerModel, optimizer: AdamW, precision: str) -> FlatParameters:
     """Store the trainable parameters of `model` in flat buffers, which `optimizer` updates. All ranks get rank 0's.
 
     Args:
@@ -109,3 +109,4 @@ def use_flat_parameters(model: ComposerModel, optimizer: AdamW, precision: str) 
         dist.broadcast(leaf.detach(), src=0)
     flat.attach(model)
     optimizer.use_flat(flat)
+    return flat

@@ -7,7 +7,6 @@ back. :class:`TrainStep` fires the same events in the same order on the same sta
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,8 @@ from composer.core import Event, Precision
 from composer.core.precision import get_precision_context
 from composer.utils import dist
 from torch import Tensor
+
+from electra_composer.model.flat_parameters import FlatParameters
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -25,15 +26,15 @@ class TrainStep:
 
     Args:
         trainer: after its construction.
-        gradients: the gradients to average over ranks after the backward; None: the model averages them itself (DDP).
+        flat: whose gradients are averaged over ranks after the backward; None: the model averages them itself (DDP).
     """
 
     # Workaround (composer 0.32): the parts of Trainer that the step needs are private: `_train_data_spec`,
     # `_original_model`, `_use_grad_scaling`; goes when Trainer has a public method for one step.
 
-    def __init__(self, trainer: Trainer, gradients: Iterable[Tensor] | None = None):
+    def __init__(self, trainer: Trainer, flat: FlatParameters | None = None):
         self.trainer = trainer
-        self.gradients = None if gradients is None else list(gradients)
+        self.flat = flat
 
     @functools.cached_property
     def serves(self) -> bool:
@@ -100,10 +101,13 @@ class TrainStep:
         return {name: loss.detach() * weight for name, loss in losses.items()}
 
     def _average_gradients(self) -> None:
-        if self.gradients is not None and dist.get_world_size() > 1:
-            for gradient in self.gradients:
-                dist.all_reduce(gradient, reduce_operation="SUM")
-                gradient.div_(dist.get_world_size())
+        if self.flat is None or dist.get_world_size() == 1:
+            return
+        for leaf in self.flat.flats:
+            if leaf.grad is None:  # a task's batch may not use a part of the model; other ranks' may
+                leaf.grad = torch.zeros_like(leaf)
+            dist.all_reduce(leaf.grad, reduce_operation="SUM")
+            leaf.grad.div_(dist.get_world_size())
 
 
 def _mean_over_ranks(number: int) -> float:

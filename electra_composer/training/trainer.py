@@ -149,7 +149,7 @@ class RunTrainer(Trainer):
             if flat is not None:
                 patches.enter_context(mock.patch.object(composer_trainer, "prepare_ddp_module", lambda model, _: model))
             super().__init__(**arguments)
-        self.step = TrainStep(self, None if flat is None else [leaf.grad for leaf in flat.flats])
+        self.step = TrainStep(self, flat)
 
     def fit(self, **arguments: Any) -> None:
         """Same as Trainer.fit, except that resuming a finished run is not an error.
