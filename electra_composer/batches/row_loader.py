@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,24 +29,32 @@ class RowLoader(StreamingDataLoader):
         dataset: gives row numbers.
         background: without worker processes, load in a thread of this process. NumPy copies without the interpreter's
             lock, and no batch is sent between processes, which takes several times as long as reading it.
+        transform: applied to every batch in that thread; needs `background`.
         options: of StreamingDataLoader.
     """
 
-    def __init__(self, dataset: RowDataset, *, background: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: RowDataset,
+        *,
+        background: bool = False,
+        transform: Callable[[Batch], Batch] | None = None,
+        **options: Any,
+    ) -> None:
         self.background = background
+        self.transform = transform
         super().__init__(dataset, **options)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches: int64 tensors `[rows, max_seq_length]` (see :func:`collate_rows`), `num_tokens`, and `rows`,
         int64 `[rows]`, the row numbers in the split, which identify a batch's content."""
         for batch in super().__iter__():
-            columns = dict(zip(COLUMNS, batch["packed"], strict=True))
-            yield {**columns, "num_tokens": batch["num_tokens"], "rows": torch.tensor(batch["rows"])}
+            yield batch if self.background else unpack(batch)
 
     # Workaround (streaming 0.13): StreamingDataLoader takes the length of a batch's first value for its number of
     # rows, and the hook to count otherwise is private; goes when the hook is public.
     def _get_batch_size(self, batch: Any) -> int:
-        return int(batch["packed"].shape[1])
+        return len(batch["rows"])
 
     # Workaround (torch 2.7): Composer's objects form reference cycles. When the garbage collector breaks one up, it
     # closes the queues to the workers before DataLoader tells the workers to exit, and DataLoader then waits five
@@ -68,5 +76,14 @@ class RowLoader(StreamingDataLoader):
         group = self.batch_size * max(1, GROUP_ROWS // self.batch_size)
         while chunk := list(itertools.islice(numbers, group)):
             for batch in self.dataset.collate_group(chunk, self.batch_size):
-                if len(batch["rows"]) == self.batch_size or not self.drop_last:
-                    yield pin_memory(batch) if self.pin_memory else batch
+                if len(batch["rows"]) < self.batch_size and self.drop_last:
+                    continue
+                unpacked = unpack(pin_memory(batch) if self.pin_memory else batch)
+                yield unpacked if self.transform is None else self.transform(unpacked)
+
+
+def unpack(batch: Batch) -> Batch:
+    """Convert a batch of :meth:`RowDataset.collate` to the form that :class:`RowLoader` yields; the tensors are views
+    of one tensor."""
+    columns = dict(zip(COLUMNS, batch["packed"], strict=True))
+    return {**columns, "num_tokens": batch["num_tokens"], "rows": torch.tensor(batch["rows"])}

@@ -85,6 +85,7 @@ def build_dataloader(
     drop_last: bool,
     seed: int,
     evaluation: bool = False,
+    transform: Callable[[Batch], Batch] | None = None,
 ) -> RowLoader:
     """Build a loader whose state resumes in the middle of an epoch. Call it after `torch.distributed` is initialised.
 
@@ -95,6 +96,7 @@ def build_dataloader(
         shuffle, seed: use a new order in each epoch, derived from the seed.
         drop_last: drop a last batch that is not full, so that all have one shape.
         evaluation: read every row of every stream (or of `config.eval_streams`) once, ignoring their weights.
+        transform: see :class:`RowLoader`; left out where batches do not come from a thread.
 
     Raises:
         UserError: the split is missing or incomplete, or too small for one batch per device.
@@ -130,6 +132,7 @@ def build_dataloader(
     return RowLoader(
         dataset,
         background=in_thread,
+        transform=transform if in_thread else None,
         batch_size=batch_size,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -211,7 +214,11 @@ def build_data_spec(
         drop_last=train,
         seed=seed,
         evaluation=not train,
+        # With several ranks it may talk to the others, which a thread must not do at the same time as the step.
+        transform=batch_transforms if World.detect().num_ranks == 1 else None,
     )
+    if loader.transform is not None:
+        batch_transforms = None
     shares = plan_epoch(config, meta, split, seed, evaluation=not train)
     counts = [share.folder.meta.splits[split] for share in shares]
     return DataSpec(

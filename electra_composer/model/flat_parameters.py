@@ -34,11 +34,13 @@ class FlatBuffer:
     Attributes:
         flat: fp32 `[elements]`, the leaf of the autograd graph. After a backward, the `grad` of every parameter is a
             view of its `grad`.
+        copies_gradients: whether the backward's gradient is copied before it becomes `grad`.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype | None):
         self.parameters = list(parameters)
         self.dtype = dtype
+        self.copies_gradients = False
         self.sizes: list[int] = []  # of parameters and of the gaps between them, alternating
         for parameter in self.parameters:
             self.sizes += [parameter.numel(), -parameter.numel() % ALIGNMENT]
@@ -59,6 +61,8 @@ class FlatBuffer:
         assert flat.grad is not None
         first = self.parameters[0].grad
         if first is None or first.data_ptr() != flat.grad.data_ptr():  # another backward adds in place
+            if self.copies_gradients:
+                flat.grad = flat.grad.clone()
             for parameter, view in zip(self.parameters, self.views(flat.grad), strict=True):
                 parameter.grad = view
 
@@ -110,6 +114,19 @@ class FlatParameters:
         for buffers in self.buffers:
             for buffer in buffers:
                 buffer.zero_grad()
+
+    def use_in_cuda_graphs(self) -> None:
+        """Prepare for a forward and backward that `torch.compile` records as CUDA graphs. Call before the first step.
+
+        The buffers are marked as never moving, or every replay would copy them to static inputs. Gradients are copied,
+        since the memory that a graph writes them to is written again by the backward of the next microbatch
+        (pytorch#169545).
+        """
+        for flat in self.flats:
+            torch._dynamo.mark_static_address(flat)
+        for buffers in self.buffers:
+            for buffer in buffers:
+                buffer.copies_gradients = True
 
     def attach(self, module: nn.Module) -> None:
         """Replace the forward of `module`, which contains the parameters, by one that uses views of the buffers."""

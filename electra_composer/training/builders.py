@@ -18,7 +18,6 @@ from composer.callbacks import (
     LRMonitor,
     NaNMonitor,
     OptimizerMonitor,
-    RuntimeEstimator,
     SystemMetricsMonitor,
     ThresholdStopper,
 )
@@ -30,7 +29,7 @@ from electra_composer.config import OptimizerConfig, ScheduleConfig
 from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
 from electra_composer.training.loggers import MetricsFile, RunConsole, RunWandB
-from electra_composer.training.monitors import DataWait, RunMemoryMonitor, ThroughputMonitor
+from electra_composer.training.monitors import DataWait, RunMemoryMonitor, RunRuntimeEstimator, ThroughputMonitor
 from electra_composer.training.optim import AdamW, parameter_groups
 from electra_composer.training.progress_bar import RunProgressBar
 from electra_composer.training.schedules import Schedule
@@ -43,7 +42,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "memory_monitor": RunMemoryMonitor,
     "nan_monitor": NaNMonitor,
     "optimizer_monitor": OptimizerMonitor,
-    "runtime_estimator": RuntimeEstimator,
+    "runtime_estimator": RunRuntimeEstimator,
     "speed_monitor": ThroughputMonitor,
     "system_metrics_monitor": SystemMetricsMonitor,
     "threshold_stopper": ThresholdStopper,

@@ -15,6 +15,7 @@ from electra_composer.errors import UserError
 from electra_composer.model.encoder import Layer
 from electra_composer.training.devices import resolve_device
 
+MODES_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 

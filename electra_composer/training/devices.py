@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from composer.devices import Device, DeviceGPU
@@ -73,12 +74,35 @@ class RunDeviceGPU(DeviceGPU):
 
     dist_backend = "cuda:nccl,cpu:gloo"
 
+    def batch_to_device(self, batch: Any) -> Any:
+        """Copy a batch to the GPU, tensors that together are the whole of another one by one copy of that."""
+        if not isinstance(batch, dict):
+            return super().batch_to_device(batch)
+        parts = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        wholes = {id(part._base): part._base for part in parts.values() if part._base is not None}
+        moved: dict[str, torch.Tensor] = {}
+        for whole in wholes.values():
+            names = [name for name, part in parts.items() if part._base is whole]
+            if (
+                len(names) > 1
+                and all(map(_is_same, whole, (parts[name] for name in names)))
+                and len(whole) == len(names)
+            ):
+                moved |= dict(zip(names, self.tensor_to_device(whole), strict=True))
+        rest = {name: value for name, value in batch.items() if name not in moved}
+        copied = {**super().batch_to_device(rest), **moved}
+        return {name: copied[name] for name in batch}
+
     def tensor_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor to the GPU, except scalars (0-d) and flags (one uint8), which stay on the host."""
         is_flag = tensor.dtype == torch.uint8 and tensor.numel() == 1
         if tensor.dim() == 0 or is_flag:
             return tensor
         return super().tensor_to_device(tensor)
+
+
+def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.data_ptr() == right.data_ptr() and left.shape == right.shape and left.stride() == right.stride()
 
 
 def run_device(name: str) -> Device:

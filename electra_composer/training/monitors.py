@@ -11,15 +11,15 @@ from types import SimpleNamespace
 from typing import cast
 
 import torch
-from composer.callbacks import MemoryMonitor, SpeedMonitor
+from composer.callbacks import MemoryMonitor, RuntimeEstimator, SpeedMonitor
 from composer.callbacks.speed_monitor import get_gpu_flops_available
-from composer.core import State, Timestamp
+from composer.core import Event, State, Timestamp
 from composer.loggers import Logger
 from composer.utils import dist
 
 from electra_composer.errors import UserError
 from electra_composer.training.process_memory import peak_resident_bytes
-from electra_composer.training.times import IntervalCallback
+from electra_composer.training.times import IntervalCallback, interval_scheduler
 
 
 class ThroughputMonitor(SpeedMonitor):
@@ -125,6 +125,31 @@ def device_flops_available(state: State) -> float:
     if state.precision.value == "fp32" and torch.backends.cuda.matmul.allow_tf32:
         state = cast(State, SimpleNamespace(precision=SimpleNamespace(value="tf32")))
     return float(get_gpu_flops_available(state))
+
+
+class RunRuntimeEstimator(RuntimeEstimator):
+    """RuntimeEstimator that estimates the remaining time at an interval; logs `time/remaining_estimate`.
+
+    Args:
+        skip_batches: first batches that are not timed.
+        time_unit: `seconds`, `minutes`, `hours` or `days`.
+        log_interval: a Composer time such as `10ba`.
+
+    Raises:
+        UserError: not a positive Composer time.
+    """
+
+    def __init__(self, skip_batches: int = 1, time_unit: str = "hours", log_interval: str = "10ba") -> None:
+        super().__init__(skip_batches, time_unit)
+        self.is_due = interval_scheduler(log_interval, "log_interval")
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        if self.start_time is None:
+            super().batch_start(state, logger)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.batches_left_to_skip > 0 or self.is_due(state, Event.BATCH_END):
+            super().batch_end(state, logger)
 
 
 class RunMemoryMonitor(IntervalCallback, MemoryMonitor):

@@ -16,4 +16,4 @@ def test_it_prints_the_overhead_and_its_parts(capsys) -> None:
     parts = line["parts_ms"]
     assert {"loader", "dispatch", "callback NumericalGuard", "callback LRMonitor", "logger MetricsFile"} <= set(parts)
     assert all(0 <= part < line["trainer_ms"] for part in parts.values())
-    assert line["steps"] == 12
+    assert line["steps_of_each"] == 12

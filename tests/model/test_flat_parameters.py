@@ -117,6 +117,36 @@ def test_recomputed_activations_give_the_same_gradients(
         torch.testing.assert_close(found, expected, rtol=0.02, atol=2e-2)
 
 
+class OneMemory(torch.autograd.Function):
+    """Identity whose backward always returns the same memory, as a CUDA graph that is replayed does."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        ctx.memory = memory
+        return flat.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return ctx.memory.copy_(gradient).detach(), None
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_gradients_of_microbatches_in_cuda_graphs(copies: bool) -> None:
+    """Two microbatches with gradients 1 and 2 in one memory: their sum is 3 only if the first one was copied."""
+    parameter = torch.nn.Parameter(torch.zeros(ALIGNMENT))
+    module = torch.nn.Module()
+    module.register_parameter("weight", parameter)
+    flat = FlatParameters(module, [[parameter]])
+    if copies:
+        flat.use_in_cuda_graphs()
+    (leaf,) = flat.flats
+    memory = torch.zeros_like(leaf, requires_grad=False)
+    for factor in (1.0, 2.0):
+        (OneMemory.apply(leaf, memory) * factor).sum().backward()
+    assert parameter.grad is not None
+    assert parameter.grad.unique().tolist() == ([3.0] if copies else [4.0])
+
+
 # --- the optimizer
 
 

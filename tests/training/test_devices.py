@@ -9,7 +9,7 @@ from electra_composer.config import TrainerConfig
 from electra_composer.errors import UserError
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.training import devices
-from electra_composer.training.devices import choose_attention, faster, resolve_device
+from electra_composer.training.devices import RunDeviceGPU, choose_attention, faster, resolve_device
 
 
 @pytest.fixture
@@ -147,3 +147,33 @@ def test_attention_is_chosen_by_measuring() -> None:
 
 def test_automatic_microbatches_on_a_gpu(new_gpu: None) -> None:
     assert resolve_device(TrainerConfig(device_train_microbatch_size="auto"))[0] == "gpu"
+
+
+class Copies(RunDeviceGPU):
+    """A GPU that notes the shape of every tensor it gets."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def tensor_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(tensor.shape))
+        return tensor.clone()
+
+
+def test_views_of_one_tensor_are_copied_at_once() -> None:
+    """The four columns of a batch are; microbatches and a single column are not the whole of their tensor."""
+    packed = torch.arange(4 * 6 * 2).view(4, 6, 2).clone()
+    columns = dict(zip("abcd", packed, strict=True))
+    batch = {**columns, "scale": torch.ones(6, 2), "num_tokens": 7}
+    for given, shapes in (
+        (batch, [(4, 6, 2), (6, 2)]),
+        ({name: value[:3] if name in columns else value for name, value in batch.items()}, [(3, 2)] * 4 + [(6, 2)]),
+        ({"a": columns["a"], "b": columns["b"]}, [(6, 2)] * 2),
+        ({name: columns[name] for name in "bacd"}, [(6, 2)] * 4),  # in another order than that of the tensor
+    ):
+        device = Copies()
+        moved = device.batch_to_device(given)
+        assert sorted(device.shapes) == sorted(shapes)
+        assert list(moved) == list(given)
+        for name, value in given.items():
+            assert torch.equal(moved[name], value) if isinstance(value, torch.Tensor) else moved[name] == value
