@@ -62,13 +62,13 @@ class RowLoader(StreamingDataLoader):
     # exited. `_get_iterator` and `_shutdown_workers` are private; goes when DataLoader has a public close.
     def _get_iterator(self) -> Any:
         if self.background:
-            return BackgroundIterator(self._in_groups())
+            return BackgroundIterator(self.batches())
         iterator = super()._get_iterator()
         if self.num_workers > 0:
             weakref.finalize(self, iterator._shutdown_workers)
         return iterator
 
-    def _in_groups(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         """Yield the batches that DataLoader would, packing several small ones at once."""
         assert isinstance(self.dataset, RowDataset)
         assert self.batch_size is not None
