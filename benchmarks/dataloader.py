@@ -183,12 +183,13 @@ def main(arguments: list[str] | None = None) -> int:
         }
         del streams, loaders
     config = ShardsConfig(options.data, meta.max_seq_length, num_workers=0)
+    in_thread = replace(config, num_workers="auto")
     print_result(
         "dataloader",
         **vars(options),
         max_seq_length=meta.max_seq_length,
         results=results,
-        packing_alone_tokens_per_second=round(packing_alone(replace(config, num_workers="auto"), meta, options.batch)),
+        packing_alone_tokens_per_second=round(packing_alone(in_thread, meta, options.batch)),
         reading_alone_tokens_per_second=round(reading_alone(config, rows)),
         shuffle=shuffle_quality(config, meta, options.batch, epochs=3),
     )
