@@ -54,9 +54,9 @@ def compile_config(trainer: TrainerConfig, static_shapes: bool) -> dict[str, Any
 def compile_model(model: ComposerModel, trainer: TrainerConfig, static_shapes: bool) -> None:
     """Compile the model in place if `trainer.compile` is set. Call before the trainer wraps the model.
 
-    On one rank and on replicas the complete forward is one graph. If there is DDP, the compiler splits it at the buckets.
-    Under FSDP each Transformer layer is one graph, since it is the unit that is gathered and freed; embeddings, heads and
-    losses are not compiled.
+    On one rank and on replicas the complete forward is one graph. If there is DDP, the compiler splits it at the
+    buckets. Under FSDP each Transformer layer is one graph, since it is the unit that is gathered and freed;
+    embeddings, heads and losses are not compiled.
 
     Args:
         model: not wrapped yet; its `forward`, or that of its layers, is replaced.
