@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import weakref
@@ -35,7 +36,7 @@ class BackgroundIterator(Generic[T]):
         stopped = threading.Event()
         # The thread must not refer to this object, or it would never be collected.
         thread = threading.Thread(target=_fill, args=(iterator, self._items, stopped), daemon=True)
-        self.close = weakref.finalize(self, _stop, thread, stopped)
+        self.close = weakref.finalize(self, _stop, thread, self._items, stopped)
         thread.start()
 
     def __iter__(self) -> BackgroundIterator[T]:
@@ -78,7 +79,10 @@ def _fill(
                 pass
 
 
-def _stop(thread: threading.Thread, stopped: threading.Event) -> None:
+def _stop(thread: threading.Thread, items: queue.Queue[Any], stopped: threading.Event) -> None:
     stopped.set()
+    with contextlib.suppress(queue.Empty):  # wake the thread if it waits for a place
+        while True:
+            items.get_nowait()
     if thread is not threading.current_thread():  # the garbage collector may run in the thread itself
         thread.join(timeout=5 * TICK)

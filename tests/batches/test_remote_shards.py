@@ -52,12 +52,12 @@ def test_no_more_is_kept_than_the_cache_may_hold(remote, many_shards, tmp_path):
 
 
 def test_shards_are_fetched_no_further_ahead_than_said(remote, tmp_path):
-    loader = loader_of(tmp_path / "cache", remote, predownload=1)
-    next(iter(loader))
+    batches = iter(loader_of(tmp_path / "cache", remote, predownload=1))
+    next(batches)
     time.sleep(0.5)
     few = len(list((tmp_path / "cache/train").glob("*.mds")))
-    eager = loader_of(tmp_path / "eager", remote)
-    next(iter(eager))
+    eager = iter(loader_of(tmp_path / "eager", remote))  # kept: an iterator that is gone fetches nothing more
+    next(eager)
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "eager/train").glob("*.mds"))) <= few:
         assert time.monotonic() < deadline
