@@ -115,7 +115,7 @@ class RowDataset(FixedStreamingDataset):
             batch = {
                 "packed": torch.from_numpy(columns),
                 "num_tokens": num_tokens,
-                "rows": list(map(int, numbers[part])),
+                "rows": [int(row) for row in numbers[part]],
             }
             batches.append(batch)
         return batches

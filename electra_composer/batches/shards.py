@@ -15,6 +15,7 @@ from electra_composer.batches.collation import Batch
 from electra_composer.batches.row_dataset import RowDataset
 from electra_composer.batches.row_loader import RowLoader
 from electra_composer.batches.streams import (
+    Folder,
     Share,
     batches_per_epoch,
     check_streams,
@@ -121,10 +122,7 @@ def build_dataloader(
             batching_method=method,
         )
     except Exception as error:  # each storage client raises its own types
-        remote = next((folder.remote for folder in folders if folder.remote is not None), None)
-        reason = error if remote is None else explain(error, remote)
-        names = ", ".join(folder.label for folder in folders)
-        raise UserError(f"{names}: the shards of split {split!r} cannot be opened: {reason}") from error
+        raise _not_opened(folders, split, error) from error
     check_index(dataset, folders, split)
     if batches is not None:
         dataset.length = batches * batch_size
@@ -140,6 +138,13 @@ def build_dataloader(
         collate_fn=dataset.collate,
         **loader_workers(workers),
     )
+
+
+def _not_opened(folders: list[Folder], split: str, error: Exception) -> UserError:
+    remote = next((folder.remote for folder in folders if folder.remote is not None), None)
+    reason = error if remote is None else explain(error, remote)
+    names = ", ".join(folder.label for folder in folders)
+    return UserError(f"{names}: the shards of split {split!r} cannot be opened: {reason}")
 
 
 WORKERS = 2

@@ -13,6 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 from electra_composer.config import TrainerConfig
 from electra_composer.errors import UserError
 from electra_composer.model.encoder import Layer
+from electra_composer.model.flat_parameters import FlatParameters
 from electra_composer.training.devices import resolve_device
 
 MODES_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -51,7 +52,9 @@ def compile_config(trainer: TrainerConfig, static_shapes: bool) -> dict[str, Any
     return {"fullgraph": True, "dynamic": not static_shapes, **mode}
 
 
-def compile_model(model: ComposerModel, trainer: TrainerConfig, static_shapes: bool) -> None:
+def compile_model(
+    model: ComposerModel, trainer: TrainerConfig, static_shapes: bool, flat: FlatParameters | None = None
+) -> None:
     """Compile the model in place if `trainer.compile` is set. Call before the trainer wraps the model.
 
     On one rank and on replicas the complete forward is one graph. If there is DDP, the compiler splits it at the
@@ -62,10 +65,13 @@ def compile_model(model: ComposerModel, trainer: TrainerConfig, static_shapes: b
         model: not wrapped yet; its `forward`, or that of its layers, is replaced.
         trainer: uses `compile` and `fsdp`.
         static_shapes: whether all batches of a loader have one length.
+        flat: the model's flat parameters, if it has any.
     """
     arguments = compile_config(trainer, static_shapes)
     if arguments is None:
         return
+    if flat is not None and flat.flats[0].is_cuda and trainer.compile in MODES_WITH_CUDA_GRAPHS:
+        flat.use_in_cuda_graphs()
     # Workaround (torch 2.7): all layers share one compiled function, and its variants (training and evaluation, two
     # widths, a smaller last batch) reach the limit of 8, a private setting; goes when torch.compile takes a limit.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)

@@ -21,7 +21,48 @@ from electra_composer.errors import UserError
 from electra_composer.training.times import parse_time
 
 
-class MetricsFile(LoggerDestination):
+class IntervalLogger(LoggerDestination):
+    """Base class of loggers that keep what is logged, and write it when a step ends whose number is due.
+
+    Args:
+        interval: batches between two writings, such as `10ba`.
+
+    Raises:
+        UserError: not a number of batches above 0.
+    """
+
+    def __init__(self, interval: str) -> None:
+        parsed = parse_time(interval, "interval", positive=True)
+        if parsed.unit != TimeUnit.BATCH:
+            raise UserError(f"interval: {interval!r}: expected a number of batches, such as 10ba")
+        self.interval = int(parsed.value)
+        self.step = 0
+
+    @functools.cached_property
+    def writes(self) -> bool:
+        """Whether this is rank 0. Composer's answer takes microseconds, and a batch logs ten times."""
+        return dist.get_global_rank() == 0
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if not self.writes:
+            return
+        step = self.step if step is None else step
+        if step > self.step:
+            if self.step % self.interval == 0:
+                self.write_kept()
+            self.step = step
+        self.keep(metrics)
+
+    def keep(self, metrics: dict[str, Any]) -> None:
+        """Keep metrics of the current step, over older values of the same names."""
+        raise NotImplementedError
+
+    def write_kept(self) -> None:
+        """Write and forget what was kept."""
+        raise NotImplementedError
+
+
+class MetricsFile(IntervalLogger):
     """Writes every logged metric by step to a file of JSON lines or CSV, on rank 0.
 
     A row has `step` (batches trained before it, as Composer counts) and the latest value of each metric logged since
@@ -46,29 +87,13 @@ class MetricsFile(LoggerDestination):
         self.format = format or os.path.splitext(path)[1][1:]
         if self.format not in ("jsonl", "csv"):
             raise UserError(f"{self.format!r} is not a format of the metrics file; expected jsonl or csv")
-        parsed = parse_time(interval, "interval", positive=True)
-        if parsed.unit != TimeUnit.BATCH:
-            raise UserError(f"interval: {interval!r}: expected a number of batches, such as 10ba")
-        self.interval = int(parsed.value)
+        super().__init__(interval)
         self.columns: list[str] = []  # CSV only
         self.row: dict[str, Any] = {}  # pending
-        self.step = 0
         self.resumed = False
         self.file: TextIO | None = None
 
-    @functools.cached_property
-    def writes(self) -> bool:
-        """Whether this is rank 0. Composer's answer takes microseconds, and a batch logs ten times."""
-        return dist.get_global_rank() == 0
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        if not self.writes:
-            return
-        step = self.step if step is None else step
-        if step > self.step:
-            if self.step % self.interval == 0:
-                self._write_row()
-            self.step = step
+    def keep(self, metrics: dict[str, Any]) -> None:
         self.row.update(metrics)
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -80,7 +105,7 @@ class MetricsFile(LoggerDestination):
         if self.file is None and self.row and not self.resumed:
             self._open(self.step + 1)  # an evaluation without training
         if self.file is not None:
-            self._write_row()
+            self.write_kept()
             self.file.close()
             self.file = None
 
@@ -126,7 +151,7 @@ class MetricsFile(LoggerDestination):
         os.replace(f"{self.path}.tmp", self.path)
         self.file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115 (closed in `close`)
 
-    def _write_row(self) -> None:
+    def write_kept(self) -> None:
         row = {"step": self.step, **plain_numbers(self.row)}
         self.row = {}
         if self.file is None or len(row) == 1:

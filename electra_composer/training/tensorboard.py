@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from composer.core import State, TimeUnit
+from composer.core import State
 from composer.loggers import Logger, TensorboardLogger
 from composer.utils import dist
 
-from electra_composer.errors import UserError
-from electra_composer.training.times import parse_time
+from electra_composer.training.loggers import IntervalLogger
 
 
-class RunTensorboard(TensorboardLogger):
+class RunTensorboard(IntervalLogger, TensorboardLogger):
     """TensorboardLogger that writes at an interval, and to one file.
 
     Composer's writes every metric of every batch, and starts a new file every 100 batches: 10,000 files in a run of a
@@ -40,29 +39,18 @@ class RunTensorboard(TensorboardLogger):
         flush_interval: int = 100,
         rank_zero_only: bool = True,
     ) -> None:
-        super().__init__(log_dir, flush_interval, rank_zero_only)
-        parsed = parse_time(interval, "interval", positive=True)
-        if parsed.unit != TimeUnit.BATCH:
-            raise UserError(f"interval: {interval!r}: expected a number of batches, such as 100ba")
-        self.interval = int(parsed.value)
+        TensorboardLogger.__init__(self, log_dir, flush_interval, rank_zero_only)
+        IntervalLogger.__init__(self, interval)
         self.writer: Any  # SummaryWriter; None before the start and after the end
-        self.step = 0
         self.points: dict[str, tuple[Any, int]] = {}  # metric → latest value and its step, not yet written
 
     @functools.cached_property
     def writes(self) -> bool:
         return not self.rank_zero_only or dist.get_global_rank() == 0
 
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        if not self.writes:
-            return
-        step = self.step if step is None else step
-        if step > self.step:
-            if self.step % self.interval == 0:
-                self._write_points()
-            self.step = step
+    def keep(self, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
-            self.points[name] = (value, step)
+            self.points[name] = (value, self.step)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         pass  # TensorboardLogger starts a new file
@@ -85,14 +73,14 @@ class RunTensorboard(TensorboardLogger):
         if self.writer is not None and state.timestamp.batch.value % self.flush_interval == 0:
             self.writer.flush()
 
-    def _write_points(self) -> None:
+    def write_kept(self) -> None:
         points, self.points = self.points, {}
         for name, (value, step) in points.items():
             self.current_metrics[name] = value  # for the table of hyperparameters
-            super().log_metrics({name: value}, step)
+            TensorboardLogger.log_metrics(self, {name: value}, step)
 
     def _flush(self, logger: Logger) -> None:
-        self._write_points()
+        self.write_kept()
         if self.writer is not None:
             self.writer.flush()
 

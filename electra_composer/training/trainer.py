@@ -29,7 +29,7 @@ from electra_composer.config import RunConfig
 from electra_composer.training.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
 from electra_composer.training.callbacks import BatchSeed
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, checkpoint_savers, load_path
-from electra_composer.training.compilation import MODES_WITH_CUDA_GRAPHS, compile_model
+from electra_composer.training.compilation import compile_model
 from electra_composer.training.devices import resolve_device, run_device
 from electra_composer.training.engine import RunEngine
 from electra_composer.training.interrupts import StopOnSignal
@@ -72,11 +72,9 @@ def build_trainer(
     optimizer = build_optimizer(config.optimizer, model)
     sharding = fsdp_config(trainer.fsdp, device)
     if can_be_flat(trainer, sharding is not None):
-        flat = use_flat_parameters(model, optimizer, trainer.precision)
-        if device == "gpu" and trainer.compile in MODES_WITH_CUDA_GRAPHS:
-            flat.use_in_cuda_graphs()
+        use_flat_parameters(model, optimizer, trainer.precision)
     sharded = sharding is not None and sharding.state_dict_type == "sharded"
-    compile_model(model, trainer, static_shapes)
+    compile_model(model, trainer, static_shapes, optimizer.flat)
     if trainer.activation_checkpointing and not (sharding is not None and sharding.activation_checkpointing):
         recompute_activations(model)
     schedule, own_callbacks = build_scheduler(config.schedule, max_duration), build_callbacks(config.callbacks)
