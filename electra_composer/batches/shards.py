@@ -97,7 +97,7 @@ def build_dataloader(
         shuffle, seed: use a new order in each epoch, derived from the seed.
         drop_last: drop a last batch that is not full, so that all have one shape.
         evaluation: read every row of every stream (or of `config.eval_streams`) once, ignoring their weights.
-        transform: see :class:`RowLoader`; left out where batches do not come from a thread.
+        transform: of :class:`RowLoader`, where batches come from a thread.
 
     Raises:
         UserError: the split is missing or incomplete, or too small for one batch per device.
@@ -124,15 +124,13 @@ def build_dataloader(
     except Exception as error:  # each storage client raises its own types
         raise _not_opened(folders, split, error) from error
     check_index(dataset, folders, split)
-    if batches is not None:
-        dataset.length = batches * batch_size
+    dataset.length = dataset.length if batches is None else batches * batch_size
     workers, in_thread = choose_workers(config.num_workers, dataset)
     return RowLoader(
         dataset,
         background=in_thread,
         transform=transform if in_thread else None,
         batch_size=batch_size,
-        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
         collate_fn=dataset.collate,

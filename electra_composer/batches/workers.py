@@ -25,7 +25,12 @@ def loader_workers(number: int) -> dict[str, Any]:
     if number == 0:
         return {"num_workers": 0}
     context = _WorkerContext() if ENDS_WORKERS else None
-    return {"num_workers": number, "multiprocessing_context": context, "worker_init_fn": leave_signals_to_parent}
+    return {
+        "num_workers": number,
+        "persistent_workers": True,
+        "multiprocessing_context": context,
+        "worker_init_fn": leave_signals_to_parent,
+    }
 
 
 def leave_signals_to_parent(_: int = 0) -> None:

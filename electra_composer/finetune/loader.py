@@ -47,7 +47,6 @@ def build_loader(
         batch_size=device_batch_size,
         sampler=LengthGroupedSampler(examples, examples.lengths, device_batch_size, shuffle_seed),
         collate_fn=functools.partial(collate_ranked if is_ranked else collate, pad_id=pad_id),
-        persistent_workers=num_workers > 0,
         **loader_workers(num_workers),
     )
     return DataSpec(

@@ -25,7 +25,7 @@ from composer.utils import dist
 
 from electra_composer.checkpoints.formats import trainer_load_arguments
 from electra_composer.checkpoints.remote import RemoteCopy
-from electra_composer.config import RunConfig
+from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.training.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
 from electra_composer.training.callbacks import BatchSeed
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, checkpoint_savers, load_path
@@ -34,7 +34,14 @@ from electra_composer.training.devices import resolve_device, run_device
 from electra_composer.training.engine import RunEngine
 from electra_composer.training.interrupts import StopOnSignal
 from electra_composer.training.numerical_guard import NumericalGuard
-from electra_composer.training.parallelism import can_be_flat, fsdp_config, recompute_activations, use_flat_parameters
+from electra_composer.training.optim import AdamW
+from electra_composer.training.parallelism import (
+    RunFSDP2Config,
+    can_be_flat,
+    fsdp_config,
+    recompute_activations,
+    use_flat_parameters,
+)
 from electra_composer.training.startup import microbatch_size
 from electra_composer.training.step import TrainStep
 from electra_composer.training.times import parse_time
@@ -71,12 +78,8 @@ def build_trainer(
     machine.module_to_device(model)
     optimizer = build_optimizer(config.optimizer, model)
     sharding = fsdp_config(trainer.fsdp, device)
-    if can_be_flat(trainer, sharding is not None):
-        use_flat_parameters(model, optimizer, trainer.precision)
     sharded = sharding is not None and sharding.state_dict_type == "sharded"
-    compile_model(model, trainer, static_shapes, optimizer.flat)
-    if trainer.activation_checkpointing and not (sharding is not None and sharding.activation_checkpointing):
-        recompute_activations(model)
+    _prepare(model, trainer, optimizer, sharding, static_shapes)
     schedule, own_callbacks = build_scheduler(config.schedule, max_duration), build_callbacks(config.callbacks)
     latest = os.path.join(folder, LATEST_OF_RANK_0)
     with trainer_load_arguments(config.checkpoints, latest, load_path(config), sharded) as arguments:
@@ -104,6 +107,21 @@ def build_trainer(
             **arguments,
             load_strict_model_weights=True,
         )
+
+
+def _prepare(
+    model: ComposerModel,
+    trainer: TrainerConfig,
+    optimizer: AdamW,
+    sharding: RunFSDP2Config | None,
+    static_shapes: bool,
+) -> None:
+    """Flatten the parameters, compile, and apply activation checkpointing, each if the configuration asks for it."""
+    if can_be_flat(trainer, sharding is not None):
+        use_flat_parameters(model, optimizer, trainer.precision)
+    compile_model(model, trainer, static_shapes, optimizer.flat)
+    if trainer.activation_checkpointing and not (sharding is not None and sharding.activation_checkpointing):
+        recompute_activations(model)
 
 
 class RunTrainer(Trainer):

@@ -63,7 +63,7 @@ AT_EXIT = """
 from torch.utils.data import DataLoader
 from electra_composer.batches.workers import loader_workers
 
-batches = iter(DataLoader(range(9), persistent_workers=True, **loader_workers(2)))
+batches = iter(DataLoader(range(9), **loader_workers(2)))
 next(batches)
 """
 
