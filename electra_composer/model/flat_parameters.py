@@ -50,14 +50,15 @@ class FlatBuffer:
             view.copy_(parameter.detach())
             parameter.data = view
         self.flat.requires_grad_()
-        self.flat.register_post_accumulate_grad_hook(self._show_gradients)
+        self.flat.register_post_accumulate_grad_hook(self.show_gradients)
 
     def views(self, tensor: Tensor) -> list[Tensor]:
         """Split a tensor with the elements of `flat` into views with the shapes of the parameters."""
         pieces = tensor.split_with_sizes(self.sizes)[::2]
         return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
-    def _show_gradients(self, flat: Tensor) -> None:
+    def show_gradients(self, flat: Tensor) -> None:
+        """Let the parameters have views of the gradient of `flat`, which is :attr:`flat`."""
         assert flat.grad is not None
         first = self.parameters[0].grad
         if first is None or first.data_ptr() != flat.grad.data_ptr():  # another backward adds in place
@@ -108,6 +109,16 @@ class FlatParameters:
     def flats(self) -> list[Tensor]:
         """The buffers' tensors: leaves of the autograd graph, with flat gradients after a backward."""
         return [buffer.flat for buffers in self.buffers for buffer in buffers]
+
+    def show_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Let every buffer and its parameters have these gradients, for which nothing is done where they have them."""
+        buffers = (buffer for buffers in self.buffers for buffer in buffers)
+        for buffer, gradient in zip(buffers, gradients, strict=True):
+            if buffer.flat.grad is not gradient:
+                buffer.zero_grad()
+                if gradient is not None:
+                    buffer.flat.grad = gradient
+                    buffer.show_gradients(buffer.flat)
 
     def zero_grad(self) -> None:
         """Set all gradients to None."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,15 @@ class TrainMetrics(IntervalCallback):
         # Copied, because the outputs of a compiled forward may be overwritten by its next call.
         self.batch_sums.append(torch.stack([stats[name] for name in STATS]))
         self.batch_places += state.batch["input_ids"].numel()
+
+    def after_recording(self) -> Callable[[], None]:
+        """See :class:`~electra_composer.training.step_graph.RecordedCallback`."""
+        batch_sums, batch_places = self.batch_sums, self.batch_places
+
+        def show() -> None:
+            self.batch_sums, self.batch_places = batch_sums, batch_places
+
+        return show
 
     def batch_end(self, state: State, logger: Logger) -> None:
         for sums in self.batch_sums:

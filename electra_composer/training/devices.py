@@ -78,19 +78,11 @@ class RunDeviceGPU(DeviceGPU):
         """Copy a batch to the GPU, tensors that together are the whole of another one by one copy of that."""
         if not isinstance(batch, dict):
             return super().batch_to_device(batch)
-        parts = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        wholes = {id(part._base): part._base for part in parts.values() if part._base is not None}
-        moved: dict[str, torch.Tensor] = {}
-        for whole in wholes.values():
-            names = [name for name, part in parts.items() if part._base is whole]
-            if (
-                len(names) > 1
-                and all(map(_is_same, whole, (parts[name] for name in names)))
-                and len(whole) == len(names)
-            ):
-                moved |= dict(zip(names, self.tensor_to_device(whole), strict=True))
-        rest = {name: value for name, value in batch.items() if name not in moved}
-        copied = {**super().batch_to_device(rest), **moved}
+        tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        copied = super().batch_to_device({name: value for name, value in batch.items() if name not in tensors})
+        for names, whole in whole_tensors(tensors).items():
+            copy = self.tensor_to_device(whole)
+            copied |= dict(zip(names, copy if len(names) > 1 else [copy], strict=True))
         return {name: copied[name] for name in batch}
 
     def tensor_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -99,6 +91,24 @@ class RunDeviceGPU(DeviceGPU):
         if tensor.dim() == 0 or is_flag:
             return tensor
         return super().tensor_to_device(tensor)
+
+
+def whole_tensors(tensors: dict[str, torch.Tensor]) -> dict[tuple[str, ...], torch.Tensor]:
+    """Return the tensors to copy instead of each of these: where several are all of the parts of one, that one.
+
+    A batch of packed rows is one tensor `[4, rows, length]`, of which its four tensors are the parts.
+
+    Returns:
+        names → tensor. With several names, `tensor[i]` is that of the i-th name.
+    """
+    wholes: dict[tuple[str, ...], torch.Tensor] = {}
+    bases = {name: tensor._base for name, tensor in tensors.items() if tensor._base is not None}
+    for whole in {id(base): base for base in bases.values()}.values():
+        names = tuple(name for name, base in bases.items() if base is whole)
+        if len(names) > 1 and len(whole) == len(names) and all(map(_is_same, whole, (tensors[n] for n in names))):
+            wholes[names] = whole
+    together = {name for names in wholes for name in names}
+    return wholes | {(name,): tensor for name, tensor in tensors.items() if name not in together}
 
 
 def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:

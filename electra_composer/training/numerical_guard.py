@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,6 +82,7 @@ class NumericalGuard(Callback):
         self._in_a_row = 0
         self._pending: list[PendingBatch] = []
         self._stopped: Tensor | None = None  # scalar on the device: 1 from the first non-finite update on
+        self._show: Callable[[], None]
         self._state: State  # set when training starts
         self._logger: Logger
 
@@ -105,18 +108,28 @@ class NumericalGuard(Callback):
         norm = _full(torch.nn.utils.get_total_norm([tensor.grad for tensor in tensors]))
         if self.gradient_clip:
             torch.nn.utils.clip_grads_with_norm_(tensors, self.gradient_clip, norm)
-        batch = self._pending[-1]
-        batch.norm = norm.detach()
-        batch.learning_rates = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
+        self._show = functools.partial(self._show_norm, norm.detach(), state.optimizers)
+        self._show()
         if state.precision == Precision.AMP_FP16:
             return
         found = (~norm.isfinite()).float()
         if self.stops:
-            found = self._stopped = found if self._stopped is None else torch.maximum(found, self._stopped)
+            if self._stopped is None:
+                self._stopped = torch.zeros_like(found)
+            found = torch.maximum(found, self._stopped, out=self._stopped)  # in place, as a recorded step needs
         for optimizer in ensure_tuple(state.optimizers):
             # Workaround (torch 2.7): the attribute by which GradScaler makes a fused optimizer skip a step is not
             # documented; goes when torch.optim documents a way to skip a step by a flag on the device.
             optimizer.found_inf = found
+
+    def _show_norm(self, norm: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        batch = self._pending[-1]
+        batch.norm = norm.clone()  # the next launch of a recorded step writes it again
+        batch.learning_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+    def after_recording(self) -> Callable[[], None]:
+        """See :class:`~electra_composer.training.step_graph.RecordedCallback`."""
+        return self._show
 
     def record_losses(self, losses: dict[str, Tensor]) -> None:
         """Take the losses of the batch from the trainer: `loss/train/total` of this rank, on the device."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+from torch.optim.adamw import adamw
 
 from electra_composer.model.flat_parameters import FlatParameters
 
@@ -51,6 +52,7 @@ class AdamW(torch.optim.AdamW):
         self.bias_correction = bias_correction
         self.flat: FlatParameters | None = None
         self._moments: list[list[dict[str, torch.Tensor]]] = []  # of each group's buffers
+        self._rates: list[torch.Tensor] = []  # of each group, if they are read from the device
 
     def use_flat(self, flat: FlatParameters) -> None:
         """Update flat buffers, whose views the parameters are, instead of single parameters.
@@ -98,22 +100,47 @@ class AdamW(torch.optim.AdamW):
                     square.copy_(loaded["exp_avg_sq"])
                     self.state[parameter] = {"step": state["step"], "exp_avg": average, "exp_avg_sq": square}
 
-    # Workaround (torch 2.7): the method that lists what a group's update reads is private; goes when an optimizer can
-    # be told to update other tensors than its parameters.
-    def _init_group(self, group: dict[str, Any], params: list[torch.Tensor], *lists: list[torch.Tensor]) -> bool:
-        if self.flat is None:
-            return super()._init_group(group, params, *lists)
-        gradients, averages, squares, _, steps = lists
-        index = next(index for index, other in enumerate(self.param_groups) if other is group)
-        for buffer, state in zip(self.flat.buffers[index], self._moments[index], strict=True):
-            if buffer.flat.grad is None:
+    def keep_learning_rates_on_device(self) -> None:
+        """Read the learning rates of flat buffers from the device, where a recorded step finds the current ones.
+
+        They are rounded to fp32 there, on a CPU to fp64. Every step then does so, recorded or not.
+        """
+        assert self.flat is not None
+        device = self.flat.flats[0].device
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self._rates = [torch.zeros((), dtype=dtype, device=device) for _ in self.param_groups]
+
+    def load_learning_rates(self) -> None:
+        """Copy the groups' learning rates to the device, if they are kept there. Call before :meth:`step`."""
+        for rate, group in zip(self._rates, self.param_groups, strict=False):
+            rate.fill_(group["lr"])
+
+    def _step_flat(self) -> None:
+        assert self.flat is not None
+        scale: dict[str, Any] = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+        for index, (group, buffers, moments) in enumerate(
+            zip(self.param_groups, self.flat.buffers, self._moments, strict=True)
+        ):
+            updated = [
+                (buffer.flat, buffer.flat.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+                for buffer, state in zip(buffers, moments, strict=True)
+                if buffer.flat.grad is not None
+            ]
+            if not updated:
                 continue
-            params.append(buffer.flat)
-            gradients.append(buffer.flat.grad)
-            averages.append(state["exp_avg"])
-            squares.append(state["exp_avg_sq"])
-            steps.append(state["step"])
-        return False
+            flats, gradients, averages, squares, steps = (list(tensors) for tensors in zip(*updated, strict=True))
+            adamw(
+                *(flats, gradients, averages, squares, [], steps),
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=self._rates[index] if self._rates else group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                **scale,
+            )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -122,9 +149,12 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.flat is not None:
+            self._step_flat()
+            return loss
         # Workaround (torch 2.7): AdamW has no switch for bias correction, so the step count starts where the correction
         # is exactly 1; goes when it has one.
-        if not self.bias_correction and self.flat is None:
+        if not self.bias_correction:
             for group in self.param_groups:
                 for param in group["params"]:
                     if param.grad is not None and not self.state[param]:

@@ -7,7 +7,8 @@ back. :class:`TrainStep` fires the same events in the same order on the same sta
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from composer.core import Event, Precision
@@ -15,7 +16,10 @@ from composer.core.precision import get_precision_context
 from composer.utils import dist
 from torch import Tensor
 
+from electra_composer.errors import UserError
 from electra_composer.model.flat_parameters import FlatParameters
+from electra_composer.training.optim import AdamW
+from electra_composer.training.step_graph import GRAPHS, StepGraph, obstacle_to_recording
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -27,6 +31,9 @@ class TrainStep:
     Args:
         trainer: after its construction.
         flat: whose gradients are averaged over ranks after the backward; None: the model averages them itself (DDP).
+
+    Attributes:
+        graph: records the step and launches the recording; None: every step is launched kernel by kernel.
     """
 
     # Workaround (composer 0.32): the parts of Trainer that the step needs are private: `_train_data_spec`,
@@ -35,51 +42,137 @@ class TrainStep:
     def __init__(self, trainer: Trainer, flat: FlatParameters | None = None):
         self.trainer = trainer
         self.flat = flat
+        self.graph: StepGraph | None = None
 
     @functools.cached_property
-    def serves(self) -> bool:
-        """Whether this step does what Composer's would do.
-
-        Composer's own step runs with fp16 (its gradient scaler), automatic microbatches, FSDP, training metrics of the
-        model, a profiler, and losses that are weighted by tokens.
-        """
+    def unserved(self) -> str | None:
+        """Why Composer's own step must run instead of this one, in a few words; None: it need not."""
         state = self.trainer.state
-        return not (
-            state.auto_microbatching
-            or state.precision == Precision.AMP_FP16
-            or state.fsdp_enabled
-            or state.train_metrics
-            or state.profiler is not None
-            or self.trainer.accumulate_train_batch_on_tokens
-        )
+        reasons = {
+            "the size of microbatches is found automatically": state.auto_microbatching,
+            "the gradients of fp16 are scaled by Composer's step": state.precision == Precision.AMP_FP16,
+            "FSDP runs in Composer's step": state.fsdp_enabled,
+            "the model has training metrics": bool(state.train_metrics),
+            "a profiler is used": state.profiler is not None,
+            "losses are weighted by tokens": self.trainer.accumulate_train_batch_on_tokens,
+        }
+        return next((reason for reason, applies in reasons.items() if applies), None)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.trainer.state.model.parameters()).device
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """The flat buffers; empty if the parameters are separate."""
+        return self.flat.flats if self.flat is not None else []
 
     def __call__(self) -> dict[str, Tensor]:
         """Run forward, backward and update; return the losses of this rank as means over its batch, on the device."""
-        state, engine = self.trainer.state, self.trainer.engine
-        spec = self.trainer._train_data_spec
-        assert spec is not None
-        assert state.device_train_microbatch_size is not None
+        state = self.trainer.state
         batch = state.batch
-        count = spec.get_num_samples_in_batch(batch)
-        is_whole = count <= state.device_train_microbatch_size
-        microbatches = [batch] if is_whole else spec.split_batch(batch, state.device_train_microbatch_size)
-        engine.run_event(Event.BEFORE_TRAIN_BATCH)
-        for optimizer in state.optimizers:
-            optimizer.zero_grad()
-        rows = [count] if is_whole else [spec.get_num_samples_in_batch(microbatch) for microbatch in microbatches]
+        rows = [self._rows(microbatch) for microbatch in self._split(batch)]
         mean_rows = _mean_over_ranks(sum(rows))
-        losses: dict[str, Tensor] = {}
-        for microbatch, of_rows in zip(microbatches, rows, strict=True):
-            state.batch = spec.microbatch_transforms(state.device.batch_to_device(microbatch))
-            for name, loss in self._microbatch(of_rows / mean_rows).items():
-                losses[name] = losses[name] + loss if name in losses else loss
+        weights = [of_rows / mean_rows for of_rows in rows]
+        self.trainer.engine.run_event(Event.BEFORE_TRAIN_BATCH)
+        losses = self.run(batch, weights) if self.graph is None else self.graph.run(batch, weights)
         state.batch = batch
-        self._average_gradients()
-        engine.run_event(Event.AFTER_TRAIN_BATCH)
-        for optimizer in state.optimizers:
-            optimizer.step()
         self.trainer.first_train_batch_complete = True
         return {f"loss/train/{name}": loss for name, loss in losses.items()}
+
+    def run(self, batch: Any, weights: list[float]) -> dict[str, Tensor]:
+        """Run the step, its microbatches moved to the device one by one.
+
+        Args:
+            batch: on the host.
+            weights: factor of the loss of each microbatch: its rows over those of a rank's batch.
+        """
+        losses = self.compute(batch, weights)
+        self.average_gradients()
+        self.load_learning_rates()
+        self.update()
+        return losses
+
+    def compute(self, batch: Any, weights: list[float]) -> dict[str, Tensor]:
+        """Run forward and backward of all microbatches; return their summed losses, on the device."""
+        state, spec = self.trainer.state, self.trainer._train_data_spec
+        assert spec is not None
+        for optimizer in state.optimizers:
+            optimizer.zero_grad()
+        losses: dict[str, Tensor] = {}
+        for microbatch, weight in zip(self._split(batch), weights, strict=True):
+            state.batch = spec.microbatch_transforms(state.device.batch_to_device(microbatch))
+            for name, loss in self._microbatch(weight).items():
+                losses[name] = losses[name] + loss if name in losses else loss
+        return losses
+
+    def update(self) -> None:
+        """Run what callbacks do with the gradients, such as clipping, and the optimizer."""
+        self.trainer.engine.run_event(Event.AFTER_TRAIN_BATCH)
+        for optimizer in self.trainer.state.optimizers:
+            optimizer.step()
+
+    def average_gradients(self) -> None:
+        """Average the gradients of flat buffers over ranks."""
+        if self.flat is None or dist.get_world_size() == 1:
+            return
+        for leaf in self.flat.flats:
+            if leaf.grad is None:  # a task's batch may not use a part of the model; other ranks' may
+                leaf.grad = torch.zeros_like(leaf)
+            dist.all_reduce(leaf.grad, reduce_operation="SUM")
+            leaf.grad.div_(dist.get_world_size())
+
+    def load_learning_rates(self) -> None:
+        """Copy the learning rates to the device if the optimizer reads them there."""
+        for optimizer in self.trainer.state.optimizers:
+            if isinstance(optimizer, AdamW):
+                optimizer.load_learning_rates()
+
+    def show_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Let the flat buffers and their parameters have these gradients."""
+        if self.flat is not None:
+            self.flat.show_gradients(gradients)
+
+    def use_graph(self, setting: bool | str, obstacle: str | None) -> str | None:
+        """Record the step if that is possible. Call before training, when all callbacks are known.
+
+        Args:
+            setting: `trainer.cuda_graph`.
+            obstacle: a reason against it in the configuration.
+
+        Returns:
+            One line for the log; None: there is nothing to say.
+
+        Raises:
+            UserError: it is not possible, and `setting` is true.
+        """
+        reason = obstacle or obstacle_to_recording(self)
+        state = self.trainer.state
+        if setting is False or (reason is not None and setting == "auto" and state.device.name not in GRAPHS):
+            self.graph = None
+            return None
+        if reason is not None:
+            if setting is True:
+                raise UserError(f"trainer.cuda_graph is true, and {reason}; set trainer.cuda_graph=auto or false")
+            self.graph = None
+            return f"CUDA graph: not used, because {reason}"
+        if self.graph is None:
+            self.graph = StepGraph(self, GRAPHS[state.device.name], required=setting is True)
+            for optimizer in state.optimizers:
+                assert isinstance(optimizer, AdamW)
+                optimizer.keep_learning_rates_on_device()
+        return "CUDA graph: each training step is one launch, after the first few"
+
+    def _split(self, batch: Any) -> list[Any]:
+        spec, size = self.trainer._train_data_spec, self.trainer.state.device_train_microbatch_size
+        assert spec is not None
+        assert size is not None
+        return [batch] if self._rows(batch) <= size else list(spec.split_batch(batch, size))
+
+    def _rows(self, batch: Any) -> int:
+        assert self.trainer._train_data_spec is not None
+        return int(self.trainer._train_data_spec.get_num_samples_in_batch(batch))
 
     def _microbatch(self, weight: float) -> dict[str, Tensor]:
         """Run forward and backward of `state.batch`, whose loss counts with `weight`."""
@@ -99,15 +192,6 @@ class TrainStep:
         engine.run_event(Event.AFTER_BACKWARD)
         # Copied: a compiled model may overwrite its outputs, and a callback a loss.
         return {name: loss.detach() * weight for name, loss in losses.items()}
-
-    def _average_gradients(self) -> None:
-        if self.flat is None or dist.get_world_size() == 1:
-            return
-        for leaf in self.flat.flats:
-            if leaf.grad is None:  # a task's batch may not use a part of the model; other ranks' may
-                leaf.grad = torch.zeros_like(leaf)
-            dist.all_reduce(leaf.grad, reduce_operation="SUM")
-            leaf.grad.div_(dist.get_world_size())
 
 
 def _mean_over_ranks(number: int) -> float:

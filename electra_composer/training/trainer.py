@@ -44,6 +44,7 @@ from electra_composer.training.parallelism import (
 )
 from electra_composer.training.startup import microbatch_size
 from electra_composer.training.step import TrainStep
+from electra_composer.training.step_graph import obstacle_in_config
 from electra_composer.training.times import parse_time
 
 
@@ -85,6 +86,8 @@ def build_trainer(
     with trainer_load_arguments(config.checkpoints, latest, load_path(config), sharded) as arguments:
         return RunTrainer(
             log_interval=trainer.log_interval,
+            cuda_graph=trainer.cuda_graph,
+            graph_obstacle=obstacle_in_config(trainer, static_shapes),
             guard=guard,
             stop=stop,
             model=model,
@@ -133,6 +136,8 @@ class RunTrainer(Trainer):
             batch.
         guard: gets the losses of every batch, on the device.
         stop: gets the number of ranks that have received a signal, at every batch. Must be among the callbacks too.
+        cuda_graph: `trainer.cuda_graph`: whether to record the training step (step_graph.py).
+        graph_obstacle: why the configuration does not allow it.
         arguments: Composer's.
     """
 
@@ -146,8 +151,11 @@ class RunTrainer(Trainer):
         log_interval: str = "1ba",
         guard: NumericalGuard | None = None,
         stop: StopOnSignal | None = None,
+        cuda_graph: bool | str = False,
+        graph_obstacle: str | None = None,
         **arguments: Any,
     ) -> None:
+        self.cuda_graph, self.graph_obstacle = cuda_graph, graph_obstacle
         self.guard = guard
         self.stop = stop
         flat = getattr(arguments.get("optimizers"), "flat", None)
@@ -175,6 +183,9 @@ class RunTrainer(Trainer):
         A scheduler may restart a finished run, or the run was killed between its last checkpoint and its end. The end
         of training is then run: its evaluation, final logs and callbacks.
         """
+        line = self.step.use_graph(self.cuda_graph, self.graph_obstacle)
+        if line is not None and dist.get_global_rank() == 0:
+            print(line, flush=True)
         duration = self.state.max_duration
         if arguments or duration is None or self.state.timestamp.get(duration.unit) < duration:
             super().fit(**arguments)
@@ -191,7 +202,7 @@ class RunTrainer(Trainer):
 
     def _train_batch(self, use_grad_scaling: bool) -> None:
         """Train on `state.batch`, and log its losses at the interval; Trainer logs none if it gets None."""
-        losses = self.step() if self.step.serves else super()._train_batch(use_grad_scaling)
+        losses = self.step() if self.step.unserved is None else super()._train_batch(use_grad_scaling)
         if losses is None:
             return
         if self.guard is not None:
