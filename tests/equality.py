@@ -2,7 +2,7 @@
 
 Runs `pretrain.main` on real shards with two parts replaced. Masks and samples are drawn from the row number and the
 batch number instead of the rank, so that they are the same however rows are distributed. With `torch.compile`, graphs
-run as traced, without code generation.
+run as traced, without code generation. CUDA graphs have a stand-in (tape.py).
 
     composer -n 2 tests/equality.py OUT CONFIG.yaml 'ddp' 'fsdp trainer.fsdp={}' …
 
@@ -25,13 +25,14 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
+from tape import Tape
 from torch.distributed.tensor import DTensor
 
 from electra_composer import pretrain
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.model.pretraining import ElectraPretraining
-from electra_composer.training import compilation, startup, trainer
+from electra_composer.training import compilation, startup, step_graph, trainer
 
 
 class LostUpdates(Callback):
@@ -102,12 +103,14 @@ def main(out: str, yaml: str, arrangements: list[str]) -> None:
                 (ElectraPretraining, "count_batch", lambda model, batch: noise(model, batch)),  # noqa: B023
             ):
                 patches.enter_context(mock.patch.object(place, attribute, replacement))
+            patches.enter_context(mock.patch.dict(step_graph.GRAPHS, {"cpu": Tape}))
             pretrain.main(load_config(yaml, [f"checkpoints.folder={folder}", *overrides], PretrainConfig))
         if dist.get_global_rank() == 0:
-            seen = {"losses": losses.losses, "rows": noise.rows, "graphs": len(GRAPHS)}
+            seen = {"losses": losses.losses, "rows": noise.rows, "graphs": len(GRAPHS), "launches": Tape.launches}
             with open(os.path.join(folder, "seen.json"), "w", encoding="utf-8") as file:
                 json.dump(seen, file)
         GRAPHS.clear()
+        Tape.launches = 0
         torch.compiler.reset()
 
 

@@ -9,6 +9,7 @@ from electra_composer.errors import UserError
 from electra_composer.training.compilation import check_compile
 from electra_composer.training.devices import resolve_device, run_device
 from electra_composer.training.process_memory import keep_freed_memory
+from electra_composer.training.step_graph import check_cuda_graph
 from electra_composer.training.times import parse_time
 
 
@@ -23,6 +24,7 @@ def start(config: RunConfig) -> bool:
     """
     device, _, cpu_autocast = resolve_device(config.trainer)
     check_compile(config.trainer)
+    check_cuda_graph(config.trainer)
     if device == "cpu":
         keep_freed_memory()
     dist.initialize_dist(run_device(device), timeout=300.0)

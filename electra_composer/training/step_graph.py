@@ -106,33 +106,38 @@ class StaticBatch:
     """Tensors on a device that hold one batch after the other.
 
     Args:
-        batch: on the host; its values are not copied yet.
+        batch: on the host. Its tensors are not copied yet; its other values, such as the number of tokens, are left
+            out, since a recording would keep those of the first batch.
         device: of the copies.
 
     Attributes:
         tensors: the copies.
     """
 
-    def __init__(self, batch: dict[str, Tensor], device: torch.device):
+    def __init__(self, batch: dict[str, Any], device: torch.device):
         copies: dict[str, Tensor] = {}
         self._wholes: dict[tuple[str, ...], Tensor] = {}
-        for names, whole in whole_tensors(batch).items():
+        for names, whole in whole_tensors(_tensors(batch)).items():
             self._wholes[names] = torch.empty(whole.shape, dtype=whole.dtype, device=device)
             parts = self._wholes[names].unbind() if len(names) > 1 else [self._wholes[names]]
             copies |= dict(zip(names, parts, strict=True))
-        self.tensors = {name: copies[name] for name in batch}
+        self.tensors = {name: copies[name] for name in _tensors(batch)}
 
-    def fill(self, batch: dict[str, Tensor]) -> None:
+    def fill(self, batch: dict[str, Any]) -> None:
         """Copy a batch of the same :func:`signature`, without waiting where it is in pinned memory."""
-        for names, whole in whole_tensors(batch).items():
+        for names, whole in whole_tensors(_tensors(batch)).items():
             self._wholes[names].copy_(whole, non_blocking=True)
+
+
+def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def signature(batch: Any, weights: list[float]) -> Any:
     """Return what must be equal for two batches to be handled by one recording; None: it cannot be recorded."""
-    if not isinstance(batch, dict) or not all(isinstance(value, Tensor) and value.dim() for value in batch.values()):
+    if not isinstance(batch, dict):
         return None
-    layout = tuple((names, whole.shape, whole.dtype) for names, whole in whole_tensors(batch).items())
+    layout = tuple((names, whole.shape, whole.dtype) for names, whole in whole_tensors(_tensors(batch)).items())
     return layout, tuple(weights)
 
 
@@ -177,8 +182,8 @@ class StepGraph:
     def _record(self, batch: dict[str, Tensor], weights: list[float]) -> None:
         try:
             self.recording = Recording(self.step, self.make, batch, weights)
-        except RuntimeError as error:  # of CUDA and of PyTorch; others are errors of the step itself
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except (RuntimeError, KeyError) as error:  # of CUDA and PyTorch; a value of the batch that is no tensor
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             if self.required:
                 raise UserError(
                     f"trainer.cuda_graph is true, and the step cannot be recorded: {reason}; "
@@ -194,11 +199,12 @@ class Recording:
     Args:
         step: what to record. It has run before in :meth:`DeviceGraph.run`.
         make: creates a graph.
-        batch: on the host; its values are not used.
+        batch: on the host; not trained on yet.
         weights: factor of the loss of each microbatch.
 
     Raises:
         RuntimeError: an operation that cannot be recorded, such as one that waits for the device.
+        KeyError: the step reads a value of the batch that is not a tensor.
     """
 
     def __init__(
@@ -207,6 +213,7 @@ class Recording:
         self.step = step
         self.signature = signature(batch, weights)
         self.batch = StaticBatch(batch, step.device)
+        self.batch.fill(batch)
         state = step.trainer.state
         # They hold the autograd graph of the last step, and with it nodes that belong to another stream.
         state.loss, state.outputs = torch.zeros(()), None
@@ -256,6 +263,12 @@ def obstacle_to_recording(step: TrainStep) -> str | None:
             if not isinstance(callback, RecordedCallback) and hook_of(callback, event) is not None:
                 return f"the callback {type(callback).__name__} is called at {event.value}"
     return None
+
+
+def check_cuda_graph(trainer: TrainerConfig) -> None:
+    """Raise a UserError if `trainer.cuda_graph` is none of its values."""
+    if trainer.cuda_graph not in (True, False, "auto"):
+        raise UserError(f"trainer.cuda_graph is {trainer.cuda_graph!r}; expected true, false or auto")
 
 
 def obstacle_in_config(trainer: TrainerConfig, static_shapes: bool) -> str | None:

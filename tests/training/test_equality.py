@@ -24,6 +24,7 @@ from tiny import ROOT
 from electra_composer.checkpoints.sharded import is_sharded
 from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.export import export
+from electra_composer.training.step_graph import WARM_UP
 
 pytestmark = pytest.mark.distributed
 
@@ -37,7 +38,8 @@ model:
 optimizer: {lr: 5.0e-4}
 schedule: {warmup: 2ba}
 trainer: {max_duration: 12ba, global_train_batch_size: 24, device_eval_batch_size: 8, eval_interval: 12ba,
-          eval_batches: 1, precision: fp32, log_interval: 1ba, progress_bar: false, device: cpu}
+          eval_batches: 1, precision: fp32, log_interval: 1ba, progress_bar: false, device: cpu,
+          cuda_graph: false}
 checkpoints: {folder: FOLDER, milestones: [0.5, 1.0]}
 """
 TIED = "model.tie_encoder=true model.generator_size=1.0 model.num_heads=1"
@@ -84,6 +86,7 @@ def two(folder: Path, one: Path) -> Path:
         2,
         "ddp",
         f"ddp_compiled {COMPILED}",
+        f"ddp_micro_recorded {MICRO} trainer.cuda_graph=true",
         f"fsdp_micro_recomputed {FSDP} {MICRO} trainer.fsdp.activation_checkpointing=true",
         f"tied_fsdp_compiled {TIED} {COMPILED} {FSDP}",
         f"sharded {SHARDED}",
@@ -129,7 +132,7 @@ def reference_of(run: Path, one: Path) -> Path:
     return one / ("tied" if "tied" in run.name else "reference")
 
 
-TWO = ["ddp", "ddp_compiled", "fsdp_micro_recomputed", "tied_fsdp_compiled", "sharded"]
+TWO = ["ddp", "ddp_compiled", "ddp_micro_recorded", "fsdp_micro_recomputed", "tied_fsdp_compiled", "sharded"]
 
 
 @pytest.mark.parametrize("name", ["fsdp", "micro_recomputed"])
@@ -181,6 +184,12 @@ def test_what_is_compiled(two: Path, one: Path) -> None:
 
 
 # Checkpoints of one form and number of ranks, loaded into others: weights, optimizer, timestamp, position in the data
+
+
+def test_what_is_recorded(two: Path) -> None:
+    """Two graphs a batch, after the ordinary steps, with the averaging over ranks between them."""
+    launches = {name: json.loads((two / name / "seen.json").read_text())["launches"] for name in TWO}
+    assert launches == {name: 2 * (12 - WARM_UP) if "recorded" in name else 0 for name in TWO}
 
 
 def test_from_one_file_to_two_replicas(one: Path, two: Path) -> None:

@@ -1,0 +1,357 @@
+"""Recorded training steps train as ordinary ones, with a stand-in for CUDA graphs (tape.py)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from tape import Tape
+
+from electra_composer.config import PretrainConfig, TrainerConfig
+from electra_composer.config_loading import load_config
+from electra_composer.errors import UserError
+from electra_composer.model.kernels import dropout
+from electra_composer.model.pretraining import ElectraPretraining
+from electra_composer.pretrain import main
+from electra_composer.training import trainer as trainer_module
+from electra_composer.training.builders import CALLBACKS
+from electra_composer.training.devices import whole_tensors
+from electra_composer.training.numerical_guard import NumericalGuard
+from electra_composer.training.step_graph import GRAPHS, WARM_UP, StaticBatch, obstacle_in_config, signature
+
+BATCHES = 9
+OVERRIDES = (
+    f"trainer.max_duration={BATCHES}ba",
+    "trainer.eval_interval=5ba",
+    "trainer.device_train_microbatch_size=4",
+    "checkpoints.interval=null",
+    "checkpoints.milestones=[1.0]",
+)
+RATES = ("throughput", "time/", "wall_clock", "memory", "loader")  # metrics that are measured times
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(write_tiny_yaml: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run(name, override, …)` pretrains in a folder and returns the trainer; dropout is torch's, as on a GPU."""
+    monkeypatch.setitem(GRAPHS, "cpu", Tape)
+    monkeypatch.setattr(dropout, "serves", lambda x, p: False)
+    monkeypatch.setattr(Tape, "launches", 0)
+    monkeypatch.setattr(Tape, "runs", 0)
+
+    def start(name: str, *overrides: str) -> Any:
+        (tmp_path / name).mkdir(exist_ok=True)
+        yaml = write_tiny_yaml(tmp_path / name)
+        return main(load_config(str(yaml), [*OVERRIDES, *overrides], PretrainConfig))
+
+    return start
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the logged metrics of a run without measured times."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(RATES)} for line in lines]
+
+
+def assert_equal_weights(left: Any, right: Any) -> None:
+    for (name, mine), other in zip(left.state.model.named_parameters(), right.state.model.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+    mine, other = (trainer.state.optimizers[0].state_dict()["state"] for trainer in (left, right))
+    for place, values in mine.items():
+        for name, value in values.items():
+            assert torch.equal(value, other[place][name]), (place, name)
+
+
+def test_recorded_steps_train_as_ordinary_ones(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Metrics, weights and optimizer states are bitwise identical, with dropout, two microbatches, an evaluation in
+    between, and a learning rate that changes with every batch."""
+    ordinary = run("ordinary", "trainer.cuda_graph=false")
+    assert Tape.runs == Tape.launches == 0
+    assert "CUDA graph" not in capsys.readouterr().out
+    recorded = run("recorded", "trainer.cuda_graph=true")
+    assert (Tape.runs, Tape.launches) == (WARM_UP, BATCHES - WARM_UP)
+    assert "CUDA graph: each training step is one launch, after the first few\n" in capsys.readouterr().out
+    assert_equal_weights(ordinary, recorded)
+    assert metrics(tmp_path / "ordinary") == metrics(tmp_path / "recorded")
+    logged = metrics(tmp_path / "recorded")
+    losses = [line["loss/train/total"] for line in logged if "loss/train/total" in line]
+    assert len(set(losses)) == BATCHES
+    assert len({line["metrics/train/rtd_loss"] for line in logged if "metrics/train/rtd_loss" in line}) == BATCHES
+
+
+def test_python_runs_only_while_recording(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = ElectraPretraining.loss
+
+    def loss(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(ElectraPretraining, "loss", loss)
+    run("once", "trainer.cuda_graph=true")
+    assert len(calls) == 2 * (WARM_UP + 1)
+
+
+class Killed(Callback):
+    """Ends a run after five batches."""
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value == 5:
+            raise InterruptedError
+
+
+def test_a_run_resumes_in_the_middle(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resumed run begins with ordinary steps where the other had recorded ones; nothing differs."""
+    whole = run("whole", "trainer.cuda_graph=true")
+    monkeypatch.setitem(CALLBACKS, "killed", Killed)
+    with pytest.raises(InterruptedError):
+        run("halves", "trainer.cuda_graph=true", "checkpoints.interval=4ba", "callbacks.killed={}")
+    resumed = run("halves", "trainer.cuda_graph=true", "checkpoints.interval=4ba")
+    assert (Tape.runs, Tape.launches) == (3 * WARM_UP, (BATCHES - WARM_UP) + (5 - WARM_UP) + (BATCHES - 4 - WARM_UP))
+    assert_equal_weights(whole, resumed)
+
+
+class Waiting(Callback):
+    """Reads the loss in every step."""
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        float(state.loss["total"])
+
+
+class AtTheEnd(Callback):
+    """Reads the loss after every step, from outside of the recording."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.sums: list[float] = []
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.losses.append(float(state.loss["total"]))
+        gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+        self.sums.append(sum(float(gradient.sum()) for gradient in gradients))
+
+
+def test_callbacks_that_cannot_be_recorded(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(CALLBACKS, "waiting", Waiting)
+    with pytest.raises(
+        UserError, match=r"trainer\.cuda_graph is true, and the callback Waiting is called at after_los"
+    ):
+        run("refused", "trainer.cuda_graph=true", "callbacks.waiting={}")
+    run("ordinary", "trainer.cuda_graph=auto", "callbacks.waiting={}")
+    assert "CUDA graph: not used, because the callback Waiting is called at after_loss\n" in capsys.readouterr().out
+    assert Tape.launches == 0
+
+
+def test_other_callbacks_see_loss_and_gradients_of_each_batch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for name, setting in (("ordinary", "false"), ("recorded", "true")):
+        callback = AtTheEnd()
+        monkeypatch.setitem(CALLBACKS, "at_the_end", lambda callback=callback: callback)
+        run(name, f"trainer.cuda_graph={setting}", "callbacks.at_the_end={}")
+        seen.append((callback.losses, callback.sums))
+    assert seen[0] == seen[1]
+    assert len(set(seen[0][0])) == len(set(seen[0][1])) == BATCHES
+
+
+@pytest.mark.parametrize("setting", ["auto", "true"])
+def test_a_step_that_waits_for_the_device(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, setting: str
+) -> None:
+    original = ElectraPretraining.loss
+
+    def loss(*arguments: Any) -> Any:
+        losses = original(*arguments)
+        assert losses["total"] > 0  # a comparison that the host waits for
+        return losses
+
+    ordinary = run("ordinary", "trainer.cuda_graph=false")
+    monkeypatch.setattr(ElectraPretraining, "loss", loss)
+    if setting == "true":
+        with pytest.raises(
+            UserError, match="cannot be recorded: RuntimeError: operation not permitted when stream is capturing"
+        ):
+            run("refused", "trainer.cuda_graph=true")
+        return
+    fallen_back = run("auto", "trainer.cuda_graph=auto")
+    assert (Tape.runs, Tape.launches) == (BATCHES, 0)
+    assert "not used, because the step cannot be recorded: RuntimeError: operation not permitted" in caplog.text
+    assert_equal_weights(ordinary, fallen_back)
+
+
+def test_a_step_that_reads_a_number_of_the_host(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A recording would repeat the number of the batch that it was made with."""
+    original = ElectraPretraining.forward
+
+    def forward(model: ElectraPretraining, batch: dict[str, Any]) -> dict[str, Any]:
+        assert model.training is False or batch["num_tokens"] > 0
+        return original(model, batch)
+
+    monkeypatch.setattr(ElectraPretraining, "forward", forward)
+    run("auto", "trainer.cuda_graph=auto")
+    assert Tape.launches == 0
+    assert "not used, because the step cannot be recorded: KeyError: 'num_tokens'" in caplog.text
+
+
+@pytest.mark.parametrize("last", [3, 6])
+def test_a_batch_of_another_shape_is_an_ordinary_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: int
+) -> None:
+    """Before and between recorded steps, whose gradients are shown again after it."""
+    original = ElectraPretraining.count_batch
+    seen = []
+
+    def count_batch(model: ElectraPretraining, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append(batch)
+        rows = 5 if len(seen) == last else 8
+        return original(model, {name: value if name == "num_tokens" else value[:rows] for name, value in batch.items()})
+
+    monkeypatch.setattr(ElectraPretraining, "count_batch", count_batch)
+    trainers, sums = [], []
+    for name, setting in (("ordinary", "false"), ("recorded", "true")):
+        seen.clear()
+        callback = AtTheEnd()
+        monkeypatch.setitem(CALLBACKS, "at_the_end", lambda callback=callback: callback)
+        trainers.append(run(name, f"trainer.cuda_graph={setting}", "callbacks.at_the_end={}"))
+        sums.append(callback.sums)
+    assert (Tape.runs, Tape.launches) == (WARM_UP + 1, BATCHES - WARM_UP - 1)
+    assert_equal_weights(*trainers)
+    assert sums[0] == sums[1]
+    assert metrics(tmp_path / "ordinary") == metrics(tmp_path / "recorded")
+
+
+@pytest.mark.parametrize(("setting", "interval"), [("skip", 1), ("stop", 1), ("stop", 8)])
+def test_a_loss_that_is_not_finite(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str, interval: int
+) -> None:
+    """The update of a recorded step is left out on the device; with `stop`, all later ones as well, until the host
+    checks, which finds the loss and the norm of each batch."""
+    monkeypatch.setattr(trainer_module, "NumericalGuard", functools.partial(NumericalGuard, interval=interval))
+    original = ElectraPretraining.count_batch
+    seen: list[Any] = []
+
+    def count_batch(model: ElectraPretraining, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append(batch)
+        counted = original(model, batch)
+        if len(seen) == 6:
+            counted["loss_scale"] = counted["loss_scale"] * torch.inf
+        return counted
+
+    monkeypatch.setattr(ElectraPretraining, "count_batch", count_batch)
+    trainers = []
+    for name, graph in (("ordinary", "false"), ("recorded", "true")):
+        seen.clear()
+        overrides = (f"trainer.cuda_graph={graph}", f"trainer.on_nonfinite={setting}")
+        if setting == "stop":
+            with pytest.raises(UserError, match="batch 6: the loss is inf"):
+                run(name, *overrides)
+        else:
+            trainers.append(run(name, *overrides))
+    assert Tape.launches == (BATCHES if setting == "skip" else max(6, interval)) - WARM_UP
+    records = [
+        json.loads((tmp_path / name / "run/trouble/ba6-rank0.json").read_text()) for name in ("ordinary", "recorded")
+    ]
+    assert records[0] == records[1]
+    if trainers:
+        assert_equal_weights(*trainers)
+        assert all(parameter.isfinite().all() for parameter in trainers[1].state.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ("trainer.activation_checkpointing=true", "trainer.activation_checkpointing is true"),
+        ("trainer.fsdp={}", "FSDP runs in Composer's step"),
+    ],
+)
+def test_what_is_not_recorded_is_said(
+    run: Run, overrides: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("auto", "trainer.max_duration=2ba", "trainer.eval_interval=2ba", overrides)
+    assert f"CUDA graph: not used, because {reason}\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"trainer\.cuda_graph is true, and "):
+        run("required", "trainer.max_duration=2ba", "trainer.eval_interval=2ba", "trainer.cuda_graph=true", overrides)
+
+
+def test_obstacles_in_the_configuration() -> None:
+    trainer = TrainerConfig(global_train_batch_size=8, device_eval_batch_size=8)
+    assert obstacle_in_config(trainer, static_shapes=True) is None
+    assert obstacle_in_config(trainer, static_shapes=False) == "batches differ in length"
+    trainer.compile = "reduce-overhead"
+    assert obstacle_in_config(trainer, True) == "trainer.compile=reduce-overhead records graphs of its own"
+
+
+def test_a_setting_that_is_none(run: Run) -> None:
+    with pytest.raises(UserError, match=r"trainer\.cuda_graph is 'always'; expected true, false or auto"):
+        run("refused", "trainer.cuda_graph=always")
+
+
+def test_on_a_cpu_there_is_nothing_to_say(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(GRAPHS, "cpu")
+    run("auto", "trainer.max_duration=2ba", "trainer.eval_interval=2ba")
+    assert "CUDA graph" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="cuda_graph is true, and there are no such graphs on a cpu"):
+        run("refused", "trainer.cuda_graph=true")
+
+
+def test_a_batch_is_copied_as_a_whole() -> None:
+    packed = torch.arange(24).view(4, 2, 3).clone()
+    batch = dict(zip(("a", "b", "c", "d"), packed.unbind(), strict=True)) | {"scale": torch.ones(2, 2)}
+    assert {names: whole.shape for names, whole in whole_tensors(batch).items()} == {
+        ("a", "b", "c", "d"): (4, 2, 3),
+        ("scale",): (2, 2),
+    }
+    static = StaticBatch(batch, torch.device("cpu"))
+    addresses = {name: tensor.data_ptr() for name, tensor in static.tensors.items()}
+    for factor in (1, 7):
+        static.fill({**dict(zip("abcd", (packed * factor).unbind(), strict=True)), "scale": torch.ones(2, 2) * factor})
+        assert all(torch.equal(static.tensors[name], batch[name] * factor) for name in batch)
+    assert addresses == {name: tensor.data_ptr() for name, tensor in static.tensors.items()}
+    assert list(static.tensors) == list(batch)
+
+
+def test_the_signature_of_a_batch() -> None:
+    batch = {"a": torch.zeros(2, 3), "b": torch.zeros(2)}
+    assert signature(batch, [1.0]) == signature({"a": torch.ones(2, 3), "b": torch.ones(2)}, [1.0])
+    for other, weights in (
+        ({**batch, "a": torch.zeros(2, 4)}, [1.0]),
+        ({**batch, "a": torch.zeros(2, 3).double()}, [1.0]),
+        ({"a": batch["a"]}, [1.0]),
+        (batch, [0.5, 0.5]),
+    ):
+        assert signature(other, weights) != signature(batch, [1.0])
+    assert signature({**batch, "num_tokens": 7}, [1.0]) == signature(batch, [1.0])
+    assert signature([batch["a"]], [1.0]) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compile", ["false", "true"])
+def test_on_a_gpu(
+    write_tiny_yaml: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], compile: str
+) -> None:
+    """Losses, weights and optimizer states of recorded steps are bitwise those of ordinary ones."""
+    trainers = []
+    overrides = ("trainer.device=gpu", "trainer.deterministic=true", f"trainer.compile={compile}")
+    for setting in ("false", "true"):
+        (tmp_path / setting).mkdir()
+        yaml = write_tiny_yaml(tmp_path / setting)
+        config = load_config(str(yaml), [*OVERRIDES, *overrides, f"trainer.cuda_graph={setting}"], PretrainConfig)
+        trainers.append(main(config))
+    assert "CUDA graph: each training step is one launch" in capsys.readouterr().out
+    assert trainers[1].step.graph.recording is not None
+    assert metrics(tmp_path / "false") == metrics(tmp_path / "true")
+    assert_equal_weights(*trainers)
