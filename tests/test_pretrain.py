@@ -61,6 +61,25 @@ def test_a_run_leaves_what_the_configuration_says(make_config, tmp_path):
     assert last["loss/train/total"] == pytest.approx(last["loss/train/mlm"] + 50 * last["loss/train/rtd"], rel=1e-5)
 
 
+@pytest.mark.parametrize("workers", ["auto", "0", "1"])
+def test_the_loss_of_every_batch_is_that_of_its_own_tokens(make_config, tmp_path, workers):
+    """The loss uses counts made on the host before the batch is split; the metrics count on the device, afterwards.
+
+    A batch that is read before it is complete, memory that is written too early, a factor of another batch, or a batch
+    counted twice would make them differ. Over two epochs, with microbatches and rows of very different fill.
+    """
+    overrides = ("trainer.device_train_microbatch_size=3", "trainer.max_duration=2ep", "trainer.eval_interval=2ep")
+    main(make_config(f"data.num_workers={workers}", "checkpoints.milestones=[1.0]", *overrides))
+    losses = metrics(tmp_path / "run", having="loss/train/total")
+    counted = metrics(tmp_path / "run", having="metrics/train/rtd_loss")
+    assert len(losses) == len(counted) > 16
+    for loss, of_tokens in zip(losses, counted, strict=True):
+        assert loss["loss/train/mlm"] == pytest.approx(of_tokens["metrics/train/mlm_loss"], rel=1e-5)
+        assert loss["loss/train/rtd"] == pytest.approx(of_tokens["metrics/train/rtd_loss"], rel=1e-5)
+        expected = of_tokens["metrics/train/mlm_loss"] + 50 * of_tokens["metrics/train/rtd_loss"]
+        assert loss["loss/train/total"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_killed_run_continues_as_if_nothing_had_happened(make_config, tmp_path, monkeypatch):
     uninterrupted = weights(main(make_config(f"checkpoints.folder={tmp_path / 'uninterrupted'}")))
     with monkeypatch.context() as patch:

@@ -27,7 +27,7 @@ from electra_composer.training.spikes import SpikeDetector
 log = logging.getLogger(__name__)
 
 GPU_INTERVAL = 10  # batches between two checks on a GPU
-MAX_RECORDS = 20  # of skipped batches
+MAX_RECORDS = 20  # of skipped batches, and of spikes
 MAX_SKIPS = 50  # in a row
 
 
@@ -41,6 +41,7 @@ class PendingBatch:
     learning_rates: list[float] = field(default_factory=list)
     norm: Tensor | None = None  # scalar on the device: global gradient norm before clipping
     loss: Tensor | None = None  # scalar on the device: loss of this rank
+    parts: dict[str, Tensor] = field(default_factory=dict)  # its terms, likewise: mlm, rtd
 
 
 class NumericalGuard(Callback):
@@ -50,7 +51,8 @@ class NumericalGuard(Callback):
     PyTorch's fused AdamW reads it (`found_inf`, from gradient scaling). A non-finite loss on one rank makes its
     gradients NaN, and with them the global norm, so all ranks decide alike without extra communication. The host checks
     after every batch on a CPU, after every tenth on a GPU, and before a checkpoint is written. It waits for the device
-    at these checks only. Each rank writes its records to `trouble/` in the run's folder, see :func:`write_record`.
+    at these checks only. Each rank writes its records to `trouble/` in the run's folder, see :func:`write_record`, also
+    of the first spikes, whose rows may explain them.
 
     Under `amp_fp16` gradients overflow by design and PyTorch's `GradScaler` skips these updates, so only a non-finite
     loss counts.
@@ -132,8 +134,12 @@ class NumericalGuard(Callback):
         return self._show
 
     def record_losses(self, losses: dict[str, Tensor]) -> None:
-        """Take the losses of the batch from the trainer: `loss/train/total` of this rank, on the device."""
-        self._pending[-1].loss = losses["loss/train/total"].detach().clone()  # Composer reduces it in place later
+        """Take the losses of the batch from the trainer: `loss/train/total` and others of this rank, on the device."""
+        # Copied: Composer reduces them in place later, and a recorded step writes them again.
+        values = torch.stack([loss.detach().reshape(()).float() for loss in losses.values()]).unbind()
+        parts = {name.removeprefix("loss/train/"): value for name, value in zip(losses, values, strict=True)}
+        self._pending[-1].loss = parts.pop("total")
+        self._pending[-1].parts = parts
 
     def batch_end(self, state: State, logger: Logger) -> None:
         assert self.interval is not None
@@ -169,15 +175,20 @@ class NumericalGuard(Callback):
         for batch, loss, norm in zip(batches, *_losses_and_norms(batches), strict=True):
             if math.isfinite(loss) and (is_fp16 or math.isfinite(norm)):
                 self._in_a_row = 0
-                self._report_spike(batch, loss)
+                self._report_spike(batch, loss, norm)
             else:
                 self._report_nonfinite(batch, loss, norm)
 
-    def _report_spike(self, batch: PendingBatch, loss: float) -> None:
+    def _report_spike(self, batch: PendingBatch, loss: float, norm: float) -> None:
         report = self.spikes.update(batch.number, loss)
         if self.spikes.last == batch.number:
             self._logger.log_metrics({"trouble/loss_spikes": self.spikes.count})
-        if report is not None and dist.get_global_rank() == 0:
+        if report is None:
+            return
+        if self.spikes.reports <= MAX_RECORDS:
+            write_record(self.folder, batch, self._state.model, loss, norm)
+            report = f"{report}; its rows, losses and norms are in {self.folder}"
+        if dist.get_global_rank() == 0:
             log.warning(report)
 
     def _report_nonfinite(self, batch: PendingBatch, loss: float, norm: float) -> None:
@@ -205,7 +216,7 @@ class NumericalGuard(Callback):
 def write_record(folder: str, batch: PendingBatch, model: torch.nn.Module, loss: float, norm: float) -> None:
     """Write the record of a batch on this rank. Ignore a full disk, which would hide the error being reported.
 
-    `ba<batch>-rank<rank>.json` has loss, gradient norm, learning rates, the norm of every parameter and the row
+    `ba<batch>-rank<rank>.json` has losses, gradient norm, learning rates, the norm of every parameter and the row
     numbers; `….safetensors` has the batch.
 
     Args:
@@ -222,6 +233,7 @@ def write_record(folder: str, batch: PendingBatch, model: torch.nn.Module, loss:
         "rows": batch.tensors["rows"].tolist() if "rows" in batch.tensors else None,
         "loss": _json_number(loss),
         "loss_of_this_process": _json_number(float(batch.loss)),
+        "parts_of_this_loss": {name: _json_number(float(part)) for name, part in batch.parts.items()},
         "gradient_norm": _json_number(norm),
         "learning_rates": batch.learning_rates,
         "parameter_norms": {

@@ -19,11 +19,12 @@ class SpikeDetector:
     Attributes:
         count: spikes so far.
         last: batch of the latest spike; 0: none.
+        reports: reports so far.
     """
 
     def __init__(self, sigmas: float = 6.0, share: float = 0.02, patience: int = 100) -> None:
         self.sigmas, self.share, self.patience = sigmas, share, patience
-        self.count = self.last = 0
+        self.count = self.last = self.reports = 0
         self._seen = self._reported = self._said = 0
         self._mean = self._variance = 0.0
 
@@ -49,6 +50,7 @@ class SpikeDetector:
                     + (f" ({more} more spikes since the last report)" if more else "")
                 )
                 self._reported, self._said = batch, self.count
+                self.reports += 1
         step = (min(loss, limit) if is_spike else loss) - self._mean
         self._mean += share * step
         self._variance = (1 - share) * (self._variance + share * step * step)

@@ -8,6 +8,7 @@ the host writes before each launch.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -68,16 +69,16 @@ class DeviceGraph(Protocol):
 class CudaGraph:
     """A :class:`DeviceGraph` of `torch.cuda.CUDAGraph`.
 
-    Random numbers are those of the default generator at the launch: PyTorch registers it with every graph.
+    All graphs, and the steps before them, use one stream of their own: autograd accumulates gradients on the stream of
+    the first backward, and a recording may not wait for another stream. Random numbers are those of the default
+    generator at the launch, which PyTorch registers with every graph.
     """
 
     def __init__(self) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        self.stream = torch.cuda.Stream()
+        self.stream = _stream(torch.cuda.current_device())
 
     def run(self, function: Callable[[], T]) -> T:
-        """Run a function on a stream of its own. Autograd accumulates gradients on the stream of the first backward,
-        and a recording may not wait for the default stream."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = function()
@@ -85,17 +86,27 @@ class CudaGraph:
         return result
 
     def record(self, function: Callable[[], T]) -> T:
-        generator = torch.cuda.get_rng_state()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.get_state()
         try:
             # Only this thread's calls count: the loader's thread allocates pinned memory meanwhile.
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 return function()
         except BaseException:
-            torch.cuda.set_rng_state(generator)
+            # Workaround (torch 2.7): after a recording that failed, the generator takes itself to be in a recording and
+            # refuses to draw, so it gets a new state with the old content; goes when a failed recording ends.
+            fresh = torch.Generator(generator.device)
+            fresh.set_state(before)
+            generator.graphsafe_set_state(fresh)
             raise
 
     def launch(self) -> None:
         self.graph.replay()
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 GRAPHS: dict[str, type[DeviceGraph]] = {"gpu": CudaGraph}

@@ -242,8 +242,22 @@ def test_no_spike_before_there_is_a_mean() -> None:
     assert spikes([5.0] * 50 + [50.0] + [5.0] * 20)[1] == []
 
 
-def test_a_run_warns_of_a_spike(run: Run, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(numerical_guard, "SpikeDetector", functools.partial(SpikeDetector, patience=3, sigmas=3.0))
-    run(lambda batch, total: total * 100 if batch == 5 else total)
-    (record,) = [record for record in caplog.records if record.name == "electra_composer.training.numerical_guard"]
-    assert record.getMessage().startswith("batch 5: the loss is ")
+def test_a_run_warns_of_a_spike(run: Run, monkeypatch: pytest.MonkeyPatch, caplog: Any, tmp_path: Path) -> None:
+    """With a record of the batch, of the first ones only."""
+    monkeypatch.setattr(numerical_guard, "SpikeDetector", functools.partial(SpikeDetector, patience=2, sigmas=3.0))
+    monkeypatch.setattr(numerical_guard, "MAX_RECORDS", 1)
+    watch = run(lambda batch, total: total * {4: 100, 6: 10000}.get(batch, 1))
+    first, second = (
+        record.getMessage() for record in caplog.records if record.name == "electra_composer.training.numerical_guard"
+    )
+    assert first.startswith("batch 4: the loss is ")
+    assert first.endswith(f"its rows, losses and norms are in {tmp_path / 'run' / 'trouble'}")
+    assert second.startswith("batch 6: the loss is ")
+    assert "trouble" not in second
+    (path,) = (tmp_path / "run" / "trouble").glob("*.json")
+    record = json.loads(path.read_text())
+    assert (record["batch"], record["rows"]) == (4, watch.rows[4])
+    assert record["loss"] == pytest.approx(100 * sum(record["parts_of_this_loss"][p] * w for p, w in WEIGHTS.items()))
+
+
+WEIGHTS = {"mlm": 1.0, "rtd": 50.0}
