@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -155,7 +154,8 @@ def signature(batch: Any, weights: list[float]) -> Any:
 class StepGraph:
     """Runs training steps: the first ones as usual, then one that is recorded, and from there on the recording.
 
-    Batches of another shape than the recorded one are trained on as usual at any time. On several ranks there are two
+    Batches of another shape than the recorded one are trained on as usual; with enough of them in a row, the step is
+    recorded for that shape. On several ranks there are two
     recordings, with the averaging of gradients between them, which is not recorded.
 
     Args:
@@ -169,7 +169,8 @@ class StepGraph:
         self.recording: Recording | None = None
         self.failed = False
         self._unrecorded = make()
-        self._seen: Counter[Any] = Counter()
+        self._last: Any = None
+        self._in_a_row = 0
 
     def run(self, batch: Any, weights: list[float]) -> dict[str, Tensor]:
         """Train on a batch.
@@ -182,15 +183,17 @@ class StepGraph:
             Losses of this rank, on the device; valid until the next call.
         """
         found = signature(batch, weights)
-        if self.recording is None and not self.failed and found is not None:
-            self._seen[found] += 1
-            if self._seen[found] > WARM_UP:
+        if self.recording is None or found != self.recording.signature:
+            self._in_a_row = self._in_a_row + 1 if found == self._last else 1
+            if self._in_a_row > WARM_UP and found is not None and not self.failed:
                 self._record(batch, weights)
+        self._last = found
         if self.recording is not None and found == self.recording.signature:
             return self.recording.launch(batch)
         return self._unrecorded.run(lambda: self.step.run(batch, weights))
 
     def _record(self, batch: dict[str, Tensor], weights: list[float]) -> None:
+        self.recording = None  # its memory is free for another one
         try:
             self.recording = Recording(self.step, self.make, batch, weights)
         except (RuntimeError, KeyError) as error:  # of CUDA and PyTorch; a value of the batch that is no tensor

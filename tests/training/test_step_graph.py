@@ -204,17 +204,21 @@ def test_a_step_that_reads_a_number_of_the_host(
     assert "not used, because the step cannot be recorded: KeyError: 'num_tokens'" in caplog.text
 
 
-@pytest.mark.parametrize("last", [3, 6])
+@pytest.mark.parametrize(
+    ("others", "ordinary"),
+    [([3], 2 + 1 + WARM_UP), ([6], WARM_UP + 1), ([5, 6, 7, 8, 9], 2 * WARM_UP)],
+    ids=["before", "between", "from there on"],
+)
 def test_a_batch_of_another_shape_is_an_ordinary_step(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: int
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, others: list[int], ordinary: int
 ) -> None:
-    """Before and between recorded steps, whose gradients are shown again after it."""
+    """Before and between recorded steps, whose gradients are shown again after it; or they are recorded again."""
     original = ElectraPretraining.count_batch
     seen = []
 
     def count_batch(model: ElectraPretraining, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen.append(batch)
-        rows = 5 if len(seen) == last else 8
+        rows = 5 if len(seen) in others else 8
         return original(model, {name: value if name == "num_tokens" else value[:rows] for name, value in batch.items()})
 
     monkeypatch.setattr(ElectraPretraining, "count_batch", count_batch)
@@ -225,7 +229,7 @@ def test_a_batch_of_another_shape_is_an_ordinary_step(
         monkeypatch.setitem(CALLBACKS, "at_the_end", lambda callback=callback: callback)
         trainers.append(run(name, f"trainer.cuda_graph={setting}", "callbacks.at_the_end={}"))
         sums.append(callback.sums)
-    assert (Tape.runs, Tape.launches) == (WARM_UP + 1, BATCHES - WARM_UP - 1)
+    assert (Tape.runs, Tape.launches) == (ordinary, BATCHES - ordinary)
     assert_equal_weights(*trainers)
     assert sums[0] == sums[1]
     assert metrics(tmp_path / "ordinary") == metrics(tmp_path / "recorded")
