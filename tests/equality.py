@@ -32,7 +32,7 @@ from electra_composer import pretrain
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.model.pretraining import ElectraPretraining
-from electra_composer.training import compilation, startup, step_graph, trainer
+from electra_composer.training import compilation, device_graph, startup, trainer
 
 
 class LostUpdates(Callback):
@@ -103,7 +103,7 @@ def main(out: str, yaml: str, arrangements: list[str]) -> None:
                 (ElectraPretraining, "count_batch", lambda model, batch: noise(model, batch)),  # noqa: B023
             ):
                 patches.enter_context(mock.patch.object(place, attribute, replacement))
-            patches.enter_context(mock.patch.dict(step_graph.GRAPHS, {"cpu": Tape}))
+            patches.enter_context(mock.patch.dict(device_graph.GRAPHS, {"cpu": Tape}))
             pretrain.main(load_config(yaml, [f"checkpoints.folder={folder}", *overrides], PretrainConfig))
         if dist.get_global_rank() == 0:
             seen = {"losses": losses.losses, "rows": noise.rows, "graphs": len(GRAPHS), "launches": Tape.launches}

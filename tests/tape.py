@@ -91,7 +91,7 @@ def address(tensor: Tensor) -> int:
 
 
 class Tape:
-    """A :class:`~electra_composer.training.step_graph.DeviceGraph` that repeats operators.
+    """A :class:`~electra_composer.training.device_graph.DeviceGraph` that repeats operators.
 
     Attributes:
         launches: how often all tapes were launched.

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from electra_composer.errors import UserError
 from electra_composer.model.flat_parameters import FlatParameters
+from electra_composer.training.device_graph import GRAPHS
 from electra_composer.training.optim import AdamW
-from electra_composer.training.step_graph import GRAPHS, StepGraph, obstacle_to_recording
+from electra_composer.training.step_graph import StepGraph, obstacle_to_recording
 
 if TYPE_CHECKING:
     from composer import Trainer

@@ -22,9 +22,10 @@ from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.pretrain import main
 from electra_composer.training import trainer as trainer_module
 from electra_composer.training.builders import CALLBACKS
+from electra_composer.training.device_graph import GRAPHS
 from electra_composer.training.devices import whole_tensors
 from electra_composer.training.numerical_guard import NumericalGuard
-from electra_composer.training.step_graph import GRAPHS, WARM_UP, StaticBatch, obstacle_in_config, signature
+from electra_composer.training.step_graph import WARM_UP, StaticBatch, obstacle_in_config, signature
 
 BATCHES = 9
 OVERRIDES = (
