@@ -1,6 +1,6 @@
 """Pretraining step of ours compared with the reference, bare and in Composer's `Trainer`; prints one JSON line.
 
-    python benchmarks/pretrain_step.py [--size small] [--precision fp32] [--what a,b,c,d] [key=value …]
+    python benchmarks/pretrain_step.py [--size small] [--precision fp32] [--what a,b,c,d] [--profile] [key=value …]
 
 All variants run in one process with the same weights, examples and precision. They alternate in blocks of steps, so
 that a change in machine speed affects all of them. First, the losses of reference and ours must agree. `key=value` are
@@ -12,21 +12,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import warnings
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import reference
 import torch
 from agreement import compare_losses, magnify
-from composer.callbacks.speed_monitor import get_gpu_flops_available
-from composer.core import Precision
 from machine import PeakMemory, describe, median_ms, require_positive
 from profiling import profile
 from tqdm import tqdm
@@ -36,6 +34,7 @@ from workload import SIZES, make_workload, read_config
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.model.sizes import discriminator_config
 from electra_composer.training.devices import choose_attention, resolve_device
+from electra_composer.training.gpus import peak_flops
 from electra_composer.training.startup import start
 
 MEMORY_OF = "abc"  # d differs from c only in callbacks, which hold no memory
@@ -61,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(json.dumps({"bytes": memory_of(options, Path(folder))}))
             return
         memory = {} if options.skip_memory else memory_in_processes(options, arguments)
-        print(json.dumps(measure(options, Path(folder), memory)), flush=True)
+        measure(options, Path(folder), memory)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -88,7 +87,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--segment", type=int, help="timed steps per block; default: 40 on gpu, 4 on cpu")
     parser.add_argument("--warmup", type=int, help="untimed steps before them; default: 12 on gpu, 2 on cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile", metavar="FILE", help="also profile b and write its ten largest kernels as JSON")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no round later than this (%(default)s)")
+    parser.add_argument(
+        "--profile", action="store_true", help="also profile b and c; prints a line of kernels for each"
+    )
     parser.add_argument("--skip-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--memory-only", choices=tuple(MEMORY_OF), help="measure only the memory of one variant")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -103,8 +105,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, default[on_gpu])
     require_positive(options, "batch", "repeats", "segment", "warmup")
-    if options.profile and "b" not in options.what:
-        raise UserError("--profile profiles variant b; add b to --what")
+    if options.profile and not {"b", "c"} & set(options.what):
+        raise UserError("--profile profiles variants b and c; add one of them to --what")
     return options
 
 
@@ -126,8 +128,9 @@ def set_up(options: argparse.Namespace, folder: Path) -> Setup:
     return Setup(config, workload, device, cpu_autocast, path)
 
 
-def measure(options: argparse.Namespace, folder: Path, memory: dict[str, int | None]) -> dict[str, Any]:
-    """Check agreement, time all variants and summarize."""
+def measure(options: argparse.Namespace, folder: Path, memory: dict[str, int | None]) -> None:
+    """Check agreement, time all variants, and print the summary; then the profiles, if asked for."""
+    begin = time.monotonic()
     setup = set_up(options, folder)
     batches = setup.workload.batches(setup.config, options.warmup + options.segment)
     agreed, flops = agree(setup, batches)
@@ -135,6 +138,8 @@ def measure(options: argparse.Namespace, folder: Path, memory: dict[str, int | N
     seconds: dict[str, list[float]] = {what: [] for what in variants}
     rounds = [(turn, what) for turn in range(options.repeats + 1) for what in variants]
     for turn, what in tqdm(rounds, desc="blocks", file=sys.stderr):
+        if turn > 1 and what == options.what[0] and time.monotonic() - begin > options.seconds:
+            break  # every variant has at least one block
         if options.device == "cpu":
             use_allocator_of(what)
         taken = variants[what].block(options.warmup + options.segment)[options.warmup - 1 :]
@@ -154,14 +159,20 @@ def measure(options: argparse.Namespace, folder: Path, memory: dict[str, int | N
         "reference_optimizer": reference.OPTIMIZER,
         "machine": describe(),
     }
-    del result["options"]["memory_only"], result["options"]["profile"]
-    if options.profile:
-        assert isinstance(variants["b"], BareSteps)
-        profile(variants["b"], options.profile, result)
+    for name in ("memory_only", "profile", "seconds"):
+        del result["options"][name]
+    print(json.dumps(result), flush=True)
+    for what in sorted({"b", "c"} & set(variants)) if options.profile else ():
+        variant = variants[what]
+        assert isinstance(variant, BareSteps | TrainerSteps)
+        about = {"benchmark": "profile", "variant": NAMES[what], "options": result["options"]}
+        print(
+            json.dumps({**about, "length": result["length"], **profile(variant), "machine": result["machine"]}),
+            flush=True,
+        )
     for variant in variants.values():
         if isinstance(variant, TrainerSteps):
             variant.trainer.close()
-    return result
 
 
 def agree(setup: Setup, batches: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, float]]:
@@ -224,16 +235,12 @@ def summary(
 
 
 def mfu(seconds: dict[str, list[float]], flops: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
-    """Compute MFU: FLOPs that the step needs, divided by time and the GPU's dense peak in Composer's table."""
+    """Compute MFU: FLOPs that the step needs, divided by time and the GPU's peak for dense products."""
     if options.device != "gpu":
         return {"mfu": None, "mfu_note": "the peak of a CPU is not known"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # Workaround (composer 0.32): the table of peaks can only be read by a function of a State, of which it needs
-        # the precision; goes when Composer has a function of device and precision.
-        peak = get_gpu_flops_available(SimpleNamespace(precision=Precision(options.precision)))
+    peak = peak_flops(options.precision)
     if not peak:
-        note = f"Composer's SpeedMonitor knows no peak of {torch.cuda.get_device_name()} in {options.precision}"
+        note = f"the peak of {torch.cuda.get_device_name()} in {options.precision} is not known"
         return {"mfu": None, "mfu_note": note}
     shares = {NAMES[what]: round(flops["b"] / (statistics.median(taken) * peak), 4) for what, taken in seconds.items()}
     return {"mfu": shares, "mfu_note": f"of {peak / 1e12:g} TFLOP/s, dense, in {options.precision}"}

@@ -1,20 +1,24 @@
-"""Profile a variant of the pretraining-step benchmark."""
+"""Largest kernels of some steps of a variant; for pretrain_step.py."""
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from variants import BareSteps
+from variants import BareSteps, TrainerSteps
+
+COPIES = ("Memcpy", "Memset")
 
 
-def profile(variant: BareSteps, path: str, result: dict[str, Any], steps: int = 5, largest: int = 10) -> None:
-    """Profile some steps; write the largest kernels to `path` as a JSON line and to stderr as a table.
+def profile(variant: BareSteps | TrainerSteps, steps: int = 5, largest: int = 10) -> dict[str, Any]:
+    """Profile some steps; print a table of the largest kernels to stderr.
 
-    Ranked by self time: of kernels on CUDA, of operators on the CPU.
+    On CUDA the kernels are those that ran on the device, also within CUDA graphs; on the CPU they are operators.
+
+    Returns:
+        `clock`: the profiler's time that is summed; `kernels`: the `largest` ones by their own time;
+        `kernels_per_step`: number of all; `copies_per_step`: copies and fills of memory; `ms_per_step`: time of all.
     """
     on_gpu = variant.clock.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -24,19 +28,30 @@ def profile(variant: BareSteps, path: str, result: dict[str, Any], steps: int = 
         variant.block(steps)
     averages = profiler.key_averages()
     by_time = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    # On CUDA, the operator that launched a kernel carries the kernel's time too.
-    events = [event for event in averages if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA]
-    events.sort(key=lambda event: getattr(event, by_time), reverse=True)
-    total = sum(getattr(event, by_time) for event in events)
-    kernels = [
-        {
-            "name": event.key,
-            "calls_per_step": event.count / steps,
-            "ms_per_step": round(getattr(event, by_time) / 1000 / steps, 4),
-            "share": round(getattr(event, by_time) / total, 4),
-        }
-        for event in events[:largest]
-    ]
     print(averages.table(sort_by=by_time, row_limit=largest), file=sys.stderr)
-    about = {"benchmark": "profile", "clock": by_time, "options": result["options"], "length": result["length"]}
-    Path(path).write_text(json.dumps({**about, "kernels": kernels, "machine": result["machine"]}) + "\n")
+    return {"clock": by_time, **summary(list(averages), by_time, on_gpu, steps, largest)}
+
+
+def summary(events: list[Any], by_time: str, on_gpu: bool, steps: int, largest: int) -> dict[str, Any]:
+    """Summarize the profiler's averages; see :func:`profile`."""
+    if on_gpu:
+        # The operator that launched a kernel carries the kernel's time too, and so do ranges such as Optimizer.step.
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        events = [event for event in events if not getattr(event, "is_user_annotation", False)]
+    events = sorted(events, key=lambda event: getattr(event, by_time), reverse=True)
+    total = sum(getattr(event, by_time) for event in events)
+    copies = sum(event.count for event in events if event.key.startswith(COPIES))
+    return {
+        "kernels": [
+            {
+                "name": event.key,
+                "calls_per_step": event.count / steps,
+                "ms_per_step": round(getattr(event, by_time) / 1000 / steps, 4),
+                "share": round(getattr(event, by_time) / total, 4),
+            }
+            for event in events[:largest]
+        ],
+        "kernels_per_step": (sum(event.count for event in events) - copies) / steps,
+        "copies_per_step": copies / steps,
+        "ms_per_step": round(total / 1000 / steps, 4),
+    }

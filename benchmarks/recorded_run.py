@@ -1,4 +1,4 @@
-"""`pretrain.py` with a record of each batch's rows and losses; started by soak.py and the tests.
+"""`pretrain.py` with a record of each batch's rows and losses; started by soak.py, user_runs.py and the tests.
 
 python benchmarks/recorded_run.py YAML callbacks.record.folder=FOLDER [callbacks.signal_at.batch=7 …] [key=value …]
 """
@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
@@ -21,6 +22,7 @@ from electra_composer.config_loading import load_config_from_command_line
 from electra_composer.errors import report_user_errors
 from electra_composer.pretrain import main
 from electra_composer.training.builders import CALLBACKS
+from electra_composer.training.numerical_guard import NumericalGuard
 
 
 class Record(Callback):
@@ -87,7 +89,55 @@ class SignalAt(Callback):
             os.kill(os.getpid(), signal.Signals(self.signal))
 
 
-EXTRA: dict[str, type[Callback]] = {"record": Record, "signal_at": SignalAt}
+class LossTrace(Callback):
+    """Write the exact losses of every batch, and a checksum of its token ids, to `losses.jsonl`.
+
+    Unlike :class:`Record`, it does not wait for the device in a step, so that the host runs ahead as in any run: copies
+    of the losses stay on the device and are read every `interval` batches. Losses are written by `float.hex`.
+
+    Args:
+        folder: must exist.
+        interval: batches between two reads.
+    """
+
+    def __init__(self, folder: str, interval: int = 50) -> None:
+        self.path = Path(folder) / "losses.jsonl"
+        self.interval = interval
+        self.pending: list[dict[str, torch.Tensor]] = []
+        self.batches = 0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        guard = next(callback for callback in state.callbacks if isinstance(callback, NumericalGuard))
+        record_losses = guard.record_losses  # gets the losses of every batch, on the device
+
+        def trace_losses(losses: dict[str, torch.Tensor]) -> None:
+            ids = state.batch["input_ids"].long().flatten()
+            rows = (ids * torch.arange(1, len(ids) + 1, device=ids.device)).sum()
+            copies = {name.removeprefix("loss/train/"): loss.detach().clone() for name, loss in losses.items()}
+            self.pending.append({"rows": rows, **copies})
+            record_losses(losses)
+
+        guard.record_losses = trace_losses  # type: ignore[method-assign]
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if len(self.pending) >= self.interval:
+            self.write()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self.write()
+
+    def write(self) -> None:
+        """Read the pending losses and append them to the file."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            for values in self.pending:
+                self.batches += 1
+                rows, *losses = (values[name].item() for name in values)
+                exact = dict(zip(list(values)[1:], (float(loss).hex() for loss in losses), strict=True))
+                file.write(json.dumps({"batch": self.batches, "rows": rows, **exact}) + "\n")
+        self.pending = []
+
+
+EXTRA: dict[str, type[Callback]] = {"record": Record, "signal_at": SignalAt, "losses": LossTrace}
 
 if __name__ == "__main__":
     CALLBACKS.update(EXTRA)

@@ -73,7 +73,7 @@ def table(header: list[str], rows: Iterable[list[Any]]) -> str:
 
 def steps(lines: list[Line]) -> str:
     """Render one row per run of pretrain_step.py: median step times, speed, ratios, memory and MFU."""
-    header = ["size", "rows × tokens", "data", "precision", "compile", "reference ms", "ours ms", "in Trainer ms"]
+    header = ["size", "rows × tokens", "data", "precision", "settings", "reference ms", "ours ms", "in Trainer ms"]
     header += ["no callbacks ms", "ours tokens/s", "ours / reference", "Trainer", "callbacks", "memory", "MFU"]
     rows = []
     for line in lines:
@@ -86,7 +86,7 @@ def steps(lines: list[Line]) -> str:
                 f"{options['batch']} × {line['length']}",
                 options["data"],
                 options["precision"],
-                options["compile"],
+                _settings(options),
                 *(f"{times[name]['median']:.2f}" if name in times else None for name in names),
                 None if speed is None else f"{speed:,}",
                 _with(line["speedup"], "{:.2f} ×"),
@@ -103,12 +103,17 @@ def _with(value: float | None, form: str) -> str | None:
     return None if value is None else form.format(value)
 
 
+def _settings(options: Line) -> str:
+    return " ".join([f"compile={options['compile']}", *options["overrides"]])
+
+
 def profiles(lines: list[Line]) -> str:
-    """Render the largest kernels of each profile, by their own time."""
+    """Render the largest kernels of each profile, by their own time, and the number of all."""
     parts = []
     for line in lines:
         options = line["options"]
-        title = f"{options['size']}, {options['batch']} × {line['length']}, {options['precision']}"
+        title = f"{line['variant']}, {options['size']}, {options['batch']} × {line['length']}, {options['precision']}"
+        counts = f"{line['kernels_per_step']:g} kernels and {line['copies_per_step']:g} copies a step"
         rows = [
             [
                 f"`{kernel['name'][:80]}`",
@@ -119,9 +124,74 @@ def profiles(lines: list[Line]) -> str:
             for kernel in line["kernels"]
         ]
         parts.append(
-            f"{title}, compile {options['compile']}:\n\n{table(['kernel', 'calls a step', 'ms a step', 'share'], rows)}"
+            f"{title}, {_settings(options)}; {counts}, {line['ms_per_step']} ms:\n\n"
+            + table(["kernel", "calls a step", "ms a step", "share"], rows)
         )
     return "\n\n".join(parts)
+
+
+def test_runs(lines: list[Line]) -> str:
+    """Render the last line of pytest."""
+    return "\n".join(line["summary"] for line in lines)
+
+
+def conversions(lines: list[Line]) -> str:
+    """Render one row per conversion; its speed includes the start of the program."""
+    rows = []
+    for line in lines:
+        summary = line.get("summary") or {}
+        counts = [summary.get(name) for name in ("documents", "tokens", "tokens_per_second")]
+        rows.append([line["data"], *(_with(count, "{:,.0f}") for count in counts), line["wall_seconds"]])
+    return table(["text", "documents", "tokens", "tokens/s", "seconds in all"], rows)
+
+
+def same_seeds(lines: list[Line]) -> str:
+    """Render one line per pair of runs with one seed, and the first batch that differs."""
+    parts = []
+    for line in lines:
+        found, begin = line["first_difference"], f"{line['batches']} batches of two runs with one seed: "
+        if found is None:
+            parts.append(begin + "all losses and rows are the same to the bit.")
+            continue
+        first, second = found["first_run"], found["second_run"]
+        names = ", ".join(name for name in first if first[name] != second.get(name))
+        parts.append(f"{begin}{line['differing']} differ, first batch {first['batch']} in {names}.")
+    return "\n".join(parts)
+
+
+def real_runs(lines: list[Line]) -> str:
+    """Render one row per pretraining run: its speed by the median over its windows, and its losses."""
+    header = ["text", "batches", "seconds in all", "tokens/s", "MFU", "waiting for data", "MLM loss, first → last"]
+    header += ["RTD loss", "RTD recall", "evaluation: MLM, RTD", "spikes"]
+    rows = []
+    for line in lines:
+        rows.append(
+            [
+                line["data"],
+                f"{line['batches']:,} of {line['of_batches']:,}",
+                line["wall_seconds"],
+                _with(line["tokens_per_second"], "{:,.0f}"),
+                _with(line["mfu"], "{:.1%}"),
+                _with(line["data_wait"], "{:.1%}"),
+                f"{_with(line['first_mlm_loss'], '{:.3f}')} → {_with(line['mlm_loss'], '{:.3f}')}",
+                _with(line["rtd_loss"], "{:.4f}"),
+                _with(line["rtd_recall"], "{:.1%}"),
+                f"{_with(line['eval_mlm_loss'], '{:.3f}')}, {_with(line['eval_rtd_loss'], '{:.4f}')}",
+                _with(line["loss_spikes"], "{:.0f}"),
+            ]
+        )
+    return table(header, rows)
+
+
+def scores(lines: list[Line]) -> str:
+    """Render one row per task and finetuning part."""
+    header = ["task", "scores on dev (× 100)", "training examples at most", "seconds in all"]
+    rows = []
+    for line in lines:
+        for task, metrics in line["tasks"].items():
+            shown = ", ".join(f"{name} {_with(value, '{:.1f}') or OPEN}" for name, value in metrics.items())
+            rows.append([task, shown, f"{line['max_train_examples']:,}", line["wall_seconds"]])
+    return table(header, rows)
 
 
 def failures(lines: list[Line]) -> str:
@@ -154,6 +224,11 @@ def kernels(lines: list[Line]) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[list[Line]], str]]] = {
     "pretrain_step": ("A pretraining step (medians)", steps),
+    "tests": ("Tests on CUDA", test_runs),
+    "real_run": ("A pretraining run", real_runs),
+    "same_seed": ("Two runs with one seed", same_seeds),
+    "glue_scores": ("Finetuning that run, one seed", scores),
+    "conversion": ("Conversion of text", conversions),
     "masked_lm": ("The masked-LM head: loss, sample and gradients", kernels),
     "profile": ("The largest kernels of a step", profiles),
     "failure": ("Parts that failed or ran out of time", failures),

@@ -7,17 +7,15 @@ ahead. Values are read back from the device when they are logged.
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
-from typing import cast
 
 import torch
 from composer.callbacks import MemoryMonitor, RuntimeEstimator, SpeedMonitor
-from composer.callbacks.speed_monitor import get_gpu_flops_available
 from composer.core import Event, State, Timestamp
 from composer.loggers import Logger
 from composer.utils import dist
 
 from electra_composer.errors import UserError
+from electra_composer.training.gpus import peak_flops
 from electra_composer.training.process_memory import peak_resident_bytes
 from electra_composer.training.times import IntervalCallback, interval_scheduler
 
@@ -32,8 +30,8 @@ class ThroughputMonitor(SpeedMonitor):
     - `throughput/flops_per_sec`, if the model has `flops_per_batch(batch)`: every batch counts as the last one of the
       window, since shapes are static and rows are packed alike;
     - `throughput/device/mfu`: model FLOPs utilization, FLOPs per second and device divided by the peak of the device
-      for **dense** matrices in the run's precision (TF32 if fp32 products use it). Not logged on a CPU or a GPU that
-      Composer's table lacks, unless `gpu_flops_available` is given;
+      for **dense** matrices in the run's precision (TF32 if fp32 products use it). Not logged on a CPU or a GPU whose
+      peak is not known (gpus.py), unless `gpu_flops_available` is given;
     - `time/train`, `time/val`, `time/total`.
 
     The clock is Composer's, which is stopped during evaluations. The first batch, which compiles and warms up, is in no
@@ -41,7 +39,7 @@ class ThroughputMonitor(SpeedMonitor):
 
     Args:
         window_size: batches per window.
-        gpu_flops_available: peak FLOPs per second of one device; None: from Composer's table.
+        gpu_flops_available: peak FLOPs per second of one device; None: from gpus.py.
         time_unit: of `time/…`: `seconds`, `minutes`, `hours` or `days`.
 
     Raises:
@@ -117,14 +115,7 @@ def _flops_per_batch(state: State) -> float:
 
 def device_flops_available(state: State) -> float:
     """Return the peak of the run's device for dense matrices, in FLOPs per second; 0 if unknown or on a CPU."""
-    # Workaround (composer 0.32): `get_gpu_flops_available` returns the peak of a GPU that the run does not use, and for
-    # fp32 that without TF32, which Composer itself switches on. It reads only `precision.value` of the state. Goes when
-    # it considers the run's device and `allow_tf32`.
-    if state.device.name != "gpu":
-        return 0.0
-    if state.precision.value == "fp32" and torch.backends.cuda.matmul.allow_tf32:
-        state = cast(State, SimpleNamespace(precision=SimpleNamespace(value="tf32")))
-    return float(get_gpu_flops_available(state))
+    return peak_flops(state.precision.value) if state.device.name == "gpu" else 0.0
 
 
 class RunRuntimeEstimator(RuntimeEstimator):
