@@ -27,9 +27,10 @@ import torch
 from agreement import compare_losses, magnify
 from machine import PeakMemory, describe, median_ms, require_positive
 from profiling import profile
+from sizes import SIZES
 from tqdm import tqdm
 from variants import NAMES, BareSteps, Setup, TrainerSteps, use_allocator_of
-from workload import SIZES, make_workload, read_config
+from workload import make_workload, read_config
 
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.model.sizes import discriminator_config

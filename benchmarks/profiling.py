@@ -34,10 +34,9 @@ def profile(variant: BareSteps | TrainerSteps, steps: int = 5, largest: int = 10
 
 def summary(events: list[Any], by_time: str, on_gpu: bool, steps: int, largest: int) -> dict[str, Any]:
     """Summarize the profiler's averages; see :func:`profile`."""
-    if on_gpu:
-        # The operator that launched a kernel carries the kernel's time too, and so do ranges such as Optimizer.step.
-        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-        events = [event for event in events if not getattr(event, "is_user_annotation", False)]
+    # On CUDA, the operator that launched a kernel carries its time too, and so does a range such as Optimizer.step.
+    kinds = {torch.autograd.DeviceType.CUDA} if on_gpu else {torch.autograd.DeviceType.CPU}
+    events = [event for event in events if event.device_type in kinds and not event.is_user_annotation]
     events = sorted(events, key=lambda event: getattr(event, by_time), reverse=True)
     total = sum(getattr(event, by_time) for event in events)
     copies = sum(event.count for event in events if event.key.startswith(COPIES))

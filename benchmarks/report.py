@@ -136,11 +136,13 @@ def test_runs(lines: list[Line]) -> str:
 
 
 def conversions(lines: list[Line]) -> str:
-    """Render one row per conversion; its speed includes the start of the program."""
+    """Render one row per conversion."""
     rows = []
     for line in lines:
-        summary = line.get("summary") or {}
-        counts = [summary.get(name) for name in ("documents", "tokens", "tokens_per_second")]
+        summary = line.get("summary") or {"splits": {}}
+        splits = summary["splits"].values()
+        counts = [sum(split[name] for split in splits) for name in ("documents", "tokens")] if splits else [None, None]
+        counts.append(summary.get("tokens_per_second"))
         rows.append([line["data"], *(_with(count, "{:,.0f}") for count in counts), line["wall_seconds"]])
     return table(["text", "documents", "tokens", "tokens/s", "seconds in all"], rows)
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import print_result
-from workload import TINY
+from sizes import TINY
 
 from electra_composer.errors import UserError, report_user_errors
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sizes import TINY
 from streaming import LocalDataset
 from transformers import PreTrainedTokenizerFast
 
@@ -29,16 +30,6 @@ from electra_composer.storage.shard_folder import Meta, SplitCounts, describe_to
 from electra_composer.vocabulary import SPECIAL_TOKENS, load_tokenizer
 
 YAMLS = Path(__file__).resolve().parent.parent / "yamls"
-SIZES = ("tiny", "small", "base", "large")
-TINY = (
-    "data.max_seq_length=32",
-    "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.num_heads=2",
-    "model.embedding_size=16",
-    "model.generator_size=0.5",
-    "model.max_positions=64",
-)
 SPLITS = ("train", "val")
 
 

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from electra_composer.training.loggers import plain_numbers
 
+MFU = "throughput/device/mfu"
 BAR_METRICS: dict[str, Callable[[float], str]] = {
-    "throughput/device/mfu": lambda value: f"mfu {value:4.1%}",
+    MFU: lambda value: f"mfu {value:4.1%}",
     "throughput/samples_per_sec": lambda value: f"{tqdm.format_sizeof(value):>5} sp/s",
     "data/wait_share": lambda value: f"wait {value:4.1%}",
     "data/fill": lambda value: f"fill {value:4.1%}",
@@ -34,10 +35,11 @@ class RunProgressBar(LoggerDestination):
     """Shows one progress bar for the training, on the first rank of each node.
 
     Shows the fraction done, the time left, the training losses by the last part of their names, tokens per second (as
-    counted by the loader, without padding), the learning rate, and those of :data:`BAR_METRICS` that are logged. The
-    line is cut to the width of the terminal by priority. On a terminal it is drawn at most twice a second; if the
-    stream is a file or a pipe, a line is written every ten seconds instead. Metrics of an evaluation are written as one
-    line at its end. Tokens per second are measured between drawings on Composer's clock, without evaluations.
+    counted by the loader, without padding), MFU on a GPU whose peak is known, the learning rate, and those of
+    :data:`BAR_METRICS` that are logged. The line is cut to the width of the terminal by priority. On a terminal it is
+    drawn at most twice a second; if the stream is a file or a pipe, a line is written every ten seconds instead.
+    Metrics of an evaluation are written as one line at its end. Tokens per second are measured between drawings on
+    Composer's clock, without evaluations.
 
     Args:
         stream: None: standard error.
@@ -140,8 +142,9 @@ class RunProgressBar(LoggerDestination):
         if state.timestamp.token.value:
             parts.append(f"{tqdm.format_sizeof(tokens_per_second):>5} tok/s")
         lr = max((group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups), default=0.0)
-        parts.append(f"lr {lr:.2e}")
-        return parts + [show(self.shown[name]) for name, show in BAR_METRICS.items() if name in self.shown]
+        shown = {name: show(self.shown[name]) for name, show in BAR_METRICS.items() if name in self.shown}
+        speed = [shown.pop(MFU)] if MFU in shown else []
+        return [*parts, *speed, f"lr {lr:.2e}", *shown.values()]
 
     def _fitting(self, parts: list[str]) -> str:
         """Join as many of the first parts as fit the terminal beside a bar of :data:`BAR_WIDTH`."""
