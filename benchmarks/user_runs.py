@@ -177,7 +177,8 @@ def pretrain(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     shutil.rmtree(folder, ignore_errors=True)
     step_ms = step_ms_of(options.folder / "same-seed-2" / "metrics.jsonl")
     batches = max(20, int(SAFETY * 1000 * options.seconds / (step_ms or UNKNOWN_STEP_MS)))
-    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "1", "electra_composer/pretrain.py"]
+    launcher = [] if options.smoke else ["-m", "composer.cli.launcher", "-n", "1"]  # imports Composer a second time
+    command = [sys.executable, *launcher, "electra_composer/pretrain.py"]
     command += [*pretrain_arguments(options, batches), f"checkpoints.folder={folder}", "checkpoints.milestones=[1.0]"]
     status, seconds = run(command, options.limit)
     rows = read_lines(folder / "metrics.jsonl")
