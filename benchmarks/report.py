@@ -175,10 +175,10 @@ def real_runs(lines: list[Line]) -> str:
                 _with(line["tokens_per_second"], "{:,.0f}"),
                 _with(line["mfu"], "{:.1%}"),
                 _with(line["data_wait"], "{:.1%}"),
-                f"{_with(line['first_mlm_loss'], '{:.3f}')} → {_with(line['mlm_loss'], '{:.3f}')}",
+                " → ".join(_with(line[name], "{:.3f}") or OPEN for name in ("first_mlm_loss", "mlm_loss")),
                 _with(line["rtd_loss"], "{:.4f}"),
                 _with(line["rtd_recall"], "{:.1%}"),
-                f"{_with(line['eval_mlm_loss'], '{:.3f}')}, {_with(line['eval_rtd_loss'], '{:.4f}')}",
+                ", ".join(_with(line[name], "{:.3f}") or OPEN for name in ("eval_mlm_loss", "eval_rtd_loss")),
                 _with(line["loss_spikes"], "{:.0f}"),
             ]
         )

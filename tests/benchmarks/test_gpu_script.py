@@ -37,11 +37,12 @@ def script(*arguments: object, environment: dict[str, str]) -> subprocess.Comple
 @pytest.mark.long
 def test_rehearsal_on_the_cpu(tmp_path: Path) -> None:
     """Every program of the script in tiny, except pytest; the report includes all results."""
-    parts = ("small", "convert", "same-seed", "pretrain", "glue")
+    parts = ("small", "convert", "same-seed", "pretrain", "glue", "masked-lm")
     done = script("--smoke", tmp_path / "out", *parts, environment={**os.environ, "PYTHON": sys.executable})
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     kinds = ["pretrain_step", "profile", "profile", "conversion", "same_seed", "real_run", "glue_scores"]
+    kinds.append("masked_lm")
     assert [line["benchmark"] for line in lines] == kinds
     assert set(lines[0]["step_ms"]) == {"reference", "ours", "trainer"}
     assert [line["variant"] for line in lines[1:3]] == ["ours", "trainer"]
@@ -95,6 +96,24 @@ def test_a_script_that_is_ended_leaves_what_was_measured(tmp_path: Path) -> None
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
     assert "done so far" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_report_of_runs_that_differ_and_of_one_that_was_cut_short() -> None:
+    first = {"batch": 385, "rows": 7, "total": "0x1p+5", "mlm": "0x1p+3"}
+    pair = {"first_run": first, "second_run": {**first, "total": "0x1.8p+5"}}
+    lines = [
+        {"benchmark": "same_seed", "batches": 400, "differing": 16, "first_difference": pair},
+        {"benchmark": "real_run", "data": "data", "batches": 0, "of_batches": 9000, "wall_seconds": 3.0}
+        | dict.fromkeys([*user_runs.LAST, *user_runs.MEDIAN, "first_mlm_loss"]),
+        {"benchmark": "conversion", "data": "data", "wall_seconds": 25.0},
+        {"benchmark": "glue_scores", "tasks": {"cola": {"matthews": None}}, "max_train_examples": 8000}
+        | {"wall_seconds": 9.0},
+    ]
+    printed = report.report(lines)
+    assert "400 batches of two runs with one seed: 16 differ, first batch 385 in total." in printed
+    assert "| data | 0 of 9,000 | 3.0 | – | – | – | – → – | – | – | –, – | – |" in printed
+    assert "| data | – | – | – | 25.0 |" in printed
+    assert "| cola | matthews – | 8,000 | 9.0 |" in printed
 
 
 @pytest.mark.parametrize("arguments", [[], ["--other"], ["--smoke"], ["out", "unknown"]])
