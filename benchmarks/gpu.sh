@@ -15,9 +15,9 @@
 # bert-base-uncased-vocab.txt (default: ../shared/data or shared/data if there; else synthetic data).
 set -uo pipefail
 
-# Options for a step with a CUDA graph around all of it, and without: add trainer.cuda_graph=true and =false here.
-captured=(--compile true)
-uncaptured=(--compile reduce-overhead)
+# Options for a step with a CUDA graph around all of it, and without: further settings of the fastest step go here.
+captured=(--compile true trainer.cuda_graph=true)
+uncaptured=(--compile reduce-overhead trainer.cuda_graph=false)
 
 all=(tests small captured base convert same-seed pretrain glue)
 smoke=false
