@@ -32,6 +32,7 @@ IGNORED_KEYS = ("run_name", "tasks", "seeds", "results", "checkpoints", "callbac
 IGNORED_SUBKEYS = (
     ("trainer", "progress_bar"),
     ("trainer", "log_interval"),
+    ("trainer", "cuda_graph"),
     ("trainer", "eval_interval"),
     ("trainer", "device_eval_batch_size"),
     ("data", "num_workers"),
