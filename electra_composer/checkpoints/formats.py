@@ -59,7 +59,7 @@ def trainer_load_arguments(
         if arguments["load_path"] is not None and (own is None or not arguments["autoresume"]):
             arguments["load_path"] = copies.enter_context(in_format(arguments["load_path"], sharded))
         try:
-            yield arguments
+            yield {**arguments, "load_strict_model_weights": True}
         except CheckpointException as error:
             cause = cause_of(error)
             raise UserError(

@@ -7,7 +7,7 @@ back. :class:`TrainStep` fires the same events in the same order on the same sta
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +16,8 @@ from composer.core.precision import get_precision_context
 from composer.utils import dist
 from torch import Tensor
 
-from electra_composer.errors import UserError
 from electra_composer.model.flat_parameters import FlatParameters
-from electra_composer.training.device_graph import GRAPHS
 from electra_composer.training.optim import AdamW
-from electra_composer.training.step_graph import StepGraph, obstacle_to_recording
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -34,7 +31,8 @@ class TrainStep:
         flat: whose gradients are averaged over ranks after the backward; None: the model averages them itself (DDP).
 
     Attributes:
-        graph: records the step and launches the recording; None: every step is launched kernel by kernel.
+        run: takes a batch on the host and the weights of its microbatches, and returns the losses; may be replaced by
+            what records the step (step_graph.py). See :meth:`run_kernels`.
     """
 
     # Workaround (composer 0.32): the parts of Trainer that the step needs are private: `_train_data_spec`,
@@ -43,7 +41,7 @@ class TrainStep:
     def __init__(self, trainer: Trainer, flat: FlatParameters | None = None):
         self.trainer = trainer
         self.flat = flat
-        self.graph: StepGraph | None = None
+        self.run: Callable[[Any, list[float]], dict[str, Tensor]] = self.run_kernels
 
     @functools.cached_property
     def unserved(self) -> str | None:
@@ -77,13 +75,13 @@ class TrainStep:
         mean_rows = _mean_over_ranks(sum(rows))
         weights = [of_rows / mean_rows for of_rows in rows]
         self.trainer.engine.run_event(Event.BEFORE_TRAIN_BATCH)
-        losses = self.run(batch, weights) if self.graph is None else self.graph.run(batch, weights)
+        losses = self.run(batch, weights)
         state.batch = batch
         self.trainer.first_train_batch_complete = True
         return {f"loss/train/{name}": loss for name, loss in losses.items()}
 
-    def run(self, batch: Any, weights: list[float]) -> dict[str, Tensor]:
-        """Run the step, its microbatches moved to the device one by one.
+    def run_kernels(self, batch: Any, weights: list[float]) -> dict[str, Tensor]:
+        """Run the step kernel by kernel, its microbatches moved to the device one by one.
 
         Args:
             batch: on the host.
@@ -134,36 +132,6 @@ class TrainStep:
         """Let the flat buffers and their parameters have these gradients."""
         if self.flat is not None:
             self.flat.show_gradients(gradients)
-
-    def use_graph(self, setting: bool | str, obstacle: str | None) -> str | None:
-        """Record the step if that is possible. Call before training, when all callbacks are known.
-
-        Args:
-            setting: `trainer.cuda_graph`.
-            obstacle: a reason against it in the configuration.
-
-        Returns:
-            One line for the log; None: there is nothing to say.
-
-        Raises:
-            UserError: it is not possible, and `setting` is true.
-        """
-        reason = obstacle or obstacle_to_recording(self)
-        state = self.trainer.state
-        if setting is False or (reason is not None and setting == "auto" and state.device.name not in GRAPHS):
-            self.graph = None
-            return None
-        if reason is not None:
-            if setting is True:
-                raise UserError(f"trainer.cuda_graph is true, and {reason}; set trainer.cuda_graph=auto or false")
-            self.graph = None
-            return f"CUDA graph: not used, because {reason}"
-        if self.graph is None:
-            self.graph = StepGraph(self, GRAPHS[state.device.name], required=setting is True)
-            for optimizer in state.optimizers:
-                assert isinstance(optimizer, AdamW)
-                optimizer.keep_learning_rates_on_device()
-        return "CUDA graph: each training step is one launch, after the first few"
 
     def _split(self, batch: Any) -> list[Any]:
         spec, size = self.trainer._train_data_spec, self.trainer.state.device_train_microbatch_size

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from composer.core import Event
@@ -23,9 +23,8 @@ from electra_composer.training.compilation import MODES_WITH_CUDA_GRAPHS
 from electra_composer.training.device_graph import GRAPHS, DeviceGraph
 from electra_composer.training.devices import whole_tensors
 from electra_composer.training.engine import hook_of
-
-if TYPE_CHECKING:
-    from electra_composer.training.step import TrainStep
+from electra_composer.training.optim import AdamW
+from electra_composer.training.step import TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +129,7 @@ class StepGraph:
         self._last = found
         if self.recording is not None and found == self.recording.signature:
             return self.recording.launch(batch)
-        return self._unrecorded.run(lambda: self.step.run(batch, weights))
+        return self._unrecorded.run(lambda: self.step.run_kernels(batch, weights))
 
     def _record(self, batch: dict[str, Tensor], weights: list[float]) -> None:
         self.recording = None  # its memory is free for another one
@@ -199,6 +198,37 @@ class Recording:
         for function in self.after:
             function()
         return self.losses
+
+
+def use_graph(step: TrainStep, setting: bool | str, obstacle: str | None) -> str | None:
+    """Let a trainer's step be recorded, if that is possible. Call before training, when all callbacks are known.
+
+    Args:
+        step: of the trainer; its `run` is replaced.
+        setting: `trainer.cuda_graph`.
+        obstacle: a reason against it in the configuration, see :func:`obstacle_in_config`.
+
+    Returns:
+        One line for the log; None: there is nothing to say.
+
+    Raises:
+        UserError: it is not possible, and `setting` is true.
+    """
+    if setting is False:
+        return None
+    reason = obstacle or obstacle_to_recording(step)
+    if reason is not None:
+        if setting is True:
+            raise UserError(f"trainer.cuda_graph is true, and {reason}; set trainer.cuda_graph=auto or false")
+        step.run = step.run_kernels
+        has_graphs = step.trainer.state.device.name in GRAPHS
+        return f"CUDA graph: not used, because {reason}" if has_graphs else None
+    if step.run == step.run_kernels:
+        for optimizer in step.trainer.state.optimizers:
+            assert isinstance(optimizer, AdamW)
+            optimizer.keep_learning_rates_on_device()
+        step.run = StepGraph(step, GRAPHS[step.trainer.state.device.name], required=setting is True).run
+    return "CUDA graph: each training step is one launch, after the first few"
 
 
 def obstacle_to_recording(step: TrainStep) -> str | None:

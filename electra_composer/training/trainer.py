@@ -44,7 +44,7 @@ from electra_composer.training.parallelism import (
 )
 from electra_composer.training.startup import microbatch_size
 from electra_composer.training.step import TrainStep
-from electra_composer.training.step_graph import obstacle_in_config
+from electra_composer.training.step_graph import obstacle_in_config, use_graph
 from electra_composer.training.times import parse_time
 
 
@@ -86,8 +86,7 @@ def build_trainer(
     with trainer_load_arguments(config.checkpoints, latest, load_path(config), sharded) as arguments:
         return RunTrainer(
             log_interval=trainer.log_interval,
-            cuda_graph=trainer.cuda_graph,
-            graph_obstacle=obstacle_in_config(trainer, static_shapes),
+            cuda_graph=(trainer.cuda_graph, obstacle_in_config(trainer, static_shapes)),
             guard=guard,
             stop=stop,
             model=model,
@@ -108,7 +107,6 @@ def build_trainer(
             parallelism_config={"fsdp": sharding} if sharding is not None else None,
             deterministic_mode=trainer.deterministic,
             **arguments,
-            load_strict_model_weights=True,
         )
 
 
@@ -136,8 +134,7 @@ class RunTrainer(Trainer):
             batch.
         guard: gets the losses of every batch, on the device.
         stop: gets the number of ranks that have received a signal, at every batch. Must be among the callbacks too.
-        cuda_graph: `trainer.cuda_graph`: whether to record the training step (step_graph.py).
-        graph_obstacle: why the configuration does not allow it.
+        cuda_graph: `trainer.cuda_graph`, and why the configuration does not allow it, for :func:`use_graph`.
         arguments: Composer's.
     """
 
@@ -151,11 +148,10 @@ class RunTrainer(Trainer):
         log_interval: str = "1ba",
         guard: NumericalGuard | None = None,
         stop: StopOnSignal | None = None,
-        cuda_graph: bool | str = False,
-        graph_obstacle: str | None = None,
+        cuda_graph: tuple[bool | str, str | None] = (False, None),
         **arguments: Any,
     ) -> None:
-        self.cuda_graph, self.graph_obstacle = cuda_graph, graph_obstacle
+        self.cuda_graph = cuda_graph
         self.guard = guard
         self.stop = stop
         flat = getattr(arguments.get("optimizers"), "flat", None)
@@ -183,7 +179,7 @@ class RunTrainer(Trainer):
         A scheduler may restart a finished run, or the run was killed between its last checkpoint and its end. The end
         of training is then run: its evaluation, final logs and callbacks.
         """
-        line = self.step.use_graph(self.cuda_graph, self.graph_obstacle)
+        line = use_graph(self.step, *self.cuda_graph)
         if line is not None and dist.get_global_rank() == 0:
             print(line, flush=True)
         duration = self.state.max_duration

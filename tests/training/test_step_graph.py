@@ -356,7 +356,7 @@ def test_on_a_gpu(
         overrides = ("trainer.device=gpu", f"trainer.compile={compiled}", f"trainer.cuda_graph={setting}")
         trainers.append(main(load_config(str(yaml), [*OVERRIDES, *overrides], PretrainConfig)))
     assert "CUDA graph: each training step is one launch" in capsys.readouterr().out
-    assert trainers[1].step.graph.recording is not None
+    assert trainers[1].step.run.__self__.recording is not None
     ordinary, recorded = (
         [line["loss/train/total"] for line in metrics(tmp_path / setting) if "loss/train/total" in line]
         for setting in ("false", "true")
