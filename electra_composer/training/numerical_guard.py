@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -42,6 +41,19 @@ class PendingBatch:
     norm: Tensor | None = None  # scalar on the device: global gradient norm before clipping
     loss: Tensor | None = None  # scalar on the device: loss of this rank
     parts: dict[str, Tensor] = field(default_factory=dict)  # its terms, likewise: mlm, rtd
+
+    # Both copy: the next launch of a recorded step writes the tensors again, and Composer reduces losses in place.
+
+    def take_norm(self, norm: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Take the gradient norm, on the device, and the optimizers' learning rates."""
+        self.norm = norm.clone()
+        self.learning_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+    def take_losses(self, losses: dict[str, Tensor]) -> None:
+        """Take `loss/train/total` and its terms of this rank, on the device."""
+        values = torch.stack([loss.detach().reshape(()).float() for loss in losses.values()]).unbind()
+        self.parts = {name.removeprefix("loss/train/"): value for name, value in zip(losses, values, strict=True)}
+        self.loss = self.parts.pop("total")
 
 
 class NumericalGuard(Callback):
@@ -84,7 +96,7 @@ class NumericalGuard(Callback):
         self._in_a_row = 0
         self._pending: list[PendingBatch] = []
         self._stopped: Tensor | None = None  # scalar on the device: 1 from the first non-finite update on
-        self._show: Callable[[], None]
+        self._take_norm: Callable[[], None]
         self._state: State  # set when training starts
         self._logger: Logger
 
@@ -110,8 +122,9 @@ class NumericalGuard(Callback):
         norm = _full(torch.nn.utils.get_total_norm([tensor.grad for tensor in tensors]))
         if self.gradient_clip:
             torch.nn.utils.clip_grads_with_norm_(tensors, self.gradient_clip, norm)
-        self._show = functools.partial(self._show_norm, norm.detach(), state.optimizers)
-        self._show()
+        norm, optimizers = norm.detach(), state.optimizers
+        self._take_norm = lambda: self._pending[-1].take_norm(norm, optimizers)
+        self._take_norm()
         if state.precision == Precision.AMP_FP16:
             return
         found = (~norm.isfinite()).float()
@@ -124,22 +137,13 @@ class NumericalGuard(Callback):
             # documented; goes when torch.optim documents a way to skip a step by a flag on the device.
             optimizer.found_inf = found
 
-    def _show_norm(self, norm: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        batch = self._pending[-1]
-        batch.norm = norm.clone()  # the next launch of a recorded step writes it again
-        batch.learning_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-
     def after_recording(self) -> Callable[[], None]:
         """See :class:`~electra_composer.training.step_graph.RecordedCallback`."""
-        return self._show
+        return self._take_norm
 
     def record_losses(self, losses: dict[str, Tensor]) -> None:
-        """Take the losses of the batch from the trainer: `loss/train/total` and others of this rank, on the device."""
-        # Copied: Composer reduces them in place later, and a recorded step writes them again.
-        values = torch.stack([loss.detach().reshape(()).float() for loss in losses.values()]).unbind()
-        parts = {name.removeprefix("loss/train/"): value for name, value in zip(losses, values, strict=True)}
-        self._pending[-1].loss = parts.pop("total")
-        self._pending[-1].parts = parts
+        """Take the losses of the batch from the trainer."""
+        self._pending[-1].take_losses(losses)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         assert self.interval is not None
@@ -197,20 +201,27 @@ class NumericalGuard(Callback):
         if self.stops or self.skipped <= MAX_RECORDS:
             write_record(self.folder, batch, self._state.model, loss, norm)
         what = f"batch {batch.number}: the loss is {loss:g}, the gradient norm {norm:g}"
-        record = f"its rows, learning rates and norms are in {self.folder}"
-        if self.stops:
-            raise UserError(
-                f"{what}; {record}. No update from this batch on was applied or saved. Check the learning rate, "
-                "trainer.gradient_clip, trainer.precision and the rows; or set trainer.on_nonfinite=skip"
-            )
         self._logger.log_metrics({"trouble/skipped_updates": self.skipped})
-        if self._in_a_row >= MAX_SKIPS:
-            raise UserError(
-                f"{what}, not finite as in each of the last {MAX_SKIPS} batches; {record}. Check the learning rate, "
-                "trainer.precision, and the weights the run started from"
-            )
+        if self.stops or self._in_a_row >= MAX_SKIPS:
+            raise _end_of_run(what, self.folder, self.stops)
         if dist.get_global_rank() == 0:
-            log.warning("%s; its update was skipped, number %d of this run; %s", what, self.skipped, record)
+            log.warning(
+                "%s; its update was skipped, number %d of this run; its rows, learning rates and norms are in %s",
+                *(what, self.skipped, self.folder),
+            )
+
+
+def _end_of_run(what: str, folder: str, stops: bool) -> UserError:
+    record = f"its rows, learning rates and norms are in {folder}"
+    if stops:
+        return UserError(
+            f"{what}; {record}. No update from this batch on was applied or saved. Check the learning rate, "
+            "trainer.gradient_clip, trainer.precision and the rows; or set trainer.on_nonfinite=skip"
+        )
+    return UserError(
+        f"{what}, not finite as in each of the last {MAX_SKIPS} batches; {record}. Check the learning rate, "
+        "trainer.precision, and the weights the run started from"
+    )
 
 
 def write_record(folder: str, batch: PendingBatch, model: torch.nn.Module, loss: float, norm: float) -> None:
