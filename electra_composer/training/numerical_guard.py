@@ -129,8 +129,7 @@ class NumericalGuard(Callback):
             return
         found = (~norm.isfinite()).float()
         if self.stops:
-            if self._stopped is None:
-                self._stopped = torch.zeros_like(found)
+            self._stopped = torch.zeros_like(found) if self._stopped is None else self._stopped
             found = torch.maximum(found, self._stopped, out=self._stopped)  # in place, as a recorded step needs
         for optimizer in ensure_tuple(state.optimizers):
             # Workaround (torch 2.7): the attribute by which GradScaler makes a fused optimizer skip a step is not
@@ -166,10 +165,9 @@ class NumericalGuard(Callback):
         vars(self.spikes).update(counts["spikes"])
 
     def check(self) -> None:
-        """Read losses and norms of the batches since the last check from the device. Collective: call on all ranks.
+        """Read losses and norms of the batches since the last check from the device; raise what the class raises.
 
-        Raises:
-            UserError: see the class.
+        Collective: call on all ranks.
         """
         batches = [batch for batch in self._pending if batch.loss is not None and batch.norm is not None]
         if not batches:
@@ -201,14 +199,12 @@ class NumericalGuard(Callback):
         if self.stops or self.skipped <= MAX_RECORDS:
             write_record(self.folder, batch, self._state.model, loss, norm)
         what = f"batch {batch.number}: the loss is {loss:g}, the gradient norm {norm:g}"
-        self._logger.log_metrics({"trouble/skipped_updates": self.skipped})
+        if not self.stops:
+            self._logger.log_metrics({"trouble/skipped_updates": self.skipped})
         if self.stops or self._in_a_row >= MAX_SKIPS:
             raise _end_of_run(what, self.folder, self.stops)
         if dist.get_global_rank() == 0:
-            log.warning(
-                "%s; its update was skipped, number %d of this run; its rows, learning rates and norms are in %s",
-                *(what, self.skipped, self.folder),
-            )
+            log.warning("%s; its update was skipped, number %d of this run; see %s", what, self.skipped, self.folder)
 
 
 def _end_of_run(what: str, folder: str, stops: bool) -> UserError:
