@@ -16,7 +16,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from electra_composer.batches.arena import SLOTS
+from electra_composer.batches.collation import COLUMNS
+from electra_composer.batches.shards import build_dataloader, read_meta
 from electra_composer.batches.workers import loader_workers
+from electra_composer.config import ShardsConfig
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere PyTorch forks no workers")
 
@@ -63,9 +66,9 @@ def assert_same(batch, numbers):
 class Loader(DataLoader):
     """DataLoader with an arena that it can be asked about."""
 
-    def __init__(self, workers, dataset=None, function=collate, slot_bytes=BYTES):
+    def __init__(self, workers, dataset=None, function=collate, slot_bytes=BYTES, **options):
         self.slots = workers * SLOTS
-        super().__init__(dataset or Numbers(), batch_size=2, **loader_workers(workers, function, slot_bytes))
+        super().__init__(dataset or Numbers(), batch_size=2, **loader_workers(workers, function, slot_bytes), **options)
         self.arena = self.collate_fn._arena
 
     def holds(self, batch):
@@ -213,3 +216,35 @@ def test_a_killed_process_leaves_no_shared_memory():
     pids, names, held = ours.recv()
     assert (len(pids), held) == (3, 2)
     assert names == shared_memory_of(pids) == []
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_pinned_batches_take_no_slot():
+    loader = Loader(2, pin_memory=True)
+    batches = list(loader)
+    for batch, numbers in zip(batches, expected(), strict=True):
+        assert_same(batch, numbers)
+        assert all(value.is_pinned() for value in tensors(batch))
+    assert loader.used() == 0
+
+
+def test_the_columns_of_a_batch_are_views_of_one_tensor(shards):
+    meta = read_meta(str(shards))
+    loaders = [
+        build_dataloader(
+            ShardsConfig(str(shards), 32, num_workers=workers), meta, "train", 4, shuffle=True, drop_last=True, seed=1
+        )
+        for workers in (0, 2)
+    ]
+    memory = loaders[1].collate_fn._arena._memory
+    begin = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+    for _ in range(2):
+        for number, (plain, batch) in enumerate(zip(*loaders, strict=True)):
+            assert all(torch.equal(plain[name], batch[name]) for name in (*COLUMNS, "rows"))
+            assert plain["num_tokens"] == batch["num_tokens"]
+            whole = batch["input_ids"]._base
+            assert whole.shape == (4, 4, 32)
+            assert all(torch.equal(batch[name], row) for name, row in zip(COLUMNS, whole, strict=True))
+            assert all(batch[name]._base is whole for name in COLUMNS)
+            assert begin <= whole.data_ptr() < begin + len(memory) or number >= len(loaders[1]) - 4
