@@ -14,6 +14,11 @@ Batch = dict[str, Any]
 COLUMNS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")  # tensors of a batch
 
 
+def batch_bytes(rows: int, max_seq_length: int) -> int:
+    """Return the size of the result of :func:`collate_rows`."""
+    return len(COLUMNS) * rows * max_seq_length * np.dtype(np.int64).itemsize
+
+
 def collate_rows(rows: Rows, max_seq_length: int, pad_id: int = 0) -> NDArray[np.int64]:
     """Collate rows into one padded array.
 

@@ -22,13 +22,12 @@ GROUP_ROWS = 64
 class RowLoader(StreamingDataLoader):
     """`StreamingDataLoader` of a :class:`RowDataset`.
 
-    A worker sends the four tensors of a batch as one and the row numbers as a list, since each tensor sent between
-    processes costs a file descriptor and system calls.
+    A batch stays one tensor, of which its columns are views, so that a device can get it in one copy.
 
     Args:
         dataset: gives row numbers.
         background: without worker processes, load in a thread of this process. NumPy copies without the interpreter's
-            lock, and no batch is sent between processes, which takes several times as long as reading it.
+            lock, and no process waits for another.
         transform: applied to every batch in that thread; needs `background`.
         options: of StreamingDataLoader.
     """

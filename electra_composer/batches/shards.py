@@ -11,7 +11,7 @@ from composer.core import DataSpec
 from streaming.base.world import World
 
 from electra_composer.batches.checks import check_index, check_split
-from electra_composer.batches.collation import Batch
+from electra_composer.batches.collation import Batch, batch_bytes
 from electra_composer.batches.row_dataset import RowDataset
 from electra_composer.batches.row_loader import RowLoader
 from electra_composer.batches.streams import (
@@ -133,8 +133,7 @@ def build_dataloader(
         batch_size=batch_size,
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
-        collate_fn=dataset.collate,
-        **loader_workers(workers),
+        **loader_workers(workers, dataset.collate, batch_bytes(batch_size, meta.max_seq_length)),
     )
 
 

@@ -1,4 +1,4 @@
-"""DataLoader worker processes that only their parent can terminate."""
+"""DataLoader worker processes that only their parent can terminate, and that hand over batches in shared memory."""
 
 from __future__ import annotations
 
@@ -6,30 +6,42 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Callable
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from electra_composer.batches.arena import Arena, ArenaCollation
+from electra_composer.batches.collation import Batch
 
 END_OF_WORKER = signal.SIGUSR2
 SIGNALS_OF_WORKER = {signal.SIGINT, signal.SIGTERM, END_OF_WORKER}
 ENDS_WORKERS = sys.platform.startswith("linux")  # PyTorch forks its workers there
 
 
-def loader_workers(number: int) -> dict[str, Any]:
+def loader_workers(number: int, collate: Callable[[Any], Batch] | None = None, batch_bytes: int = 0) -> dict[str, Any]:
     """Return the `DataLoader` arguments for `number` workers that run until their parent terminates them.
 
     Ctrl-C and many schedulers signal every process of a run, but finishing the current batch needs the workers: they
     ignore SIGINT and, on Linux, SIGTERM.
+
+    Args:
+        collate: the loader's `collate_fn`.
+        batch_bytes: on Linux, batches of up to this size are handed over in an :class:`Arena`.
     """
+    collation: dict[str, Any] = {} if collate is None else {"collate_fn": collate}
+    if collation and number > 0 and ENDS_WORKERS:
+        collation["collate_fn"] = ArenaCollation(collation["collate_fn"], Arena(number, batch_bytes))
     if number == 0:
-        return {"num_workers": 0}
+        return {"num_workers": 0, **collation}
     context = _WorkerContext() if ENDS_WORKERS else None
     return {
         "num_workers": number,
         "persistent_workers": True,
         "multiprocessing_context": context,
         "worker_init_fn": leave_signals_to_parent,
+        **collation,
     }
 
 

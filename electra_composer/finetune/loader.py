@@ -21,6 +21,9 @@ from electra_composer.finetune.sampler import LengthGroupedSampler
 
 PAD_MULTIPLE = 8  # for tensor cores
 
+BATCH_BYTES = 2**22
+"""Memory kept for a batch that a worker process hands over: 200 rows of 512 tokens. Larger ones go the usual way."""
+
 Encoded = EncodedExamples | RankedExamples
 
 
@@ -42,12 +45,12 @@ def build_loader(
     if num_workers == "auto":
         kind, num_workers = BackgroundLoader, 0
     assert isinstance(num_workers, int)
+    collation = functools.partial(collate_ranked if is_ranked else collate, pad_id=pad_id)
     loader = kind(
         examples,
         batch_size=device_batch_size,
         sampler=LengthGroupedSampler(examples, examples.lengths, device_batch_size, shuffle_seed),
-        collate_fn=functools.partial(collate_ranked if is_ranked else collate, pad_id=pad_id),
-        **loader_workers(num_workers),
+        **loader_workers(num_workers, collation, BATCH_BYTES),
     )
     return DataSpec(
         loader,
