@@ -78,7 +78,10 @@ class RowLoader(StreamingDataLoader):
                 if len(batch["rows"]) < self.batch_size and self.drop_last:
                     continue
                 unpacked = unpack(pin_memory(batch) if self.pin_memory else batch)
-                yield unpacked if self.transform is None else self.transform(unpacked)
+                made = unpacked if self.transform is None else self.transform(unpacked)
+                if self.pin_memory:  # the columns are pinned together; copies of what is not pinned wait for the device
+                    made = {**made, **pin_memory({name: made[name] for name in made if name not in COLUMNS})}
+                yield made
 
 
 def unpack(batch: Batch) -> Batch:
