@@ -108,8 +108,9 @@ class Encoder(nn.Module):
     def forward(self, embedded: Tensor, pattern: AttentionPattern) -> Tensor:
         """`embedded [rows, length, embedding_size]` → last hidden state `[rows, length, hidden_size]`."""
         hidden = embedded if self.project is None else self.project(embedded)
-        for layer in self.layers:
-            hidden = layer(hidden, pattern)
+        patterns = pattern.of_layers(len(self.layers), self.config.attention_dropout if self.training else 0.0)
+        for layer, of_layer in zip(self.layers, patterns, strict=True):
+            hidden = layer(hidden, of_layer)
         return hidden
 
 

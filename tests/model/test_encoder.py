@@ -90,9 +90,10 @@ def test_a_token_changes_nothing_in_another_example(
 
 def test_attention_mask() -> None:
     """Examples 1 1 2 and one padding: blocks on the diagonal, and no empty row."""
-    mask = pattern_of(torch.tensor([[1, 1, 2, 0]])).mask
-    assert mask.shape == (1, 1, 4, 4)
-    assert mask[0, 0].int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    bias = pattern_of(torch.tensor([[1, 1, 2, 0]])).bias
+    assert bias is not None
+    assert bias.shape == (1, 1, 4, 4)
+    assert bias[0, 0].exp().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
 def test_rows_of_padding_alone_are_finite(

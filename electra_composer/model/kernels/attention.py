@@ -1,11 +1,12 @@
 """Self-attention within examples, with the fastest implementation for each device.
 
 A row may hold several examples and padding; tokens attend to tokens of their own example. :class:`AttentionPattern`
-holds the description of a batch that the three equivalent implementations need:
+holds the description of a batch that the four equivalent implementations need:
 
 * `sdpa`: `F.scaled_dot_product_attention` with a mask; any device.
 * :class:`_WrittenAttention`: replaces `sdpa` on a CPU where torch's is slow: training with dropout, short rows in bf16.
 * `varlen`: flash attention over concatenated examples, without a mask; CUDA.
+* `triton`: rows of at most 512 tokens, without a mask; CUDA, see attention_triton.py.
 """
 
 from __future__ import annotations
@@ -22,12 +23,25 @@ from electra_composer.model.kernels import dropout
 
 
 class AttentionPattern(NamedTuple):
-    """Which tokens attend to each other in a batch `[rows, length]`; one field is set. Built once per forward."""
+    """Which tokens attend to each other in a batch `[rows, length]`, for one path. Built once per forward."""
 
-    mask: Tensor | None
-    """Booleans `[rows, 1, length, length]`, True: may attend."""
-    boundaries: Tensor | None
-    """int32 `[maximum of examples + 1]`: starts of the examples in the flattened rows, then the end, repeated."""
+    bias: Tensor | None = None
+    """`sdpa`: floats `[rows, 1, length, length]` to be added to the scores: 0, or minus infinity between examples.
+    Torch makes this of a boolean mask in every call, on every device; built once, it is shared by all layers."""
+    boundaries: Tensor | None = None
+    """`varlen`: int32 `[maximum of examples + 1]`: starts of the examples in the flattened rows, then the end,
+    repeated."""
+    sequence_ids: Tensor | None = None
+    """`triton`: integers `[rows, length]`."""
+    seed: Tensor | None = None
+    """`triton`: int64 `[1]` for the dropout of one call."""
+
+    def of_layers(self, layers: int, dropout_p: float) -> list[AttentionPattern]:
+        """Give each layer of an encoder its seed, drawn from torch's generator on the device by one call."""
+        if self.sequence_ids is None or dropout_p == 0.0:
+            return [self] * layers
+        seeds = _draw_seeds(self.sequence_ids, layers).split(1)
+        return [AttentionPattern(sequence_ids=self.sequence_ids, seed=seed) for seed in seeds]
 
 
 def pattern_of(sequence_ids: Tensor, path: str = "sdpa") -> AttentionPattern:
@@ -35,13 +49,20 @@ def pattern_of(sequence_ids: Tensor, path: str = "sdpa") -> AttentionPattern:
 
     Args:
         sequence_ids: integers `[rows, length]`; 0 for padding, otherwise the example's number in the row, from 1.
-        path: `sdpa` or `varlen`.
+        path: `sdpa`, `varlen` or `triton`.
 
     Padding attends to padding: an empty row of the softmax would be NaN. Its output is not used.
     """
+    if path == "triton":
+        return AttentionPattern(sequence_ids=sequence_ids)
     if path == "varlen":
-        return AttentionPattern(None, boundaries_of(sequence_ids))
-    return AttentionPattern(sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :], None)
+        return AttentionPattern(boundaries=boundaries_of(sequence_ids))
+    device_type = sequence_ids.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else torch.get_default_dtype()
+    differ = sequence_ids[:, None, :, None] != sequence_ids[:, None, None, :]
+    bias = torch.zeros(differ.shape, dtype=dtype, device=differ.device).masked_fill(differ, -math.inf)
+    return AttentionPattern(bias=bias)
 
 
 def boundaries_of(sequence_ids: Tensor) -> Tensor:
@@ -76,19 +97,40 @@ def attention(qkv: Tensor, pattern: AttentionPattern, num_heads: int, dropout_p:
     Returns:
         `[rows, length, hidden_size]`, dtype of `qkv`.
     """
+    if pattern.sequence_ids is not None:
+        return _triton(qkv, pattern.sequence_ids, pattern.seed, num_heads, dropout_p)
     rows, length, width = qkv.shape
     qkv = qkv.view(rows, length, 3, num_heads, width // (3 * num_heads))
     if pattern.boundaries is not None:
         attended = _flash(qkv, pattern.boundaries, dropout_p)
-    elif dropout.serves(qkv, dropout_p) and (dropout_p > 0.0 or _is_short_bf16(qkv)):
-        assert pattern.mask is not None
-        attended = _WrittenAttention.apply(qkv, pattern.mask, dropout_p)
+        return attended.reshape(rows, length, width // 3)
+    assert pattern.bias is not None
+    bias = pattern.bias.to(qkv.dtype)  # differs where the parameters are in half precision, as under FSDP
+    if dropout.serves(qkv, dropout_p) and (dropout_p > 0.0 or _is_short_bf16(qkv)):
+        attended = _WrittenAttention.apply(qkv, bias, dropout_p)
     else:
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=pattern.mask, dropout_p=dropout_p
-        ).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p)
+        attended = attended.transpose(1, 2)
     return attended.reshape(rows, length, width // 3)
+
+
+def _triton(qkv: Tensor, sequence_ids: Tensor, seed: Tensor | None, num_heads: int, dropout_p: float) -> Tensor:
+    from electra_composer.model.kernels.attention_triton import attention_triton
+
+    device_type = qkv.device.type
+    if torch.is_autocast_enabled(device_type):
+        qkv = qkv.to(torch.get_autocast_dtype(device_type))
+    if dropout_p == 0.0:
+        seed = sequence_ids  # not read
+    elif seed is None:
+        seed = _draw_seeds(sequence_ids, 1)
+    return attention_triton(qkv, sequence_ids, seed, num_heads, dropout_p)[0]
+
+
+def _draw_seeds(sequence_ids: Tensor, count: int) -> Tensor:
+    """Draw int64 `[count]` on the device, without synchronisation; a CUDA graph draws them anew in each replay."""
+    return torch.randint(2**62, (count,), device=sequence_ids.device)
 
 
 SHORT = 256
@@ -121,13 +163,12 @@ class _WrittenAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, mask: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, p: float) -> Tensor:
         rows, length, _, heads, size = qkv.shape
         query, key, value = (part.flatten(0, 1) for part in qkv.permute(2, 0, 3, 1, 4).contiguous())
         probabilities = query.new_empty(rows * heads, length, length)
         bits = dropout.draw_bits(probabilities.shape) if p > 0.0 else None
         attended = torch.empty_like(query)
-        bias = torch.zeros(mask.shape, dtype=qkv.dtype).masked_fill_(~mask, -math.inf)
         for piece, few in _pieces(rows, heads, length):
             scores = torch.baddbmm(
                 query.new_empty(()), query[piece], key[piece].transpose(1, 2), beta=0, alpha=1 / math.sqrt(size)

@@ -26,6 +26,7 @@ from electra_composer.model.kernels.masked_lm_triton_kernels import (
     logits_gradient,
     tile_statistics,
 )
+from electra_composer.model.kernels.product_precision import product_precision
 from electra_composer.model.kernels.sampling import BELOW_ONE
 
 BACKWARD_CHUNK_BYTES = 64 * 2**20
@@ -35,11 +36,7 @@ BACKWARD_CHUNK_BYTES = 64 * 2**20
 def _sizes(features: Tensor) -> dict[str, object]:
     """Choose tile sizes, and the fp32 precision that torch's own matrix products are set to."""
     block_e = min(64 if features.dtype != torch.float32 else 32, max(16, triton.next_power_of_2(features.shape[1])))
-    # Workaround (torch 2.9): `allow_tf32` was renamed and raises if `fp32_precision` was set; goes when torch 2.9 is
-    # the oldest version supported.
-    matmul = torch.backends.cuda.matmul
-    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return {"BLOCK_M": BLOCK_M, "TILE": TILE, "BLOCK_E": block_e, "PRECISION": "tf32" if tf32 else "ieee"}
+    return {"BLOCK_M": BLOCK_M, "TILE": TILE, "BLOCK_E": block_e, "PRECISION": product_precision()}
 
 
 @torch.library.custom_op("electra_composer::masked_lm_triton", mutates_args=())
