@@ -24,7 +24,7 @@ from electra_composer.finetune.loader import build_loader
 from electra_composer.finetune.metrics import build_metrics
 from electra_composer.finetune.model import build_classifier
 from electra_composer.finetune.tasks import Task
-from electra_composer.training.devices import choose_attention
+from electra_composer.training.attention_path import choose_attention
 from electra_composer.training.trainer import build_trainer
 
 
@@ -96,7 +96,8 @@ def run_ours(
     clock, last = Clock(options.device == "gpu"), -(-len(train) // options.batch) * options.epochs
     reproducibility.seed_all(config.seed)
     model = build_classifier(pretrained, task, config.model, cpu_autocast)
-    model.model.attention_path, _ = choose_attention(config.trainer, pretrained.encoder, options.batch, options.length)
+    encoders = (pretrained.encoder,)
+    model.model.attention_path, _ = choose_attention(config.trainer, encoders, options.batch, options.length)
     tokenizer = pretrained.tokenizer
     loaders = [
         build_loader(encode(task, examples, tokenizer, options.length), tokenizer.pad_token_id, rows, workers, seed)

@@ -33,8 +33,9 @@ from variants import NAMES, BareSteps, Setup, TrainerSteps, use_allocator_of
 from workload import make_workload, read_config
 
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.model.sizes import discriminator_config
-from electra_composer.training.devices import choose_attention, resolve_device
+from electra_composer.model.sizes import discriminator_config, generator_config
+from electra_composer.training.attention_path import choose_attention
+from electra_composer.training.devices import resolve_device
 from electra_composer.training.gpus import peak_flops
 from electra_composer.training.startup import start
 
@@ -122,8 +123,8 @@ def set_up(options: argparse.Namespace, folder: Path) -> Setup:
     length, trainer = config.data.max_seq_length, config.trainer
     workload = make_workload(options, folder / "shards", length, (options.warmup + options.segment) * options.batch)
     cpu_autocast = resolve_device(trainer)[2] if options.memory_only == "a" else start(config)
-    sizes = discriminator_config(config.model, len(workload.tokenizer))
-    path, reason = choose_attention(trainer, sizes, options.batch, length)
+    encoders = [sizes(config.model, len(workload.tokenizer)) for sizes in (generator_config, discriminator_config)]
+    path, reason = choose_attention(trainer, encoders, options.batch, length)
     print(f"attention: {path} ({reason})", file=sys.stderr)
     device = torch.device("cuda" if options.device == "gpu" else "cpu")
     return Setup(config, workload, device, cpu_autocast, path)

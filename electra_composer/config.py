@@ -157,7 +157,7 @@ class TrainerConfig:
     compile: Union[bool, str] = False  # noqa: UP007 (OmegaConf); torch.compile, or its mode such as reduce-overhead
     # auto, true or false: record the training step as one CUDA graph; auto: where that is possible (docs/speed.md)
     cuda_graph: Union[bool, str] = "auto"  # noqa: UP007 (OmegaConf)
-    attention: Literal["auto", "sdpa", "varlen"] = "auto"  # auto: on CUDA the faster of the two, timed at start
+    attention: Literal["auto", "sdpa", "varlen", "triton"] = "auto"  # auto: on CUDA the fastest, timed at start
     fsdp: FSDPConfig | None = None  # {}: FSDP2 with its defaults; null: DDP
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, about 30% slower
     deterministic: bool = False  # use deterministic kernels only

@@ -28,7 +28,8 @@ from electra_composer.finetune.results import describe_source, group_of, open_st
 from electra_composer.finetune.runs import PlannedRun, Processes, duration, key_of, make_plan, run_all, seconds_left
 from electra_composer.finetune.store import RunStore, store_path
 from electra_composer.finetune.tasks import TASKS, Task, find_task
-from electra_composer.training.devices import choose_attention, resolve_device
+from electra_composer.training.attention_path import choose_attention
+from electra_composer.training.devices import resolve_device
 from electra_composer.training.startup import microbatch_size, start
 from electra_composer.training.times import parse_time
 from electra_composer.versions import check_versions
@@ -125,7 +126,7 @@ def prepare(config: GlueConfig, tasks: list[Task], processes: Processes) -> Job:
             f"{source.encoder.max_positions} positions; expected at most that many"
         )
     attention_path, reason = choose_attention(
-        config.trainer, source.encoder, microbatch_size(config.trainer), config.data.max_seq_length
+        config.trainer, (source.encoder,), microbatch_size(config.trainer), config.data.max_seq_length
     )
     group, settings = group_of(config, describe_source(source, config.model.random_init))
     trained = [task for task in tasks if task.trained_by is None]

@@ -22,10 +22,11 @@ from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.kernels.masked_lm import resolve_implementation
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.storage.shard_folder import Meta
+from electra_composer.training.attention_path import choose_attention
 from electra_composer.training.callbacks import RunRecord, TrainMetrics
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, check_run_folder, checkpoint_to_load
 from electra_composer.training.compilation import explain_compile_errors
-from electra_composer.training.devices import choose_attention, fsdp_gradient_factor, resolve_device
+from electra_composer.training.devices import fsdp_gradient_factor, resolve_device
 from electra_composer.training.learning_watch import LearningWatch
 from electra_composer.training.startup import device_batch_size, microbatch_size, start
 from electra_composer.training.trainer import build_trainer
@@ -105,7 +106,9 @@ def choose_kernels(config: PretrainConfig, model: ElectraPretraining) -> None:
     sizes = model.model.discriminator.config
     device_type = "cuda" if resolve_device(config.trainer)[0] == "gpu" else "cpu"
     resolve_implementation(config.objective.masked_lm, device_type, sizes.padded_vocab_size, sizes.embedding_size)
-    path, reason = choose_attention(config.trainer, sizes, microbatch_size(config.trainer), config.data.max_seq_length)
+    encoders = (model.model.encoder_of_generator.config, sizes)
+    rows, length = microbatch_size(config.trainer), config.data.max_seq_length
+    path, reason = choose_attention(config.trainer, encoders, rows, length)
     model.model.attention_path = path
     print_once(f"attention: {path} ({reason})")
 

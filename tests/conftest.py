@@ -46,6 +46,7 @@ SLOW_MODULES = {
     "model/test_compile.py",
     "model/test_large_vocabulary.py",
     "model/kernels/test_masked_lm_compiled.py",
+    "model/kernels/test_attention_triton.py",
     "model/kernels/test_masked_lm_triton.py",
     "training/test_devices.py",
     "training/test_distributed.py",

@@ -1,10 +1,8 @@
-"""Choices that depend on the machine: device, precision, attention path."""
+"""Choices that depend on the machine: device and precision."""
 
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +11,6 @@ from composer.utils import dist, get_device
 
 from electra_composer.config import TrainerConfig
 from electra_composer.errors import UserError
-from electra_composer.model.encoder import EncoderConfig
-from electra_composer.model.kernels.attention import attention, pattern_of
 
 
 def resolve_device(trainer: TrainerConfig) -> tuple[str, str, bool]:
@@ -54,8 +50,10 @@ def resolve_device(trainer: TrainerConfig) -> tuple[str, str, bool]:
             "trainer.precision is amp_bf16, for which this CPU has no instructions (AVX512-BF16 or AMX): it would be "
             "many times slower than fp32; set trainer.precision=fp32"
         )
-    if trainer.attention == "varlen":
-        raise UserError("trainer.attention is varlen, which needs CUDA; set trainer.attention=auto or sdpa")
+    if trainer.attention in ("varlen", "triton"):
+        raise UserError(
+            f"trainer.attention is {trainer.attention}, which needs CUDA; set trainer.attention=auto or sdpa"
+        )
     if trainer.device_train_microbatch_size == "auto":
         raise UserError(
             "trainer.device_train_microbatch_size is auto, which is found by running out of GPU memory; "
@@ -144,76 +142,3 @@ def cpu_multiplies_bfloat16() -> bool:
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def choose_attention(trainer: TrainerConfig, encoder: EncoderConfig, rows: int, length: int) -> tuple[str, str]:
-    """Choose the attention path of a run (see kernels/attention.py).
-
-    On CUDA in half precision, `auto` times forward and backward of one layer of both paths on a batch of the run's
-    shape. Rank 0 chooses for all ranks.
-
-    Args:
-        trainer: checked by :func:`resolve_device`.
-        encoder: sizes of the discriminator.
-        rows: rows of a microbatch.
-        length: tokens of a row.
-
-    Returns:
-        `sdpa` or `varlen`, and the reason, for the log.
-    """
-    if trainer.attention != "auto":
-        return trainer.attention, "trainer.attention"
-    device, precision, _ = resolve_device(trainer)
-    if device == "cpu":
-        return "sdpa", "the only path on a CPU"
-    if precision == "fp32":
-        return "sdpa", "the only path in fp32"
-    choice = [("", "")]
-    if dist.get_global_rank() == 0:
-        dtype = torch.bfloat16 if precision == "amp_bf16" else torch.float16
-        qkv = torch.randn(rows, length, 3 * encoder.hidden_size, device="cuda", dtype=dtype, requires_grad=True)
-        # Two examples per row, the second half as long: packed rows have one or a few.
-        ids = (torch.arange(length, device="cuda") >= length * 2 // 3).long().add(1).expand(rows, length).contiguous()
-
-        def run(path: str) -> Callable[[], object]:
-            heads, dropout = encoder.num_heads, encoder.attention_dropout
-            return lambda: attention(qkv, pattern_of(ids, path), heads, dropout).sum().backward()
-
-        choice = [faster({path: run(path) for path in ("sdpa", "varlen")}, torch.cuda.synchronize)]
-    dist.broadcast_object_list(choice)
-    return choice[0]
-
-
-def faster(paths: dict[str, Callable[[], object]], wait: Callable[[], None], repeats: int = 10) -> tuple[str, str]:
-    """Time several code paths in turn.
-
-    Args:
-        paths: name → function.
-        wait: waits for the device.
-        repeats: timed calls per path, after three that are not timed.
-
-    Returns:
-        The path with the smallest median time, and a text with all median times and the errors of paths that failed.
-
-    Raises:
-        RuntimeError: all paths failed.
-    """
-    times: dict[str, list[float]] = {path: [] for path in paths}
-    failed: dict[str, str] = {}
-    for _ in range(3 + repeats):
-        for path, run in paths.items():
-            if path in failed:
-                continue
-            try:
-                wait()
-                start = time.perf_counter()
-                run()
-                wait()
-                times[path].append(time.perf_counter() - start)
-            except RuntimeError as error:  # includes NotImplementedError, out of memory, and unsupported kernels
-                failed[path] = str(error).splitlines()[0]
-    medians = {path: sorted(times[path][3:])[repeats // 2] for path in paths if path not in failed}
-    words = [f"{path} {1e3 * medians[path]:.2f} ms" if path in medians else f"{path}: {failed[path]}" for path in paths]
-    if not medians:
-        raise RuntimeError(f"no path of attention runs here: {'; '.join(words)}")
-    return min(medians, key=lambda path: medians[path]), "measured: " + ", ".join(words)

@@ -1,4 +1,4 @@
-"""Every combination of device and precision, with and without a GPU; attention path."""
+"""Every combination of device and precision, with and without a GPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import torch
 
 from electra_composer.config import TrainerConfig
 from electra_composer.errors import UserError
-from electra_composer.model.encoder import EncoderConfig
 from electra_composer.training import devices
-from electra_composer.training.devices import RunDeviceGPU, choose_attention, faster, resolve_device
+from electra_composer.training.devices import RunDeviceGPU, resolve_device
 
 
 @pytest.fixture
@@ -100,49 +99,15 @@ def test_automatic_microbatches_need_a_gpu(no_gpu: None) -> None:
         resolve_device(TrainerConfig(precision="fp32", device_train_microbatch_size="auto"))
 
 
-ENCODER = EncoderConfig(99, 16, 32, 2, 4, 128, 40, 0.1, 0.1, 0.02, 1e-12)
-
-
-def test_varlen_attention_needs_cuda_and_half_precision(no_gpu: None) -> None:
-    with pytest.raises(UserError, match=r"varlen, which needs CUDA; set trainer\.attention=auto or sdpa"):
-        resolve_device(TrainerConfig(precision="fp32", attention="varlen"))
+@pytest.mark.parametrize("attention", ["varlen", "triton"])
+def test_attention_that_needs_cuda(no_gpu: None, attention: str) -> None:
+    with pytest.raises(UserError, match=rf"{attention}, which needs CUDA; set trainer\.attention=auto or sdpa"):
+        resolve_device(TrainerConfig(precision="fp32", attention=attention))  # type: ignore[arg-type]
 
 
 def test_varlen_attention_in_fp32(new_gpu: None) -> None:
     with pytest.raises(UserError, match=r"set trainer\.attention=sdpa or trainer\.precision=amp_bf16"):
         resolve_device(TrainerConfig(precision="fp32", attention="varlen"))
-
-
-def test_attention_of_a_cpu_and_of_fp32(no_gpu: None) -> None:
-    for attention in ("auto", "sdpa"):
-        path, reason = choose_attention(TrainerConfig(precision="fp32", attention=attention), ENCODER, 8, 32)  # type: ignore[arg-type]
-        assert path == "sdpa"
-        assert reason
-
-
-def test_the_faster_path_is_taken_and_one_that_fails_is_named() -> None:
-    """Two paths whose work differs by a factor of 100, and one that fails."""
-
-    def fails() -> None:
-        raise RuntimeError("no kernel for this head size\nstack")
-
-    small, large = torch.ones(8, 8), torch.ones(600, 600)
-    path, reason = faster(
-        {"slow": lambda: large @ large @ large, "fast": lambda: small @ small, "no": fails}, lambda: None
-    )
-    assert path == "fast"
-    assert "slow " in reason
-    assert "no: no kernel for this head size" in reason
-    with pytest.raises(RuntimeError, match="no path of attention runs here"):
-        faster({"no": fails}, lambda: None)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_attention_is_chosen_by_measuring() -> None:
-    path, reason = choose_attention(TrainerConfig(), ENCODER, 8, 32)
-    assert path in ("sdpa", "varlen")
-    assert reason.startswith("measured: sdpa ")
 
 
 def test_automatic_microbatches_on_a_gpu(new_gpu: None) -> None:

@@ -40,8 +40,8 @@ def _store_tile(base, values, places, length, stride, HEAD_SIZE: tl.constexpr, B
 
 @triton.jit
 def _load_ids(ids, places, length):
-    loaded = tl.load(ids + places, mask=places < length, other=OUTSIDE).to(tl.int32)
-    return tl.where(loaded == 0, PADDING, loaded)
+    loaded = tl.load(ids + places, mask=places < length, other=0).to(tl.int32)
+    return tl.where(places < length, tl.where(loaded == 0, PADDING, loaded), OUTSIDE)
 
 
 @triton.jit

@@ -6,12 +6,7 @@ Without a GPU, `test_triton_under_the_interpreter` runs them in another process,
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from masked_lm_inputs import (
@@ -24,34 +19,14 @@ from masked_lm_inputs import (
     plain,
 )
 from torch import Tensor
+from triton_interpreter import DEVICE, INTERPRETED, KERNEL_MARKS, ON_GPU, multiply_bf16, run_interpreted
 
 from electra_composer.model.kernels.masked_lm import MaskedLM, masked_lm
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_GPU = torch.cuda.is_available() and not INTERPRETED
-DEVICE = "cuda" if ON_GPU else "cpu"
 
 
 @pytest.mark.slow
 def test_triton_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    if INTERPRETED:
-        pytest.skip("already in the interpreter")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # The tests need none of the shared fixtures, whose imports take seconds.
-    plugins = [word for name in ("cacheprovider", "shared_fixtures", "xdist") for word in ("-p", f"no:{name}")]
-    command = [sys.executable, "-m", "pytest", "-rA", *plugins, __file__, "-k", "test_kernel_"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert done.stdout.count("PASSED") > 15
-
-
-kernel = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        not (ON_GPU or INTERPRETED), reason="no GPU; test_triton_under_the_interpreter runs it in another process"
-    ),
-]
+    run_interpreted(__file__, 16)
 
 
 @pytest.fixture(autouse=True)
@@ -61,24 +36,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def _interpreter_multiplies_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Workaround (triton 3.3): the interpreter stores bf16 as 16-bit integers, which `tl.dot` multiplies as integers;
-    # goes when it multiplies bf16.
-    if not INTERPRETED:
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    def widened(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    original: Callable[..., interpreter.TensorHandle] = interpreter.InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder,
-        "create_dot",
-        lambda self, a, b, *rest: original(self, widened(a), widened(b), *rest),
-    )
+    multiply_bf16(monkeypatch)
 
 
 def _both(inputs: dict[str, Tensor], vocab_size: int, **options: float) -> tuple[MaskedLM, MaskedLM]:
@@ -112,7 +70,7 @@ def _assert_twins(inputs: dict[str, Tensor], vocab_size: int, **options: float) 
 class TestKernel:
     """Tests that the other process runs: names begin with `test_kernel_`."""
 
-    pytestmark = kernel
+    pytestmark = KERNEL_MARKS
 
     @pytest.mark.parametrize(
         ("count", "width", "vocab_size", "dtype"),

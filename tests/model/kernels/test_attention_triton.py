@@ -1,0 +1,319 @@
+"""Attention in Triton against the path `sdpa`, and its dropout against Philox in NumPy.
+
+Without a GPU, `test_attention_under_the_interpreter` runs the kernels in another process, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masked_lm_inputs import OPERATOR_CHECKS
+from philox import keep_factors, philox
+from torch import Tensor
+from triton_interpreter import DEVICE, KERNEL_MARKS, ON_GPU, multiply_bf16, run_interpreted
+
+from electra_composer.model.kernels.attention import AttentionPattern, attention, pattern_of
+
+pytest.importorskip("triton")
+
+from electra_composer.model.kernels import attention_triton as module
+from electra_composer.model.kernels.attention_triton import attention_triton
+
+
+@pytest.mark.slow
+def test_attention_under_the_interpreter() -> None:
+    run_interpreted(__file__, 30)
+
+
+def make_ids(length: int, lengths: list[list[int]]) -> Tensor:
+    """Rows of examples of these lengths, filled up with padding."""
+    ids = torch.zeros(len(lengths), length, dtype=torch.long)
+    for row, examples in zip(ids, lengths, strict=True):
+        numbers = torch.arange(1, len(examples) + 1).repeat_interleave(torch.tensor(examples, dtype=torch.long))
+        row[: len(numbers)] = numbers[:length]
+    return ids.to(DEVICE)
+
+
+def usual_ids(length: int) -> Tensor:
+    """One example; several and padding; examples of one token; padding alone."""
+    return make_ids(length, [[length], [length // 3, length // 4], [1] * (length - length // 5), []])
+
+
+def make_qkv(ids: Tensor, heads: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*ids.shape, 3 * heads * size, device=DEVICE).to(dtype).requires_grad_()
+
+
+def compare(qkv: Tensor, ids: Tensor, heads: int, tolerance: float) -> None:
+    """Values and gradients of the kernels, and of `sdpa` in fp32 on the same numbers."""
+    out, _ = attention_triton(qkv, ids, ids, heads, 0.0)
+    upstream = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, qkv, upstream)
+    exact = qkv.detach().float().requires_grad_()
+    expected = attention(exact, pattern_of(ids), heads)
+    (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.float())
+    assert out.dtype == gradient.dtype == qkv.dtype
+    torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(gradient.float(), expected_gradient, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture
+def _bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply_bf16(monkeypatch)
+
+
+def use_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """Launch the backward as on a card of this compute capability."""
+    choose = module.backward_launch
+    monkeypatch.setattr(
+        module, "backward_launch", lambda length, size, dtype, _: choose(length, size, dtype, capability)
+    )
+
+
+def identity_values(rows: int, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys, and values that show the probabilities: one head of size `length`, values are the identity."""
+    query, key = torch.randn(2, rows, length, length, device=DEVICE) / length**0.25
+    return query, key, torch.eye(length, device=DEVICE).expand(rows, -1, -1)
+
+
+class TestKernels:
+    pytestmark = KERNEL_MARKS
+
+    @pytest.fixture(autouse=True)
+    def _seeded(self) -> None:
+        torch.manual_seed(0)
+
+    @pytest.mark.parametrize("size", [1, 7, 16, 21, 32, 64, 65, 127, 128])
+    def test_kernel_head_sizes(self, size: int) -> None:
+        """64 in all YAMLs; `generator_size` gives sizes from 1 to 127."""
+        ids = make_ids(11, [[5, 4]])
+        compare(make_qkv(ids, 2, size), ids, 2, 1e-5)
+
+    @pytest.mark.parametrize("length", [1, 2, 31, 32, 33])
+    def test_kernel_lengths(self, length: int) -> None:
+        ids = usual_ids(length)
+        compare(make_qkv(ids, 1, 8), ids, 1, 1e-5)
+
+    @pytest.mark.parametrize(
+        ("length", "size", "capability"),
+        [
+            (20, 64, (8, 0)),
+            (50, 32, (9, 0)),
+            (100, 32, (8, 0)),
+            (100, 32, (9, 0)),
+            (128, 96, (8, 0)),
+            (128, 96, (9, 0)),
+            (200, 64, (9, 0)),
+            (300, 16, (8, 0)),
+        ],
+    )
+    @pytest.mark.usefixtures("_bf16")
+    def test_kernel_bf16(
+        self, length: int, size: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every way to launch them."""
+        use_capability(monkeypatch, capability)
+        ids = make_ids(length, [[length // 2, length // 3]])
+        compare(make_qkv(ids, 1, size, torch.bfloat16), ids, 1, 3e-2)
+
+    def test_kernel_fp16(self) -> None:
+        ids = usual_ids(20)
+        compare(make_qkv(ids, 2, 16, torch.float16), ids, 2, 5e-3)
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+    def test_kernel_ids_of_any_integer_type_and_in_any_order(self, dtype: torch.dtype) -> None:
+        ids = torch.randint(0, 5, (1, 40), device=DEVICE).to(dtype)
+        compare(make_qkv(ids, 1, 8), ids, 1, 1e-5)
+
+    @given(data=st.data())
+    @settings(max_examples=6, deadline=None, derandomize=True)
+    def test_kernel_any_shape(self, data: st.DataObject) -> None:
+        length, heads, size = (data.draw(st.integers(1, most)) for most in (64, 3, 24))
+        lengths = data.draw(st.lists(st.lists(st.integers(1, length), max_size=5), min_size=1, max_size=2))
+        ids = make_ids(length, lengths)
+        compare(make_qkv(ids, heads, size), ids, heads, 1e-5)
+
+    def test_kernel_does_not_read_keys_of_other_blocks(self) -> None:
+        """Values that are not numbers spread to their own block of keys, no further."""
+        ids = make_ids(96, [[32, 64]])
+        qkv = make_qkv(ids, 1, 8).detach()
+        qkv[0, :32] = math.nan
+        out, _ = attention_triton(qkv, ids, ids, 1, 0.0)
+        assert out[0, :32].isnan().all()
+        assert out[0, 32:].isfinite().all()
+
+    @pytest.mark.parametrize("length", [24, 40])
+    def test_kernel_drops_as_philox_decides(self, length: int) -> None:
+        """Values that are the identity show the probabilities."""
+        rows, p, seed = 2, 0.3, 2**40 + 12345
+        query, key, value = identity_values(rows, length)
+        ids = make_ids(length, [[length - 5, 3], [length]])
+        qkv = torch.cat([query, key, value], -1)
+        given_seed = torch.tensor([seed], device=DEVICE)
+        out, _ = attention_triton(qkv, ids, given_seed, 1, p)
+        chances, _ = attention_triton(qkv, ids, given_seed, 1, 0.0)
+        factors = keep_factors(seed, rows, 1, length, p)[:, 0].to(DEVICE)
+        torch.testing.assert_close(out, (chances * factors).float())
+
+    @pytest.mark.parametrize(
+        ("length", "size", "dtype"), [(24, 8, torch.float32), (40, 8, torch.float32), (150, 16, torch.bfloat16)]
+    )
+    @pytest.mark.usefixtures("_bf16")
+    def test_kernel_backward_drops_what_the_forward_dropped(self, length: int, size: int, dtype: torch.dtype) -> None:
+        """Values and gradients against autograd through the formula, with the factors from NumPy."""
+        rows, heads, p, seed = 1, 2, 0.3, 987654321
+        ids = make_ids(length, [[length // 2, length // 3]])
+        qkv = make_qkv(ids, heads, size, dtype)
+        out, _ = attention_triton(qkv, ids, torch.tensor([seed], device=DEVICE), heads, p)
+        upstream = torch.randn_like(out)
+        (gradient,) = torch.autograd.grad(out, qkv, upstream)
+
+        exact = qkv.detach().double().requires_grad_()
+        query, key, value = exact.view(rows, length, 3, heads, size).permute(2, 0, 3, 1, 4)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(size)
+        chances = scores.masked_fill((ids[:, :, None] != ids[:, None, :])[:, None], -math.inf).softmax(-1)
+        factors = keep_factors(seed, rows, heads, length, p).to(DEVICE)
+        expected = ((chances * factors) @ value).transpose(1, 2).flatten(2)
+        (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.double())
+        tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+        torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(gradient.double(), expected_gradient, atol=tolerance, rtol=tolerance)
+
+    def test_kernel_drops_everything(self) -> None:
+        ids = usual_ids(9)
+        qkv = make_qkv(ids, 1, 8)
+        out, _ = attention_triton(qkv, ids, torch.zeros(1, dtype=torch.long, device=DEVICE), 1, 1.0)
+        out.sum().backward()
+        assert (out == 0).all()
+        assert qkv.grad is not None
+        assert (qkv.grad == 0).all()
+
+    @pytest.mark.parametrize("length", [20, 40])
+    def test_kernel_repeats_itself_to_the_bit(self, length: int) -> None:
+        ids = make_ids(length, [[length - 3]])
+        qkv, seed = make_qkv(ids, 1, 16), torch.tensor([7], device=DEVICE)
+        results = []
+        for number in (seed, seed, seed + 1):
+            out, _ = attention_triton(qkv, ids, number, 1, 0.2)
+            results.append((out, torch.autograd.grad(out.square().sum(), qkv)[0]))
+        for first, second, other in zip(*results, strict=True):
+            assert torch.equal(first, second)
+            assert not torch.equal(first, other)
+
+    def test_kernel_is_seeded_by_torch(self) -> None:
+        """A layer's seed does not depend on the other layers, and each layer has its own."""
+        ids = make_ids(20, [[12, 5]])
+        qkv, pattern = make_qkv(ids, 1, 16), pattern_of(ids, "triton")
+
+        def results() -> list[Tensor]:
+            torch.manual_seed(3)
+            layers = [attention(qkv, of_layer, 1, 0.2) for of_layer in pattern.of_layers(2, 0.2)]
+            return [*layers, attention(qkv, pattern, 1, 0.2)]
+
+        first, second = results(), results()
+        assert all(map(torch.equal, first, second))
+        assert not torch.equal(first[0], first[1])
+        assert not torch.equal(first[1], first[2])
+
+    @pytest.mark.usefixtures("_bf16")
+    def test_kernel_gets_the_dtype_of_autocast(self) -> None:
+        ids = usual_ids(9)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert attention(make_qkv(ids, 1, 8), pattern_of(ids, "triton"), 1).dtype == torch.bfloat16
+
+    def test_kernel_rows_that_are_too_long(self) -> None:
+        ids = torch.ones(1, 513, dtype=torch.long, device=DEVICE)
+        with pytest.raises(ValueError, match="rows of 513 tokens; expected at most 512"):
+            attention_triton(make_qkv(ids, 1, 8), ids, ids, 1, 0.0)
+
+    def test_kernel_compiles_without_a_graph_break(self) -> None:
+        ids = make_ids(9, [[5, 3]])
+        qkv = make_qkv(ids, 1, 8)
+
+        def run(qkv: Tensor, seed: Tensor) -> Tensor:
+            return attention(qkv, AttentionPattern(sequence_ids=ids, seed=seed), 1, 0.1).square().sum()
+
+        seed = torch.tensor([5], device=DEVICE)
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for ours, theirs in zip(*(torch.autograd.grad(call(qkv, seed), qkv) for call in (compiled, run)), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_kernel_is_registered_as_torch_wants_it(self) -> None:
+        ids = make_ids(9, [[5, 3]])
+        arguments = (make_qkv(ids, 1, 8), ids, torch.tensor([5], device=DEVICE), 1, 0.1)
+        torch.library.opcheck(attention_triton, arguments, test_utils=OPERATOR_CHECKS)
+
+
+def test_philox_against_published_numbers() -> None:
+    """The test vector of the authors' library Random123 for 7 rounds (tests/kat_vectors)."""
+    words = philox(np.zeros(4, dtype=np.uint32), (0, 0))
+    assert [f"{word:08x}" for word in words] == ["5f6fb709", "0d893f64", "4f121f81", "4f730a48"]
+
+
+def test_rate_of_the_factors() -> None:
+    """Kept: a fraction 1 - p within five standard errors, also of two neighbours that share a call of Philox."""
+    p = 0.1
+    kept = keep_factors(3, 4, 4, 128, p) > 0
+    assert abs(kept.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.numel()) + 2.0**-17
+    both = ~kept[..., :8] & ~kept[..., 8:16]
+    assert abs(both.double().mean().item() - p**2) < 5 * math.sqrt(p**2 / both.numel())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not ON_GPU, reason="no GPU: true sizes are too many for the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "length", "heads", "size"), [(128, 128, 4, 64), (128, 128, 1, 64), (16, 512, 12, 64)])
+def test_true_size(rows: int, length: int, heads: int, size: int, dtype: torch.dtype) -> None:
+    ids = usual_ids(length).repeat(rows // 4, 1)
+    compare(make_qkv(ids, heads, size, dtype), ids, heads, 1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not ON_GPU, reason="no GPU")
+@pytest.mark.parametrize(("length", "p"), [(128, 0.1), (512, 0.1)])
+def test_true_size_drops_as_philox_decides(length: int, p: float) -> None:
+    ids = usual_ids(length)
+    qkv = make_qkv(ids, 1, 64, torch.bfloat16)
+    value = torch.zeros(4, length, 64, device="cuda")
+    value[:, :64] = torch.eye(64, device="cuda")
+    qkv = torch.cat([qkv.detach()[..., :128], value.bfloat16()], -1)
+    out, _ = attention_triton(qkv, ids, torch.tensor([11], device="cuda"), 1, p)
+    chances, _ = attention_triton(qkv, ids, ids, 1, 0.0)
+    factors = keep_factors(11, 4, 1, length, p)[:, 0, :, :64].cuda()
+    torch.testing.assert_close(out.double(), chances.double() * factors, atol=1e-2, rtol=2e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not ON_GPU, reason="no GPU")
+def test_cuda_graph_draws_anew_in_each_replay_and_follows_the_seed() -> None:
+    ids = usual_ids(128)
+    qkv, pattern = make_qkv(ids, 2, 64, torch.bfloat16), pattern_of(ids, "triton")
+
+    def run() -> Tensor:
+        return attention(qkv, pattern.of_layers(1, 0.1)[0], 2, 0.1)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    results = []
+    for seed in (1, None, 1):
+        if seed is not None:
+            torch.manual_seed(seed)
+        graph.replay()
+        results.append(captured.clone())
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("capability", "one_tile"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)]
+)
+def test_tile_of_128_tokens_needs_hopper(capability: tuple[int, int], one_tile: bool) -> None:
+    launch = module.backward_launch(128, 64, torch.bfloat16, capability)
+    assert (launch.block == launch.step) == one_tile
