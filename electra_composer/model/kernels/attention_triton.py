@@ -32,7 +32,7 @@ MAX_HEAD_SIZE = 128
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched; chosen so that it has no spilled registers (benchmarks/kernels.py prints them)."""
+    """How a kernel is launched; chosen so that it has no spilled registers (benchmarks/compile_kernels.py prints them)."""
 
     block: int
     """Tokens of a program: queries in the forward, and each token once as key and once as query in the backward."""
@@ -67,6 +67,11 @@ def backward_launch(length: int, head_size: int, dtype: torch.dtype, capability:
     if padded <= 64 or (padded <= 128 and capability >= (9, 0)):
         return Launch(padded, padded, 4 if padded <= 64 and head_size <= 64 else 8, 1)
     return Launch(128, 32, 8, 1) if head_size <= 64 else Launch(32, 32, 8, 1)
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Return that of a CUDA device; (0, 0) in Triton's interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def _padded_length(length: int) -> int:
@@ -142,8 +147,7 @@ def _backward_kernel(
     size = width // 3 // num_heads
     grad_out, qkv, sequence_ids = grad_out.contiguous(), qkv.contiguous(), sequence_ids.contiguous()
     grad_qkv = torch.empty_like(qkv)
-    capability = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (0, 0)
-    launch = backward_launch(length, size, qkv.dtype, capability)
+    launch = backward_launch(length, size, qkv.dtype, compute_capability(qkv.device))
     constants, numbers = _constants(num_heads, size, launch, dropout_p), _numbers(size, dropout_p)
     if length <= launch.step == launch.block:
         kernels.backward_of_tile[(rows * num_heads,)](
