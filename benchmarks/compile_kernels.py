@@ -78,9 +78,12 @@ def compile_only(capability: int) -> Iterator[list[Row]]:
         rows.append({"kernel": kernel.__name__, "capability": capability, "tiles": tiles, **numbers})
 
     driver.set_active(AbsentGPU(capability))
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder}):
-        with mock.patch.object(JITFunction, "run", compile_instead):
-            yield rows
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder}),
+        mock.patch.object(JITFunction, "run", compile_instead),
+    ):
+        yield rows
 
 
 def resources(machine_code: bytes, shared: int, warps: int, capability: int) -> Row:
@@ -141,13 +144,12 @@ def compile_steps(capability: int, steps: dict[str, Callable[[], None]]) -> list
     """Return a row for every kernel of these steps."""
     from electra_composer.model.kernels import attention_triton
 
-    major_minor = divmod(capability, 10)
     rows = []
-    for step, launch in steps.items():
-        with mock.patch.object(attention_triton, "compute_capability", lambda device: major_minor):
+    with mock.patch.object(attention_triton, "compute_capability", return_value=divmod(capability, 10)):
+        for step, launch in steps.items():
             with compile_only(capability) as compiled:
                 launch()
-        rows += [{"step": step, **row} for row in compiled]
+            rows += [{"step": step, **row} for row in compiled]
     return rows
 
 

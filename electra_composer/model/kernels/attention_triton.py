@@ -32,7 +32,7 @@ MAX_HEAD_SIZE = 128
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched; chosen so that it has no spilled registers (benchmarks/compile_kernels.py prints them)."""
+    """How a kernel is launched; chosen so that no registers are spilled (see benchmarks/compile_kernels.py)."""
 
     block: int
     """Tokens of a program: queries in the forward, and each token once as key and once as query in the backward."""

@@ -75,7 +75,7 @@ def masked_lm_triton(
         features, table, bias, targets, seed, *statistics, of_target,
         count, vocab_size, width, row_blocks, tiles, 1.0 / temperature,
         OWN_DRAW=own_draw, DISALLOW=disallow_correct, GUMBEL=gumbel, TILES_PER_PROGRAM=TILES_PER_PROGRAM,
-        num_warps=8 if gumbel else 4, **sizes,
+        num_warps=8 if gumbel else 4, **sizes,  # the random numbers need registers: four warps spill some on sm_80
     )  # fmt: skip
     combine_tiles[(count,)](
         features, table, bias, targets, noise, *statistics, of_target, normalizer, correct, sampled,
