@@ -19,9 +19,10 @@ from electra_composer.config_loading import load_config_from_command_line, to_di
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.faults import explain_failures
 from electra_composer.model.electra import ElectraForPretraining
+from electra_composer.model.kernels.attention import ExampleBound
 from electra_composer.model.kernels.masked_lm import resolve_implementation
 from electra_composer.model.pretraining import ElectraPretraining
-from electra_composer.storage.shard_folder import Meta
+from electra_composer.storage.shard_folder import Meta, SplitCounts
 from electra_composer.training.attention_path import choose_attention
 from electra_composer.training.callbacks import RunRecord, TrainMetrics
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, check_run_folder, checkpoint_to_load
@@ -55,7 +56,7 @@ def main(config: PretrainConfig) -> Trainer:
     tokenizer = load_tokenizer(config.data.tokenizer or meta.tokenizer_folder)
     check_shards(meta, tokenizer, config.data.max_seq_length)
     model = build_model(config, tokenizer, cpu_autocast)
-    choose_kernels(config, model)
+    choose_kernels(config, model, meta)
     check_initial_checkpoint(config, model)
     train_data, eval_data = build_data(config, meta, model)
     baseline = mlm_baseline(config, meta)
@@ -97,7 +98,7 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, cpu_
     return ElectraPretraining(electra, cpu_autocast, fsdp_gradient_factor(config.trainer))
 
 
-def choose_kernels(config: PretrainConfig, model: ElectraPretraining) -> None:
+def choose_kernels(config: PretrainConfig, model: ElectraPretraining, meta: Meta) -> None:
     """Check the masked-LM kernel and choose the attention path.
 
     Raises:
@@ -110,6 +111,9 @@ def choose_kernels(config: PretrainConfig, model: ElectraPretraining) -> None:
     rows, length = microbatch_size(config.trainer), config.data.max_seq_length
     path, reason = choose_attention(config.trainer, encoders, rows, length)
     model.model.attention_path = path
+    if path == "varlen":
+        counts = meta.splits.get("train", SplitCounts())
+        model.model.example_bound = ExampleBound(rows, counts.examples / max(1, counts.rows))
     print_once(f"attention: {path} ({reason})")
 
 

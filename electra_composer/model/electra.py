@@ -17,7 +17,7 @@ from torch import Tensor
 
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.model import masking
-from electra_composer.model.kernels.attention import pattern_of
+from electra_composer.model.kernels.attention import ExampleBound, pattern_of
 from electra_composer.model.kernels.masked_lm import MaskedLM, masked_lm
 from electra_composer.model.networks import ElectraNetworks
 from electra_composer.model.sizes import check_ranges
@@ -72,7 +72,8 @@ class ElectraForPretraining(ElectraNetworks):
         super().__init__(model, vocab_size)
         self.objective = objective
         self.special_ids = special_ids
-        self.attention_path = "sdpa"  # see kernels/attention.py; set for the device before training (devices.py)
+        self.attention_path = "sdpa"  # see kernels/attention.py; set for the device before training
+        self.example_bound: ExampleBound | None = None  # of a training batch, for the path varlen
         self.slots = masking.num_slots(objective.mask_prob, max_seq_length)
 
     def candidates(self, input_ids: Tensor, sequence_ids: Tensor) -> Tensor:
@@ -116,7 +117,8 @@ class ElectraForPretraining(ElectraNetworks):
         if noise is None:
             noise = self.draw_noise(input_ids)
         *mask_noise, sample_noise = masking.split_noise(noise, self.slots)
-        pattern = pattern_of(sequence_ids, self.attention_path)
+        bound = self.example_bound.most if self.example_bound is not None and self.training else None
+        pattern = pattern_of(sequence_ids, self.attention_path, bound)
         tokens = sequence_ids > 0
 
         masked = self.mask(input_ids, sequence_ids, *mask_noise)

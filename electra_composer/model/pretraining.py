@@ -74,6 +74,8 @@ class ElectraPretraining(ComposerModel):
         """
         input_ids, sequence_ids = batch["input_ids"], batch["sequence_ids"]
         rows = input_ids.shape[0]
+        if self.model.example_bound is not None:
+            self.model.example_bound.cover(sequence_ids)
         counts = torch.stack(
             [
                 self.model.mask_counts(input_ids, sequence_ids).sum(),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from composer import Trainer
 from composer.core import DataSpec, Evaluator
+from flash_stand_in import flash_forward
 from launcher import launch
 from tiny import ROOT
 from torch.utils.data import DataLoader
@@ -20,6 +21,8 @@ from electra_composer.config import ObjectiveConfig
 from electra_composer.model import electra, masking, pretraining
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import Layer
+from electra_composer.model.kernels import attention
+from electra_composer.model.kernels.attention import ExampleBound
 from electra_composer.model.pretraining import ElectraPretraining
 
 Batch = dict[str, torch.Tensor]
@@ -100,6 +103,24 @@ def test_count_batch_changes_nothing_else(make_model: Make, make_batch: Make) ->
     tokens = 32 + 2 + 6 + 32 + 3 + 12 + 30 + 20
     assert counted["loss_scale"].shape == (8, 2)
     torch.testing.assert_close(counted["loss_scale"], torch.tensor([8 / masked, 8 / tokens]).expand(8, 2))
+
+
+def test_varlen_attention_with_a_bound_that_a_batch_exceeds(
+    make_model: Make, make_batch: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound is raised where the batch is counted, before the forward; the losses are those of `sdpa`."""
+    model = ElectraPretraining(make_model())
+    batch = noisy(model.model, make_batch(VERY_UNEVEN))
+    _, expected = reference(model.model, batch)
+    monkeypatch.setattr(attention, "_flash_forward", flash_forward)
+    model.model.attention_path = "varlen"
+    model.model.example_bound = ExampleBound(rows=8, examples_per_row=1.0)
+    model.model.example_bound.most = 3
+    with pytest.raises(RuntimeError, match="more than the 3 examples of its bound"):
+        model(batch)
+    counted = model.count_batch(batch)
+    loss = model.loss(model(counted), counted)
+    assert {name: value.item() for name, value in loss.items()} == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_batch_that_was_not_counted_is_refused(make_model: Make, make_batch: Make) -> None:

@@ -44,19 +44,20 @@ class AttentionPattern(NamedTuple):
         return [AttentionPattern(sequence_ids=self.sequence_ids, seed=seed) for seed in seeds]
 
 
-def pattern_of(sequence_ids: Tensor, path: str = "sdpa") -> AttentionPattern:
+def pattern_of(sequence_ids: Tensor, path: str = "sdpa", most_examples: int | None = None) -> AttentionPattern:
     """Build the attention pattern of a batch.
 
     Args:
         sequence_ids: integers `[rows, length]`; 0 for padding, otherwise the example's number in the row, from 1.
         path: `sdpa`, `varlen` or `triton`.
+        most_examples: for `varlen`, see :func:`boundaries_of`.
 
     Padding attends to padding: an empty row of the softmax would be NaN. Its output is not used.
     """
     if path == "triton":
         return AttentionPattern(sequence_ids=sequence_ids)
     if path == "varlen":
-        return AttentionPattern(boundaries=boundaries_of(sequence_ids))
+        return AttentionPattern(boundaries=boundaries_of(sequence_ids, most_examples))
     device_type = sequence_ids.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else torch.get_default_dtype()
@@ -65,24 +66,57 @@ def pattern_of(sequence_ids: Tensor, path: str = "sdpa") -> AttentionPattern:
     return AttentionPattern(bias=bias)
 
 
-def boundaries_of(sequence_ids: Tensor) -> Tensor:
+def boundaries_of(sequence_ids: Tensor, most: int | None = None) -> Tensor:
     """Return the starts of all examples, and of each row's padding, in the flattened rows, followed by their end.
 
-    The shape is static, as CUDA graphs require, and sized for the maximum: an example has at least two tokens, `[CLS]`
-    and `[SEP]`. Unused entries hold the end, so their examples are empty.
+    The shape is static, as CUDA graphs require. Unused entries hold the end, so their examples are empty; each still
+    costs a block of every kernel.
 
-    `[rows, length]` → int32 `[rows × (length // 2 + 1) + 1]`.
+    Args:
+        sequence_ids: integers `[rows, length]`.
+        most: bound of the examples and runs of padding; more are an error, on CUDA an assertion on the device. By
+            default as many as there can be: an example has at least two tokens, `[CLS]` and `[SEP]`.
+
+    Returns:
+        int32 `[most + 1]`.
     """
     rows, length = sequence_ids.shape
-    total, most = rows * length, rows * (length // 2 + 1)
+    total, possible = rows * length, rows * (length // 2 + 1)
+    most = possible if most is None else min(most, possible)
     starts = torch.ones_like(sequence_ids, dtype=torch.bool)
     starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
     starts = starts.flatten()
+    if most < possible:
+        # Workaround (torch 2.7): private function; goes when there is a public one that does not wait for the device.
+        torch._assert_async(starts.sum() <= most, f"a batch has more than the {most} examples of its bound")
     places = torch.arange(total, dtype=torch.int32, device=sequence_ids.device)
     # The n-th start goes to entry n; all other tokens go to the last entry, which is always the end.
     order = torch.where(starts, starts.cumsum(0) - 1, most)
     boundaries = torch.full((most + 1,), total, dtype=torch.int32, device=sequence_ids.device)
     return boundaries.scatter_reduce(0, order, torch.where(starts, places, total), "amin")
+
+
+class ExampleBound:
+    """Bound of the examples and runs of padding in a microbatch, for :func:`boundaries_of`.
+
+    It begins well above what is expected, so that it stays the same in a run and with it the shape of the boundaries,
+    and is raised where a batch needs more.
+
+    Args:
+        rows: of a microbatch.
+        examples_per_row: mean over the data.
+    """
+
+    def __init__(self, rows: int, examples_per_row: float):
+        self.rows = rows
+        self.most = math.ceil(1.5 * rows * (examples_per_row + 1)) + 64
+
+    def cover(self, sequence_ids: Tensor) -> None:
+        """Raise the bound if a microbatch of this batch, `[all rows, length]` on the host, may exceed it."""
+        starts = (sequence_ids[:, 1:] != sequence_ids[:, :-1]).sum(1) + 1
+        needed = int(starts.topk(min(self.rows, len(starts))).values.sum())
+        if needed > self.most:
+            self.most = math.ceil(1.5 * needed)
 
 
 def attention(qkv: Tensor, pattern: AttentionPattern, num_heads: int, dropout_p: float = 0.0) -> Tensor:
@@ -145,12 +179,19 @@ def _is_short_bf16(qkv: Tensor) -> bool:
 def _flash(qkv: Tensor, boundaries: Tensor, dropout_p: float) -> Tensor:
     """`[rows, length, 3, heads, head size]` in bf16 or fp16 → `[rows × length, heads, head size]`."""
     rows, length, _, heads, size = qkv.shape
-    query, key, value = qkv.view(rows * length, 3, heads, size).unbind(1)
+    padded = F.pad(qkv, (0, -size % 8)) if size % 8 else qkv  # multiples of 8 are expected; zeros change no score
+    query, key, value = padded.view(rows * length, 3, heads, -1).unbind(1)
+    return _flash_forward(query, key, value, boundaries, length, dropout_p, 1 / math.sqrt(size))[..., :size]
+
+
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, length: int, dropout_p: float, scale: float
+) -> Tensor:
     # Workaround (torch 2.7): flash attention (Dao 2023) is called by its private operator, because
     # scaled_dot_product_attention has no argument for examples of different lengths and flex_attention has no dropout;
     # goes when a public function has both.
     return torch.ops.aten._flash_attention_forward(
-        query, key, value, boundaries, boundaries, length, length, dropout_p, False, False, scale=1 / math.sqrt(size)
+        query, key, value, boundaries, boundaries, length, length, dropout_p, False, False, scale=scale
     )[0]
 
 

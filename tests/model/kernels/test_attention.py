@@ -8,11 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from flash_stand_in import flash_forward
 from torch import Tensor
 
 from electra_composer.model.kernels import attention as kernel
 from electra_composer.model.kernels import dropout
-from electra_composer.model.kernels.attention import attention, boundaries_of, pattern_of
+from electra_composer.model.kernels.attention import ExampleBound, attention, boundaries_of, pattern_of
 
 IDS = torch.tensor(
     [
@@ -153,13 +154,64 @@ def test_boundaries_hold_the_most_examples_there_can_be() -> None:
     assert boundaries_of(ids).tolist() == [0, 2, 4, 6, 7, 9, 11, 13, 14, 16, 18, 20, 21]
 
 
+def test_boundaries_of_a_bound() -> None:
+    """The five rows have 1, 2, 4, 1 and 4 examples and runs of padding."""
+    everything = boundaries_of(IDS)
+    for most in (12, 15, 25, 100):
+        assert boundaries_of(IDS, most).tolist() == everything[: min(most, 25) + 1].tolist()
+    with pytest.raises(RuntimeError, match="a batch has more than the 11 examples of its bound"):
+        boundaries_of(IDS, 11)
+
+
+def test_the_bound_of_examples_is_raised_before_it_is_exceeded() -> None:
+    """Microbatches of two rows: the two fullest rows of a batch count, whichever microbatch they are in."""
+    bound = ExampleBound(rows=2, examples_per_row=1.5)
+    assert bound.most == 72  # 1.5 × 2 × 2.5, rounded up, and 64
+    bound.cover(IDS)
+    assert bound.most == 72
+    bound.most = 8
+    bound.cover(IDS)
+    assert bound.most == 8  # 4 + 4
+    bound.most = 7
+    bound.cover(IDS)
+    assert bound.most == 12
+    bound.cover(IDS[:1])
+    assert bound.most == 12
+
+
+@pytest.mark.parametrize(("heads", "size"), [(4, 12), (2, 16), (3, 1)])
+def test_varlen_with_heads_of_any_size(heads: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_flash_forward", flash_forward)
+    qkv = torch.randn(5, 8, 3 * heads * size, dtype=torch.float64, requires_grad=True)
+    results = []
+    for pattern in (pattern_of(IDS, "varlen", 14), pattern_of(IDS)):
+        out = attention(qkv, pattern, heads)
+        results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+    torch.testing.assert_close(*results)
+
+
+def test_the_bias_is_built_once_and_in_the_dtype_of_the_scores() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        bias = pattern_of(IDS).bias
+    assert bias is not None
+    assert bias.dtype == torch.bfloat16
+    assert torch.equal(bias == 0, (IDS[:, :, None] == IDS[:, None, :])[:, None])
+    assert pattern_of(IDS).bias.dtype == torch.float32  # type: ignore[union-attr]
+    qkv = torch.randn(5, 8, 48)
+    as_boolean = torch.nn.functional.scaled_dot_product_attention(
+        *qkv.view(5, 8, 3, 2, 8).permute(2, 0, 3, 1, 4), attn_mask=bias == 0
+    )
+    assert torch.equal(attention(qkv, pattern_of(IDS), 2), as_boolean.transpose(1, 2).flatten(2))
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("make_ids", [lambda: IDS, lambda: torch.ones(4, 128, dtype=torch.long)])
-def test_flash_agrees_with_sdpa(make_ids: Callable[[], Tensor]) -> None:
+@pytest.mark.parametrize("size", [32, 20])
+def test_flash_agrees_with_sdpa(make_ids: Callable[[], Tensor], size: int) -> None:
     """Values and gradients in bf16, for examples and padding."""
     ids = make_ids().cuda()
-    qkv = torch.randn(*ids.shape, 3 * 64, device="cuda", dtype=torch.bfloat16)
+    qkv = torch.randn(*ids.shape, 3 * 2 * size, device="cuda", dtype=torch.bfloat16)
     results = []
     for path in ("sdpa", "varlen"):
         leaf = qkv.clone().requires_grad_()
