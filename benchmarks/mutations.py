@@ -66,8 +66,8 @@ MUTATIONS = [
         "attention",
         "attention crosses the examples of a row",
         "electra_composer/model/kernels/attention.py",
-        "sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]",
-        "(sequence_ids[:, None, :, None] > 0) == (sequence_ids[:, None, None, :] > 0)",
+        "sequence_ids[:, None, :, None] != sequence_ids[:, None, None, :]",
+        "(sequence_ids[:, None, :, None] > 0) != (sequence_ids[:, None, None, :] > 0)",
         "tests/model/kernels/test_attention.py tests/model/test_electra.py",
     ),
     Mutation(
