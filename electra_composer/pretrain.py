@@ -102,7 +102,7 @@ def choose_kernels(config: PretrainConfig, model: ElectraPretraining, meta: Meta
     """Check the masked-LM kernel and choose the attention path.
 
     Raises:
-        UserError: `objective.masked_lm` does not run on this machine.
+        UserError: `objective.masked_lm` or `trainer.attention` does not run on this machine or with these sizes.
     """
     sizes = model.model.discriminator.config
     device_type = "cuda" if resolve_device(config.trainer)[0] == "gpu" else "cpu"

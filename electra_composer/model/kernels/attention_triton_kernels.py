@@ -13,7 +13,7 @@ MAX_LENGTH = tl.constexpr(512)
 """Tokens of the longest row; the counters of the random numbers have room for as many keys per query."""
 
 ROUNDS = tl.constexpr(7)
-"""Of Philox: the fewest that pass all tests of randomness with a margin (Salmon et al. 2011, table 2)."""
+"""Of Philox: the fewest that pass the tests of TestU01's BigCrush (Salmon et al. 2011); FlashAttention has as many."""
 
 PADDING, OUTSIDE = tl.constexpr(2**30), tl.constexpr(2**30 + 1)
 """Ids of padding and of places beyond the row, so that ids do not decrease along a row."""
