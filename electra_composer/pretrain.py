@@ -113,7 +113,7 @@ def choose_kernels(config: PretrainConfig, model: ElectraPretraining, meta: Meta
     model.model.attention_path = path
     if path == "varlen":
         counts = meta.splits.get("train", SplitCounts())
-        model.model.example_bound = ExampleBound(rows, counts.examples / max(1, counts.rows))
+        model.example_bound = ExampleBound(rows, length, counts.examples / max(1, counts.rows))
     print_once(f"attention: {path} ({reason})")
 
 

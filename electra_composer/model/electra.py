@@ -17,7 +17,7 @@ from torch import Tensor
 
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.model import masking
-from electra_composer.model.kernels.attention import ExampleBound, pattern_of
+from electra_composer.model.kernels.attention import pattern_of
 from electra_composer.model.kernels.masked_lm import MaskedLM, masked_lm
 from electra_composer.model.networks import ElectraNetworks
 from electra_composer.model.sizes import check_ranges
@@ -73,7 +73,6 @@ class ElectraForPretraining(ElectraNetworks):
         self.objective = objective
         self.special_ids = special_ids
         self.attention_path = "sdpa"  # see kernels/attention.py; set for the device before training
-        self.example_bound: ExampleBound | None = None  # of a training batch, for the path varlen
         self.slots = masking.num_slots(objective.mask_prob, max_seq_length)
 
     def candidates(self, input_ids: Tensor, sequence_ids: Tensor) -> Tensor:
@@ -99,6 +98,7 @@ class ElectraForPretraining(ElectraNetworks):
         position_ids: Tensor,
         sequence_ids: Tensor,
         noise: Tensor | None = None,
+        most_examples: int | None = None,
     ) -> dict[str, Any]:
         """Mask, generate, sample, discriminate.
 
@@ -106,6 +106,7 @@ class ElectraForPretraining(ElectraNetworks):
             input_ids, token_type_ids, position_ids, sequence_ids: integers `[rows, length]`, as batched by shards.py.
             noise: uniform numbers from :meth:`draw_noise`, for a reproducible forward; samples then come from the
                 inverse CDF. By default they are drawn from torch's default generator.
+            most_examples: bound of the examples in the batch, for the attention path `varlen`.
 
         Returns:
             `mlm_loss`, `rtd_loss`: fp32 sums over masked and over non-padding tokens, to be divided by the counts of
@@ -117,8 +118,7 @@ class ElectraForPretraining(ElectraNetworks):
         if noise is None:
             noise = self.draw_noise(input_ids)
         *mask_noise, sample_noise = masking.split_noise(noise, self.slots)
-        bound = self.example_bound.most if self.example_bound is not None and self.training else None
-        pattern = pattern_of(sequence_ids, self.attention_path, bound)
+        pattern = pattern_of(sequence_ids, self.attention_path, most_examples)
         tokens = sequence_ids > 0
 
         masked = self.mask(input_ids, sequence_ids, *mask_noise)

@@ -15,6 +15,7 @@ from torchmetrics.classification import BinaryAUROC
 from electra_composer.config import ObjectiveConfig
 from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.encoder import EncoderConfig, Layer
+from electra_composer.model.kernels.attention import ExampleBound
 
 MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids", "noise")
 
@@ -53,6 +54,7 @@ class ElectraPretraining(ComposerModel):
         self.gradient_factor = gradient_factor
         self.model = model
         self.cpu_autocast = cpu_autocast
+        self.example_bound: ExampleBound | None = None  # for the attention path varlen
         # Composer reads these from the child module: FSDP shards (and checkpoints the activations of) each Transformer
         # layer as a unit, and keeps the rest, tied parameters included, in one group.
         model.fsdp_wrap_fn = _is_layer  # type: ignore[assignment]
@@ -61,6 +63,8 @@ class ElectraPretraining(ComposerModel):
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Run the model on a batch of shards.py, integers `[rows, length]`, and optionally `noise` (see masking.py)."""
         inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        if "example_slots" in batch:
+            inputs["most_examples"] = batch["example_slots"].shape[1]
         autocast = torch.autocast("cpu", torch.bfloat16) if self.cpu_autocast else contextlib.nullcontext()
         with autocast:
             return self.model(**inputs)
@@ -71,11 +75,12 @@ class ElectraPretraining(ComposerModel):
         For use as Composer's `batch_transforms`, which gets the complete batch of this rank before it is split. The
         factors contain the global denominators, compensate for the averaging of DDP and FSDP over ranks, and contain
         the rows of the batch, with which :meth:`loss` undoes Composer's weighting of microbatches.
+
+        With an `example_bound` also `example_slots [rows, bound, 0]`: no numbers, but a shape, which compiled and
+        recorded steps compare with that of other batches.
         """
         input_ids, sequence_ids = batch["input_ids"], batch["sequence_ids"]
         rows = input_ids.shape[0]
-        if self.model.example_bound is not None:
-            self.model.example_bound.cover(sequence_ids)
         counts = torch.stack(
             [
                 self.model.mask_counts(input_ids, sequence_ids).sum(),
@@ -89,7 +94,10 @@ class ElectraPretraining(ComposerModel):
         # Gradients are averaged over ranks: × world_size. Composer multiplies by the rows of the microbatch over those
         # of the rank's batch: × the latter, and `loss` divides by the former.
         scale = torch.stack([all_rows / masked.clamp(min=1), all_rows / tokens.clamp(min=1)]).float()
-        return {**batch, "loss_scale": scale.expand(rows, 2).contiguous()}
+        counted = {**batch, "loss_scale": scale.expand(rows, 2).contiguous()}
+        if self.example_bound is not None:
+            counted["example_slots"] = torch.empty(rows, self.example_bound.of(sequence_ids), 0)
+        return counted
 
     def loss(self, outputs: dict[str, Any], batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return `total`, `mlm`, `rtd`: fp32 scalars; summed by Composer over microbatches, means over the batch."""

@@ -108,19 +108,23 @@ def test_count_batch_changes_nothing_else(make_model: Make, make_batch: Make) ->
 def test_varlen_attention_with_a_bound_that_a_batch_exceeds(
     make_model: Make, make_batch: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bound is raised where the batch is counted, before the forward; the losses are those of `sdpa`."""
+    """The bound is chosen where the batch is counted, before the forward; the losses are those of `sdpa`."""
     model = ElectraPretraining(make_model())
     batch = noisy(model.model, make_batch(VERY_UNEVEN))
     _, expected = reference(model.model, batch)
     monkeypatch.setattr(attention, "_flash_forward", flash_forward)
     model.model.attention_path = "varlen"
-    model.model.example_bound = ExampleBound(rows=8, examples_per_row=1.0)
-    model.model.example_bound.most = 3
+    model.example_bound = ExampleBound(rows=8, length=LENGTH, examples_per_row=1.0)
+    for exceeded in (False, True):
+        if exceeded:
+            model.example_bound.expected = 3
+        counted = model.count_batch(batch)
+        bound = model.example_bound.possible if exceeded else model.example_bound.expected
+        assert counted["example_slots"].shape == (8, bound, 0)
+        loss = model.loss(model(counted), counted)
+        assert {name: value.item() for name, value in loss.items()} == pytest.approx(expected, rel=1e-5)
     with pytest.raises(RuntimeError, match="more than the 3 examples of its bound"):
-        model(batch)
-    counted = model.count_batch(batch)
-    loss = model.loss(model(counted), counted)
-    assert {name: value.item() for name, value in loss.items()} == pytest.approx(expected, rel=1e-5)
+        model.model(**batch, most_examples=3)
 
 
 def test_a_batch_that_was_not_counted_is_refused(make_model: Make, make_batch: Make) -> None:

@@ -99,24 +99,25 @@ def boundaries_of(sequence_ids: Tensor, most: int | None = None) -> Tensor:
 class ExampleBound:
     """Bound of the examples and runs of padding in a microbatch, for :func:`boundaries_of`.
 
-    It begins well above what is expected, so that it stays the same in a run and with it the shape of the boundaries,
-    and is raised where a batch needs more.
+    It is well above what is expected, so that nearly all batches have boundaries of one shape, and a fraction of what
+    is possible: 577 instead of 8,320 for 128 rows of 128 tokens with 1.67 examples each.
 
     Args:
-        rows: of a microbatch.
+        rows: of a microbatch, at most.
+        length: tokens of a row.
         examples_per_row: mean over the data.
     """
 
-    def __init__(self, rows: int, examples_per_row: float):
+    def __init__(self, rows: int, length: int, examples_per_row: float):
         self.rows = rows
-        self.most = math.ceil(1.5 * rows * (examples_per_row + 1)) + 64
+        self.possible = rows * (length // 2 + 1)
+        self.expected = min(self.possible, math.ceil(1.5 * rows * (examples_per_row + 1)) + 64)
 
-    def cover(self, sequence_ids: Tensor) -> None:
-        """Raise the bound if a microbatch of this batch, `[all rows, length]` on the host, may exceed it."""
+    def of(self, sequence_ids: Tensor) -> int:
+        """Return the bound for the microbatches of a batch, `[all rows, length]` on the host."""
         starts = (sequence_ids[:, 1:] != sequence_ids[:, :-1]).sum(1) + 1
-        needed = int(starts.topk(min(self.rows, len(starts))).values.sum())
-        if needed > self.most:
-            self.most = math.ceil(1.5 * needed)
+        fullest = starts.topk(min(self.rows, len(starts))).values.sum()
+        return self.expected if fullest <= self.expected else self.possible
 
 
 def attention(qkv: Tensor, pattern: AttentionPattern, num_heads: int, dropout_p: float = 0.0) -> Tensor:

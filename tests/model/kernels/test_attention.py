@@ -163,20 +163,16 @@ def test_boundaries_of_a_bound() -> None:
         boundaries_of(IDS, 11)
 
 
-def test_the_bound_of_examples_is_raised_before_it_is_exceeded() -> None:
-    """Microbatches of two rows: the two fullest rows of a batch count, whichever microbatch they are in."""
-    bound = ExampleBound(rows=2, examples_per_row=1.5)
-    assert bound.most == 72  # 1.5 × 2 × 2.5, rounded up, and 64
-    bound.cover(IDS)
-    assert bound.most == 72
-    bound.most = 8
-    bound.cover(IDS)
-    assert bound.most == 8  # 4 + 4
-    bound.most = 7
-    bound.cover(IDS)
-    assert bound.most == 12
-    bound.cover(IDS[:1])
-    assert bound.most == 12
+def test_the_bound_of_a_batch_covers_any_split_into_microbatches() -> None:
+    """Microbatches of two rows: the two fullest rows count, whichever microbatch they are in."""
+    bound = ExampleBound(rows=128, length=128, examples_per_row=1.67)
+    assert (bound.expected, bound.possible) == (577, 128 * 65)
+    bound = ExampleBound(rows=2, length=8, examples_per_row=1.5)
+    assert bound.expected == bound.possible == 10
+    for expected, found in ((8, 8), (7, 10)):
+        bound.expected = expected
+        assert bound.of(IDS) == found  # 4 + 4
+        assert bound.of(IDS[:1]) == expected
 
 
 @pytest.mark.parametrize(("heads", "size"), [(4, 12), (2, 16), (3, 1)])
