@@ -95,7 +95,7 @@ class TestKernels:
     def _seeded(self) -> None:
         torch.manual_seed(0)
 
-    @pytest.mark.parametrize("size", fewer_on_a_gpu([1, 7, 16, 21, 32, 64, 65, 127, 128], [7, 65]))
+    @pytest.mark.parametrize("size", fewer_on_a_gpu([1, 16, 21, 64, 65, 127], [7, 65]))
     def test_kernel_head_sizes(self, size: int) -> None:
         """64 in all YAMLs; `generator_size` gives sizes from 1 to 127."""
         ids = make_ids(11, [[5, 4]])
@@ -142,7 +142,7 @@ class TestKernels:
 
     @pytest.mark.skipif(ON_GPU, reason="each example is compiled")
     @given(data=st.data())
-    @settings(max_examples=6, deadline=None, derandomize=True)
+    @settings(max_examples=5, deadline=None, derandomize=True)
     def test_kernel_any_shape(self, data: st.DataObject) -> None:
         length, heads, size = (data.draw(st.integers(1, most)) for most in (64, 3, 24))
         lengths = data.draw(st.lists(st.lists(st.integers(1, length), max_size=5), min_size=1, max_size=2))
@@ -172,7 +172,7 @@ class TestKernels:
         torch.testing.assert_close(out, (chances * factors).float())
 
     @pytest.mark.parametrize(
-        ("length", "size", "dtype"), [(24, 8, torch.float32), (40, 8, torch.float32), (150, 16, torch.bfloat16)]
+        ("length", "size", "dtype"), [(24, 8, torch.float32), (40, 8, torch.float32), (100, 16, torch.bfloat16)]
     )
     @pytest.mark.usefixtures("_bf16")
     def test_kernel_backward_drops_what_the_forward_dropped(self, length: int, size: int, dtype: torch.dtype) -> None:
