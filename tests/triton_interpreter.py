@@ -21,15 +21,15 @@ KERNEL_MARKS = [
 ]
 
 
-def run_interpreted(file: str, at_least: int) -> None:
-    """Run a file's tests whose names contain `test_kernel_` in Triton's interpreter; expect that many to pass."""
+def run_interpreted(files: list[str], at_least: int) -> None:
+    """Run the tests `test_kernel_*` of these files in Triton's interpreter; expect that many to pass."""
     pytest.importorskip("triton")
     if INTERPRETED:
         pytest.skip("already in the interpreter")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     # The tests need none of the shared fixtures, whose imports take seconds.
     plugins = [word for name in ("cacheprovider", "shared_fixtures", "xdist") for word in ("-p", f"no:{name}")]
-    command = [sys.executable, "-m", "pytest", "-rA", *plugins, file, "-k", "test_kernel_"]
+    command = [sys.executable, "-m", "pytest", "-rA", *plugins, *files, "-k", "test_kernel_"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert done.stdout.count("PASSED") >= at_least

@@ -87,9 +87,8 @@ class ElectraForPretraining(ElectraNetworks):
 
     def draw_noise(self, input_ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw the uniform numbers of one forward, fp32 `[rows, noise_width]`."""
-        rows, length = input_ids.shape
-        width = masking.noise_width(length, self.slots)
-        return torch.rand(rows, width, device=input_ids.device, generator=generator)
+        width = masking.noise_width(input_ids.shape[1], self.slots)
+        return torch.rand(len(input_ids), width, device=input_ids.device, generator=generator)
 
     def forward(
         self,

@@ -1,20 +1,20 @@
-"""Attention in Triton against the path `sdpa`, and its dropout against Philox in NumPy.
+"""Attention in Triton against the path `sdpa`.
 
-Without a GPU, `test_attention_under_the_interpreter` runs the kernels in another process, in Triton's interpreter.
+Without a GPU, `test_attention_under_the_interpreter` runs the kernels of this module, and of
+test_attention_triton_dropout.py, in another process, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from attention_inputs import fewer_on_a_gpu, make_ids, make_qkv, usual_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_lm_inputs import OPERATOR_CHECKS
-from philox import keep_factors, philox
 from torch import Tensor
 from triton_interpreter import DEVICE, KERNEL_MARKS, ON_GPU, multiply_bf16, run_interpreted
 
@@ -29,30 +29,7 @@ from electra_composer.model.kernels.attention_triton import attention_triton
 
 @pytest.mark.slow
 def test_attention_under_the_interpreter() -> None:
-    run_interpreted(__file__, 30)
-
-
-def fewer_on_a_gpu(values: list[Any], on_gpu: list[Any]) -> list[Any]:
-    """A GPU compiles two kernels for each value, which takes seconds."""
-    return on_gpu if ON_GPU else values
-
-
-def make_ids(length: int, lengths: list[list[int]]) -> Tensor:
-    """Rows of examples of these lengths, filled up with padding."""
-    ids = torch.zeros(len(lengths), length, dtype=torch.long)
-    for row, examples in zip(ids, lengths, strict=True):
-        numbers = torch.arange(1, len(examples) + 1).repeat_interleave(torch.tensor(examples, dtype=torch.long))
-        row[: len(numbers)] = numbers[:length]
-    return ids.to(DEVICE)
-
-
-def usual_ids(length: int) -> Tensor:
-    """One example; several and padding; examples of one token; padding alone."""
-    return make_ids(length, [[length], [length // 3, length // 4], [1] * (length - length // 5), []])
-
-
-def make_qkv(ids: Tensor, heads: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*ids.shape, 3 * heads * size, device=DEVICE).to(dtype).requires_grad_()
+    run_interpreted([__file__, str(Path(__file__).with_name("test_attention_triton_dropout.py"))], 30)
 
 
 def compare(qkv: Tensor, ids: Tensor, heads: int, tolerance: float) -> None:
@@ -80,12 +57,6 @@ def use_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int])
     monkeypatch.setattr(
         module, "backward_launch", lambda length, size, dtype, _: choose(length, size, dtype, capability)
     )
-
-
-def identity_values(rows: int, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys, and values that show the probabilities: one head of size `length`, values are the identity."""
-    query, key = torch.randn(2, rows, length, length, device=DEVICE) / length**0.25
-    return query, key, torch.eye(length, device=DEVICE).expand(rows, -1, -1)
 
 
 class TestKernels:
@@ -158,79 +129,6 @@ class TestKernels:
         assert out[0, :32].isnan().all()
         assert out[0, 32:].isfinite().all()
 
-    @pytest.mark.parametrize("length", [24, 40])
-    def test_kernel_drops_as_philox_decides(self, length: int) -> None:
-        """Values that are the identity show the probabilities."""
-        rows, p, seed = 2, 0.3, 2**40 + 12345
-        query, key, value = identity_values(rows, length)
-        ids = make_ids(length, [[length - 5, 3], [length]])
-        qkv = torch.cat([query, key, value], -1)
-        given_seed = torch.tensor([seed], device=DEVICE)
-        out, _ = attention_triton(qkv, ids, given_seed, 1, p)
-        chances, _ = attention_triton(qkv, ids, given_seed, 1, 0.0)
-        factors = keep_factors(seed, rows, 1, length, p)[:, 0].to(DEVICE)
-        torch.testing.assert_close(out, (chances * factors).float())
-
-    @pytest.mark.parametrize(
-        ("length", "size", "dtype"), [(24, 8, torch.float32), (40, 8, torch.float32), (100, 16, torch.bfloat16)]
-    )
-    @pytest.mark.usefixtures("_bf16")
-    def test_kernel_backward_drops_what_the_forward_dropped(self, length: int, size: int, dtype: torch.dtype) -> None:
-        """Values and gradients against autograd through the formula, with the factors from NumPy."""
-        rows, heads, p, seed = 1, 2, 0.3, 987654321
-        ids = make_ids(length, [[length // 2, length // 3]])
-        qkv = make_qkv(ids, heads, size, dtype)
-        out, _ = attention_triton(qkv, ids, torch.tensor([seed], device=DEVICE), heads, p)
-        upstream = torch.randn_like(out)
-        (gradient,) = torch.autograd.grad(out, qkv, upstream)
-
-        exact = qkv.detach().double().requires_grad_()
-        query, key, value = exact.view(rows, length, 3, heads, size).permute(2, 0, 3, 1, 4)
-        scores = query @ key.transpose(-1, -2) / math.sqrt(size)
-        chances = scores.masked_fill((ids[:, :, None] != ids[:, None, :])[:, None], -math.inf).softmax(-1)
-        factors = keep_factors(seed, rows, heads, length, p).to(DEVICE)
-        expected = ((chances * factors) @ value).transpose(1, 2).flatten(2)
-        (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.double())
-        tolerance = 1e-5 if dtype == torch.float32 else 4e-2
-        torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
-        torch.testing.assert_close(gradient.double(), expected_gradient, atol=tolerance, rtol=tolerance)
-
-    def test_kernel_drops_everything(self) -> None:
-        ids = usual_ids(9)
-        qkv = make_qkv(ids, 1, 8)
-        out, _ = attention_triton(qkv, ids, torch.zeros(1, dtype=torch.long, device=DEVICE), 1, 1.0)
-        out.sum().backward()
-        assert (out == 0).all()
-        assert qkv.grad is not None
-        assert (qkv.grad == 0).all()
-
-    @pytest.mark.parametrize("length", [20, 40])
-    def test_kernel_repeats_itself_to_the_bit(self, length: int) -> None:
-        ids = make_ids(length, [[length - 3]])
-        qkv, seed = make_qkv(ids, 1, 16), torch.tensor([7], device=DEVICE)
-        results = []
-        for number in (seed, seed, seed + 1):
-            out, _ = attention_triton(qkv, ids, number, 1, 0.2)
-            results.append((out, torch.autograd.grad(out.square().sum(), qkv)[0]))
-        for first, second, other in zip(*results, strict=True):
-            assert torch.equal(first, second)
-            assert not torch.equal(first, other)
-
-    def test_kernel_is_seeded_by_torch(self) -> None:
-        """A layer's seed does not depend on the other layers, and each layer has its own."""
-        ids = make_ids(20, [[12, 5]])
-        qkv, pattern = make_qkv(ids, 1, 16), pattern_of(ids, "triton")
-
-        def results() -> list[Tensor]:
-            torch.manual_seed(3)
-            layers = [attention(qkv, of_layer, 1, 0.2) for of_layer in pattern.of_layers(2, 0.2)]
-            return [*layers, attention(qkv, pattern, 1, 0.2)]
-
-        first, second = results(), results()
-        assert all(map(torch.equal, first, second))
-        assert not torch.equal(first[0], first[1])
-        assert not torch.equal(first[1], first[2])
-
     def test_kernel_in_an_encoder(self) -> None:
         """Values and gradients of two layers without dropout; with dropout, a seed says everything."""
         encoder = Encoder(EncoderConfig(99, 16, 16, 2, 2, 32, 40, 0.0, 0.2, 0.02, 1e-12)).to(DEVICE)
@@ -276,21 +174,6 @@ class TestKernels:
         torch.library.opcheck(attention_triton, arguments, test_utils=OPERATOR_CHECKS)
 
 
-def test_philox_against_published_numbers() -> None:
-    """The test vector of the authors' library Random123 for 7 rounds (tests/kat_vectors)."""
-    words = philox(np.zeros(4, dtype=np.uint32), (0, 0))
-    assert [f"{word:08x}" for word in words] == ["5f6fb709", "0d893f64", "4f121f81", "4f730a48"]
-
-
-def test_rate_of_the_factors() -> None:
-    """Kept: a fraction 1 - p within five standard errors, also of two neighbours that share a call of Philox."""
-    p = 0.1
-    kept = keep_factors(3, 4, 4, 128, p) > 0
-    assert abs(kept.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.numel()) + 2.0**-17
-    both = ~kept[..., :8] & ~kept[..., 8:16]
-    assert abs(both.double().mean().item() - p**2) < 5 * math.sqrt(p**2 / both.numel())
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not ON_GPU, reason="no GPU: true sizes are too many for the interpreter")
 @pytest.mark.parametrize(
@@ -306,45 +189,6 @@ def test_rate_of_the_factors() -> None:
 def test_true_size(rows: int, length: int, heads: int, dtype: torch.dtype) -> None:
     ids = usual_ids(length).repeat(rows // 4, 1)
     compare(make_qkv(ids, heads, 64, dtype), ids, heads, 1e-4 if dtype == torch.float32 else 3e-2)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not ON_GPU, reason="no GPU")
-@pytest.mark.parametrize(("length", "p"), [(128, 0.1), (512, 0.1)])
-def test_true_size_drops_as_philox_decides(length: int, p: float) -> None:
-    ids = usual_ids(length)
-    qkv = make_qkv(ids, 1, 64, torch.bfloat16)
-    value = torch.zeros(4, length, 64, device="cuda")
-    value[:, :64] = torch.eye(64, device="cuda")
-    qkv = torch.cat([qkv.detach()[..., :128], value.bfloat16()], -1)
-    out, _ = attention_triton(qkv, ids, torch.tensor([11], device="cuda"), 1, p)
-    chances, _ = attention_triton(qkv, ids, ids, 1, 0.0)
-    factors = keep_factors(11, 4, 1, length, p)[:, 0, :, :64].cuda()
-    torch.testing.assert_close(out.double(), chances.double() * factors, atol=1e-2, rtol=2e-2)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not ON_GPU, reason="no GPU")
-def test_cuda_graph_draws_anew_in_each_replay_and_follows_the_seed() -> None:
-    ids = usual_ids(128)
-    qkv, pattern = make_qkv(ids, 2, 64, torch.bfloat16), pattern_of(ids, "triton")
-
-    def run() -> Tensor:
-        return attention(qkv, pattern.of_layers(1, 0.1)[0], 2, 0.1)
-
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    results = []
-    for seed in (1, None, 1):
-        if seed is not None:
-            torch.manual_seed(seed)
-        graph.replay()
-        results.append(captured.clone())
-    assert torch.equal(results[0], results[2])
-    assert not torch.equal(results[0], results[1])
 
 
 @pytest.mark.parametrize(

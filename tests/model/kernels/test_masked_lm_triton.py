@@ -26,7 +26,7 @@ from electra_composer.model.kernels.masked_lm import MaskedLM, masked_lm
 
 @pytest.mark.slow
 def test_triton_under_the_interpreter() -> None:
-    run_interpreted(__file__, 16)
+    run_interpreted([__file__], 16)
 
 
 @pytest.fixture(autouse=True)
