@@ -1,12 +1,20 @@
-"""Errors that the user can fix: one line on stderr and exit status 2 instead of a traceback."""
+"""Entry points: errors that the user can fix as one line with exit status 2, and an exit that signals can end."""
 
 from __future__ import annotations
 
+import atexit
 import functools
 import io
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
+
+# Workaround (composer 0.32): `initialize_dist` sets LOCAL_RANK in a process without a launcher too, so it is read at
+# import; goes when Composer leaves the environment as it is.
+LAUNCHED = "LOCAL_RANK" in os.environ
 
 
 class UserError(ValueError):
@@ -19,7 +27,8 @@ class UserError(ValueError):
 def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate an entry point to print `error: …` and exit with 2 on a :class:`UserError`, without a traceback.
 
-    All other exceptions are bugs and keep their traceback.
+    All other exceptions are bugs and keep their traceback. When the entry point has returned or raised, SIGTERM and
+    SIGINT end the process at once.
     """
 
     @functools.wraps(entry_point)
@@ -35,8 +44,25 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
             message = str(error).rpartition("UserError: ")[2]
             print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
             sys.exit(2)
+        finally:
+            atexit.unregister(die_of_signals)
+            atexit.register(die_of_signals)  # what is registered last runs first
 
     return wrapper
+
+
+# Workaround (composer 0.32): a handler that Composer installs at import turns SIGTERM and SIGINT into SystemExit, which
+# an exit in progress only prints and which nothing raises while libraries shut down: a process that hangs there could
+# not be ended by SIGTERM. Goes when Composer restores the handlers.
+def die_of_signals() -> None:
+    """Let SIGTERM and SIGINT end the process in the kernel, without Python.
+
+    Not in a rank of a launcher, which sends SIGTERM to all ranks once one has failed: those that are about to exit keep
+    their own status, and the launcher kills what has not ended after 30 seconds.
+    """
+    if not LAUNCHED and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def one_line(message: object, limit: int | None = None) -> str:

@@ -54,6 +54,7 @@ SLOW_MODULES = {
     "training/test_interrupts.py",
     "training/test_monitors.py",
     "test_artefacts.py",
+    "test_exit.py",
     "test_faults.py",
     "test_glue.py",
     "test_pretrain.py",

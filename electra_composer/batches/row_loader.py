@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,12 +13,13 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from electra_composer.batches.background import BackgroundIterator
 from electra_composer.batches.collation import COLUMNS, Batch
 from electra_composer.batches.row_dataset import RowDataset
+from electra_composer.batches.workers import WorkerLoader
 
 GROUP_ROWS = 64
 """Rows that are packed at once. NumPy's calls cost the same time for few rows as for many."""
 
 
-class RowLoader(StreamingDataLoader):
+class RowLoader(StreamingDataLoader, WorkerLoader):
     """`StreamingDataLoader` of a :class:`RowDataset`.
 
     A batch stays one tensor, of which its columns are views, so that a device can get it in one copy.
@@ -44,7 +44,7 @@ class RowLoader(StreamingDataLoader):
         self.transform = transform
         super().__init__(dataset, **options)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # DataLoader promises its private iterator
         """Yield batches: int64 tensors `[rows, max_seq_length]` (see :func:`collate_rows`), `num_tokens`, and `rows`,
         int64 `[rows]`, the row numbers in the split, which identify a batch's content."""
         for batch in super().__iter__():
@@ -55,17 +55,10 @@ class RowLoader(StreamingDataLoader):
     def _get_batch_size(self, batch: Any) -> int:
         return len(batch["rows"])
 
-    # Workaround (torch 2.7): Composer's objects form reference cycles. When the garbage collector breaks one up, it
-    # closes the queues to the workers before DataLoader tells the workers to exit, and DataLoader then waits five
-    # seconds for each worker. The finalizer keeps the iterator, and so its queues, alive until the workers have
-    # exited. `_get_iterator` and `_shutdown_workers` are private; goes when DataLoader has a public close.
+    # Workaround (torch 2.7): the method that creates DataLoader's iterator is private; goes when DataLoader can use a
+    # thread, and has a public close.
     def _get_iterator(self) -> Any:
-        if self.background:
-            return BackgroundIterator(self.batches())
-        iterator = super()._get_iterator()
-        if self.num_workers > 0:
-            weakref.finalize(self, iterator._shutdown_workers)
-        return iterator
+        return BackgroundIterator(self.batches()) if self.background else super()._get_iterator()
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches that DataLoader would, packing several small ones at once."""

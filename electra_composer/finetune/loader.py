@@ -11,10 +11,9 @@ import torch
 from composer.core import DataSpec
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from electra_composer.batches.background import BackgroundLoader
-from electra_composer.batches.workers import loader_workers
+from electra_composer.batches.workers import WorkerLoader, loader_workers
 from electra_composer.finetune.data import EncodedExample, EncodedExamples
 from electra_composer.finetune.ranking import RankedExample, RankedExamples
 from electra_composer.finetune.sampler import LengthGroupedSampler
@@ -41,7 +40,7 @@ def build_loader(
         shuffle_seed: seed of the order, which changes every epoch; None sorts from the longest to the shortest example.
     """
     is_ranked = isinstance(examples, RankedExamples)
-    kind: type[DataLoader] = DataLoader
+    kind: type[BackgroundLoader | WorkerLoader] = WorkerLoader
     if num_workers == "auto":
         kind, num_workers = BackgroundLoader, 0
     assert isinstance(num_workers, int)

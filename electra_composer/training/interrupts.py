@@ -20,12 +20,10 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from electra_composer.checkpoints.saving import AtomicCheckpointSaver
+from electra_composer.errors import LAUNCHED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
-# Workaround (composer 0.32): `initialize_dist` sets LOCAL_RANK in a process without a launcher too, so it is read at
-# import; goes when Composer leaves the environment as it is.
-LAUNCHED = "LOCAL_RANK" in os.environ
 
 
 class StopOnSignal(Callback):
@@ -60,7 +58,8 @@ class StopOnSignal(Callback):
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread only
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
+            before = signal.signal(number, self._receive)
+            self._before.setdefault(number, before)  # a fit that failed has left our handler
         end_with_launcher()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
+import programs
 import pytest
+from tiny import ROOT
 from torch.utils.data import DataLoader
 
-from electra_composer.batches.workers import leave_signals_to_parent, loader_workers
+from electra_composer.batches.row_loader import RowLoader
+from electra_composer.batches.workers import WorkerLoader, leave_signals_to_parent, loader_workers
+from electra_composer.finetune.data import EncodedExamples
+from electra_composer.finetune.loader import build_loader
 
 
 def squares_that_take_long(index: int) -> int:
@@ -71,6 +78,35 @@ next(batches)
 def test_workers_end_with_their_parent_without_a_word():
     ended = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+ALIVE_AT_EXIT = """
+import sys
+sys.path.insert(0, sys.argv.pop())
+import at_exit  # pins memory and watches
+from electra_composer.batches.workers import WorkerLoader, loader_workers
+
+loader = WorkerLoader(range(99), pin_memory=True, **loader_workers(2))
+assert next(iter(loader)) == 0
+if sys.argv[1:] == ["deleted"]:
+    del loader
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["deleted"]])
+def test_nobody_waits_for_workers_at_exit(arguments):
+    """On CUDA every worker of a loader that was alive at exit held the process for five seconds (torch 2.7)."""
+    tests = str(ROOT / "tests")
+    command = [sys.executable, "-c", ALIVE_AT_EXIT, *arguments, tests]
+    ended = programs.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert json.loads(ended.stdout) == {"in vain": [], "threads": [], "children": 0}
+
+
+def test_every_loader_with_workers_ends_them():
+    assert issubclass(RowLoader, WorkerLoader)
+    examples = EncodedExamples(np.zeros(4, np.int32), np.arange(3), np.ones(2, np.int64), None)
+    assert isinstance(build_loader(examples, 0, 1, 2, None).dataloader, WorkerLoader)
 
 
 def test_a_loader_without_workers_takes_no_arguments_of_theirs():

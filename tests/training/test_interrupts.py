@@ -43,6 +43,15 @@ def test_a_checkpoint_that_is_due_anyway_is_not_written_twice(tiny_yaml, tmp_pat
     assert saved == ["batch-"]
 
 
+def test_a_fit_that_failed_and_another_give_the_handlers_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop = StopOnSignal(None)
+    for _ in range(2):  # an error ends the first fit before its end
+        stop.fit_start(None, None)
+    stop.close(None, None)
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
 def test_a_run_that_keeps_no_checkpoints_just_ends(tiny_yaml, tmp_path, capfd):
     settings = ["checkpoints.interval=null", "checkpoints.milestones=[]"]
     assert run(str(tiny_yaml), tmp_path, *settings, *signal_at(3, signal.SIGTERM, 0)) == 143
