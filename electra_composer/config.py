@@ -154,13 +154,16 @@ class TrainerConfig:
     gradient_clip: float | None = 1.0  # maximum global gradient norm; null: no clipping
     # on a NaN or infinite loss or gradient: end the run, or skip and count the update (docs/reliability.md)
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    compile: Union[bool, str] = False  # noqa: UP007 (OmegaConf); torch.compile, or its mode such as reduce-overhead
+    # torch.compile: true, false, or its mode such as reduce-overhead; auto: true on a GPU for batches of one length
+    compile: Union[bool, str] = "auto"  # noqa: UP007 (OmegaConf)
     # auto, true or false: record the training step as one CUDA graph; auto: where that is possible (docs/speed.md)
     cuda_graph: Union[bool, str] = "auto"  # noqa: UP007 (OmegaConf)
     attention: Literal["auto", "sdpa", "varlen", "triton"] = "auto"  # auto: on CUDA the fastest, timed at start
     fsdp: FSDPConfig | None = None  # {}: FSDP2 with its defaults; null: DDP
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, about 30% slower
-    deterministic: bool = False  # use deterministic kernels only
+    # deterministic kernels only: two runs with one seed are equal to the bit on a GPU too, and slower. Off, the start
+    # names the operators that are not deterministic.
+    deterministic: bool = False
     progress_bar: bool = True
     log_interval: str = "10ba"  # interval of training metrics, the console logger and the metrics file
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from composer import Trainer
 from composer.core import DataSpec
 from composer.utils import dist
@@ -14,6 +16,7 @@ from electra_composer.batches.streams import describe_streams
 from electra_composer.checkpoints.remote import remote_copy
 from electra_composer.checkpoints.resuming import exclusive_lock
 from electra_composer.checkpoints.weights import check_state_fits, read_checkpoint, special_ids, tokenizer_files
+from electra_composer.compilers import missing_for_triton
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config_from_command_line, to_dict, to_yaml
 from electra_composer.errors import UserError, report_user_errors
@@ -27,6 +30,7 @@ from electra_composer.training.attention_path import choose_attention
 from electra_composer.training.callbacks import RunRecord, TrainMetrics
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, check_run_folder, checkpoint_to_load
 from electra_composer.training.compilation import explain_compile_errors
+from electra_composer.training.determinism import describe_nondeterminism, explain_nondeterministic_operators
 from electra_composer.training.devices import fsdp_gradient_factor, resolve_device
 from electra_composer.training.learning_watch import LearningWatch
 from electra_composer.training.startup import device_batch_size, microbatch_size, start
@@ -65,6 +69,7 @@ def main(config: PretrainConfig) -> Trainer:
         exclusive_lock(config.checkpoints.folder),
         remote_copy(config.checkpoints, config.run_name, LATEST_OF_RANK_0) as copy,
         explain_compile_errors(),
+        explain_nondeterministic_operators(),
     ):
         trainer = build_trainer(
             config,
@@ -99,14 +104,14 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, cpu_
 
 
 def choose_kernels(config: PretrainConfig, model: ElectraPretraining, meta: Meta) -> None:
-    """Check the masked-LM kernel and choose the attention path.
+    """Choose the masked-LM kernel and the attention path.
 
     Raises:
         UserError: `objective.masked_lm` or `trainer.attention` does not run on this machine or with these sizes.
     """
     sizes = model.model.discriminator.config
-    device_type = "cuda" if resolve_device(config.trainer)[0] == "gpu" else "cpu"
-    resolve_implementation(config.objective.masked_lm, device_type, sizes.padded_vocab_size, sizes.embedding_size)
+    device = resolve_device(config.trainer)[0]
+    choose_masked_lm(config, model, device)
     encoders = (model.model.encoder_of_generator.config, sizes)
     rows, length = microbatch_size(config.trainer), config.data.max_seq_length
     path, reason = choose_attention(config.trainer, encoders, rows, length)
@@ -115,6 +120,30 @@ def choose_kernels(config: PretrainConfig, model: ElectraPretraining, meta: Meta
         counts = meta.splits.get("train", SplitCounts())
         model.example_bound = ExampleBound(rows, length, counts.examples / max(1, counts.rows))
     print_once(f"attention: {path} ({reason})")
+    unsteady = describe_nondeterminism(config.trainer, device, path)
+    if unsteady is not None:
+        print_once(unsteady)
+
+
+def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: str) -> None:
+    """Check `objective.masked_lm`, and replace `auto` by `chunked` on a GPU machine that cannot run Triton.
+
+    Raises:
+        UserError: it does not run on this machine.
+    """
+    name, sizes = config.objective.masked_lm, model.model.discriminator.config
+    missing = missing_for_triton() if device == "gpu" else None
+    if missing is not None and name == "triton":
+        raise UserError(
+            f"objective.masked_lm is triton and the machine lacks {missing}; install it or set "
+            "objective.masked_lm=chunked (slower)"
+        )
+    if missing is not None and name == "auto":
+        name = "chunked"
+        model.model.objective = replace(config.objective, masked_lm=name)
+        print_once(f"masked_lm: chunked (the machine lacks {missing}; triton is faster)")
+    device_type = "cuda" if device == "gpu" else "cpu"
+    resolve_implementation(name, device_type, sizes.padded_vocab_size, sizes.embedding_size)
 
 
 def check_initial_checkpoint(config: PretrainConfig, model: ElectraPretraining) -> None:

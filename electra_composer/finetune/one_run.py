@@ -35,6 +35,7 @@ from electra_composer.finetune.runs import PlannedRun, now
 from electra_composer.finetune.tasks import Task
 from electra_composer.training.builders import build_callbacks, build_optimizer, build_scheduler
 from electra_composer.training.compilation import explain_compile_errors
+from electra_composer.training.determinism import explain_nondeterministic_operators
 from electra_composer.training.startup import device_batch_size
 from electra_composer.training.times import parse_time
 from electra_composer.training.trainer import build_trainer
@@ -152,7 +153,7 @@ def finetune(
         `steps`, numbers of examples, seconds of training and of the run.
 
     Raises:
-        UserError: disk full, or `torch.compile` failed.
+        UserError: disk full, `torch.compile` failed, or an operator has no deterministic kernel.
     """
     started = time.monotonic()
     task = run.task
@@ -224,7 +225,7 @@ def _train_and_predict(
         static_shapes=False,  # a batch is as long as its longest example
     )
     try:
-        with explain_compile_errors():
+        with explain_compile_errors(), explain_nondeterministic_operators():
             if len(data.dev) == 1:
                 trainer.fit()
             else:

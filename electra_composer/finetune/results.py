@@ -25,6 +25,7 @@ from electra_composer.finetune.published import published_rows
 from electra_composer.finetune.report import AVERAGED, csv_text, markdown
 from electra_composer.finetune.store import RunStore, store_path
 from electra_composer.finetune.tasks import TASKS
+from electra_composer.training.compilation import choose_compile
 from electra_composer.vocabulary import vocabulary_sha256
 
 # Settings that may differ within a group because they do not affect scores.
@@ -72,6 +73,8 @@ def group_of(config: GlueConfig, source: dict[str, Any]) -> tuple[str, dict[str,
         for subkey, subvalue in value.items() if isinstance(value, dict) else [(None, value)]:
             if key not in IGNORED_KEYS and (key, subkey) not in IGNORED_SUBKEYS:
                 flat[f"{key}.{subkey}" if subkey else key] = subvalue
+    # What `auto` means here, so that results of versions without it are of the same group.
+    flat["trainer.compile"] = choose_compile(config.trainer, static_shapes=False)[0]
     # Includes the sizes because random weights have no hash, and because they include dropout.
     described = {**source["sizes"], **{key: source[key] for key in ("weights_sha256", "vocabulary_sha256")}}
     flat.update({f"{key} of model.source": value for key, value in described.items()})

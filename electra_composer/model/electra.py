@@ -240,6 +240,7 @@ def statistics(outputs: dict[str, Tensor], originals: Tensor, mlm_correct: Tenso
         "false_positive": (predicted & ~replaced).sum().float(),
         "false_negative": (~predicted & replaced).sum().float(),
         "true_negative": (~predicted & ~replaced & tokens).sum().float(),
-        "mlm_loss_sum": outputs["mlm_loss"].detach(),
-        "rtd_loss_sum": outputs["rtd_loss"].detach(),
+        # Cloned: an output that shares memory with another keeps a compiled graph out of autograd's cache.
+        "mlm_loss_sum": outputs["mlm_loss"].detach().clone(),
+        "rtd_loss_sum": outputs["rtd_loss"].detach().clone(),
     }

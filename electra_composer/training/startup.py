@@ -7,6 +7,7 @@ from composer.utils import dist, reproducibility
 from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.errors import UserError
 from electra_composer.training.compilation import check_compile
+from electra_composer.training.determinism import use_deterministic_kernels
 from electra_composer.training.devices import resolve_device, run_device
 from electra_composer.training.process_memory import keep_freed_memory
 from electra_composer.training.step_graph import check_cuda_graph
@@ -22,6 +23,7 @@ def start(config: RunConfig) -> bool:
     Raises:
         UserError: a value that is out of range or not possible on this machine.
     """
+    use_deterministic_kernels(config.trainer)
     device, _, cpu_autocast = resolve_device(config.trainer)
     check_compile(config.trainer)
     check_cuda_graph(config.trainer)

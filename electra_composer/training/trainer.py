@@ -29,7 +29,7 @@ from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.training.builders import build_callbacks, build_loggers, build_optimizer, build_scheduler
 from electra_composer.training.callbacks import BatchSeed
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, checkpoint_savers, load_path
-from electra_composer.training.compilation import compile_model
+from electra_composer.training.compilation import CompileReport, choose_compile, compile_model
 from electra_composer.training.devices import resolve_device, run_device
 from electra_composer.training.engine import RunEngine
 from electra_composer.training.interrupts import StopOnSignal
@@ -73,7 +73,7 @@ def build_trainer(
     trainer, folder = config.trainer, config.checkpoints.folder
     device, precision, _ = resolve_device(trainer)
     savers = checkpoint_savers(config, copy)
-    stop = StopOnSignal(savers[-1] if savers else None)
+    stop, report = StopOnSignal(savers[-1] if savers else None), CompileReport(*choose_compile(trainer, static_shapes))
     guard = NumericalGuard(folder, trainer.gradient_clip, trainer.on_nonfinite)
     machine = run_device(device)
     machine.module_to_device(model)
@@ -89,6 +89,7 @@ def build_trainer(
             cuda_graph=(trainer.cuda_graph, obstacle_in_config(trainer, static_shapes)),
             guard=guard,
             stop=stop,
+            report=report,
             model=model,
             train_dataloader=train_data,
             eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
@@ -105,7 +106,6 @@ def build_trainer(
             precision=precision,
             device_train_microbatch_size=trainer.device_train_microbatch_size or microbatch_size(trainer),
             parallelism_config={"fsdp": sharding} if sharding is not None else None,
-            deterministic_mode=trainer.deterministic,
             **arguments,
         )
 
@@ -135,6 +135,7 @@ class RunTrainer(Trainer):
         guard: gets the losses of every batch, on the device.
         stop: gets the number of ranks that have received a signal, at every batch. Must be among the callbacks too.
         cuda_graph: `trainer.cuda_graph`, and why the configuration does not allow it, for :func:`use_graph`.
+        report: a callback that checkpoints have no state of.
         arguments: Composer's.
     """
 
@@ -149,6 +150,7 @@ class RunTrainer(Trainer):
         guard: NumericalGuard | None = None,
         stop: StopOnSignal | None = None,
         cuda_graph: tuple[bool | str, str | None] = (False, None),
+        report: Callback | None = None,
         **arguments: Any,
     ) -> None:
         self.cuda_graph = cuda_graph
@@ -171,6 +173,8 @@ class RunTrainer(Trainer):
             if flat is not None:
                 patches.enter_context(mock.patch.object(composer_trainer, "prepare_ddp_module", lambda model, _: model))
             super().__init__(**arguments)
+        if report is not None:
+            self.state.callbacks.append(report)  # Composer warns of callbacks that it finds no state of
         self.step = TrainStep(self, flat)
 
     def fit(self, **arguments: Any) -> None:

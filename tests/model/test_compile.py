@@ -7,16 +7,20 @@ code generator is tested once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder, exc
 
-from electra_composer.config import ObjectiveConfig, TrainerConfig
+from electra_composer.config import ObjectiveConfig, OptimizerConfig, TrainerConfig
 from electra_composer.errors import UserError
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.training import compilation
+from electra_composer.training.builders import build_optimizer
+from electra_composer.training.parallelism import use_flat_parameters
 
 Make = Callable[..., Any]
 ROWS = [[(10, 12), (5, 0)], [(20, 0)], [(16, 16)], [(5, 3), (4, 4), (3, 0)]]
@@ -101,22 +105,38 @@ def test_batches_of_one_shape_are_one_compilation(make_model: Make, make_batch: 
 
 
 @pytest.mark.long
-def test_the_code_generator_takes_it(make_model: Make, make_batch: Make, tiny_model_config: Make) -> None:
+def test_the_code_generator_takes_it(
+    make_model: Make, make_batch: Make, tiny_model_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With flat parameters. A second start finds the code in the cache; so does another process (docs/log.md)."""
     try:
         compilation.check_compile(TrainerConfig(compile=True, precision="fp32", device="cpu"))
     except UserError as error:
         pytest.skip(str(error))
-    model = ElectraPretraining(make_model(tiny_model_config(num_layers=1)))
-    batch = make_batch(ROWS)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def build() -> ElectraPretraining:
+        torch.manual_seed(0)
+        model = ElectraPretraining(make_model(tiny_model_config(num_layers=1)))
+        use_flat_parameters(model, build_optimizer(OptimizerConfig(lr=1e-3), model), "fp32")
+        return model
+
+    model, batch = build(), make_batch(ROWS)
     batch["noise"] = model.model.draw_noise(batch["input_ids"])
     batch = model.count_batch(batch)
     expected = losses_and_gradients(model, batch)
-    compile_as_composer_does(model, "inductor")
-    torch.testing.assert_close(losses_and_gradients(model, batch), expected, rtol=1e-4, atol=1e-4)
+    for misses in (2, 0):  # of forward and backward
+        torch.compiler.reset()
+        counters.clear()
+        model = build()
+        compile_as_composer_does(model, "inductor")
+        torch.testing.assert_close(losses_and_gradients(model, batch), expected, rtol=1e-4, atol=1e-4)
+        assert counters["inductor"]["fxgraph_cache_miss"] == misses
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(UserError, match=r"trainer\.compile is 'fast'; expected true, false or one of default, "):
+    with pytest.raises(UserError, match=r"trainer\.compile is 'fast'; expected auto, true, false or one of default, "):
         compilation.check_compile(TrainerConfig(compile="fast"))
 
 
@@ -126,7 +146,7 @@ def test_a_cpu_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) ->
 
     # Workaround (torch 2.7): the search for a C++ compiler is private; goes when a public call reports a missing one.
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
-    with pytest.raises(UserError, match=r"install g\+\+ or set trainer\.compile=false"):
+    with pytest.raises(UserError, match=r"lacks a C\+\+ compiler .*g\+\+.*; install it or set trainer\.compile=false"):
         compilation.check_compile(TrainerConfig(compile=True, precision="fp32", device="cpu"))
 
 
