@@ -162,7 +162,7 @@ class TrainerConfig:
     fsdp: FSDPConfig | None = None  # {}: FSDP2 with its defaults; null: DDP
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, about 30% slower
     # deterministic kernels only: two runs with one seed are equal to the bit on a GPU too, and slower. Off, the start
-    # names the operators that are not deterministic.
+    # names the operators that are not deterministic. On a CPU: a number of threads that ignores other processes.
     deterministic: bool = False
     progress_bar: bool = True
     log_interval: str = "10ba"  # interval of training metrics, the console logger and the metrics file

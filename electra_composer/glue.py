@@ -56,7 +56,7 @@ def main(config: GlueConfig) -> dict[str, Any]:
     device = resolve_device(config.trainer)[0]
     processes = Processes.from_launcher()
     processes.init_process_group(device)
-    cpu_autocast = start(config)
+    cpu_autocast = start(config, processes.on_this_machine)
     with processes.rank_zero_first():
         job = prepare(config, tasks, processes)
     processes.print(f"attention: {job.attention}")

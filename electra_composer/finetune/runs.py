@@ -215,12 +215,14 @@ class Processes:
     Args:
         rank: rank of this process. Rank 0 prints, writes the tables and prepares the data before the others.
         count: number of processes.
+        on_this_machine: those of them on this machine.
         store: TCPStore for synchronisation at the start; None for a single process.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, store: Any = None):
+    def __init__(self, rank: int = 0, count: int = 1, store: Any = None, on_this_machine: int = 1):
         self.rank = rank
         self.count = count
+        self.on_this_machine = on_this_machine
         self.store = store
         self.since = now()
 
@@ -244,8 +246,9 @@ class Processes:
         )
         if handler is not None:  # None: not installed from Python
             signal.signal(signal.SIGTERM, handler)
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", NODE_RANK="0")
-        return cls(rank, count, store)
+        return cls(rank, count, store, on_this_machine)
 
     def init_process_group(self, device: str) -> None:
         """Initialize a process group with this process as its only member; without a launcher, Composer does it.

@@ -11,11 +11,16 @@ from electra_composer.training.determinism import use_deterministic_kernels
 from electra_composer.training.devices import resolve_device, run_device
 from electra_composer.training.process_memory import keep_freed_memory
 from electra_composer.training.step_graph import check_cuda_graph
+from electra_composer.training.threads import choose_threads
 from electra_composer.training.times import parse_time
 
 
-def start(config: RunConfig) -> bool:
-    """Initialise the process group and the seeds, and check device, precision, batch sizes and times.
+def start(config: RunConfig, ranks_of_machine: int | None = None) -> bool:
+    """Initialise the process group and the seeds, choose the number of CPU threads, and check device, precision, batch
+    sizes and times.
+
+    Args:
+        ranks_of_machine: processes of the program on this machine, which share its cores; None: those of the launcher.
 
     Returns:
         Whether the model is to run under bfloat16 autocast on the CPU (see devices.py).
@@ -31,6 +36,8 @@ def start(config: RunConfig) -> bool:
         keep_freed_memory()
     dist.initialize_dist(run_device(device), timeout=300.0)
     device_batch_size(config.trainer)
+    if device == "cpu":
+        choose_threads(config.trainer, ranks_of_machine or dist.get_local_world_size())
     for key, time in (
         ("trainer.max_duration", config.trainer.max_duration),
         ("trainer.eval_interval", config.trainer.eval_interval),

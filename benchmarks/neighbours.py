@@ -1,0 +1,217 @@
+"""Speed of the quickstart's pretraining beside busy processes, with and without the choice of threads; one JSON line.
+
+    python benchmarks/neighbours.py [--pairs 12] [--repeats 2] [--steps 30] [--seconds 24] [key=value …]
+
+The model, batch size and callbacks of `yamls/quickstart.yaml` train in Composer's `Trainer`. Blocks of steps alternate:
+`adapted` chooses the number of threads as the programs do, at the start of each block and during it; `fixed` has
+torch's own, as with `OMP_NUM_THREADS`. Beside busy processes a block has a third of the steps. Last, a neighbour starts
+and ends while the adapted trainer runs. Exits with 1 if a goal is missed: beside one busy process at least 3 batches/s,
+and on an idle machine at most 3% slower than `fixed`. `key=value` overrides the YAML.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from machine import describe, require_positive
+from tqdm import tqdm
+from variants import Setup, TrainerSteps
+from workload import YAMLS, make_workload
+
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config
+from electra_composer.errors import UserError, report_user_errors
+from electra_composer.training import threads
+from electra_composer.training.cores import measure_usage, used_by_others
+from electra_composer.training.devices import cpu_multiplies_bfloat16
+from electra_composer.training.startup import start
+
+BUSY = (0, 1, 2)
+Blocks = dict[tuple[int, str], list[tuple[float, int]]]
+"""(busy processes, kind) → batches/s and number of threads of each block."""
+
+GOAL_BESIDE_ONE = 3.0
+GOAL_IDLE_LOSS = 0.03
+QUIET = 0.1  # cores in use by others, up to which a machine counts as idle
+WARMUP = 4
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print one JSON line, and exit with 1 if a goal is missed."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        config, trainers = set_up(options, Path(folder))
+        blocks, others = alternate(config, trainers, options)
+        adaption = adapt(trainers["adapted"], options.seconds)
+    result = summarize(blocks, others)
+    result = {"benchmark": "neighbours", **result, "missed": missed(result), "adaption": adaption}
+    result |= {"options": vars(options), "machine": describe()}
+    print(json.dumps(result), flush=True)
+    sys.exit(1 if result["missed"] else 0)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse the options.
+
+    Raises:
+        UserError: an option is out of range, or the environment fixes the number of threads.
+    """
+    parser = argparse.ArgumentParser(prog="benchmarks/neighbours.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=12, help="blocks of each kind without neighbours (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="blocks of each kind with neighbours (%(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of a block without neighbours (%(default)s)")
+    parser.add_argument("--seconds", type=int, default=24, help="of each phase of the adaption (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    require_positive(options, "pairs", "repeats", "steps", "seconds")
+    if threads.is_fixed_by_user():
+        raise UserError(f"{' or '.join(threads.FIXED_BY)} is set, which switches off what is measured; unset it")
+    return options
+
+
+def set_up(options: argparse.Namespace, folder: Path) -> tuple[PretrainConfig, dict[str, TrainerSteps]]:
+    """Build the trainer that adapts its threads and the one that does not, over the same synthetic rows."""
+    overrides = [
+        f"data.path={folder / 'shards'}",
+        "data.shuffle=false",
+        f"trainer.precision={'amp_bf16' if cpu_multiplies_bfloat16() else 'fp32'}",  # as quickstart.py does
+        "trainer.device=cpu",
+        "trainer.max_duration=1000000ba",
+        "trainer.progress_bar=false",
+        f"checkpoints.folder={folder / 'run'}",
+        "checkpoints.milestones=[]",
+        "checkpoints.resume=false",
+        *options.overrides,
+    ]
+    config = load_config(str(YAMLS / "quickstart.yaml"), overrides, PretrainConfig)
+    rows = (WARMUP + options.steps) * config.trainer.global_train_batch_size
+    data = argparse.Namespace(data=None, vocab=4096, batch=config.trainer.device_eval_batch_size, seed=config.seed)
+    workload = make_workload(data, folder / "shards", config.data.max_seq_length, rows)
+    setup = Setup(config, workload, torch.device("cpu"), start(config), "sdpa")
+    with mock.patch.dict(os.environ, {threads.FIXED_BY[0]: str(threads.default_threads())}):
+        fixed = TrainerSteps(setup, with_callbacks=True)
+    return config, {"adapted": TrainerSteps(setup, with_callbacks=True), "fixed": fixed}
+
+
+@contextlib.contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Run processes that each keep a core busy."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        time.sleep(0.2 * bool(count))  # their start
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def alternate(
+    config: PretrainConfig, trainers: dict[str, TrainerSteps], options: argparse.Namespace
+) -> tuple[Blocks, float]:
+    """Time blocks of both trainers in turn, beside no, one and two busy processes.
+
+    Returns:
+        The blocks, and the most cores that other processes used during a block without neighbours.
+    """
+    blocks: Blocks = {(busy, kind): [] for busy in BUSY for kind in trainers}
+    others = 0.0
+    for trainer in trainers.values():
+        trainer.block(WARMUP)  # includes the start of libraries
+    rounds = [0] * options.pairs + [1, 2] * options.repeats
+    for turn, busy in enumerate(tqdm(rounds, desc="pairs of blocks", file=sys.stderr)):
+        for kind in list(trainers)[:: 1 if turn % 2 else -1]:  # A B B A: both kinds see a slow drift alike
+            with neighbours(busy):
+                before = measure_usage()
+                blocks[busy, kind].append(run_block(config, trainers[kind], kind, busy, options.steps))
+                if busy == 0:
+                    others = max(others, used_by_others(before, measure_usage()))
+    return blocks, others
+
+
+def run_block(config: PretrainConfig, trainer: TrainerSteps, kind: str, busy: int, steps: int) -> tuple[float, int]:
+    """Train a block of steps, with a new choice of threads if adapted; return batches/s and the last number of threads.
+
+    Beside busy processes, a third of the steps.
+    """
+    torch.set_num_threads(threads.default_threads())
+    if kind == "adapted":
+        threads.choose_threads(config.trainer, ranks=1)
+        trainer.trainer.threads = threads.watch_threads(config.trainer, "cpu")
+    steps = steps if busy == 0 else max(2, steps // 3)
+    seconds = trainer.block(WARMUP + steps)[WARMUP - 1 :]
+    return len(seconds) / sum(seconds), torch.get_num_threads()
+
+
+def adapt(trainer: TrainerSteps, seconds: float) -> dict[str, Any]:
+    """Train alone, beside a busy process that starts in mid-run, and after its end.
+
+    Returns:
+        Phase → batches/s in the last third of the phase, batches/s of the complete phase, and the number of threads
+        every two seconds.
+    """
+    phases: dict[str, Any] = {}
+    torch.set_num_threads(threads.default_threads())
+    trainer.trainer.threads = threads.ThreadWatch()
+    for phase, busy in (("alone", 0), ("beside_one", 1), ("alone_again", 0)):
+        with neighbours(busy):
+            steps: list[tuple[float, float]] = []  # seconds since the start of the phase, duration
+            counts: dict[int, int] = {}
+            begin = time.monotonic()
+            while (now := time.monotonic() - begin) < seconds:
+                steps += [(now, step) for step in trainer.block(WARMUP)]
+                counts[int(now // 2)] = torch.get_num_threads()
+        last = [step for since, step in steps if since >= seconds * 2 / 3]
+        phases[phase] = {
+            "settled": round(len(last) / sum(last), 2),
+            "complete": round(len(steps) / sum(step for _, step in steps), 2),
+            "threads": list(counts.values()),
+        }
+    return phases
+
+
+def summarize(blocks: Blocks, others: float) -> dict[str, Any]:
+    """Return the medians of the blocks.
+
+    Returns:
+        `idle`, `beside_one`, `beside_two`: of each kind batches/s and the numbers of threads; `idle_loss`: fraction by
+        which `adapted` is slower than the `fixed` block beside it; `others_cores`, `machine_was_idle`.
+    """
+    result: dict[str, Any] = {}
+    for (busy, kind), values in blocks.items():
+        result.setdefault(("idle", "beside_one", "beside_two")[busy], {})[kind] = {
+            "batches_per_second": round(statistics.median(rate for rate, _ in values), 2),
+            "threads": sorted({count for _, count in values}),
+        }
+    pairs = zip(blocks[0, "adapted"], blocks[0, "fixed"], strict=True)  # neighbours in time
+    result["idle_loss"] = round(1 - statistics.median(adapted[0] / fixed[0] for adapted, fixed in pairs), 4)
+    return result | {"others_cores": round(others, 2), "machine_was_idle": others <= QUIET}
+
+
+def missed(result: dict[str, Any]) -> list[str]:
+    """Return the goals that a result misses, in words; what needs an idle machine counts as missed without one."""
+    goals = {
+        f"at least {GOAL_BESIDE_ONE} batches/s beside one busy process": (
+            result["beside_one"]["adapted"]["batches_per_second"] >= GOAL_BESIDE_ONE
+        ),
+        f"at most {GOAL_IDLE_LOSS:.0%} slower when idle": result["idle_loss"] <= GOAL_IDLE_LOSS,
+        f"an idle machine for the idle blocks: at most {QUIET} cores in use": result["machine_was_idle"],
+    }
+    return [goal for goal, is_met in goals.items() if not is_met]
+
+
+if __name__ == "__main__":
+    report_user_errors(main)()
