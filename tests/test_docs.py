@@ -43,7 +43,7 @@ RUN_BY = {
     r"python benchmarks/cost\.py": "test_the_table_of_the_page_is_current_and_its_numbers_are_said_to_be_computed",
     r"python benchmarks/cost\.py --add .*": "test_steps_of_a_results_file_are_added",
     r"python benchmarks/dataloader\.py .*": "test_one_line",
-    r"python benchmarks/convert\.py .*": "test_one_line",
+    r"python benchmarks/(convert\.py .*|neighbours\.py)": "test_one_line",
     r"python benchmarks/glue\.py .*": "test_one_line_for_a_classification_and_a_regression",
     r"python benchmarks/report\.py .*": "test_report_of_two_lines",
     r"python benchmarks/soak\.py .*": "test_a_short_soak",

@@ -45,6 +45,7 @@ from electra_composer.training.parallelism import (
 from electra_composer.training.startup import microbatch_size
 from electra_composer.training.step import TrainStep
 from electra_composer.training.step_graph import obstacle_in_config, use_graph
+from electra_composer.training.threads import ThreadWatch, watch_threads
 from electra_composer.training.times import parse_time
 
 
@@ -90,6 +91,7 @@ def build_trainer(
             guard=guard,
             stop=stop,
             report=report,
+            threads=watch_threads(trainer, device),
             model=model,
             train_dataloader=train_data,
             eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
@@ -136,6 +138,7 @@ class RunTrainer(Trainer):
         stop: gets the number of ranks that have received a signal, at every batch. Must be among the callbacks too.
         cuda_graph: `trainer.cuda_graph`, and why the configuration does not allow it, for :func:`use_graph`.
         report: a callback that checkpoints have no state of.
+        threads: adapts the number of CPU threads. No callback, since old checkpoints lack the state of new callbacks.
         arguments: Composer's.
     """
 
@@ -151,11 +154,13 @@ class RunTrainer(Trainer):
         stop: StopOnSignal | None = None,
         cuda_graph: tuple[bool | str, str | None] = (False, None),
         report: Callback | None = None,
+        threads: ThreadWatch | None = None,
         **arguments: Any,
     ) -> None:
         self.cuda_graph = cuda_graph
         self.guard = guard
         self.stop = stop
+        self.threads = threads
         flat = getattr(arguments.get("optimizers"), "flat", None)
         time = parse_time(log_interval, "trainer.log_interval")
         self.loss_interval = time.value if time.unit == TimeUnit.BATCH else 1
@@ -203,6 +208,8 @@ class RunTrainer(Trainer):
     def _train_batch(self, use_grad_scaling: bool) -> None:
         """Train on `state.batch`, and log its losses at the interval; Trainer logs none if it gets None."""
         losses = self.step() if self.step.unserved is None else super()._train_batch(use_grad_scaling)
+        if self.threads is not None:
+            self.threads.after_batch(self.state.timestamp.batch.value + 1)
         if losses is None:
             return
         if self.guard is not None:
