@@ -1,6 +1,6 @@
 """Speed of the quickstart's pretraining beside busy processes, with and without the choice of threads; one JSON line.
 
-    python benchmarks/neighbours.py [--pairs 12] [--repeats 2] [--steps 30] [--seconds 24] [key=value …]
+    python benchmarks/neighbours.py [--pairs 8] [--repeats 2] [--steps 24] [--seconds 20] [key=value …]
 
 The model, batch size and callbacks of `yamls/quickstart.yaml` train in Composer's `Trainer`. Blocks of steps alternate:
 `adapted` chooses the number of threads as the programs do, at the start of each block and during it; `fixed` has
@@ -83,10 +83,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         UserError: an option is out of range, or the environment fixes the number of threads.
     """
     parser = argparse.ArgumentParser(prog="benchmarks/neighbours.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=12, help="blocks of each kind without neighbours (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=8, help="blocks of each kind without neighbours (%(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="blocks of each kind with neighbours (%(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps of a block without neighbours (%(default)s)")
-    parser.add_argument("--seconds", type=int, default=24, help="of each phase of the adaption (%(default)s)")
+    parser.add_argument("--steps", type=int, default=24, help="timed steps of a block without neighbours (%(default)s)")
+    parser.add_argument("--seconds", type=int, default=20, help="of each phase of the adaption (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     require_positive(options, "pairs", "repeats", "steps", "seconds")

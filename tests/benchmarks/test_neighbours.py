@@ -11,7 +11,7 @@ from neighbours import Block
 from electra_composer.errors import UserError
 from electra_composer.training import threads
 
-TINY = ["model.num_layers=1", "model.hidden_size=32", "model.embedding_size=16", "trainer.global_train_batch_size=2"]
+TINY = ["model.num_layers=1", "model.num_heads=1", "model.hidden_size=32", "model.embedding_size=16"]
 
 
 @pytest.fixture(autouse=True)
