@@ -135,12 +135,12 @@ def neighbours(count: int) -> Iterator[None]:
 def alternate(config: PretrainConfig, trainers: dict[str, TrainerSteps], options: argparse.Namespace) -> Pairs:
     """Time pairs of blocks beside no, one and two busy processes.
 
-    Without neighbours up to three times as many pairs as asked for, until so many are quiet (:func:`is_quiet`).
+    Without neighbours up to twice as many pairs as asked for, until so many are quiet (:func:`is_quiet`).
     """
     for trainer in trainers.values():
         trainer.block(WARMUP)  # includes the start of libraries
     pairs: Pairs = {busy: [] for busy in BUSY}
-    rounds = [0] * (3 * options.pairs) + [1, 2] * options.repeats
+    rounds = [1, 2] * options.repeats + [0] * (2 * options.pairs)
     for turn, busy in enumerate(tqdm(rounds, desc="pairs of blocks", file=sys.stderr)):
         if busy == 0 and sum(map(is_quiet, pairs[0])) == options.pairs:
             continue

@@ -24,14 +24,14 @@ def _not_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        benchmark.main(["--pairs=1", "--repeats=1", "--steps=6", "--seconds=1", *TINY])
+        benchmark.main(["--pairs=1", "--repeats=1", "--steps=4", "--seconds=1", *TINY])
     line = json.loads(capsys.readouterr().out)
     for name in ("beside_one", "beside_two"):
         for kind in ("adapted", "fixed"):
             assert line[name][kind]["batches_per_second"] > 0
             assert line[name][kind]["threads"] == [1]
     assert list(line["adaption"]) == ["alone", "beside_one", "alone_again"]
-    assert 1 <= len(line["others_cores"]) <= 3
+    assert 1 <= len(line["others_cores"]) <= 2
     assert any("quiet" in goal for goal in line["missed"])  # one pair is too few
 
 
