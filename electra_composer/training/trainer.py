@@ -77,8 +77,7 @@ def build_trainer(
     stop, report = StopOnSignal(savers[-1] if savers else None), CompileReport(*choose_compile(trainer, static_shapes))
     guard = NumericalGuard(folder, trainer.gradient_clip, trainer.on_nonfinite)
     machine = run_device(device)
-    machine.module_to_device(model)
-    optimizer = build_optimizer(config.optimizer, model)
+    optimizer = build_optimizer(config.optimizer, machine.module_to_device(model))
     sharding = fsdp_config(trainer.fsdp, device)
     sharded = sharding is not None and sharding.state_dict_type == "sharded"
     _prepare(model, trainer, optimizer, sharding, static_shapes)
