@@ -128,11 +128,41 @@ def masked_lm_step(width: int, gumbel: bool, vocab_size: int = 30522) -> None:
     loss.backward()
 
 
+def layers_step(width: int) -> None:
+    """Launch the kernels around the products of a layer with its feed-forward, forward and backward."""
+    from electra_composer.model.kernels.layers_triton import add_norm, gelu_bias
+
+    x, residual, inner = (
+        torch.zeros(16, n, dtype=torch.bfloat16, requires_grad=True) for n in (width, width, 4 * width)
+    )
+    bias, wide_bias = (torch.zeros(n, dtype=torch.bfloat16, requires_grad=True) for n in (width, 4 * width))
+    weight, shift = (torch.zeros(width, requires_grad=True) for _ in range(2))
+    stream, product, *_ = add_norm(x, bias, residual, weight, shift, torch.zeros(1, dtype=torch.long), 0.1, 1e-12)
+    (stream.sum() + product.sum() + gelu_bias(inner, wide_bias).sum()).backward()
+
+
+def embeddings_step(width: int, positions: int = 512) -> None:
+    """Launch the embeddings' kernels, forward and backward."""
+    from electra_composer.model.kernels.embeddings_triton import embed
+
+    tables = [torch.zeros(entries, width, requires_grad=True) for entries in (64, positions, 2)]
+    ids, seed = [torch.zeros(1, 16, dtype=torch.long)] * 3, torch.zeros(1, dtype=torch.long)
+    weight, shift = (torch.zeros(width, requires_grad=True) for _ in range(2))
+    stream, product, *_ = embed(*tables, *ids, weight, shift, seed, 0.1, 1e-12, torch.bfloat16)
+    (stream.sum() + product.sum()).backward()
+
+
 STEPS: dict[str, Callable[[], None]] = {
     "small, discriminator": lambda: attention_step(128, 4),
     "small, generator": lambda: attention_step(128, 1),
     "base at 512, discriminator": lambda: attention_step(512, 12),
     "base at 512, generator": lambda: attention_step(512, 4),
+    "small, layers of the discriminator": lambda: layers_step(256),
+    "small, layers of the generator": lambda: layers_step(64),
+    "base, layers": lambda: layers_step(768),
+    "large, layers": lambda: layers_step(1024),
+    "small, embeddings": lambda: embeddings_step(128),
+    "base, embeddings": lambda: embeddings_step(768),
     "small, masked LM": lambda: masked_lm_step(128, gumbel=False),
     "small, masked LM, gumbel": lambda: masked_lm_step(128, gumbel=True),
     "base, masked LM": lambda: masked_lm_step(768, gumbel=False),

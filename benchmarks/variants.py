@@ -24,6 +24,7 @@ from electra_composer.batches.shards import build_data_spec
 from electra_composer.checkpoints.weights import special_ids
 from electra_composer.config import PretrainConfig
 from electra_composer.model.electra import ElectraForPretraining
+from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.training.builders import build_optimizer
 from electra_composer.training.callbacks import TrainMetrics
@@ -118,6 +119,7 @@ class Setup:
             self.config.data.max_seq_length,
         )
         model.attention_path = self.attention
+        use_layer_kernels(model, resolve_layer_kernels(self.config.trainer.layer_kernels, self.device.type))
         return ElectraPretraining(model, self.cpu_autocast).to(self.device)
 
     def build(self, what: str, batches: list[dict[str, Any]]) -> Variant:

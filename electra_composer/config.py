@@ -159,6 +159,8 @@ class TrainerConfig:
     # auto, true or false: record the training step as one CUDA graph; auto: where that is possible (docs/speed.md)
     cuda_graph: Union[bool, str] = "auto"  # noqa: UP007 (OmegaConf)
     attention: Literal["auto", "sdpa", "varlen", "triton"] = "auto"  # auto: on CUDA the fastest, timed at start
+    # LayerNorm, GELU and embeddings by PyTorch or by Triton kernels; auto: triton on CUDA (docs/speed.md)
+    layer_kernels: Literal["auto", "torch", "triton"] = "auto"
     fsdp: FSDPConfig | None = None  # {}: FSDP2 with its defaults; null: DDP
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, about 30% slower
     # deterministic kernels only: two runs with one seed are equal to the bit on a GPU too, and slower. Off, the start

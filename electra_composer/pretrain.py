@@ -23,6 +23,7 @@ from electra_composer.errors import UserError, report_user_errors
 from electra_composer.faults import explain_failures
 from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.kernels.attention import ExampleBound
+from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
 from electra_composer.model.kernels.masked_lm import resolve_implementation
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.storage.shard_folder import Meta, SplitCounts
@@ -104,14 +105,16 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, cpu_
 
 
 def choose_kernels(config: PretrainConfig, model: ElectraPretraining, meta: Meta) -> None:
-    """Choose the masked-LM kernel and the attention path.
+    """Choose the masked-LM and layer kernels and the attention path.
 
     Raises:
-        UserError: `objective.masked_lm` or `trainer.attention` does not run on this machine or with these sizes.
+        UserError: `objective.masked_lm`, `trainer.layer_kernels` or `trainer.attention` does not run on this machine or
+            with these sizes.
     """
     sizes = model.model.discriminator.config
     device = resolve_device(config.trainer)[0]
     choose_masked_lm(config, model, device)
+    use_layer_kernels(model, resolve_layer_kernels(config.trainer.layer_kernels, "cuda" if device == "gpu" else "cpu"))
     encoders = (model.model.encoder_of_generator.config, sizes)
     rows, length = microbatch_size(config.trainer), config.data.max_seq_length
     path, reason = choose_attention(config.trainer, encoders, rows, length)

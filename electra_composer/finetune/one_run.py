@@ -33,9 +33,11 @@ from electra_composer.finetune.predictions import logits_key, save_logits
 from electra_composer.finetune.ranker import build_ranker
 from electra_composer.finetune.runs import PlannedRun, now
 from electra_composer.finetune.tasks import Task
+from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
 from electra_composer.training.builders import build_callbacks, build_optimizer, build_scheduler
 from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.determinism import explain_nondeterministic_operators
+from electra_composer.training.devices import resolve_device
 from electra_composer.training.startup import device_batch_size
 from electra_composer.training.times import parse_time
 from electra_composer.training.trainer import build_trainer
@@ -163,6 +165,8 @@ def finetune(
     reproducibility.seed_all(run.seed)  # determines the head, and random weights
     model = build_model(source, task, config, cpu_autocast)
     model.model.attention_path = attention_path
+    device_type = "cuda" if resolve_device(config.trainer)[0] == "gpu" else "cpu"
+    use_layer_kernels(model, resolve_layer_kernels(config.trainer.layer_kernels, device_type))
     try:
         scores, timestamp = _train_and_predict(mine, model, run, data, files, source.tokenizer.pad_token_id)
     finally:

@@ -34,6 +34,7 @@ IGNORED_SUBKEYS = (
     ("trainer", "progress_bar"),
     ("trainer", "log_interval"),
     ("trainer", "cuda_graph"),
+    ("trainer", "layer_kernels"),
     ("trainer", "eval_interval"),
     ("trainer", "device_eval_batch_size"),
     ("data", "num_workers"),

@@ -230,17 +230,20 @@ def statistics(outputs: dict[str, Tensor], originals: Tensor, mlm_correct: Tenso
     """
     weights, replaced = outputs["masked_weights"], outputs["replaced"]
     predicted = (outputs["rtd_logits"] > 0) & tokens
+    counted = torch.stack([tokens, replaced, predicted, predicted & replaced]).flatten(1).sum(1).float()
+    num_tokens, num_replaced, num_predicted, true_positive = counted.unbind()
+    false_negative = num_replaced - true_positive
     return {
         "masked": weights.sum(),
         "mlm_correct": (mlm_correct * weights).sum(),
         "sampled_correct": ((outputs["sampled_ids"] == originals) * weights).sum(),
-        "tokens": tokens.sum().float(),
-        "replaced": replaced.sum().float(),
-        "true_positive": (predicted & replaced).sum().float(),
-        "false_positive": (predicted & ~replaced).sum().float(),
-        "false_negative": (~predicted & replaced).sum().float(),
-        "true_negative": (~predicted & ~replaced & tokens).sum().float(),
-        # Cloned: an output that shares memory with another keeps a compiled graph out of autograd's cache.
+        "tokens": num_tokens.clone(),
+        "replaced": num_replaced.clone(),
+        "true_positive": true_positive.clone(),
+        "false_positive": num_predicted - true_positive,
+        "false_negative": false_negative,
+        "true_negative": num_tokens - num_predicted - false_negative,
+        # Cloned, as above: an output that shares memory with another keeps a compiled graph out of autograd's cache.
         "mlm_loss_sum": outputs["mlm_loss"].detach().clone(),
         "rtd_loss_sum": outputs["rtd_loss"].detach().clone(),
     }

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from electra_composer.model.kernels import fused_layers
 from electra_composer.model.kernels.attention import AttentionPattern, attention
 from electra_composer.model.kernels.dropout import Dropout
+from electra_composer.model.kernels.fused_layers import Hidden
 
 EMBEDDING_ROWS_MULTIPLE = 64
 """Embedding tables are padded to a multiple of this many rows: for tensor cores, for kernels/sampling.py, and because
@@ -44,24 +46,33 @@ class EncoderConfig:
 
 
 class Embeddings(nn.Module):
-    """Sum of token, position and token-type embeddings, LayerNorm, dropout."""
+    """Sum of token, position and token-type embeddings, LayerNorm, dropout.
+
+    Attributes:
+        fused: whether Triton kernels are used, as in :class:`Layer` (kernels/fused_layers.py).
+    """
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
+        self.fused = False
         self.word = nn.Embedding(config.padded_vocab_size, config.embedding_size)
         self.position = nn.Embedding(config.max_positions, config.embedding_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Three times integers `[rows, length]` → floats `[rows, length, embedding_size]`."""
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor | Hidden:
+        """Three times integers `[rows, length]` → floats `[rows, length, embedding_size]`; twice if `fused`."""
+        if self.fused:
+            tables, ids = (self.word, self.position, self.token_type), (input_ids, position_ids, token_type_ids)
+            seed = fused_layers.draw_seeds(1, input_ids.device)[0] if self.dropout.is_active else None
+            return fused_layers.embed(tables, ids, self.norm, seed, self.dropout.p)
         embedded = self.word(input_ids) + self.position(position_ids) + self.token_type(token_type_ids)
         return self.dropout(self.norm(embedded))
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one matrix for queries, keys and values."""
+    """Multi-head self-attention with one matrix for queries, keys and values, and one for the output."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -72,14 +83,23 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, pattern: AttentionPattern) -> Tensor:
         """`hidden [rows, length, hidden_size]` → the same shape; `pattern`: which tokens attend to each other."""
-        return self.out(attention(self.qkv(hidden), pattern, self.num_heads, self.dropout if self.training else 0.0))
+        return self.out(self.attend(hidden, pattern))
+
+    def attend(self, hidden: Tensor, pattern: AttentionPattern) -> Tensor:
+        """Same as the forward, without the output matrix."""
+        return attention(self.qkv(hidden), pattern, self.num_heads, self.dropout if self.training else 0.0)
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each followed by dropout, residual and LayerNorm; exact GELU (erf)."""
+    """Attention and feed-forward, each followed by dropout, residual and LayerNorm; exact GELU (erf).
+
+    Attributes:
+        fused: whether Triton kernels are used; :func:`fused_layers.use_layer_kernels` sets it for a model.
+    """
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
+        self.fused = False
         self.attention = SelfAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -87,9 +107,23 @@ class Layer(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, hidden: Tensor, pattern: AttentionPattern) -> Tensor:
+    def forward(
+        self, hidden: Tensor | Hidden, pattern: AttentionPattern, seeds: tuple[Tensor | None, ...] = (None, None)
+    ) -> Tensor | Hidden:
+        """`hidden [rows, length, hidden_size]` → the same shape; if `fused`, twice, with two seeds of dropout."""
+        if isinstance(hidden, tuple):
+            return self._fused_forward(*hidden, pattern, *seeds)
         hidden = self.attention_norm(self.dropout(self.attention(hidden, pattern), residual=hidden))
         return self.mlp_norm(self.dropout(self.down(F.gelu(self.up(hidden))), residual=hidden))
+
+    def _fused_forward(
+        self, stream: Tensor, hidden: Tensor, pattern: AttentionPattern, first: Tensor | None, second: Tensor | None
+    ) -> Hidden:
+        linear_norm, out, p = fused_layers.linear_norm, self.attention.out, self.dropout.p
+        attended = self.attention.attend(hidden, pattern)
+        stream, hidden = linear_norm(attended, out, stream, self.attention_norm, first, p)
+        inner = fused_layers.linear_gelu(hidden, self.up)
+        return linear_norm(inner, self.down, stream, self.mlp_norm, second, p)
 
 
 class Encoder(nn.Module):
@@ -105,13 +139,26 @@ class Encoder(nn.Module):
         )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
 
-    def forward(self, embedded: Tensor, pattern: AttentionPattern) -> Tensor:
+    def forward(self, embedded: Tensor | Hidden, pattern: AttentionPattern) -> Tensor:
         """`embedded [rows, length, embedding_size]` → last hidden state `[rows, length, hidden_size]`."""
+        if isinstance(embedded, tuple):
+            return self._fused_forward(embedded, pattern)
         hidden = embedded if self.project is None else self.project(embedded)
         patterns = pattern.of_layers(len(self.layers), self.config.attention_dropout if self.training else 0.0)
         for layer, of_layer in zip(self.layers, patterns, strict=True):
             hidden = layer(hidden, of_layer)
         return hidden
+
+    def _fused_forward(self, hidden: Hidden, pattern: AttentionPattern) -> Tensor:
+        if self.project is not None:
+            hidden = (self.project(hidden[1]),) * 2
+        count = 2 * len(self.layers)
+        drops = self.training and self.config.dropout > 0.0
+        seeds = fused_layers.draw_seeds(count, hidden[0].device) if drops else (None,) * count
+        patterns = pattern.of_layers(len(self.layers), self.config.attention_dropout if self.training else 0.0)
+        for layer, of_layer, *its_seeds in zip(self.layers, patterns, seeds[::2], seeds[1::2], strict=True):
+            hidden = layer(hidden, of_layer, its_seeds)
+        return hidden[1]
 
 
 def init_weights(module: nn.Module, initializer_range: float) -> None:

@@ -41,9 +41,13 @@ class FlatBuffer:
         self.parameters = list(parameters)
         self.dtype = dtype
         self.copies_gradients = False
-        self.sizes: list[int] = []  # of parameters and of the gaps between them, alternating
+        # Of parameters and of the gaps between them. Where there is no gap there is no piece: the backward of a split
+        # makes zeros for each piece that is not used.
+        self.sizes: list[int] = []
+        self.places: list[int] = []  # of the parameters among the pieces
         for parameter in self.parameters:
-            self.sizes += [parameter.numel(), -parameter.numel() % ALIGNMENT]
+            self.places.append(len(self.sizes))
+            self.sizes += [size for size in (parameter.numel(), -parameter.numel() % ALIGNMENT) if size]
         first = self.parameters[0]
         self.flat = torch.zeros(sum(self.sizes), dtype=first.dtype, device=first.device)
         for parameter, view in zip(self.parameters, self.views(self.flat), strict=True):
@@ -54,8 +58,10 @@ class FlatBuffer:
 
     def views(self, tensor: Tensor) -> list[Tensor]:
         """Split a tensor with the elements of `flat` into views with the shapes of the parameters."""
-        pieces = tensor.split_with_sizes(self.sizes)[::2]
-        return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.parameters, strict=True)]
+        pieces = tensor.split_with_sizes(self.sizes)
+        return [
+            pieces[place].view(parameter.shape) for place, parameter in zip(self.places, self.parameters, strict=True)
+        ]
 
     def show_gradients(self, flat: Tensor) -> None:
         """Let the parameters have views of the gradient of `flat`, which is :attr:`flat`."""

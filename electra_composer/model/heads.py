@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from electra_composer.model.encoder import EncoderConfig
+from electra_composer.model.kernels import fused_layers
 
 
 class MaskedLMHead(nn.Module):
@@ -18,12 +19,15 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
+        self.fused = False  # see kernels/fused_layers.py
         self.dense = nn.Linear(config.hidden_size, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states `[rows, N, hidden_size]` → features `[rows, N, embedding_size]`."""
+        if self.fused:
+            return fused_layers.layer_norm(fused_layers.linear_gelu(hidden, self.dense), self.norm)
         return self.norm(F.gelu(self.dense(hidden)))
 
 
@@ -32,9 +36,11 @@ class ReplacedTokenHead(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
+        self.fused = False  # see kernels/fused_layers.py
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.out = nn.Linear(config.hidden_size, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states `[rows, length, hidden_size]` → logits `[rows, length]`; positive means replaced."""
-        return self.out(F.gelu(self.dense(hidden))).squeeze(-1)
+        inner = fused_layers.linear_gelu(hidden, self.dense) if self.fused else F.gelu(self.dense(hidden))
+        return self.out(inner).squeeze(-1)

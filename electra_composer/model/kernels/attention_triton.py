@@ -190,6 +190,7 @@ def _setup_context(ctx, inputs, output):
     qkv, sequence_ids, seed, ctx.num_heads, ctx.dropout_p = inputs
     ctx.save_for_backward(qkv, sequence_ids, seed, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or every backward fills a tensor with zeros for it
 
 
 def _backward(ctx, grad_out, _):

@@ -31,9 +31,14 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
 
+    @property
+    def is_active(self) -> bool:
+        """Whether elements are dropped: in training, unless the probability is 0."""
+        return self.training and self.p > 0.0
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Floats of any shape → the same shape: `dropout(x)`, or `residual + dropout(x)`."""
-        if not self.training or self.p == 0.0:
+        if not self.is_active:
             return x if residual is None else residual + x
         if not serves(x, self.p):
             dropped = F.dropout(x, self.p)

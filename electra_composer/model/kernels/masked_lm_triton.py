@@ -158,6 +158,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(features, weight, bias, targets, row_weights, output[4])
     ctx.vocab_size, ctx.label_smoothing = vocab_size, label_smoothing
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or the backward fills a tensor with zeros for each of these
 
 
 def _backward(ctx, grad_loss, *_):
