@@ -32,7 +32,7 @@ SHAPES = [  # rows and width: odd ones, and the widths of the YAMLs
 
 @pytest.mark.slow
 def test_triton_under_the_interpreter() -> None:
-    run_interpreted(__file__, at_least=25)
+    run_interpreted([__file__], at_least=25)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
