@@ -24,6 +24,29 @@ ALIGNMENT = 64
 """Elements to whose multiple every parameter's start is rounded up: 128 bytes in bf16, as tensor cores prefer."""
 
 
+@torch.library.custom_op("electra_composer::concatenate", mutates_args=())
+def concatenate(pieces: list[Tensor]) -> Tensor:
+    """Concatenate vectors; opaque to `torch.compile`, which would make one kernel for each of them."""
+    return torch.cat(pieces)
+
+
+@concatenate.register_fake
+def _(pieces: list[Tensor]) -> Tensor:
+    return pieces[0].new_empty(sum(piece.numel() for piece in pieces))
+
+
+class _Pieces(torch.autograd.Function):
+    """Same as `split_with_sizes` of a vector, with :func:`concatenate` in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        return flat.split_with_sizes(sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return concatenate([gradient.contiguous() for gradient in gradients]), None
+
+
 class FlatBuffer:
     """Parameters of one optimizer group that are cast alike, one after another in one tensor.
 
@@ -58,7 +81,8 @@ class FlatBuffer:
 
     def views(self, tensor: Tensor) -> list[Tensor]:
         """Split a tensor with the elements of `flat` into views with the shapes of the parameters."""
-        pieces = tensor.split_with_sizes(self.sizes)
+        compiled = torch.compiler.is_compiling() and tensor.requires_grad
+        pieces = _Pieces.apply(tensor, self.sizes) if compiled else tensor.split_with_sizes(self.sizes)
         return [
             pieces[place].view(parameter.shape) for place, parameter in zip(self.places, self.parameters, strict=True)
         ]
