@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from electra_inputs import UNEVEN, gradients, noise_of
+from torch._dynamo.backends.debugging import aot_eager
 
 from electra_composer.config import ModelConfig
 from electra_composer.model.electra import ElectraForPretraining
@@ -128,6 +129,32 @@ class OneMemory(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return ctx.memory.copy_(gradient).detach(), None
+
+
+@pytest.mark.slow
+def test_compiled_gradients_are_the_same(
+    make_model: Make, make_batch: Make, tiny_model_config: Callable[..., ModelConfig]
+) -> None:
+    """Compiled, one operator concatenates them in the backward; also when they accumulate."""
+    batch = make_batch(UNEVEN)
+    model = make_model(tiny_model_config(dropout=0.0, attention_dropout=0.0))
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        flatten(one)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    twin.forward = torch.compile(twin.forward, fullgraph=True, dynamic=False, backend=count)
+    for _ in range(2):
+        backward(model, batch)
+        backward(twin, batch)
+    assert len(graphs) == 1
+    expected = gradients(model)
+    for key, gradient in gradients(twin).items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("copies", [False, True])
