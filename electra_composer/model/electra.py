@@ -243,7 +243,7 @@ def statistics(outputs: dict[str, Tensor], originals: Tensor, mlm_correct: Tenso
         "false_positive": num_predicted - true_positive,
         "false_negative": false_negative,
         "true_negative": num_tokens - num_predicted - false_negative,
-        # Cloned, like the counts: an output that shares memory with another keeps a compiled graph out of autograd's cache.
+        # Cloned: an output that shares memory with another keeps a compiled graph out of autograd's cache.
         "mlm_loss_sum": outputs["mlm_loss"].detach().clone(),
         "rtd_loss_sum": outputs["rtd_loss"].detach().clone(),
     }
