@@ -22,20 +22,17 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import json
-import math
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from composer.core import Precision
+from cuda_paths import as_on_cuda, yes
 from sizes import SIZES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -46,7 +43,6 @@ from workload import read_config
 from electra_composer.config import PretrainConfig
 from electra_composer.errors import report_user_errors
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
-from electra_composer.model.kernels import dropout, masked_lm
 from electra_composer.model.kernels.fused_layers import use_layer_kernels
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.training.builders import build_optimizer
@@ -109,50 +105,6 @@ def computes(func: Any, name: str, result: Any) -> bool:
     is_view = returns and all(out.alias_info is not None and not out.alias_info.is_write for out in returns)
     is_empty = isinstance(result, Tensor) and result.numel() == 0
     return not (is_view or is_empty or name in NOT_COMPUTING)
-
-
-def _yes(*options: Any) -> bool:
-    return True
-
-
-def _no(*options: Any) -> bool:
-    return False
-
-
-def _triton(*options: Any) -> str:
-    return "triton"
-
-
-@contextlib.contextmanager
-def as_on_cuda() -> Iterator[None]:
-    """Select, for CPU tensors, what PyTorch and the model do on CUDA under bf16 autocast."""
-    layer_norm, aten = F.layer_norm, torch.ops.aten
-
-    def fp32_norm(x: Tensor, shape: Any, *others: Any, **options: Any) -> Tensor:
-        return layer_norm(x.float(), shape, *others, **options)
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, dropout_p: float = 0.0) -> Tensor:
-        bias = attn_mask
-        if bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(bias.logical_not(), -math.inf)
-        bias = bias.expand(-1, query.shape[1], -1, -1)
-        return aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p)[0]
-
-    def dropped(x: Tensor, p: float) -> Tensor:
-        return torch.native_dropout(x, p, True)[0]
-
-    # Workaround (torch 2.7): the question whether tensors are processed as lists is private; goes when fake CUDA
-    # tensors can be made, and their gradients computed, without a GPU.
-    lists = "torch.nn.utils.clip_grad._has_foreach_support"
-    with (
-        mock.patch.object(F, "layer_norm", fp32_norm),
-        mock.patch.object(F, "dropout", dropped),
-        mock.patch.object(F, "scaled_dot_product_attention", attention),
-        mock.patch.object(dropout, "serves", _no),
-        mock.patch.object(masked_lm, "resolve_implementation", _triton),
-        mock.patch(lists, _yes),
-    ):
-        yield
 
 
 def build(config: PretrainConfig, layer_kernels: str, attention: str) -> ElectraPretraining:
@@ -252,7 +204,7 @@ def count_inductor(config: PretrainConfig, layer_kernels: str, attention: str) -
         as_on_cuda(),
         torch._inductor.config.patch(settings),
         mock.patch.object(Scheduler, "codegen", count),
-        mock.patch.object(ir, "is_gpu", _yes),  # copies into one gradient are one kernel
+        mock.patch.object(ir, "is_gpu", yes),  # copies into one gradient are one kernel
     ):
         model, batch = build(config, layer_kernels, attention), make_batch(config)
         use_flat_parameters(model, build_optimizer(config.optimizer, model), config.trainer.precision)

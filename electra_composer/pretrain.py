@@ -114,7 +114,8 @@ def choose_kernels(config: PretrainConfig, model: ElectraPretraining, meta: Meta
     sizes = model.model.discriminator.config
     device = resolve_device(config.trainer)[0]
     choose_masked_lm(config, model, device)
-    use_layer_kernels(model, resolve_layer_kernels(config.trainer.layer_kernels, "cuda" if device == "gpu" else "cpu"))
+    layer_kernels = resolve_layer_kernels(config.trainer.layer_kernels, "cuda" if device == "gpu" else "cpu")
+    use_layer_kernels(model, layer_kernels)
     encoders = (model.model.encoder_of_generator.config, sizes)
     rows, length = microbatch_size(config.trainer), config.data.max_seq_length
     path, reason = choose_attention(config.trainer, encoders, rows, length)
@@ -123,7 +124,7 @@ def choose_kernels(config: PretrainConfig, model: ElectraPretraining, meta: Meta
         counts = meta.splits.get("train", SplitCounts())
         model.example_bound = ExampleBound(rows, length, counts.examples / max(1, counts.rows))
     print_once(f"attention: {path} ({reason})")
-    unsteady = describe_nondeterminism(config.trainer, device, path)
+    unsteady = describe_nondeterminism(config.trainer, device, path, layer_kernels)
     if unsteady is not None:
         print_once(unsteady)
 

@@ -16,7 +16,8 @@ from electra_composer.config import TrainerConfig
 from electra_composer.errors import UserError, one_line
 
 NONDETERMINISTIC = ("embedding_dense_backward",)
-"""Operators of a pretraining step that torch documents as not deterministic on CUDA, without those of attention, and
+"""Operators of a pretraining step with `trainer.layer_kernels` torch that torch documents as not deterministic on CUDA,
+without those of attention (with triton there are none, see embeddings_triton.py), and
 without `scatter` and `scatter_add` at masked positions: of the addends of a position all but one are zero.
 tests/training/test_determinism.py compares it with the operators of a step and with torch's documentation."""
 
@@ -36,16 +37,18 @@ def use_deterministic_kernels(trainer: TrainerConfig) -> None:
         reproducibility.configure_deterministic_mode()
 
 
-def describe_nondeterminism(trainer: TrainerConfig, device: str, attention_path: str) -> str | None:
+def describe_nondeterminism(trainer: TrainerConfig, device: str, attention_path: str, layer_kernels: str) -> str | None:
     """Return a line that names what adds in no fixed order in a pretraining step; None if nothing does.
 
     Args:
         device: `cpu` or `gpu`.
         attention_path: of kernels/attention.py.
+        layer_kernels: `torch` or `triton`.
     """
     if device == "cpu" or trainer.deterministic:
         return None
-    names = [*NONDETERMINISTIC, *filter(None, [NONDETERMINISTIC_ATTENTION.get(attention_path)])]
+    of_layers = NONDETERMINISTIC if layer_kernels == "torch" else ()
+    names = [*of_layers, *filter(None, [NONDETERMINISTIC_ATTENTION.get(attention_path)])]
     if not names:
         return None
     return (

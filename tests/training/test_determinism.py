@@ -68,12 +68,14 @@ def test_the_operators_of_a_step_that_are_named_are_those_that_torch_documents(
 
 
 def test_the_start_names_them_on_a_gpu_alone() -> None:
-    line = describe_nondeterminism(TrainerConfig(), "gpu", "sdpa")
+    line = describe_nondeterminism(TrainerConfig(), "gpu", "sdpa", "torch")
     assert line is not None
     for name in (*NONDETERMINISTIC, "scaled_dot_product_attention"):
         assert name in line
-    assert describe_nondeterminism(TrainerConfig(), "cpu", "sdpa") is None
-    assert describe_nondeterminism(TrainerConfig(deterministic=True), "gpu", "sdpa") is None
+    assert describe_nondeterminism(TrainerConfig(), "cpu", "sdpa", "torch") is None
+    assert describe_nondeterminism(TrainerConfig(deterministic=True), "gpu", "sdpa", "torch") is None
+    assert describe_nondeterminism(TrainerConfig(), "gpu", "triton", "triton") is None
+    assert describe_nondeterminism(TrainerConfig(), "gpu", "triton", "torch") is not None
 
 
 @pytest.fixture
@@ -105,3 +107,18 @@ def test_an_operator_without_a_deterministic_kernel_is_named() -> None:
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
     with pytest.raises(RuntimeError, match="other"), explain_nondeterministic_operators():
         raise RuntimeError("other")
+
+
+def test_the_gradient_of_the_token_table_has_a_deterministic_kernel_in_any_case() -> None:
+    """In the Triton implementation, which the start does not name; the settings of torch are as before afterwards."""
+    from electra_composer.model.kernels.embeddings_triton import deterministic_kernels
+
+    for mode in ("default", "warn", "error"):
+        torch.set_deterministic_debug_mode(mode)
+        before = torch.get_deterministic_debug_mode()
+        with deterministic_kernels():
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.get_deterministic_debug_mode() == before
+        assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("default")

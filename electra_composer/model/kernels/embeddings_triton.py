@@ -3,12 +3,17 @@
 The forward is one kernel, in embeddings_triton_kernels.py. No gradient is summed by atomics, so that the same inputs
 give the same bits, and thousands of tokens that share an entry do not wait for each other:
 
-* token table: `embedding_dense_backward`, which sorts the ids on CUDA and sums the rows of each;
+* token table: `embedding_dense_backward`, which sorts the ids on CUDA and sums the rows of each, in its deterministic
+  form: in newer versions of torch the other one adds rows by atomics where few ids are frequent (pytorch#172454);
 * position and token-type tables: sums over blocks of tokens as products (`sum_by_id`), then over the blocks.
 
 They are made in an operator of their own, because `torch.compile` would replace the first by an indexed addition with
 atomics.
 """
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -23,6 +28,20 @@ TOKENS, ENTRIES, COLUMNS = 32, 64, 64
 
 TOKEN_BLOCKS = 16
 """Most blocks of tokens whose sums are stored."""
+
+
+@contextlib.contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Let torch choose deterministic kernels, whatever its global setting is, and leave new tensors unfilled."""
+    before = torch.get_deterministic_debug_mode()
+    settings: Any = torch.utils.deterministic
+    fills, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    torch.set_deterministic_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        settings.fill_uninitialized_memory = fills
 
 
 @torch.library.custom_op("electra_composer::embed", mutates_args=())
@@ -108,7 +127,8 @@ def embed_backward(
     )  # fmt: skip
     of_weight, of_shift = torch.empty_like(weight), torch.empty_like(weight)
     add_partials(partials, of_weight, of_shift)
-    of_words = torch.ops.aten.embedding_dense_backward(of_sum, word_ids.flatten(), words.shape[0], -1, False)
+    with deterministic_kernels():
+        of_words = torch.ops.aten.embedding_dense_backward(of_sum, word_ids.flatten(), words.shape[0], -1, False)
     of_others = _sum_by_id(position_ids, type_ids, of_sum, positions, types)
     return of_words.to(words.dtype), of_others, of_weight, of_shift
 
