@@ -40,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from variants import AUTOCAST
 from workload import read_config
 
+from electra_composer.compilers import describe_operators_briefly
 from electra_composer.config import PretrainConfig
 from electra_composer.errors import report_user_errors
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
@@ -177,6 +178,7 @@ def count_inductor(config: PretrainConfig, layer_kernels: str, attention: str) -
     from torch._inductor import compile_fx, ir
     from torch._inductor.scheduler import NopKernelSchedulerNode, Scheduler
 
+    describe_operators_briefly()
     counts: list[int] = []
 
     def count(scheduler: Scheduler) -> None:

@@ -58,3 +58,14 @@ def keep_compiled_code() -> None:
         return
     if os.access(folder, os.W_OK):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
+def describe_operators_briefly() -> None:
+    """Let inductor describe an operator that it calls as it is by its name alone. Call before the first compilation."""
+    # Workaround (torch 2.7): for a line of a log that nobody reads, inductor describes the arguments of an operator
+    # without a lowering, with all that they were computed from. Behind twelve layers of such operators that takes more
+    # than ten minutes. The class is private; goes when torch 2.7 is no longer supported (later versions describe them
+    # only if the line is read).
+    from torch._inductor.exc import OperatorIssue
+
+    OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: f"  target: {target}")  # type: ignore

@@ -14,7 +14,12 @@ from composer.models import ComposerModel
 from composer.utils import dist
 from torch._dynamo.exc import TorchDynamoException
 
-from electra_composer.compilers import keep_compiled_code, missing_for_cpp, missing_for_triton
+from electra_composer.compilers import (
+    describe_operators_briefly,
+    keep_compiled_code,
+    missing_for_cpp,
+    missing_for_triton,
+)
 from electra_composer.config import TrainerConfig
 from electra_composer.errors import UserError
 from electra_composer.model.encoder import Layer
@@ -109,6 +114,7 @@ def compile_model(
     if arguments is None:
         return
     keep_compiled_code()
+    describe_operators_briefly()
     if flat is not None and flat.flats[0].is_cuda and trainer.compile in MODES_WITH_CUDA_GRAPHS:
         flat.use_in_cuda_graphs()
     # Workaround (torch 2.7): all layers share one compiled function, and its variants (training and evaluation, two

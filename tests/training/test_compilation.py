@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_trainer import make_trainer
+from torch._inductor import exc
 
 from electra_composer import compilers, pretrain
 from electra_composer.batches.shards import read_data
@@ -123,3 +124,16 @@ def test_the_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     compilers.keep_compiled_code()
     assert name not in os.environ
+
+
+def test_an_operator_that_is_called_as_it_is_is_described_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments, whose description grows with every such operator before it, are not described."""
+
+    class Argument:
+        def __str__(self) -> str:
+            raise AssertionError("described")
+
+    monkeypatch.setattr(exc.OperatorIssue, "operator_str", staticmethod(str))  # so that it is restored
+    compilers.describe_operators_briefly()
+    error = exc.MissingOperatorWithoutDecomp("aten.name", [Argument()], {"more": Argument()})
+    assert "target: aten.name" in str(error)
