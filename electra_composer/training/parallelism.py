@@ -105,8 +105,9 @@ def use_flat_parameters(model: ComposerModel, optimizer: AdamW, precision: str) 
     """
     groups = [group["params"] for group in optimizer.param_groups]
     flat = FlatParameters(model, groups, PRODUCT_DTYPES.get(precision))
-    for leaf in flat.flats:
-        dist.broadcast(leaf.detach(), src=0)
+    if dist.get_world_size() > 1:
+        for leaf in flat.flats:
+            dist.broadcast(leaf.detach(), src=0)
     flat.attach(model)
     optimizer.use_flat(flat)
     return flat
