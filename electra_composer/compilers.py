@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+from typing import Any
 
 
 def missing_for_triton() -> str | None:
@@ -68,4 +69,8 @@ def describe_operators_briefly() -> None:
     # only if the line is read).
     from torch._inductor.exc import OperatorIssue
 
-    OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: f"  target: {target}")  # type: ignore
+    OperatorIssue.operator_str = staticmethod(_name_of)  # type: ignore[method-assign]
+
+
+def _name_of(target: Any, args: Any, kwargs: Any) -> str:
+    return f"  target: {target}"

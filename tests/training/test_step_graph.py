@@ -12,63 +12,19 @@ import pytest
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
+from recorded_steps import BATCHES, OVERRIDES, Run, assert_equal_weights, metrics, run_fixture  # noqa: F401 (a fixture)
 from tape import Tape
 
-from electra_composer.config import PretrainConfig, TrainerConfig
+from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
-from electra_composer.model.kernels import dropout
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.pretrain import main
 from electra_composer.training import trainer as trainer_module
 from electra_composer.training.builders import CALLBACKS
-from electra_composer.training.device_graph import GRAPHS
 from electra_composer.training.devices import whole_tensors
 from electra_composer.training.numerical_guard import NumericalGuard
-from electra_composer.training.step_graph import WARM_UP, StaticBatch, obstacle_in_config, signature
-
-BATCHES = 9
-OVERRIDES = (
-    f"trainer.max_duration={BATCHES}ba",
-    "trainer.eval_interval=5ba",
-    "trainer.device_train_microbatch_size=4",
-    "checkpoints.interval=null",
-    "checkpoints.milestones=[1.0]",
-)
-RATES = ("throughput", "time/", "wall_clock", "memory", "loader")  # metrics that are measured times
-
-Run = Callable[..., Any]
-
-
-@pytest.fixture
-def run(write_tiny_yaml: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run(name, override, …)` pretrains in a folder and returns the trainer; dropout is torch's, as on a GPU."""
-    monkeypatch.setitem(GRAPHS, "cpu", Tape)
-    monkeypatch.setattr(dropout, "serves", lambda x, p: False)
-    monkeypatch.setattr(Tape, "launches", 0)
-    monkeypatch.setattr(Tape, "runs", 0)
-
-    def start(name: str, *overrides: str) -> Any:
-        (tmp_path / name).mkdir(exist_ok=True)
-        yaml = write_tiny_yaml(tmp_path / name)
-        return main(load_config(str(yaml), [*OVERRIDES, *overrides], PretrainConfig))
-
-    return start
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the logged metrics of a run without measured times."""
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(RATES)} for line in lines]
-
-
-def assert_equal_weights(left: Any, right: Any) -> None:
-    for (name, mine), other in zip(left.state.model.named_parameters(), right.state.model.parameters(), strict=True):
-        assert torch.equal(mine, other), name
-    mine, other = (trainer.state.optimizers[0].state_dict()["state"] for trainer in (left, right))
-    for place, values in mine.items():
-        for name, value in values.items():
-            assert torch.equal(value, other[place][name]), (place, name)
+from electra_composer.training.step_graph import WARM_UP, StaticBatch, signature
 
 
 def test_recorded_steps_train_as_ordinary_ones(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,13 +76,6 @@ def test_a_run_resumes_in_the_middle(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert_equal_weights(whole, resumed)
 
 
-class Waiting(Callback):
-    """Reads the loss in every step."""
-
-    def after_loss(self, state: State, logger: Logger) -> None:
-        float(state.loss["total"])
-
-
 class AtTheEnd(Callback):
     """Reads the loss after every step, from outside of the recording."""
 
@@ -140,19 +89,6 @@ class AtTheEnd(Callback):
         self.sums.append(sum(float(gradient.sum()) for gradient in gradients))
 
 
-def test_callbacks_that_cannot_be_recorded(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(CALLBACKS, "waiting", Waiting)
-    with pytest.raises(
-        UserError, match=r"trainer\.cuda_graph is true, and the callback Waiting is called at after_los"
-    ):
-        run("refused", "trainer.cuda_graph=true", "callbacks.waiting={}")
-    run("ordinary", "trainer.cuda_graph=auto", "callbacks.waiting={}")
-    assert "CUDA graph: not used, because the callback Waiting is called at after_loss\n" in capsys.readouterr().out
-    assert Tape.launches == 0
-
-
 def test_other_callbacks_see_loss_and_gradients_of_each_batch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     for name, setting in (("ordinary", "false"), ("recorded", "true")):
@@ -162,47 +98,6 @@ def test_other_callbacks_see_loss_and_gradients_of_each_batch(run: Run, monkeypa
         seen.append((callback.losses, callback.sums))
     assert seen[0] == seen[1]
     assert len(set(seen[0][0])) == len(set(seen[0][1])) == BATCHES
-
-
-@pytest.mark.parametrize("setting", ["auto", "true"])
-def test_a_step_that_waits_for_the_device(
-    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, setting: str
-) -> None:
-    original = ElectraPretraining.loss
-
-    def loss(*arguments: Any) -> Any:
-        losses = original(*arguments)
-        assert losses["total"] > 0  # a comparison that the host waits for
-        return losses
-
-    ordinary = run("ordinary", "trainer.cuda_graph=false")
-    monkeypatch.setattr(ElectraPretraining, "loss", loss)
-    if setting == "true":
-        with pytest.raises(
-            UserError, match="cannot be recorded: RuntimeError: operation not permitted when stream is capturing"
-        ):
-            run("refused", "trainer.cuda_graph=true")
-        return
-    fallen_back = run("auto", "trainer.cuda_graph=auto")
-    assert (Tape.runs, Tape.launches) == (BATCHES, 0)
-    assert "not used, because the step cannot be recorded: RuntimeError: operation not permitted" in caplog.text
-    assert_equal_weights(ordinary, fallen_back)
-
-
-def test_a_step_that_reads_a_number_of_the_host(
-    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A recording would repeat the number of the batch that it was made with."""
-    original = ElectraPretraining.forward
-
-    def forward(model: ElectraPretraining, batch: dict[str, Any]) -> dict[str, Any]:
-        assert model.training is False or batch["num_tokens"] > 0
-        return original(model, batch)
-
-    monkeypatch.setattr(ElectraPretraining, "forward", forward)
-    run("auto", "trainer.cuda_graph=auto")
-    assert Tape.launches == 0
-    assert "not used, because the step cannot be recorded: KeyError: 'num_tokens'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -273,45 +168,6 @@ def test_a_loss_that_is_not_finite(
         assert all(parameter.isfinite().all() for parameter in trainers[1].state.model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("overrides", "reason"),
-    [
-        ("trainer.activation_checkpointing=true", "trainer.activation_checkpointing is true"),
-        ("trainer.fsdp={}", "FSDP runs in Composer's step"),
-    ],
-)
-def test_what_is_not_recorded_is_said(
-    run: Run, overrides: str, reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run("auto", "trainer.max_duration=2ba", "trainer.eval_interval=2ba", overrides)
-    assert f"CUDA graph: not used, because {reason}\n" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"trainer\.cuda_graph is true, and "):
-        run("required", "trainer.max_duration=2ba", "trainer.eval_interval=2ba", "trainer.cuda_graph=true", overrides)
-
-
-def test_obstacles_in_the_configuration() -> None:
-    trainer = TrainerConfig(global_train_batch_size=8, device_eval_batch_size=8)
-    assert obstacle_in_config(trainer, static_shapes=True) is None
-    assert obstacle_in_config(trainer, static_shapes=False) == "batches differ in length"
-    trainer.compile = "reduce-overhead"
-    assert obstacle_in_config(trainer, True) == "trainer.compile=reduce-overhead records graphs of its own"
-
-
-def test_a_setting_that_is_none(run: Run) -> None:
-    with pytest.raises(UserError, match=r"trainer\.cuda_graph is 'always'; expected true, false or auto"):
-        run("refused", "trainer.cuda_graph=always")
-
-
-def test_on_a_cpu_there_is_nothing_to_say(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delitem(GRAPHS, "cpu")
-    run("auto", "trainer.max_duration=2ba", "trainer.eval_interval=2ba")
-    assert "CUDA graph" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="cuda_graph is true, and there are no such graphs on a cpu"):
-        run("refused", "trainer.cuda_graph=true")
-
-
 def test_a_batch_is_copied_as_a_whole() -> None:
     packed = torch.arange(24).view(4, 2, 3).clone()
     batch = dict(zip(("a", "b", "c", "d"), packed.unbind(), strict=True)) | {"scale": torch.ones(2, 2)}
@@ -364,26 +220,3 @@ def test_on_a_gpu(
     assert recorded == pytest.approx(ordinary, rel=1e-4)
     for mine, other in zip(*(trainer.state.model.parameters() for trainer in trainers), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_step_that_waits_for_a_gpu(
-    write_tiny_yaml: Callable[[Path], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Training goes on after the recording failed, with random numbers and memory as before."""
-    original = ElectraPretraining.loss
-
-    def loss(*arguments: Any) -> Any:
-        losses = original(*arguments)
-        assert losses["total"] > 0
-        return losses
-
-    monkeypatch.setattr(ElectraPretraining, "loss", loss)
-    overrides = ("trainer.device=gpu", "trainer.compile=false", "trainer.cuda_graph=auto")
-    trainer = main(load_config(str(write_tiny_yaml(tmp_path)), [*OVERRIDES, *overrides], PretrainConfig))
-    assert trainer.state.timestamp.batch.value == BATCHES
-    assert "not used, because the step cannot be recorded" in caplog.text

@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from electra_composer.model.kernels.layers_triton_kernels import dropout_factors, norm_gradient, row_statistics
+from electra_composer.model.kernels.layers_triton_kernels import (
+    dropout_factors,
+    load_gradient,
+    load_normal,
+    norm_gradient,
+    row_statistics,
+)
 
 
 @triton.jit
@@ -67,14 +73,8 @@ def embed_gradient(
         mask = is_row[:, None] & is_column[None, :]
         place = rows.to(tl.int64)[:, None] * width + columns[None, :]
         value = _load_sum(words, positions, types, word_ids, position_ids, type_ids, rows, columns, is_row, mask, width)
-        mean = tl.load(means + rows, mask=is_row, other=0.0)
-        rstd = tl.load(rstds + rows, mask=is_row, other=0.0)
-        normal = tl.where(mask, (value - mean[:, None]) * rstd[:, None], 0.0)
-        gradient = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        if HAS_STREAM:
-            gradient += tl.load(of_stream + place, mask=mask, other=0.0).to(tl.float32)
-        if HAS_PRODUCT:
-            gradient += tl.load(of_product + place, mask=mask, other=0.0).to(tl.float32)
+        normal, rstd = load_normal(value, means, rstds, rows, is_row, mask)
+        gradient = load_gradient(of_stream, of_product, place, mask, HAS_STREAM, HAS_PRODUCT, ROWS, BLOCK)
         if DROPOUT:
             gradient *= dropout_factors(seed, rows, threshold, scale, ROWS, BLOCK)
         of_weight += gradient * normal

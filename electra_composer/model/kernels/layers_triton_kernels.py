@@ -85,6 +85,28 @@ def add_norm(
 
 
 @triton.jit
+def load_normal(value, means, rstds, rows, is_row, mask):
+    """Return the rows without mean and with variance 1, zero outside of the mask, and 1 / standard deviation."""
+    mean = tl.load(means + rows, mask=is_row, other=0.0)
+    rstd = tl.load(rstds + rows, mask=is_row, other=0.0)
+    return tl.where(mask, (value - mean[:, None]) * rstd[:, None], 0.0), rstd
+
+
+@triton.jit
+def load_gradient(
+    of_stream, of_product, place, mask,
+    HAS_STREAM: tl.constexpr, HAS_PRODUCT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return the sum of the gradients of a result that was stored twice, of those that there are."""
+    gradient = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    if HAS_STREAM:
+        gradient += tl.load(of_stream + place, mask=mask, other=0.0).to(tl.float32)
+    if HAS_PRODUCT:
+        gradient += tl.load(of_product + place, mask=mask, other=0.0).to(tl.float32)
+    return gradient
+
+
+@triton.jit
 def add_norm_gradient(
     x, bias, residual, weight, seed, means, rstds, of_stream, of_product, of_x, of_residual, partials,
     count, width, rows_each, threshold, scale,
@@ -107,14 +129,8 @@ def add_norm_gradient(
         place = rows.to(tl.int64)[:, None] * width + columns[None, :]
         factors = dropout_factors(seed, rows, threshold, scale, ROWS, BLOCK) if DROPOUT else scale
         value = _load_sum(x, bias, residual, place, columns, is_column, mask, factors, HAS_BIAS, HAS_RESIDUAL, DROPOUT)
-        mean = tl.load(means + rows, mask=is_row, other=0.0)
-        rstd = tl.load(rstds + rows, mask=is_row, other=0.0)
-        normal = tl.where(mask, (value - mean[:, None]) * rstd[:, None], 0.0)
-        gradient = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        if HAS_STREAM:
-            gradient += tl.load(of_stream + place, mask=mask, other=0.0).to(tl.float32)
-        if HAS_PRODUCT:
-            gradient += tl.load(of_product + place, mask=mask, other=0.0).to(tl.float32)
+        normal, rstd = load_normal(value, means, rstds, rows, is_row, mask)
+        gradient = load_gradient(of_stream, of_product, place, mask, HAS_STREAM, HAS_PRODUCT, ROWS, BLOCK)
         of_weight += gradient * normal
         of_shift += gradient
         result = norm_gradient(gradient, normal, w, rstd, width)
