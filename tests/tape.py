@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -27,6 +28,15 @@ WAITING = {
     "aten::unique_dim",
     "aten::_unique2",
 }
+
+
+class NoHost(TorchFunctionMode):
+    """Refuses what copies a tensor to the host, which for a tensor on the CPU is no operator."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.cpu, Tensor.numpy, Tensor.tolist):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 class Recorder(TorchDispatchMode):
@@ -111,7 +121,7 @@ class Tape:
     def record(self, function: Callable[[], T]) -> T:
         random = torch.get_rng_state()
         try:
-            with self.recorder:
+            with NoHost(), self.recorder:
                 return function()
         finally:
             self.recorder.restore()

@@ -68,6 +68,24 @@ def test_a_step_that_waits_for_the_device(
     assert_equal_weights(ordinary, fallen_back)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        torch.Tensor.item,
+        bool,
+        torch.Tensor.cpu,
+        torch.Tensor.numpy,
+        torch.Tensor.tolist,
+        torch.Tensor.nonzero,
+        lambda tensor: tensor.reshape(1)[tensor.reshape(1) > 0],
+        lambda tensor: torch.equal(tensor, tensor),
+    ],
+)
+def test_what_waits_for_the_device(read: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
+        Tape().record(lambda: read(torch.ones(())))
+
+
 def test_a_step_that_reads_a_number_of_the_host(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
