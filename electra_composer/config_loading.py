@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from electra_composer.config import RunConfig
 from electra_composer.errors import UserError, report_user_errors
+from electra_composer.ranges import faults
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -31,14 +32,14 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
 
     Raises:
         UserError: file missing or not YAML, unknown key (the message has its full path and the nearest valid key),
-            wrong type, missing required value, or an interpolation that cannot be resolved.
+            wrong type, value out of range, missing required value, or an interpolation that cannot be resolved.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; expected a YAML file such as yamls/small.yaml as the first argument")
     try:
         with open(path, encoding="utf-8") as file:
             from_file = OmegaConf.load(file)  # unlike yaml.safe_load, refuses duplicate keys
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OSError, ValueError, OmegaConfBaseException) as error:  # ValueError: bytes, huge integers
         raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(from_file):
         raise UserError(f"{path}: expected keys and values at the top level, found a list")
@@ -47,8 +48,8 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
             raise UserError(f"{override!r} is not an override; expected key=value, such as optimizer.lr=1e-3")
         try:
             OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{override!r}: the value cannot be read: {' '.join(str(error).split())}") from error
+        except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:  # ValueError: integers of 5000 digits
+            raise UserError(f"{override[:80]!r}: the value cannot be read: {' '.join(str(error).split())}") from error
     config = OmegaConf.structured(schema)
     try:
         # Merge one key at a time, so that an error message can name the key. Interpolations are resolved after the
@@ -65,7 +66,8 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
                 piece.data.path = ""
             try:
                 config = OmegaConf.merge(config, piece)
-            except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list instead of a dictionary
+            except (OmegaConfBaseException, TypeError, OverflowError) as error:
+                # TypeError: a list instead of a dictionary; OverflowError: an integer too large for a float.
                 full_key = getattr(error, "full_key", None) or key
                 raise UserError(f"{origin}: {full_key}: {_first_line(error)}") from error
         _path_or_streams(config, path)
@@ -74,10 +76,14 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
             raise UserError(
                 f"{path}: no value for {', '.join(missing)}; set it there, or as {missing[0]}=… on the command line"
             )
-        return OmegaConf.to_object(config)  # type: ignore[return-value]
+        checked: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         full_key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {f'{full_key}: ' if full_key else ''}{_first_line(error)}") from error
+    for key, fault in faults(checked):
+        given = any(key.startswith(override.split("=")[0]) for override in overrides)
+        raise UserError(f"{'the command line' if given else path}: {fault}")
+    return checked
 
 
 def _has_null_path(content: Any) -> bool:
