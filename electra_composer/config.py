@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import MISSING
 
-from electra_composer.ranges import BYTES, ROWS, UNITS, Length, Range, TimeRange
+from electra_composer.ranges import BYTES, DURATION, ROWS, Length, Range, TimeRange
 
 # Types that several keys share. Seeds leave room below 2**32, the limit of NumPy, for ranks and epochs added to them.
 Seed = Annotated[int, Range(ge=0, le=2**31 - 1)]
@@ -169,7 +169,7 @@ class TrainerConfig:
     """Length of training, batch sizes, device, precision and parallelism."""
 
     # a Composer time; required in pretraining; null in GLUE: each task's own epochs
-    max_duration: Annotated[str, TimeRange(units=UNITS[:-1])] | None = None
+    max_duration: Annotated[str, DURATION] | None = None
     global_train_batch_size: BatchSize = MISSING  # rows per update over all devices and microbatches
     device_train_microbatch_size: BatchSize | Literal["auto"] | None = None  # null: no split; auto (GPU)
     device_eval_batch_size: BatchSize = MISSING

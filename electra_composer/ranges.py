@@ -107,9 +107,13 @@ class TimeRange:
         examples = [f"{number}{unit}" for number, unit in zip((10000, 3, 1000, "5e9", 0.1), UNITS, strict=True)]
         allowed = [example for example, unit in zip(examples, UNITS, strict=True) if unit in self.units]
         low = "above 0" if self.positive else "of 0 or more"
-        return f"a time {low} and at most {LONGEST:.0e}".replace("+", "") + (
-            f", such as {', '.join(allowed[:-1])} or {allowed[-1]}"
+        return f"a time {low} and at most {LONGEST:.0e}, such as ".replace("+", "") + (
+            f"{', '.join(allowed[:-1])} or {allowed[-1]}" if len(allowed) > 1 else allowed[0]
         )
+
+
+DURATION = TimeRange(units=UNITS[:-1])
+"""Range of the duration of training, which is no fraction of itself."""
 
 
 @dataclass(frozen=True)
@@ -218,13 +222,16 @@ def _faults_of(value: Any, hint: Any, path: str) -> Iterator[tuple[str, str]]:
             yield path, f"{path} is {_shown(value)}; expected {key.expected()}"
 
 
-def check_ranges(config: Any) -> None:
-    """Check every value of a configuration against the range in the schema.
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Check every value of a configuration, or of a section of it, against the range in the schema.
+
+    Args:
+        prefix: of the keys in messages: `model.` for that section.
 
     Raises:
         UserError: for the first value outside its range.
     """
-    for _, message in faults(config):
+    for _, message in faults(config, prefix):
         raise UserError(message)
 
 

@@ -119,7 +119,7 @@ def test_an_empty_folder_of_sources(refused, tmp_path, vocab):
         (["trainer.global_train_batch_size=100000"], ("100,000 rows", "smaller batch size")),
         (["trainer.device_train_microbatch_size=9"], ("trainer.device_train_microbatch_size is 9", "1 to 8")),
         (["trainer.precision=amp_fp16", "trainer.device=cpu"], ("amp_fp16", "CPU", "trainer.precision=amp_bf16")),
-        (["callbacks.speed_monitor.window_size=0"], ("callbacks.speed_monitor", "window_size is 0")),
+        (["callbacks.speed_monitor.window_size=0"], ("callbacks.speed_monitor.window_size is 0",)),
         (["callbacks.memory_monitor.log_interval=0ba"], ("callbacks.memory_monitor", "log_interval")),
         (["trainer.log_interval=often"], ("log_interval", "often")),
         (["loggers.metrics_file.format=xls"], ("loggers.metrics_file", "xls", "jsonl or csv")),

@@ -106,7 +106,7 @@ def build_dataloader(
     shares = plan_epoch(config, meta, split, seed, evaluation)
     folders = [share.folder for share in shares]
     world = World.detect()
-    _check_sizes(config, shares, split, batch_size, world.num_ranks, drop_last)
+    _check_sizes(shares, split, batch_size, world.num_ranks, drop_last)
     method = "random" if evaluation else config.batching_method
     batches = batches_per_epoch(shares, method, batch_size, world)
     try:
@@ -154,26 +154,15 @@ def choose_workers(num_workers: int | str, dataset: RowDataset) -> tuple[int, bo
 
     Returns:
         The number of processes, and whether to load in a thread of this process instead.
-
-    Raises:
-        UserError: neither a number nor `auto`.
     """
     if isinstance(num_workers, int):
         return num_workers, False
-    if num_workers != "auto":
-        raise UserError(f"data.num_workers is {num_workers!r}; expected a number of processes, or auto")
     remote = any(stream.remote is not None for stream in dataset.streams)
     compressed = any(shard.zip_data is not None for shard in dataset.shards)
     return (WORKERS, False) if remote or compressed else (0, True)
 
 
-def _check_sizes(
-    config: ShardsConfig, shares: list[Share], split: str, batch_size: int, ranks: int, drop_last: bool
-) -> None:
-    if batch_size < 1:
-        raise UserError(f"the batch size per device is {batch_size}; expected at least 1")
-    if config.download_attempts < 1:
-        raise UserError(f"data.download_attempts is {config.download_attempts}; expected at least 1")
+def _check_sizes(shares: list[Share], split: str, batch_size: int, ranks: int, drop_last: bool) -> None:
     rows = sum(share.rows for share in shares)
     if drop_last and rows < batch_size * ranks:
         raise UserError(

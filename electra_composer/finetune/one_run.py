@@ -105,8 +105,6 @@ def rehearse(config: GlueConfig, source: Pretrained, task: Task) -> None:
     assert mine.trainer.max_duration is not None
     try:
         device_batch_size(mine.trainer)
-        if parse_time(mine.trainer.max_duration, "trainer.max_duration").value <= 0:
-            raise UserError(f"trainer.max_duration is {mine.trainer.max_duration}; expected more than 0, such as 3ep")
         build_optimizer(mine.optimizer, build_model(source, task, config))
         build_scheduler(mine.schedule, mine.trainer.max_duration)
         build_callbacks(mine.callbacks)

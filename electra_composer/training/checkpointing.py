@@ -91,13 +91,8 @@ def checkpoint_savers(config: RunConfig, copy: RemoteCopy | None = None) -> list
 
     The last saver also saves when a signal ends the run. `latest-rank0.pt` links to the newest checkpoint of either. A
     run that resumes from before a checkpoint overwrites it; :func:`check_run_folder` keeps other runs out.
-
-    Raises:
-        UserError: `checkpoints.keep` or a milestone out of range.
     """
     checkpoints = config.checkpoints
-    if checkpoints.keep < 1 and checkpoints.keep != -1:
-        raise UserError(f"checkpoints.keep is {checkpoints.keep}; expected at least 1, or -1 for all")
     if not checkpoints.interval and not checkpoints.milestones:
         return []
     folder, milestones, interval = checkpoints.folder, checkpoints.milestones, checkpoints.interval
@@ -126,13 +121,7 @@ def milestone_saver(
         fractions: in (0, 1], such as 0.0625.
         latest_filename: name of the symbolic link to the newest checkpoint, such as `latest-rank{rank}.pt`.
         arguments: of the saver; a run that resumes from before a milestone needs `overwrite`.
-
-    Raises:
-        UserError: a fraction out of range.
     """
-    for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise UserError(f"checkpoints.milestones: {fraction} is out of range; expected fractions in (0, 1]")
 
     def is_due(state: State, event: Event) -> bool:
         if event != Event.BATCH_CHECKPOINT or state.previous_timestamp is None:

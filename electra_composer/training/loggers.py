@@ -12,12 +12,13 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from composer.core import State, TimeUnit
+from composer.core import State
 from composer.loggers import ConsoleLogger, Logger, LoggerDestination, WandBLogger
 from composer.utils import dist
 from tqdm import tqdm
 
 from electra_composer.errors import UserError
+from electra_composer.ranges import TimeRange
 from electra_composer.training.times import parse_time
 
 
@@ -32,10 +33,7 @@ class IntervalLogger(LoggerDestination):
     """
 
     def __init__(self, interval: str) -> None:
-        parsed = parse_time(interval, "interval", positive=True)
-        if parsed.unit != TimeUnit.BATCH:
-            raise UserError(f"interval: {interval!r}: expected a number of batches, such as 10ba")
-        self.interval = int(parsed.value)
+        self.interval = int(parse_time(interval, "interval", TimeRange(units=("ba",))).value)
         self.step = 0
 
     @functools.cached_property

@@ -14,7 +14,6 @@ from composer.core import Event, State, Timestamp
 from composer.loggers import Logger
 from composer.utils import dist
 
-from electra_composer.errors import UserError
 from electra_composer.training.gpus import peak_flops
 from electra_composer.training.process_memory import peak_resident_bytes
 from electra_composer.training.times import IntervalCallback, interval_scheduler
@@ -41,9 +40,6 @@ class ThroughputMonitor(SpeedMonitor):
         window_size: batches per window.
         gpu_flops_available: peak FLOPs per second of one device; None: from gpus.py.
         time_unit: of `time/…`: `seconds`, `minutes`, `hours` or `days`.
-
-    Raises:
-        UserError: a window of less than one batch.
     """
 
     # Workaround (composer 0.32): SpeedMonitor copies the FLOPs of every batch to the device, reduces them over ranks
@@ -52,8 +48,6 @@ class ThroughputMonitor(SpeedMonitor):
     def __init__(
         self, window_size: int = 100, gpu_flops_available: float | None = None, time_unit: str = "hours"
     ) -> None:
-        if window_size < 1:
-            raise UserError(f"window_size is {window_size}; expected at least 1 batch")
         super().__init__(window_size, None, time_unit)
         self.gpu_flops_available: float | None = gpu_flops_available
         self.window_size = window_size

@@ -10,6 +10,7 @@ from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 
 from electra_composer.errors import UserError
+from electra_composer.ranges import DURATION, TimeRange
 from electra_composer.training.times import parse_time
 
 
@@ -78,14 +79,9 @@ class Schedule(Callback):
 
     def __init__(self, name: str, warmup: str, max_duration: str, decay: str = "0.1dur") -> None:
         self.function = SCHEDULES[name]
-        self.phases = {"schedule.warmup": parse_time(warmup, "schedule.warmup")}
-        if name == "constant":
-            self.phases["schedule.decay"] = parse_time(decay, "schedule.decay")
-        duration = parse_time(max_duration, "trainer.max_duration")
-        if duration.unit == TimeUnit.DURATION:
-            raise UserError(
-                f"trainer.max_duration: {max_duration!r} is a fraction of itself; expected a time such as 1000ba"
-            )
+        phases = {"schedule.warmup": warmup, **({"schedule.decay": decay} if name == "constant" else {})}
+        self.phases = {key: parse_time(time, key, TimeRange(positive=False)) for key, time in phases.items()}
+        duration = parse_time(max_duration, "trainer.max_duration", DURATION)
         for key, time in self.phases.items():
             units = {time.unit, duration.unit}
             if TimeUnit.DURATION not in units and len(units) > 1 and units != {TimeUnit.EPOCH, TimeUnit.BATCH}:

@@ -12,12 +12,11 @@ from electra_composer.training.devices import resolve_device, run_device
 from electra_composer.training.process_memory import keep_freed_memory
 from electra_composer.training.step_graph import check_cuda_graph
 from electra_composer.training.threads import choose_threads
-from electra_composer.training.times import parse_time
 
 
 def start(config: RunConfig, ranks_of_machine: int | None = None) -> bool:
-    """Initialise the process group and the seeds, choose the number of CPU threads, and check device, precision, batch
-    sizes and times.
+    """Initialise the process group and the seeds, choose the number of CPU threads, and check device, precision and
+    batch sizes.
 
     Args:
         ranks_of_machine: processes of the program on this machine, which share its cores; None: those of the launcher.
@@ -26,7 +25,7 @@ def start(config: RunConfig, ranks_of_machine: int | None = None) -> bool:
         Whether the model is to run under bfloat16 autocast on the CPU (see devices.py).
 
     Raises:
-        UserError: a value that is out of range or not possible on this machine.
+        UserError: a value that is not possible on this machine.
     """
     use_deterministic_kernels(config.trainer)
     device, _, cpu_autocast = resolve_device(config.trainer)
@@ -38,13 +37,6 @@ def start(config: RunConfig, ranks_of_machine: int | None = None) -> bool:
     device_batch_size(config.trainer)
     if device == "cpu":
         choose_threads(config.trainer, ranks_of_machine or dist.get_local_world_size())
-    for key, time in (
-        ("trainer.max_duration", config.trainer.max_duration),
-        ("trainer.eval_interval", config.trainer.eval_interval),
-        ("checkpoints.interval", config.checkpoints.interval),
-    ):
-        if time is not None:
-            parse_time(time, key, positive=True)
     reproducibility.seed_all(config.seed)  # the same on every rank, so that weights are initialised equally
     return cpu_autocast
 
@@ -53,31 +45,26 @@ def device_batch_size(trainer: TrainerConfig) -> int:
     """Return the rows per rank of a global batch.
 
     Raises:
-        UserError: a global batch size that is not a multiple of the number of ranks, or an impossible microbatch or
-            evaluation batch size.
+        UserError: a global batch size that is not a multiple of the number of ranks, or an impossible microbatch.
     """
     total, ranks = trainer.global_train_batch_size, dist.get_world_size()
     microbatch = trainer.device_train_microbatch_size
-    if total < 1 or total % ranks:
+    if total % ranks:
         raise UserError(
-            f"trainer.global_train_batch_size is {total}; expected a positive multiple of {ranks}, the number of ranks"
+            f"trainer.global_train_batch_size is {total}; expected a multiple of {ranks}, the number of ranks"
         )
     rows = total // ranks
-    if isinstance(microbatch, str) and microbatch != "auto":
-        raise UserError(f"trainer.device_train_microbatch_size is {microbatch!r}; expected a number, auto or null")
     # Workaround (composer 0.32): automatic microbatching fails an assertion under FSDP2; goes when it is supported.
     if microbatch == "auto" and trainer.fsdp is not None:
         raise UserError(
             "trainer.device_train_microbatch_size is auto, which Composer does not support under FSDP2; set a number, "
             "or null for no split"
         )
-    if isinstance(microbatch, int) and not 1 <= microbatch <= rows:
+    if isinstance(microbatch, int) and microbatch > rows:
         raise UserError(
             f"trainer.device_train_microbatch_size is {microbatch}; expected 1 to {rows}, the rows per rank of "
             f"trainer.global_train_batch_size {total} on {ranks} ranks"
         )
-    if trainer.device_eval_batch_size < 1:
-        raise UserError(f"trainer.device_eval_batch_size is {trainer.device_eval_batch_size}; expected at least 1")
     return rows
 
 
