@@ -117,7 +117,7 @@ class ObjectiveConfig:
     gen_weight: LossWeight = 1.0  # weight of the generator's MLM loss
     disc_weight: LossWeight = 50.0  # weight of the discriminator's RTD loss
     sampling: Literal["gumbel", "inverse_cdf"] = "inverse_cdf"  # the same distribution; inverse_cdf needs less noise
-    temperature: Annotated[float, Range(ge=0.01, le=100)] = 1.0  # divides the generator's logits before sampling
+    temperature: Annotated[float, Range(ge=0.01, le=1000)] = 1.0  # divides the generator's logits before sampling
     disallow_correct: bool = False  # never sample the original token
     masked_lm: Literal["auto", "chunked", "triton"] = "auto"  # implementation of loss and sample; auto: triton on CUDA
     mlm_label_smoothing: Smoothing = 0.0

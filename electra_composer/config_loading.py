@@ -18,6 +18,8 @@ from electra_composer.ranges import faults
 
 Config = TypeVar("Config", bound=RunConfig)
 
+CHECK = "--check"
+
 
 def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config:
     """Read a YAML file, apply `key=value` overrides, check every key and value, and resolve interpolations.
@@ -110,12 +112,20 @@ def _path_or_streams(config: Any, origin: str) -> None:
 
 
 @report_user_errors
-def load_config_from_command_line(schema: type[Config], usage: str) -> Config:
-    """Call :func:`load_config` with `sys.argv`: a YAML file, then any number of `key=value`."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(f"usage: {usage}\n\nThe keys are documented in electra_composer/config.py.")
-        sys.exit(0 if len(sys.argv) > 1 else 2)
-    return load_config(sys.argv[1], sys.argv[2:], schema)
+def load_config_from_command_line(schema: type[Config], usage: str) -> tuple[Config, bool]:
+    """Call :func:`load_config` with `sys.argv`: a YAML file, then any number of `key=value`.
+
+    Returns:
+        The configuration, and whether `--check` is among the arguments: check everything and end.
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument != CHECK]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            f"usage: {usage} [{CHECK}]\n\nThe keys are documented in electra_composer/config.py. {CHECK} checks "
+            "everything that a start would refuse, writes nothing and ends."
+        )
+        sys.exit(0 if arguments else 2)
+    return load_config(arguments[0], arguments[1:], schema), CHECK in sys.argv
 
 
 def to_yaml(config: RunConfig) -> str:

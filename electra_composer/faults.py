@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import tempfile
 import traceback
 from collections.abc import Iterator
 
@@ -60,6 +61,32 @@ def raise_on_all_ranks(key: str) -> Iterator[None]:
     dist.broadcast_object_list(message)
     if message[0] is not None:
         raise UserError(message[0])
+
+
+def check_can_write(key: str, path: str, is_folder: bool = False) -> None:
+    """Check that a file or folder at `path` can be created, or written if it exists; nothing is left behind.
+
+    Args:
+        key: Configuration key, named in messages.
+
+    Raises:
+        UserError: Another kind of file is there, or its folder cannot be written to.
+    """
+    if os.path.lexists(path) and not (os.path.isdir(path) if is_folder else os.path.isfile(path)):
+        raise UserError(f"{key} {path}: exists, but is not a {'folder' if is_folder else 'regular file'}; set another")
+    folder = os.path.abspath(path if is_folder else os.path.dirname(path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if os.path.isfile(path):
+            with open(path, "a", encoding="utf-8"):
+                pass
+    except OSError as error:
+        raise UserError(
+            f"{key} {path}: cannot be written in {folder}: {error.strerror}; set another, or fix its permissions"
+        ) from error
 
 
 def explain(error: BaseException) -> str | None:

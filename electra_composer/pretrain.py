@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from composer import Trainer
 from composer.core import DataSpec
@@ -10,11 +11,11 @@ from composer.utils import dist
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.batches.baselines import loss_without_context
-from electra_composer.batches.checks import check_shards
+from electra_composer.batches.checks import check_shards, check_split
 from electra_composer.batches.shards import build_data_spec, read_data
-from electra_composer.batches.streams import describe_streams
+from electra_composer.batches.streams import check_streams, describe_streams
 from electra_composer.checkpoints.remote import remote_copy
-from electra_composer.checkpoints.resuming import exclusive_lock
+from electra_composer.checkpoints.resuming import check_unlocked, exclusive_lock
 from electra_composer.checkpoints.weights import check_state_fits, read_checkpoint, special_ids, tokenizer_files
 from electra_composer.compilers import missing_for_triton
 from electra_composer.config import PretrainConfig
@@ -26,45 +27,71 @@ from electra_composer.model.kernels.attention import ExampleBound
 from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
 from electra_composer.model.kernels.masked_lm import resolve_implementation
 from electra_composer.model.pretraining import ElectraPretraining
+from electra_composer.model.sizes import check_sizes, count_parameters
+from electra_composer.ranges import check_ranges
 from electra_composer.storage.shard_folder import Meta, SplitCounts
 from electra_composer.training.attention_path import choose_attention
+from electra_composer.training.builders import build_scheduler
 from electra_composer.training.callbacks import RunRecord, TrainMetrics
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, check_run_folder, checkpoint_to_load
 from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.determinism import describe_nondeterminism, explain_nondeterministic_operators
 from electra_composer.training.devices import fsdp_gradient_factor, resolve_device
 from electra_composer.training.learning_watch import LearningWatch
-from electra_composer.training.startup import device_batch_size, microbatch_size, start
+from electra_composer.training.startup import (
+    check_memory,
+    check_run_settings,
+    check_stoppers,
+    device_batch_size,
+    microbatch_size,
+    run_checks,
+    start,
+)
 from electra_composer.training.trainer import build_trainer
 from electra_composer.versions import check_versions
 from electra_composer.vocabulary import load_tokenizer
 
 
-def main(config: PretrainConfig) -> Trainer:
+@dataclass
+class Prepared:
+    """A start of a run: its configuration, and what :data:`CHECKS` have read and built.
+
+    Attributes:
+        check_only: whether the run does not begin. Nothing is then fetched, moved or written.
+        cpu_autocast: see :func:`resolve_device`.
+        baseline: see :func:`mlm_baseline`.
+    """
+
+    config: PretrainConfig
+    check_only: bool
+    cpu_autocast: bool = field(init=False)
+    meta: Meta = field(init=False)
+    tokenizer: PreTrainedTokenizerFast = field(init=False)
+    model: ElectraPretraining = field(init=False)
+    train_data: DataSpec = field(init=False)
+    eval_data: DataSpec = field(init=False)
+    baseline: float | None = field(init=False)
+
+
+def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
     """Pretrain from scratch, or resume an earlier run in the same folder.
 
     Args:
         config: see config.py.
+        check_only: whether to end after the checks of :data:`CHECKS`.
 
     Returns:
         The trainer after `fit`: `trainer.state.model` is the model, `trainer.state.eval_metrics` the last evaluation.
+        None with `check_only`.
 
     Raises:
         UserError: an error in the configuration, the shards or the machine that the caller can fix.
     """
-    check_versions()
-    if config.trainer.max_duration is None:
-        raise UserError("trainer.max_duration is null; pretraining needs a duration, such as 1000000ba")
-    check_run_folder(config)
-    cpu_autocast = start(config)
-    meta = read_data(config.data)
-    tokenizer = load_tokenizer(config.data.tokenizer or meta.tokenizer_folder)
-    check_shards(meta, tokenizer, config.data.max_seq_length)
-    model = build_model(config, tokenizer, cpu_autocast)
-    choose_kernels(config, model, meta)
-    check_initial_checkpoint(config, model)
-    train_data, eval_data = build_data(config, meta, model)
-    baseline = mlm_baseline(config, meta)
+    prepared = Prepared(config, check_only)
+    run_checks(CHECKS, prepared, check_only)
+    if check_only:
+        return None
+    record = RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(prepared.tokenizer))
     with (
         explain_failures(),
         exclusive_lock(config.checkpoints.folder),
@@ -74,15 +101,11 @@ def main(config: PretrainConfig) -> Trainer:
     ):
         trainer = build_trainer(
             config,
-            model,
-            train_data,
-            eval_data,
-            config.trainer.max_duration,
-            callbacks=[
-                TrainMetrics(config.trainer.log_interval),
-                LearningWatch(baseline),
-                RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(tokenizer)),
-            ],
+            prepared.model,
+            prepared.train_data,
+            prepared.eval_data,
+            duration_of(config),
+            callbacks=[TrainMetrics(config.trainer.log_interval), LearningWatch(prepared.baseline), record],
             copy=copy,
         )
         try:
@@ -90,6 +113,72 @@ def main(config: PretrainConfig) -> Trainer:
         finally:  # also after the SystemExit of a signal, so that loggers finish and close their files
             trainer.close()
     return trainer
+
+
+def duration_of(config: PretrainConfig) -> str:
+    """Return `trainer.max_duration`.
+
+    Raises:
+        UserError: it is null.
+    """
+    if config.trainer.max_duration is None:
+        raise UserError("trainer.max_duration is null; pretraining needs a duration, such as 1000000ba")
+    return config.trainer.max_duration
+
+
+def check_config(prepared: Prepared) -> None:
+    """Check what needs no file and no device: settings that depend on each other."""
+    config = prepared.config
+    check_run_settings(config, duration_of(config))
+    check_sizes(config.model, config.objective, config.data.max_seq_length)
+    check_streams(config.data)
+
+
+def check_device(prepared: Prepared) -> None:
+    """Initialise the process group and the seeds; check device, precision, compilers and batch sizes."""
+    prepared.cpu_autocast = start(prepared.config)
+    check_unlocked(prepared.config.checkpoints.folder)
+
+
+def read_shards(prepared: Prepared) -> None:
+    """Read the metadata of the shards and the tokenizer; check that both splits are complete."""
+    data = prepared.config.data
+    prepared.meta = read_data(data)
+    prepared.tokenizer = load_tokenizer(data.tokenizer or prepared.meta.tokenizer_folder)
+    check_shards(prepared.meta, prepared.tokenizer, data.max_seq_length)
+    check_split(data, prepared.meta, data.train_split)
+    check_split(data, prepared.meta, data.eval_split, evaluation=True)
+
+
+def check_model(prepared: Prepared) -> None:
+    """Build the model, if it fits into memory, and choose its kernels."""
+    config = prepared.config
+    check_memory(count_parameters(config.model, len(prepared.tokenizer)), config.trainer)
+    prepared.model = build_model(config, prepared.tokenizer, prepared.cpu_autocast)
+    check_stoppers(config.callbacks, prepared.model, ["eval"])
+    choose_kernels(config, prepared.model, prepared.meta)
+
+
+def open_data(prepared: Prepared) -> None:
+    """Open the loaders, and compute what needs rows."""
+    config = prepared.config
+    prepared.train_data, prepared.eval_data = build_data(config, prepared.meta, prepared.model)
+    build_scheduler(config.schedule, duration_of(config)).check(len(prepared.train_data.dataloader))
+    prepared.baseline = mlm_baseline(config, prepared.meta)
+
+
+CHECKS: tuple[tuple[str, Callable[[Prepared], None]], ...] = (
+    ("versions", lambda prepared: check_versions()),
+    ("ranges", lambda prepared: check_ranges(prepared.config)),
+    ("settings", check_config),
+    ("run folder", lambda prepared: check_run_folder(prepared.config)),
+    ("device", check_device),
+    ("shards and tokenizer", read_shards),
+    ("model", check_model),
+    ("checkpoint", lambda prepared: check_initial_checkpoint(prepared.config, prepared.model, prepared.check_only)),
+    ("data loaders", open_data),
+)
+"""Checks of a start, cheapest first. Each may use what those before it have read and built."""
 
 
 def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, cpu_autocast: bool) -> ElectraPretraining:
@@ -150,13 +239,16 @@ def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: 
     resolve_implementation(name, device_type, sizes.padded_vocab_size, sizes.embedding_size)
 
 
-def check_initial_checkpoint(config: PretrainConfig, model: ElectraPretraining) -> None:
+def check_initial_checkpoint(config: PretrainConfig, model: ElectraPretraining, check_only: bool = False) -> None:
     """Check that the checkpoint to start from, if any, is complete and fits the model.
+
+    Args:
+        check_only: see :func:`checkpoint_to_load`.
 
     Raises:
         UserError: it is broken, or of other sizes.
     """
-    path = checkpoint_to_load(config)
+    path = checkpoint_to_load(config, check_only)
     if path is not None:
         check_state_fits(read_checkpoint(path).state, model.model.state_dict(), path)
 
@@ -188,7 +280,7 @@ def print_once(text: str) -> None:
 
 if __name__ == "__main__":
     report_user_errors(main)(
-        load_config_from_command_line(
+        *load_config_from_command_line(
             PretrainConfig, "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]"
         )
     )

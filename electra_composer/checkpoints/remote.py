@@ -37,12 +37,15 @@ log = logging.getLogger(__name__)
 NOT_COPIED = ("wandb",)  # folders of loggers with a server of their own
 
 
-def fetch_newest(checkpoints: CheckpointConfig, run_name: str, link_name: str) -> None:
+def fetch_newest(checkpoints: CheckpointConfig, run_name: str, link_name: str, check_only: bool = False) -> None:
     """Download the newest checkpoint from the object store if the run's folder lacks it.
 
     It is downloaded, with the run's other files, if it is newer than the folder's newest complete checkpoint. A corrupt
     copy is skipped for the one before it, with a warning. Every rank calls this and rank 0 does the work. Without
     `checkpoints.remote` nothing is done.
+
+    Args:
+        check_only: read the index of the store alone.
 
     Raises:
         UserError: On every rank: no answer from the store; it holds another run, or one that is neither to be resumed
@@ -52,15 +55,16 @@ def fetch_newest(checkpoints: CheckpointConfig, run_name: str, link_name: str) -
         return
     with raise_on_all_ranks("checkpoints.remote"):
         if dist.get_global_rank() == 0:
-            _fetch_newest(checkpoints, run_name, os.path.join(checkpoints.folder, link_name))
+            run = RemoteRun(checkpoints.remote)
+            index = _index_to_resume(run, checkpoints, run_name)
+            if index is not None and not check_only:
+                _fetch_newest(run, index, os.path.join(checkpoints.folder, link_name))
 
 
-def _fetch_newest(checkpoints: CheckpointConfig, run_name: str, link: str) -> None:
-    assert checkpoints.remote is not None
-    run, folder = RemoteRun(checkpoints.remote), os.path.dirname(link)
+def _index_to_resume(run: RemoteRun, checkpoints: CheckpointConfig, run_name: str) -> RemoteIndex | None:
     index = run.read()
     if index is None or not index.checkpoints or checkpoints.overwrite:
-        return
+        return None
     if not checkpoints.resume:
         raise UserError(
             f"checkpoints.remote: {run.remote} holds the checkpoints of a run; set checkpoints.resume=true to continue "
@@ -71,6 +75,11 @@ def _fetch_newest(checkpoints: CheckpointConfig, run_name: str, link: str) -> No
             f"checkpoints.remote: {run.remote} holds the run {index.run_name!r}, and this is {run_name!r}; set another "
             "checkpoints.remote, or checkpoints.overwrite=true to replace it"
         )
+    return index
+
+
+def _fetch_newest(run: RemoteRun, index: RemoteIndex, link: str) -> None:
+    folder = os.path.dirname(link)
     local_batch = _newest_complete(link)
     reasons = []
     for stored in index.checkpoints:

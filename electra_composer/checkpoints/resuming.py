@@ -74,35 +74,62 @@ def _remove_if_unused(folder: str) -> None:
             os.rmdir(folder)
 
 
-def repair_latest_link(folder: str, link_name: str) -> None:
+def check_unlocked(folder: str) -> None:
+    """Refuse a folder in which another run trains, without creating or keeping anything.
+
+    Raises:
+        UserError: On every rank: another run holds the lock.
+    """
+    path = os.path.join(folder, LOCK)
+    with raise_on_all_ranks("checkpoints.folder"):
+        if dist.get_global_rank() == 0 and os.path.exists(path):
+            with open(path, "a", encoding="utf-8") as file:
+                _lock(file, folder)
+
+
+def repair_latest_link(folder: str, link_name: str, check_only: bool = False) -> str | None:
     """Make the link to a run's newest checkpoint point to a complete one.
 
     A corrupt checkpoint is renamed to `….broken` and the link moved to the newest complete one before it, with a
     warning that names both. Without a link, nothing is done. Every rank calls this and rank 0 does the work. It reads
     the complete checkpoint, about a second per gigabyte.
 
+    Args:
+        check_only: change and print nothing.
+
+    Returns:
+        The complete checkpoint; None without a link.
+
     Raises:
         UserError: On every rank: the checkpoint is corrupt, and no complete one is before it.
     """
+    found: list[str | None] = [None]
     with raise_on_all_ranks("checkpoints.folder"):
         if dist.get_global_rank() == 0:
-            _repair(os.path.join(folder, link_name))
+            found = [_repair(os.path.join(folder, link_name), check_only)]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
-def _repair(link: str) -> None:
+def _repair(link: str, check_only: bool) -> str | None:
     if not os.path.lexists(link):
-        return
+        return None
     path = os.path.realpath(link)
     replaced = with_prefix(path, REPLACED)
     if not os.path.exists(path) and os.path.isdir(replaced):  # killed between the two renames of saving.py
-        os.rename(replaced, path)
+        if check_only:
+            path = replaced
+        else:
+            os.rename(replaced, path)
     reason = find_corruption(path)
     if reason is None:
-        return
+        return path
     batches = {saved.path: saved.batch for saved in checkpoints_in(os.path.dirname(path))}
     before = [other for other, batch in batches.items() if other != path and batch <= batches.get(path, batch)]
     for candidate in reversed(before):
         if find_corruption(candidate) is None:
+            if check_only:
+                return candidate
             if os.path.exists(path):
                 os.rename(path, path + BROKEN)
             replace_link(link, candidate)
@@ -110,7 +137,7 @@ def _repair(link: str) -> None:
                 f"{path} is not a complete checkpoint ({reason}); resuming from the one before it, {candidate}. The "
                 f"corrupt one is kept as {os.path.basename(path)}{BROKEN}"
             )
-            return
+            return candidate
     raise UserError(
         f"{link}: {path} is not a readable checkpoint ({reason}), and there is no complete one before it; copy one "
         "there, set checkpoints.overwrite=true to start over, or set another checkpoints.folder"

@@ -78,6 +78,27 @@ def check_sizes(model: ModelConfig, objective: ObjectiveConfig, max_seq_length: 
         check_same_encoder(model, generator, discriminator)
 
 
+def count_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Return the number of parameters of generator and discriminator, tied ones once, without building them."""
+    discriminator, generator = discriminator_config(model, vocab_size), generator_config(model, vocab_size)
+
+    def embeddings(of: EncoderConfig) -> int:
+        return (of.padded_vocab_size + of.max_positions + of.type_vocab_size + 2) * of.embedding_size
+
+    def encoder(of: EncoderConfig) -> int:
+        hidden, inner = of.hidden_size, of.intermediate_size
+        layer = 4 * hidden * (hidden + 1) + hidden * (inner + 1) + inner * (hidden + 1) + 4 * hidden
+        project = 0 if of.embedding_size == hidden else hidden * (of.embedding_size + 1)
+        return project + of.num_layers * layer
+
+    embedding, hidden = discriminator.embedding_size, discriminator.hidden_size
+    mlm_head = (generator.hidden_size + 3) * embedding + generator.padded_vocab_size
+    rtd_head = (hidden + 1) * (hidden + 1)
+    own = [discriminator] if model.tie_encoder else [discriminator, generator]
+    tables = [discriminator] if model.tie_embeddings else [discriminator, generator]
+    return sum(map(encoder, own)) + sum(map(embeddings, tables)) + mlm_head + rtd_head
+
+
 def check_same_encoder(model: ModelConfig, generator: EncoderConfig, discriminator: EncoderConfig) -> None:
     """Reject `model.tie_encoder` for encoders that differ in size or in their embeddings.
 

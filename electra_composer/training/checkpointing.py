@@ -15,17 +15,19 @@ from electra_composer.checkpoints.saving import AtomicCheckpointSaver, IntervalS
 from electra_composer.checkpoints.sharded import is_sharded
 from electra_composer.config import RunConfig
 from electra_composer.errors import UserError
+from electra_composer.faults import check_can_write
 
 LATEST = "latest-rank{rank}.pt"  # link to the newest checkpoint in a run's folder
 LATEST_OF_RANK_0 = LATEST.format(rank=0)
 
 
 def check_run_folder(config: RunConfig) -> None:
-    """Refuse a folder in an object store, and one with another run's checkpoints unless they may be used or replaced.
+    """Refuse a folder that cannot be written, and one with a run's checkpoints unless they may be used or replaced.
 
     Raises:
-        UserError: `checkpoints.folder` is a URL; it has checkpoints, and the configuration neither resumes nor
-            overwrites them; or `checkpoints.remote` without checkpoints to copy.
+        UserError: `checkpoints.folder` is a URL or cannot be written; it has checkpoints, and the configuration neither
+            resumes nor overwrites them; `checkpoints.remote` without checkpoints to copy; or there is no
+            `checkpoints.load_path`.
     """
     checkpoints = config.checkpoints
     if "://" in checkpoints.folder:
@@ -45,24 +47,31 @@ def check_run_folder(config: RunConfig) -> None:
             f"{checkpoints.folder} holds the checkpoints of a run; set checkpoints.resume=true to continue it, "
             "checkpoints.overwrite=true to replace it, or another checkpoints.folder"
         )
+    check_can_write("checkpoints.folder", checkpoints.folder, is_folder=True)
+    if not os.path.lexists(latest) and checkpoints.remote is None:
+        path = load_path(config)
+        if path is not None and not os.path.isdir(path) and not os.path.isfile(path):
+            raise UserError(f"checkpoints.load_path={path}: no such checkpoint; expected a .pt file or a run's folder")
 
 
-def checkpoint_to_load(config: RunConfig) -> str | None:
+def checkpoint_to_load(config: RunConfig, check_only: bool = False) -> str | None:
     """Find the checkpoint that the trainer will start from: the run's newest, else `checkpoints.load_path`, else None.
 
     A newer checkpoint in `checkpoints.remote` is fetched first. If the run's newest checkpoint is broken, the link to
     it moves to the one before (see checkpoints/resuming.py).
 
+    Args:
+        check_only: fetch and move nothing. A newer checkpoint in `checkpoints.remote` is then not seen.
+
     Returns:
         A file, or the folder of a sharded checkpoint. Its contents are not checked yet.
     """
     checkpoints = config.checkpoints
-    latest = os.path.join(checkpoints.folder, LATEST_OF_RANK_0)
-    fetch_newest(checkpoints, config.run_name, LATEST_OF_RANK_0)
+    fetch_newest(checkpoints, config.run_name, LATEST_OF_RANK_0, check_only)
     if checkpoints.resume and not checkpoints.overwrite:
-        repair_latest_link(checkpoints.folder, LATEST_OF_RANK_0)
-        if os.path.lexists(latest):
-            return latest
+        newest = repair_latest_link(checkpoints.folder, LATEST_OF_RANK_0, check_only)
+        if newest is not None:
+            return newest if check_only else os.path.join(checkpoints.folder, LATEST_OF_RANK_0)
     return load_path(config)
 
 

@@ -71,7 +71,7 @@ class Schedule(Callback):
 
     Raises:
         UserError: not a time, a unit that cannot be compared with `max_duration`, or phases longer than the training.
-            Checks that need the length of an epoch run at the start of training.
+            What needs the length of an epoch is checked by :meth:`check`, and at the start of training.
     """
 
     # Workaround (composer 0.32): Trainer steps its schedulers before it advances the timestamp, so batches 0 and 1 both
@@ -81,7 +81,7 @@ class Schedule(Callback):
         self.function = SCHEDULES[name]
         phases = {"schedule.warmup": warmup, **({"schedule.decay": decay} if name == "constant" else {})}
         self.phases = {key: parse_time(time, key, TimeRange(positive=False)) for key, time in phases.items()}
-        duration = parse_time(max_duration, "trainer.max_duration", DURATION)
+        self.duration = duration = parse_time(max_duration, "trainer.max_duration", DURATION)
         for key, time in self.phases.items():
             units = {time.unit, duration.unit}
             if TimeUnit.DURATION not in units and len(units) > 1 and units != {TimeUnit.EPOCH, TimeUnit.BATCH}:
@@ -90,7 +90,15 @@ class Schedule(Callback):
                     f"give it in {duration.unit.value}, or as a fraction of training such as 0.1dur"
                 )
         if {time.unit for time in self.phases.values()} <= {duration.unit, TimeUnit.DURATION}:
-            self._lengths(duration, batches_per_epoch=1)  # units cancel, so the lengths can be checked already
+            self.check(batches_per_epoch=1)  # units cancel, so the lengths can be checked already
+
+    def check(self, batches_per_epoch: int) -> None:
+        """Refuse phases longer than the training, with the length of an epoch.
+
+        Raises:
+            UserError: they are longer.
+        """
+        self._lengths(self.duration, batches_per_epoch)
 
     def __call__(self, state: State) -> float:
         """Return the multiple of the learning rate for the batch that starts now."""

@@ -2,16 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from composer.models import ComposerModel
 from composer.utils import dist, reproducibility
 
 from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.errors import UserError
+from electra_composer.faults import explain_failures
+from electra_composer.training.builders import build_callbacks, build_loggers, build_scheduler
 from electra_composer.training.compilation import check_compile
 from electra_composer.training.determinism import use_deterministic_kernels
 from electra_composer.training.devices import resolve_device, run_device
+from electra_composer.training.parallelism import fsdp_config
 from electra_composer.training.process_memory import keep_freed_memory
 from electra_composer.training.step_graph import check_cuda_graph
 from electra_composer.training.threads import choose_threads
+
+Prepared = TypeVar("Prepared")
+
+BYTES_PER_PARAMETER = 16
+"""fp32 weights, gradients and the two moments of AdamW."""
+
+
+def run_checks(checks: Sequence[tuple[str, Callable[[Prepared], None]]], prepared: Prepared, check_only: bool) -> None:
+    """Run the checks of a start in order, cheapest first; the first that fails ends it.
+
+    Args:
+        checks: name and function of each. A function may keep what it reads and builds in `prepared`.
+        check_only: whether nothing follows, and the names are printed.
+
+    Raises:
+        UserError: of a check.
+    """
+    with explain_failures():
+        for _, check in checks:
+            check(prepared)
+    if check_only and dist.get_global_rank() == 0:
+        print(f"everything checked: {', '.join(name for name, _ in checks)}; nothing was written", flush=True)
+
+
+def check_run_settings(config: RunConfig, max_duration: str) -> None:
+    """Check settings that depend on each other, and the arguments of callbacks and loggers, which are then discarded.
+
+    Raises:
+        UserError: of a builder; or batch sizes that contradict each other.
+    """
+    device_batch_size(config.trainer)
+    build_scheduler(config.schedule, max_duration)
+    build_callbacks(config.callbacks)
+    build_loggers(config.loggers, config.checkpoints.folder, config.trainer.log_interval, progress_bar=False)
+
+
+def check_stoppers(callbacks: dict[str, Any], model: ComposerModel, labels: Sequence[str]) -> None:
+    """Refuse callbacks that wait for a metric which the evaluation does not have, and would fail there.
+
+    Args:
+        labels: of the evaluations.
+
+    Raises:
+        UserError: with the metrics and labels that there are.
+    """
+    metrics = list(model.get_metrics(is_train=False))
+    for name in ("early_stopper", "threshold_stopper"):
+        arguments = callbacks.get(name) or {}
+        for key, valid in (("monitor", metrics), ("dataloader_label", list(labels))):
+            if name in callbacks and arguments.get(key) not in valid:
+                raise UserError(f"callbacks.{name}.{key} is {arguments.get(key)!r}; expected one of {', '.join(valid)}")
+
+
+def check_memory(parameters: int, trainer: TrainerConfig) -> None:
+    """Refuse a model whose weights, gradients and moments alone exceed the memory.
+
+    Raises:
+        UserError: with both numbers of bytes.
+    """
+    gpu = resolve_device(trainer)[0] == "gpu"
+    memory = torch.cuda.mem_get_info()[1] if gpu else psutil.virtual_memory().total // dist.get_local_world_size()
+    needed = parameters * BYTES_PER_PARAMETER // (1 if trainer.fsdp is None else dist.get_world_size())
+    if needed > memory:
+        raise UserError(
+            f"the model has {parameters / 1e9:,.1f} billion parameters, for which training needs at least "
+            f"{needed / 1e9:,.0f} GB per rank (weights, gradients, moments), and there are {memory / 1e9:,.0f} GB; "
+            "choose smaller sizes under model:, or shard them over more ranks (trainer.fsdp)"
+        )
 
 
 def start(config: RunConfig, ranks_of_machine: int | None = None) -> bool:
@@ -31,6 +108,7 @@ def start(config: RunConfig, ranks_of_machine: int | None = None) -> bool:
     device, _, cpu_autocast = resolve_device(config.trainer)
     check_compile(config.trainer)
     check_cuda_graph(config.trainer)
+    fsdp_config(config.trainer.fsdp, device)
     if device == "cpu":
         keep_freed_memory()
     dist.initialize_dist(run_device(device), timeout=300.0)
