@@ -88,8 +88,9 @@ def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
         UserError: an error in the configuration, the shards or the machine that the caller can fix.
     """
     prepared = Prepared(config, check_only)
-    run_checks(CHECKS, prepared, check_only)
+    names = run_checks(CHECKS, prepared)
     if check_only:
+        print_once(f"everything checked: {names}; nothing was written")
         return None
     record = RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(prepared.tokenizer))
     with (

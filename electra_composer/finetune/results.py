@@ -83,8 +83,11 @@ def group_of(config: GlueConfig, source: dict[str, Any]) -> tuple[str, dict[str,
     return hashlib.sha256(text.encode()).hexdigest()[:12], json.loads(text)
 
 
-def open_store(config: GlueConfig, group: str) -> RunStore:
+def open_store(config: GlueConfig, group: str, check_only: bool = False) -> RunStore:
     """Open the record of `config.results` for runs of `group`; call on rank 0, before other ranks read the record.
+
+    Args:
+        check_only: discard no runs.
 
     Raises:
         UserError: the path is another kind of file; or the record has runs of the group and `checkpoints.resume` and
@@ -94,7 +97,8 @@ def open_store(config: GlueConfig, group: str) -> RunStore:
     store = RunStore(store_path(config.results))
     if store.runs(group):
         if config.checkpoints.overwrite:
-            store.restart(group)
+            if not check_only:
+                store.restart(group)
         elif not config.checkpoints.resume:
             raise UserError(
                 f"results {config.results}: has runs with these settings, and checkpoints.resume is false; "
@@ -112,6 +116,8 @@ def check_results_path(path: str) -> None:
     if not os.path.lexists(path):
         return
     try:
+        if not os.path.isfile(path):  # reading a device or a pipe may never end
+            raise ValueError
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
         ours = isinstance(found["tasks"], dict) and isinstance(found["group"], str)

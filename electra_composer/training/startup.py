@@ -28,12 +28,14 @@ BYTES_PER_PARAMETER = 16
 """fp32 weights, gradients and the two moments of AdamW."""
 
 
-def run_checks(checks: Sequence[tuple[str, Callable[[Prepared], None]]], prepared: Prepared, check_only: bool) -> None:
+def run_checks(checks: Sequence[tuple[str, Callable[[Prepared], None]]], prepared: Prepared) -> str:
     """Run the checks of a start in order, cheapest first; the first that fails ends it.
 
     Args:
         checks: name and function of each. A function may keep what it reads and builds in `prepared`.
-        check_only: whether nothing follows, and the names are printed.
+
+    Returns:
+        The names.
 
     Raises:
         UserError: of a check.
@@ -41,8 +43,7 @@ def run_checks(checks: Sequence[tuple[str, Callable[[Prepared], None]]], prepare
     with explain_failures():
         for _, check in checks:
             check(prepared)
-    if check_only and dist.get_global_rank() == 0:
-        print(f"everything checked: {', '.join(name for name, _ in checks)}; nothing was written", flush=True)
+    return ", ".join(name for name, _ in checks)
 
 
 def check_run_settings(config: RunConfig, max_duration: str) -> None:
