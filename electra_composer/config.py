@@ -20,7 +20,7 @@ from electra_composer.ranges import BYTES, DURATION, ROWS, Length, Range, TimeRa
 # Types that several keys share. Seeds leave room below 2**32, the limit of NumPy, for ranks and epochs added to them.
 Seed = Annotated[int, Range(ge=0, le=2**31 - 1)]
 Width = Annotated[int, Range(ge=1, le=65536)]
-Layers = Annotated[int, Range(ge=1, le=1024)]
+Layers = Annotated[int, Range(ge=1, le=256)]
 BatchSize = Annotated[int, Range(ge=1, le=1_000_000)]
 Dropout = Annotated[float, Range(ge=0, lt=1)]
 Smoothing = Annotated[float, Range(ge=0, le=1)]
@@ -102,7 +102,7 @@ class ModelConfig:
     max_positions: Annotated[int, Range(ge=1, le=65535)] = 512  # at least data.max_seq_length
     dropout: Dropout = 0.1
     attention_dropout: Dropout = 0.1
-    initializer_range: Annotated[float, Range(gt=0, le=1)] = 0.02  # standard deviation of the initial weights
+    initializer_range: Annotated[float, Range(ge=1e-20, le=1)] = 0.02  # standard deviation of the initial weights
     layer_norm_eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-12
     tie_embeddings: bool = True  # share token, position and type embeddings and their LayerNorm between both models
     tie_encoder: bool = False  # share the layers too ("all weights", paper section 3.2); needs generator_size 1.0
@@ -131,7 +131,7 @@ class OptimizerConfig:
     name: Literal["adamw"] = "adamw"
     lr: LearningRate = MISSING  # peak learning rate
     betas: Betas = field(default_factory=lambda: [0.9, 0.999])
-    eps: Annotated[float, Range(gt=0, le=1)] = 1e-6
+    eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-6
     weight_decay: Annotated[float, Range(ge=0, le=10)] = 0.01  # not applied to LayerNorm and biases
     bias_correction: bool = False
     # factor d on the learning rate per layer from the top down (finetuning)

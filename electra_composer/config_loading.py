@@ -67,7 +67,7 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
             if key.split(".")[0] == "data" and "streams" in config.data and _has_null_path(content):
                 piece.data.path = ""
             try:
-                config = OmegaConf.merge(config, piece)
+                config = OmegaConf.unsafe_merge(config, piece)  # which does not copy it for each key
             except (OmegaConfBaseException, TypeError, OverflowError) as error:
                 # TypeError: a list instead of a dictionary; OverflowError: an integer too large for a float.
                 full_key = getattr(error, "full_key", None) or key
@@ -192,4 +192,4 @@ def _paths(schema: type, prefix: str = "") -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0]
+    return str(error).split("\n")[0][:300]

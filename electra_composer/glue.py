@@ -9,19 +9,10 @@ from typing import Any
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config_from_command_line
 from electra_composer.errors import report_user_errors
-from electra_composer.finetune.one_run import (
-    finetune,
-)
-from electra_composer.finetune.predictions import (
-    submission_files,
-    submission_problems,
-    write_submission,
-)
+from electra_composer.finetune.one_run import finetune
+from electra_composer.finetune.predictions import submission_files, submission_problems, write_submission
 from electra_composer.finetune.report import markdown
-from electra_composer.finetune.results import (
-    summary,
-    write_reports,
-)
+from electra_composer.finetune.results import summary, write_reports
 from electra_composer.finetune.runs import PlannedRun, duration, run_all
 from electra_composer.finetune.start import CHECKS, CHECKS_OF_FILES, Job
 from electra_composer.training.startup import run_checks

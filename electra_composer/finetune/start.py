@@ -24,17 +24,9 @@ from electra_composer.finetune.one_run import (
     examples_seen,
     test_sets,
 )
-from electra_composer.finetune.predictions import (
-    check_indices,
-    load_logits,
-)
+from electra_composer.finetune.predictions import check_indices, load_logits
 from electra_composer.finetune.ranking import rank_split
-from electra_composer.finetune.results import (
-    check_results_path,
-    describe_source,
-    group_of,
-    open_store,
-)
+from electra_composer.finetune.results import check_results_path, describe_source, group_of, open_store
 from electra_composer.finetune.runs import PlannedRun, Processes, duration, key_of, make_plan, seconds_left
 from electra_composer.finetune.settings import check_config, check_settings_of_task, errors_named_for
 from electra_composer.finetune.store import RunStore, store_path
