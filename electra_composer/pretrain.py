@@ -130,7 +130,7 @@ def duration_of(config: PretrainConfig) -> str:
 def check_config(prepared: Prepared) -> None:
     """Check what needs no file and no device: settings that depend on each other."""
     config = prepared.config
-    check_run_settings(config, duration_of(config))
+    check_run_settings(config, duration_of(config), config.data.num_workers)
     check_sizes(config.model, config.objective, config.data.max_seq_length)
     check_streams(config.data)
 

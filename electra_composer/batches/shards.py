@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Literal
 
+import psutil
 import torch
 from composer.core import DataSpec
 from streaming.base.world import World
@@ -107,6 +108,8 @@ def build_dataloader(
     folders = [share.folder for share in shares]
     world = World.detect()
     _check_sizes(shares, split, batch_size, world.num_ranks, drop_last)
+    if shuffle:
+        _check_order(config, shares)
     method = "random" if evaluation else config.batching_method
     batches = batches_per_epoch(shares, method, batch_size, world)
     try:
@@ -144,6 +147,9 @@ def _not_opened(folders: list[Folder], split: str, error: Exception) -> UserErro
     return UserError(f"{names}: the shards of split {split!r} cannot be opened: {reason}")
 
 
+BYTES_PER_ROW = 32
+"""Main memory for the order of an epoch: four arrays of int64 at the same time."""
+
 WORKERS = 2
 """Processes of `data.num_workers: auto` where shards are fetched or decompressed, which a thread would do in turn with
 the training step."""
@@ -169,6 +175,24 @@ def _check_sizes(shares: list[Share], split: str, batch_size: int, ranks: int, d
             f"{', '.join(share.folder.path for share in shares)}: split {split!r} has {rows:,} rows, fewer than one "
             f"batch of {batch_size:,} rows on each of {ranks} devices ({batch_size * ranks:,}); use a smaller batch "
             "size or more text"
+        )
+
+
+# Workaround (streaming 0.13): the order of an epoch is computed when its first batch is read: too many rows end in
+# a MemoryError, too few for num_canonical_nodes in a ValueError; goes when StreamingDataset checks its arguments.
+def _check_order(config: ShardsConfig, shares: list[Share]) -> None:
+    rows = [share.rows for share in shares]
+    total, memory = sum(rows), psutil.virtual_memory().total
+    if total * BYTES_PER_ROW > memory:
+        raise UserError(
+            f"an epoch takes {total:,} rows, whose order needs {total * BYTES_PER_ROW / 1e9:,.0f} GB of the "
+            f"{memory / 1e9:,.0f} GB of main memory; set a smaller data.epoch_size, or repeat or choose of the streams"
+        )
+    fewest = total if config.batching_method == "random" else min(rows)
+    if config.num_canonical_nodes is not None and config.num_canonical_nodes > fewest:
+        raise UserError(
+            f"data.num_canonical_nodes is {config.num_canonical_nodes}; expected at most {fewest:,}, the rows of an "
+            f"epoch{'' if config.batching_method == 'random' else ' of the smallest stream'}"
         )
 
 

@@ -119,7 +119,7 @@ def build_loggers(
     Args:
         config: each `name: {argument: value}` or `name: null`.
         run_folder: default folder of TensorBoard, Weights & Biases and the metrics file.
-        log_interval: default interval of the console and of the metrics file.
+        log_interval: default interval of the console, and of the other loggers if it is in batches, else every batch.
         progress_bar: whether to add a progress bar.
 
     Raises:
@@ -128,7 +128,7 @@ def build_loggers(
     batches = log_interval if log_interval.endswith("ba") else "1ba"
     defaults: dict[str, dict[str, Any]] = {
         "console": {"log_interval": log_interval},
-        "metrics_file": {"path": os.path.join(run_folder, "metrics.jsonl"), "interval": log_interval},
+        "metrics_file": {"path": os.path.join(run_folder, "metrics.jsonl"), "interval": batches},
         "tensorboard": {"log_dir": os.path.join(run_folder, "tensorboard"), "interval": batches},
     }
     loggers = []

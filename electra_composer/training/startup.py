@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,9 @@ from electra_composer.training.step_graph import check_cuda_graph
 from electra_composer.training.threads import choose_threads
 
 Prepared = TypeVar("Prepared")
+
+WORKERS_PER_CORE, MOST_WORKERS = 4, 32
+"""Loader workers per core, and on a machine with few cores."""
 
 BYTES_PER_PARAMETER = 16
 """fp32 weights, gradients and the two moments of AdamW."""
@@ -46,16 +50,35 @@ def run_checks(checks: Sequence[tuple[str, Callable[[Prepared], None]]], prepare
     return ", ".join(name for name, _ in checks)
 
 
-def check_run_settings(config: RunConfig, max_duration: str) -> None:
+def check_run_settings(config: RunConfig, max_duration: str, num_workers: int | str) -> None:
     """Check settings that depend on each other, and the arguments of callbacks and loggers, which are then discarded.
 
+    Args:
+        num_workers: `data.num_workers`.
+
     Raises:
-        UserError: of a builder; or batch sizes that contradict each other.
+        UserError: of a builder; batch sizes that contradict each other; too many workers.
     """
     device_batch_size(config.trainer)
+    check_workers(num_workers)
     build_scheduler(config.schedule, max_duration)
     build_callbacks(config.callbacks)
     build_loggers(config.loggers, config.checkpoints.folder, config.trainer.log_interval, progress_bar=False)
+
+
+def check_workers(num_workers: int | str) -> None:
+    """Refuse more loader workers than the machine can start in a few seconds.
+
+    Raises:
+        UserError: naming data.num_workers.
+    """
+    ranks, cores = dist.get_local_world_size(), os.cpu_count() or 1
+    most = max(MOST_WORKERS, cores * WORKERS_PER_CORE) // ranks
+    if isinstance(num_workers, int) and num_workers > most:
+        raise UserError(
+            f"data.num_workers is {num_workers}; expected at most {most} per rank, with {ranks} ranks on the {cores} "
+            "cores of this machine"
+        )
 
 
 def check_stoppers(callbacks: dict[str, Any], model: ComposerModel, labels: Sequence[str]) -> None:
