@@ -13,7 +13,7 @@ from composer.utils import dist, reproducibility
 
 from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.errors import UserError
-from electra_composer.faults import explain_failures
+from electra_composer.faults import check_can_write, explain_failures
 from electra_composer.training.builders import build_callbacks, build_loggers, build_scheduler
 from electra_composer.training.compilation import check_compile
 from electra_composer.training.determinism import use_deterministic_kernels
@@ -64,6 +64,10 @@ def check_run_settings(config: RunConfig, max_duration: str, num_workers: int | 
     build_scheduler(config.schedule, max_duration)
     build_callbacks(config.callbacks)
     build_loggers(config.loggers, config.checkpoints.folder, config.trainer.log_interval, progress_bar=False)
+    for logger, argument in (("metrics_file", "path"), ("tensorboard", "log_dir")):
+        path = (config.loggers.get(logger) or {}).get(argument)
+        if path is not None:
+            check_can_write(f"loggers.{logger}.{argument}", path, is_folder=argument == "log_dir")
 
 
 def check_workers(num_workers: int | str) -> None:
