@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from electra_composer import signals
+
 # Workaround (composer 0.32): `initialize_dist` sets LOCAL_RANK in a process without a launcher too, so it is read at
 # import; goes when Composer leaves the environment as it is.
 LAUNCHED = "LOCAL_RANK" in os.environ
@@ -38,7 +40,11 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
                 stream.reconfigure(errors="backslashreplace")  # a locale may lack characters such as ü or …
         try:
             return entry_point(*args, **kwargs)
-        except UserError as error:
+        except BaseException as error:
+            if signals.received():  # whatever the exception has become on its way
+                signals.finish()
+            if not isinstance(error, UserError):
+                raise
             # Workaround (torch 2.7): an error of a DataLoader worker is raised again with its traceback as the message,
             # which ends in the original message; goes when torch keeps the message.
             message = str(error).rpartition("UserError: ")[2]
@@ -57,12 +63,12 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
 def die_of_signals() -> None:
     """Let SIGTERM and SIGINT end the process in the kernel, without Python.
 
-    Not in a rank of a launcher, which sends SIGTERM to all ranks once one has failed: those that are about to exit keep
-    their own status, and the launcher kills what has not ended after 30 seconds.
+    A rank of a launcher ignores them. The launcher sends SIGTERM to all ranks once one has failed: those that are about
+    to exit keep their own status, and the launcher kills what has not ended after 30 seconds.
     """
-    if not LAUNCHED and threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if LAUNCHED else signal.SIG_DFL)
 
 
 def one_line(message: object, limit: int | None = None) -> str:

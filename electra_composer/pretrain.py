@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
+import os
 from dataclasses import replace
 
 from composer import Trainer
@@ -26,6 +32,8 @@ from electra_composer.model.kernels.attention import ExampleBound
 from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
 from electra_composer.model.kernels.masked_lm import resolve_implementation
 from electra_composer.model.pretraining import ElectraPretraining
+from electra_composer.next_steps import describe_end, export, finetune, preview
+from electra_composer.signals import unwind
 from electra_composer.storage.shard_folder import Meta, SplitCounts
 from electra_composer.training.attention_path import choose_attention
 from electra_composer.training.callbacks import RunRecord, TrainMetrics
@@ -63,6 +71,7 @@ def main(config: PretrainConfig) -> Trainer:
     model = build_model(config, tokenizer, cpu_autocast)
     choose_kernels(config, model, meta)
     check_initial_checkpoint(config, model)
+    unwind()
     train_data, eval_data = build_data(config, meta, model)
     baseline = mlm_baseline(config, meta)
     with (
@@ -89,6 +98,7 @@ def main(config: PretrainConfig) -> Trainer:
             trainer.fit()
         finally:  # also after the SystemExit of a signal, so that loggers finish and close their files
             trainer.close()
+    print_once(describe_run(config))
     return trainer
 
 
@@ -178,6 +188,28 @@ def mlm_baseline(config: PretrainConfig, meta: Meta) -> float | None:
     if loss is not None:
         print_once(f"MLM loss without context: {loss:.2f} (word frequencies, and copying kept tokens)")
     return loss
+
+
+def describe_run(config: PretrainConfig) -> str:
+    """Describe where the run's results are, and the commands that come next."""
+    folder, name, data = config.checkpoints.folder, config.run_name, config.data
+    files = {file: os.path.join(folder, file) for file in (LATEST_OF_RANK_0, "metrics.jsonl", "tensorboard")}
+    there = {file: path for file, path in files.items() if os.path.exists(path)}
+    newest = there.get(LATEST_OF_RANK_0)
+    shown = data.path if newest and data.remote is None and not data.streams else None
+    return describe_end(
+        {
+            "run folder": folder,
+            "newest checkpoint": newest and os.path.join(folder, os.path.basename(os.path.realpath(newest))),
+            "metrics": there.get("metrics.jsonl"),
+        },
+        {
+            "finetune on GLUE": newest and finetune(folder, name, config.model.max_positions),
+            "export for transformers": newest and export(folder, name),
+            "see the models' predictions": shown and preview(shown, "--checkpoint", folder),
+            "see the curves": there.get("tensorboard") and ["tensorboard", "--logdir", there["tensorboard"]],
+        },
+    )
 
 
 def print_once(text: str) -> None:

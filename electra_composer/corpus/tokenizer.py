@@ -34,9 +34,9 @@ def load_or_train(options: Conversion, jobs: list[Job], workspace: str) -> PreTr
         sample = list(_sample(options, jobs))
         if not sample:
             raise no_text_error(options.sources)
-        tokenizer = train_tokenizer(
-            sample, options.vocab_size, options.cased, options.keep_accents, progress=options.progress
-        )
+        if options.progress:
+            print(f"training a vocabulary of at most {options.vocab_size:,} entries", flush=True)
+        tokenizer = train_tokenizer(sample, options.vocab_size, options.cased, options.keep_accents)
         tokenizer.save_pretrained(f"{saved}.tmp")
         os.replace(f"{saved}.tmp", saved)
     tokenizer = load_tokenizer(saved)
