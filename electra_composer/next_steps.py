@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -18,7 +18,7 @@ GLUE_SOURCE, GLUE_LENGTH = "runs/electra-small", 128  # in GLUE
 Command = Sequence[str]
 
 
-def describe_end(results: dict[str, str | None], commands: dict[str, Command | None]) -> str:
+def describe_end(results: Mapping[str, str | None], commands: Mapping[str, Command | None]) -> str:
     """Format results and commands, quoted for a shell.
 
     Args:
