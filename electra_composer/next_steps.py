@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def in_repository(path: str) -> str:
 def override(key: str, value: object) -> str:
     """Format `key=value` so that it is read back as this value."""
     text = str(value)
-    if isinstance(value, str) and yaml.safe_load(text or "null") != text:
+    # Plain YAML only for words and paths: OmegaConf reads more texts as numbers than yaml does, such as 1e-3.
+    if isinstance(value, str) and not (re.match("[^\\W\\d]|/", text) and yaml.safe_load(text) == text):
         text = json.dumps(text, ensure_ascii=False)
     return f"{key}={text}"
 
