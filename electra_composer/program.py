@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -9,9 +10,12 @@ from electra_composer import signals
 
 
 def begin() -> None:
-    """Handle signals, and find no module in the program's own folder."""
+    """Handle signals, find no module in the program's own folder, and print no advice of libraries."""
     signals.install()
     leave_own_folder()
+    # Workaround (matplotlib 3.11): torchmetrics imports it, and its first import on a machine warns that it builds a
+    # cache of fonts; goes when it builds the cache for the first text.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 def leave_own_folder() -> None:

@@ -78,11 +78,8 @@ class _Program:
     def end_at_once(self, number: int) -> None:
         """End this process and its children without cleaning up."""
         self.received = self.received or signal.Signals(number)
-        self.say()
-        if "multiprocessing" in sys.modules:
-            import multiprocessing
-
-            for child in multiprocessing.active_children():
+        with contextlib.suppress(Exception):  # not imported yet, or in part
+            for child in sys.modules["multiprocessing"].active_children():
                 child.kill()
         self.leave()
 
@@ -92,6 +89,7 @@ class _Program:
         Composer's launcher prints all output of a rank above 0, unless it was killed.
         """
         if os.getpid() == self.pid and self.received is not None:
+            self.say()
             if not self.is_main_rank:
                 os.kill(self.pid, signal.SIGKILL)
             os._exit(128 + self.received)
@@ -115,6 +113,7 @@ def install() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=program.watch, args=(reader,), daemon=True, name="signals").start()
     os.register_at_fork(after_in_child=_reset_in_child)
+    _raise_again_where_ignored(program)
     atexit.register(program.leave)  # runs last: libraries take a second to be torn down, in which no handler runs
 
 
@@ -129,6 +128,25 @@ def _keep_from_composer(program: _Program) -> None:
         return install_handler(number, handler)  # type: ignore[arg-type]
 
     signal.signal = keep  # type: ignore[assignment]
+
+
+def _raise_again_where_ignored(program: _Program) -> None:
+    """Repeat a signal whose :class:`Stopped` Python has ignored, as it does in finalizers and weakref callbacks."""
+    report = sys.unraisablehook
+
+    def repeat(unraisable: sys.UnraisableHookArgs) -> None:
+        error, number = unraisable.exc_value, program.received
+        while error is not None and not isinstance(error, Stopped):
+            error = error.__context__
+        if error is None or number is None:
+            report(unraisable)
+            return
+        program.received = None
+        timer = threading.Timer(0.01, os.kill, (program.pid, number))  # after the end of this hook
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = repeat
 
 
 def _reset_in_child() -> None:
