@@ -113,7 +113,7 @@ def install() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=program.watch, args=(reader,), daemon=True, name="signals").start()
     os.register_at_fork(after_in_child=_reset_in_child)
-    _raise_again_where_ignored(program)
+    _report_no_consequences(program)
     atexit.register(program.leave)  # runs last: libraries take a second to be torn down, in which no handler runs
 
 
@@ -130,23 +130,28 @@ def _keep_from_composer(program: _Program) -> None:
     signal.signal = keep  # type: ignore[assignment]
 
 
-def _raise_again_where_ignored(program: _Program) -> None:
-    """Repeat a signal whose :class:`Stopped` Python has ignored, as it does in finalizers and weakref callbacks."""
-    report = sys.unraisablehook
+def _report_no_consequences(program: _Program) -> None:
+    """Repeat a signal whose :class:`Stopped` Python has ignored, as it does in finalizers and weakref callbacks.
 
-    def repeat(unraisable: sys.UnraisableHookArgs) -> None:
-        error, number = unraisable.exc_value, program.received
-        while error is not None and not isinstance(error, Stopped):
-            error = error.__context__
-        if error is None or number is None:
+    While a signal ends the program, other errors there and in threads are its consequences, and not printed.
+    """
+    report, report_in_thread = sys.unraisablehook, threading.excepthook
+
+    def ignored(unraisable: sys.UnraisableHookArgs) -> None:
+        number = program.received
+        if number is None:
             report(unraisable)
-            return
-        program.received = None
-        timer = threading.Timer(0.01, os.kill, (program.pid, number))  # after the end of this hook
-        timer.daemon = True
-        timer.start()
+        elif isinstance(unraisable.exc_value, Stopped):
+            program.received = None
+            timer = threading.Timer(0.01, os.kill, (program.pid, number))  # after the end of this hook
+            timer.daemon = True
+            timer.start()
 
-    sys.unraisablehook = repeat
+    def ended(arguments: threading.ExceptHookArgs) -> None:
+        if program.received is None:
+            report_in_thread(arguments)
+
+    sys.unraisablehook, threading.excepthook = ignored, ended
 
 
 def _reset_in_child() -> None:

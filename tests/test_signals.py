@@ -150,7 +150,14 @@ for _ in generator():
 time.sleep(60)
 """
 CLEANS = """
+import threading
 from electra_composer.errors import report_user_errors
+
+def fail(*_):
+    raise ValueError("a consequence")
+
+class Fails:
+    __del__ = fail
 
 @report_user_errors
 def main():
@@ -160,6 +167,10 @@ def main():
         time.sleep(60)
     finally:
         signals.tell("cleaned up")
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        Fails()
         raise OSError("on the way")
 
 main()
@@ -231,9 +242,9 @@ def convert_command(text: Path, folder: Path) -> list[Any]:
 def test_a_conversion_at_work(text, tmp_path, moment, number, group):
     process = start(convert_command(text, tmp_path), tmp_path, programs.Program)
     wait_until(process, lambda pid: (tmp_path / moment).exists())
-    status, (line,) = stop(process, number, group)
+    status, lines = stop(process, number, group)
     assert status == 128 + number
-    assert line == f"stopped by {number.name}: nothing was kept"
+    assert lines == [f"stopped by {number.name}: nothing was kept"]
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
@@ -254,7 +265,7 @@ def test_finetuning_before_its_first_batch(tmp_path):
     command = [PACKAGE / "glue.py", ROOT / "yamls/glue.yaml", *settings(source, data, tmp_path)]
     process = start(command, tmp_path, programs.Program)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("CPU threads")
+    assert process.stdout.readline().startswith("attention")
     assert stop(process, SIGINT, group=True) == (130, ["stopped by SIGINT"])
 
 
@@ -304,6 +315,9 @@ def test_twenty_moments(tmp_path, tiny_yaml, text, shards, name):
         process = start(command, tmp_path)
         wait_until(process, lambda pid, at=total * moment / 20: catches_sigterm(pid) and cpu_seconds(pid) >= at)
         status, lines = stop(process, number, group)
+        if (status, lines) == (-number, []):  # when all was done, and Python was tearing down its libraries
+            assert moment > 10
+            continue
         assert status == 128 + number, (moment, lines)
         assert lines[-1].startswith(f"stopped by {number.name}"), (moment, lines)
         assert lines[:-1] in ([], [f"{number.name}: stopping after this batch; Ctrl-C stops at once without saving"])

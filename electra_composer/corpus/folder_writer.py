@@ -105,6 +105,9 @@ class ShardFolder:
         except OSError as error:
             self._lock.release()
             raise UserError(f"cannot write to {os.path.dirname(self.workspace)}: {error.strerror}") from error
+        except Stopped as error:
+            self.__exit__(Stopped, error, None)
+            raise
         except BaseException:
             self._lock.release()
             raise
