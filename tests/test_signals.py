@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -249,14 +250,16 @@ def test_a_conversion_at_work(text, tmp_path, moment, number, group):
 
 
 def test_a_run_between_its_data_and_its_first_batch(tiny_yaml, tmp_path):
-    before = set(os.listdir("/dev/shm"))
     command = [PACKAGE / "pretrain.py", tiny_yaml, "trainer.max_duration=100000ba"]
     process = start(command, tmp_path, programs.Program)
     wait_until(process, lambda pid: (tmp_path / "run/.lock").exists())
+    files = " ".join(file.path for file in psutil.Process(process.pid).open_files())
+    datasets = re.findall(r"_(\d{6,})\.owner", files)
+    assert datasets
     status, lines = stop(process, SIGTERM, group=False)
     assert status == 143
     assert lines == ["stopped by SIGTERM"]
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.endswith("_locals")]
+    assert not [number for number in datasets if os.path.exists(f"/dev/shm/{number}_locals")]
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
