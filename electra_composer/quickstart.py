@@ -34,7 +34,7 @@ from electra_composer.config import ObjectiveConfig, ShardsConfig
 from electra_composer.errors import report_user_errors
 from electra_composer.model.kernels.attention import pattern_of
 from electra_composer.next_steps import describe_end, preview
-from electra_composer.signals import Stopped, leave_line_to_child, unwind
+from electra_composer.signals import STOPPED, Stopped, leave_line_to_child, unwind
 from electra_composer.training.devices import cpu_multiplies_bfloat16
 
 FOLDER = "runs/quickstart"
@@ -97,9 +97,9 @@ def run(title: str, command: list[str]) -> None:
     process = subprocess.Popen(command)
     try:
         code = process.wait()
-    except Stopped as stopped:  # Ctrl-C reaches the step too, SIGTERM may not; the step says what it has kept
+    except Stopped:  # a signal to this process only; Ctrl-C has reached the step, which then ignores SIGTERM
         process.terminate()
-        if process.wait() == stopped.code:
+        if process.wait() in STOPPED:
             leave_line_to_child()
         raise
     if code:

@@ -18,6 +18,7 @@ import time
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPED = [128 + number for number in SIGNALS]  # exit status of a program that one of them has ended
 BLOCKED_SECONDS = 2.0  # until a signal that the main thread does not handle, because it waits in C code, ends it anyway
 
 
@@ -39,6 +40,7 @@ class _Program:
         self.unwinds = False
         self.received: signal.Signals | None = None
         self.outcome = ""
+        self.seen = 0  # signals
         self._printing = threading.RLock()
         self.said = False
 
@@ -61,9 +63,10 @@ class _Program:
             number = os.read(pipe, 1)[0]
             if signal.getsignal(number) != self.handle:
                 continue
+            self.seen += 1
             if self.unwinds:
                 time.sleep(BLOCKED_SECONDS)
-            if not self.unwinds or self.received is None:
+            if not self.unwinds or self.received is None or (self.seen > 1 and number == signal.SIGINT):
                 self.end_at_once(number)
 
     def say(self) -> None:
@@ -142,7 +145,7 @@ def _report_no_consequences(program: _Program) -> None:
         if number is None:
             report(unraisable)
         elif isinstance(unraisable.exc_value, Stopped):
-            program.received = None
+            program.received, program.seen = None, 0
             timer = threading.Timer(0.01, os.kill, (program.pid, number))  # after the end of this hook
             timer.daemon = True
             timer.start()

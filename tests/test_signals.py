@@ -272,6 +272,19 @@ def test_finetuning_before_its_first_batch(tmp_path):
     assert stop(process, SIGINT, group=True) == (130, ["stopped by SIGINT"])
 
 
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
+def test_quickstart_ends_the_step_that_it_waits_for(tmp_path, number):
+    """The step, a child of the tests' program server, prints the line."""
+    for name in ("electra_composer", "data_prep", "yamls"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = ["-m", "electra_composer.quickstart", "--smoke"]
+    process = start(command, tmp_path, programs.Program, **{programs.WARM_CHILDREN: "1"})
+    wait_until(process, lambda pid: (tmp_path / "runs/quickstart/shards.partial/plan.json").exists())
+    status, lines = stop(process, number, group=False)
+    assert status == 128 + number
+    assert [line for line in lines if "B/s]" not in line] == ["stopped by SIGTERM: nothing was kept"]
+
+
 # --- at twenty moments
 
 
