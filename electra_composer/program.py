@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 
@@ -13,6 +12,8 @@ def begin() -> None:
     """Handle signals, find no module in the program's own folder, and print no advice of libraries."""
     signals.install()
     leave_own_folder()
+    import logging  # registers an exit handler, which must run before that of signals.py
+
     # Workaround (matplotlib 3.11): torchmetrics imports it, and its first import on a machine warns that it builds a
     # cache of fonts; goes when it builds the cache for the first text.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)

@@ -17,6 +17,10 @@ import threading
 import time
 from types import FrameType
 
+# Workaround (composer 0.32): `initialize_dist` sets LOCAL_RANK in a process without a launcher too, so it is read at
+# import; goes when Composer leaves the environment as it is.
+LAUNCHED = "LOCAL_RANK" in os.environ
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOPPED = [128 + number for number in SIGNALS]  # exit status of a program that one of them has ended
 BLOCKED_SECONDS = 2.0  # until a signal that the main thread does not handle, because it waits in C code, ends it anyway
@@ -40,6 +44,7 @@ class _Program:
         self.unwinds = False
         self.received: signal.Signals | None = None
         self.outcome = ""
+        self.status: int | None = None  # see end_with
         self.seen = 0  # signals
         self._printing = threading.RLock()
         self.said = False
@@ -97,6 +102,19 @@ class _Program:
                 os.kill(self.pid, signal.SIGKILL)
             os._exit(128 + self.received)
 
+    def exit(self) -> None:
+        """End this process after the exit handlers of all libraries.
+
+        What is left is to tear down the interpreter and its libraries, which takes a second or two, in which a signal
+        would not be handled.
+        """
+        self.leave()
+        if os.getpid() == self.pid and self.status is not None and not LAUNCHED:
+            with contextlib.suppress(OSError, ValueError):  # left to Python, which reports it
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(self.status)
+
 
 _program: _Program | None = None
 
@@ -117,7 +135,7 @@ def install() -> None:
     threading.Thread(target=program.watch, args=(reader,), daemon=True, name="signals").start()
     os.register_at_fork(after_in_child=_reset_in_child)
     _report_no_consequences(program)
-    atexit.register(program.leave)  # runs last: libraries take a second to be torn down, in which no handler runs
+    atexit.register(program.exit)  # what is registered first runs last
 
 
 def _keep_from_composer(program: _Program) -> None:
@@ -174,6 +192,17 @@ def unwind() -> None:
     """
     if _program is not None:
         _program.unwinds = True
+
+
+def end_with(status: int | None) -> None:
+    """Set the status with which this program ends if no signal does; None: Python's. A signal then ends it at once."""
+    if _program is not None:
+        _program.status, _program.unwinds = status, False
+
+
+def installed() -> bool:
+    """Return whether this process handles signals here."""
+    return _program is not None
 
 
 def received() -> bool:

@@ -73,13 +73,13 @@ def test_each_program_prints_the_next_commands_and_nothing_foreign(tmp_path, col
     (folder / "text.txt").write_text(text)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def run(line: list[str], *more: str) -> list[list[str]]:
+    def run(line: list[str], *more: str, advice: tuple[str, ...] = ()) -> list[list[str]]:
         interpreters = {"python": sys.executable, "composer": os.path.join(os.path.dirname(sys.executable), "composer")}
         start = subprocess.run if cold else programs.run
         words = [interpreters[line[0]], *line[1:], *more]
         done = start(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        assert foreign(done.stderr) == []
+        assert set(foreign(done.stderr)) <= set(advice)
         assert "\n\n\n" not in done.stdout
         return commands_of(done.stdout)
 
@@ -90,7 +90,7 @@ def test_each_program_prints_the_next_commands_and_nothing_foreign(tmp_path, col
     assert os.path.isdir(folder / command(printed, "tensorboard")[2])
     run(command(printed, "preview"))
     exported = run(command(printed, "export.py"))
-    run(command(exported, "-c"))
+    run(command(exported, "-c"), advice=("Device set to use cpu",))  # of transformers alone
     load_config(command(exported, "glue.py")[2], command(exported, "glue.py")[3:], GlueConfig)
     printed = run(command(printed, "glue.py"), *SMALL_GLUE, f"data.path={write_data(folder / 'glue')}")
     assert "data.max_seq_length=100" in command(exported, "glue.py")

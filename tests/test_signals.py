@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -48,8 +47,10 @@ def stop(process: subprocess.Popen, number: signal.Signals, group: bool) -> tupl
     """Send a signal to a process or to its group, as a terminal does; return its status and the lines on stderr."""
     (os.killpg if group else os.kill)(process.pid, number)
     _, stderr = process.communicate(timeout=60)
-    session = [other.pid for other in psutil.process_iter() if _session(other.pid) == process.pid]
-    assert session == []
+    deadline = time.monotonic() + 30
+    while any(_session(other.pid) == process.pid for other in psutil.process_iter()):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.01)
     return process.returncode, [line for line in stderr.replace("\r", "\n").split("\n") if line]
 
 
@@ -288,11 +289,6 @@ def test_quickstart_ends_the_step_that_it_waits_for(tmp_path, number):
 # --- at twenty moments
 
 
-def cpu_seconds(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
-
-
 def program_runs(tmp_path: Path, text: Path, run: Path, shards: Path) -> dict[str, list[Any]]:
     glue = settings(write_source(tmp_path / "source"), write_data(tmp_path / "data"), tmp_path)
     return {
@@ -300,7 +296,7 @@ def program_runs(tmp_path: Path, text: Path, run: Path, shards: Path) -> dict[st
         "convert": convert_command(text, tmp_path),
         "export": [PACKAGE / "export.py", run, tmp_path / "export"],
         "preview": ["-m", "electra_composer.preview", shards, "--checkpoint", run],
-        "pretrain": [PACKAGE / "pretrain.py", tmp_path / "tiny.yaml", "checkpoints.folder=again"],
+        "pretrain": [PACKAGE / "pretrain.py", tmp_path / "tiny.yaml"],,
     }
 
 
@@ -308,32 +304,34 @@ def program_runs(tmp_path: Path, text: Path, run: Path, shards: Path) -> dict[st
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["pretrain", "glue", "convert", "export", "preview"])
 def test_twenty_moments(tmp_path, tiny_yaml, text, shards, name):
-    """Spread over the processor time of a whole run, both signals in turn, to the program and to its group.
+    """Spread over the time of a whole run, both signals in turn, to the program and to its group.
 
     While a run trains there are two lines, and a run that has trained its last batch is complete (interrupts.py).
     """
-    first = start([PACKAGE / "pretrain.py", tiny_yaml], tmp_path)
+    first = start([PACKAGE / "pretrain.py", tiny_yaml, "checkpoints.folder=first"], tmp_path)
     first.communicate()
     assert first.returncode == 0
-    command = program_runs(tmp_path, text, tmp_path / "run", shards)[name]
+    command = program_runs(tmp_path, text, tmp_path / "first", shards)[name]
 
     def clean() -> None:
-        for folder in ("out", "export", "again", "glue"):
+        for folder in ("out", "export", "run"):
             shutil.rmtree(tmp_path / folder, ignore_errors=True)
 
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    clean()
+    begun = time.monotonic()
     start(command, tmp_path).communicate()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    total = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    total = time.monotonic() - begun
     for moment in range(20):
         clean()
         number, group = (SIGINT, SIGTERM)[moment % 2], moment % 4 > 1
-        process = start(command, tmp_path)
-        wait_until(process, lambda pid, at=total * moment / 20: catches_sigterm(pid) and cpu_seconds(pid) >= at)
+        begun, process = time.monotonic(), start(command, tmp_path)
+        wait_until(process, catches_sigterm)
+        time.sleep(max(0, begun + total * moment / 20 - time.monotonic()))
         status, lines = stop(process, number, group)
-        if (status, lines) == (-number, []):  # when all was done, and Python was tearing down its libraries
-            assert moment > 10
-            continue
+        lines = [line for line in lines if not line.startswith("the ")]  # advice on tiny models
+        if lines and "stopping after this batch" in lines[0]:
+            del lines[0]
+            if status == 0:  # in the last batch
+                continue
         assert status == 128 + number, (moment, lines)
-        assert lines[-1].startswith(f"stopped by {number.name}"), (moment, lines)
-        assert lines[:-1] in ([], [f"{number.name}: stopping after this batch; Ctrl-C stops at once without saving"])
+        assert [line.partition(":")[0].partition(" after")[0] for line in lines] == [f"stopped by {number.name}"]
