@@ -111,8 +111,8 @@ class _Program:
         self.leave()
         if os.getpid() == self.pid and self.status is not None and not LAUNCHED:
             with contextlib.suppress(OSError, ValueError):  # left to Python, which reports it
-                sys.stdout.flush()
-                sys.stderr.flush()
+                for stream in filter(None, (sys.stdout, sys.stderr)):
+                    stream.flush()
                 os._exit(self.status)
 
 
