@@ -12,10 +12,14 @@ If a conversion is interrupted, rerun the same command to resume it.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -29,6 +33,9 @@ from electra_composer.corpus.options import TRAIN, Conversion
 from electra_composer.corpus.sources import DOCSTRINGS, HUB, Source, Sources, read_mixture
 from electra_composer.corpus.summary import Summary
 from electra_composer.errors import UserError, report_user_errors
+from electra_composer.next_steps import describe_end, pretrain, preview
+from electra_composer.signals import unwind
+from electra_composer.storage.remotes import is_remote
 
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # according to its authors
 MUCH_DROPPED = 0.25  # fraction of tokens above which a warning is printed
@@ -230,6 +237,18 @@ def report(conversion: Conversion, summary: Summary) -> None:
         )
 
 
+def describe_shards(summary: Summary) -> str:
+    """Describe where the shards are, and the commands that come next."""
+    out, stored = summary.out, is_remote(summary.out)
+    return describe_end(
+        {"shards": out},
+        {
+            "look at them": None if stored else preview(out),
+            "pretrain on them": pretrain(out, summary.max_seq_length, stored),
+        },
+    )
+
+
 @report_user_errors
 def main(argv: list[str] | None = None) -> Summary | DryRun:
     """Run the command line: convert, print the summary and return it.
@@ -238,6 +257,7 @@ def main(argv: list[str] | None = None) -> Summary | DryRun:
         SystemExit: with code 2 after a one-line message about a user error.
     """
     conversion, json_file, only_estimate = parse_arguments(argv)
+    unwind()
     if only_estimate:
         estimate = dry_run(conversion)
         print(estimate)
@@ -249,13 +269,9 @@ def main(argv: list[str] | None = None) -> Summary | DryRun:
     if json_file is not None:
         with open(json_file, "w", encoding="utf-8") as file:
             json.dump(summary.to_dict(), file, indent=2)
+    print(describe_shards(summary))
     return summary
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raises, so that incomplete files are removed
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    main()

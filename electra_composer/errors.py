@@ -5,16 +5,14 @@ from __future__ import annotations
 import atexit
 import functools
 import io
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
-# Workaround (composer 0.32): `initialize_dist` sets LOCAL_RANK in a process without a launcher too, so it is read at
-# import; goes when Composer leaves the environment as it is.
-LAUNCHED = "LOCAL_RANK" in os.environ
+from electra_composer import signals
+from electra_composer.signals import LAUNCHED
 
 
 class UserError(ValueError):
@@ -27,8 +25,8 @@ class UserError(ValueError):
 def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate an entry point to print `error: …` and exit with 2 on a :class:`UserError`, without a traceback.
 
-    All other exceptions are bugs and keep their traceback. When the entry point has returned or raised, SIGTERM and
-    SIGINT end the process at once.
+    All other exceptions are bugs and keep their traceback, except while a signal ends the program, when the line about
+    the signal is printed. When the entry point has returned or raised, SIGTERM and SIGINT end the process at once.
     """
 
     @functools.wraps(entry_point)
@@ -36,15 +34,27 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a locale may lack characters such as ü or …
+        status = None
+        signals.end_with(status)
         try:
-            return entry_point(*args, **kwargs)
-        except UserError as error:
+            result = entry_point(*args, **kwargs)
+            status = 0
+            return result
+        except BaseException as error:
+            if signals.received():  # whatever the exception has become on its way
+                signals.finish()
+            if isinstance(error, SystemExit):
+                status = error.code if isinstance(error.code, int) else None
+            if not isinstance(error, UserError):
+                raise
             # Workaround (torch 2.7): an error of a DataLoader worker is raised again with its traceback as the message,
             # which ends in the original message; goes when torch keeps the message.
             message = str(error).rpartition("UserError: ")[2]
             print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            status = 2
+            sys.exit(status)
         finally:
+            signals.end_with(status)
             atexit.unregister(die_of_signals)
             atexit.register(die_of_signals)  # what is registered last runs first
 
@@ -55,14 +65,14 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
 # an exit in progress only prints and which nothing raises while libraries shut down: a process that hangs there could
 # not be ended by SIGTERM. Goes when Composer restores the handlers.
 def die_of_signals() -> None:
-    """Let SIGTERM and SIGINT end the process in the kernel, without Python.
+    """Let SIGTERM and SIGINT end the process in the kernel, without Python, unless a program handles them.
 
-    Not in a rank of a launcher, which sends SIGTERM to all ranks once one has failed: those that are about to exit keep
-    their own status, and the launcher kills what has not ended after 30 seconds.
+    A rank of a launcher ignores them. The launcher sends SIGTERM to all ranks once one has failed: those that are about
+    to exit keep their own status, and the launcher kills what has not ended after 30 seconds.
     """
-    if not LAUNCHED and threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and (LAUNCHED or not signals.installed()):
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if LAUNCHED else signal.SIG_DFL)
 
 
 def one_line(message: object, limit: int | None = None) -> str:

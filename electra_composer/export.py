@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
 import argparse
 import os
 import shutil
@@ -19,6 +24,8 @@ from electra_composer.model.weight_maps import (
     generator_to_transformers,
     transformers_config,
 )
+from electra_composer.next_steps import describe_end, finetune
+from electra_composer.signals import unwind
 
 
 def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None:
@@ -69,6 +76,21 @@ def _save(
     checkpoint.tokenizer.save_pretrained(folder)
 
 
+def describe_export(checkpoint: Checkpoint, folder: str) -> str:
+    """Describe the commands that come after an export."""
+    discriminator, generator = os.path.join(folder, "discriminator"), os.path.join(folder, "generator")
+    mask = checkpoint.tokenizer.mask_token
+    code = f"from transformers import pipeline; print(pipeline('fill-mask', {generator!r})('a {mask}.'))"
+    name, positions = os.path.basename(os.path.abspath(folder)), checkpoint.model_config.max_positions
+    return describe_end(
+        {},
+        {
+            "fill a mask": ["python", "-c", code],
+            "finetune on GLUE": finetune(discriminator, name, positions),
+        },
+    )
+
+
 @report_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
@@ -77,9 +99,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", help="folder to write discriminator/ and generator/ to")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     arguments = parser.parse_args(argv)
-    export(read_checkpoint(arguments.checkpoint), arguments.folder, arguments.overwrite)
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    unwind()
+    export(checkpoint, arguments.folder, arguments.overwrite)
     for name, model in (("discriminator", "ElectraForPreTraining"), ("generator", "ElectraForMaskedLM")):
         print(f"transformers.{model}.from_pretrained({os.path.join(arguments.folder, name)!r})")
+    print(describe_export(checkpoint, arguments.folder))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +34,9 @@ from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, u
 from electra_composer.model.kernels.masked_lm import resolve_implementation
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.model.sizes import check_sizes, count_parameters
+from electra_composer.next_steps import describe_end, export, finetune, preview
 from electra_composer.ranges import check_ranges
+from electra_composer.signals import unwind
 from electra_composer.storage.shard_folder import Meta, SplitCounts
 from electra_composer.training.attention_path import choose_attention
 from electra_composer.training.builders import build_scheduler
@@ -113,6 +121,7 @@ def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
             trainer.fit()
         finally:  # also after the SystemExit of a signal, so that loggers finish and close their files
             trainer.close()
+    print_once(describe_run(config))
     return trainer
 
 
@@ -162,6 +171,7 @@ def check_model(prepared: Prepared) -> None:
 
 def open_data(prepared: Prepared) -> None:
     """Open the loaders, and compute what needs rows."""
+    unwind()  # loaders have shared memory and threads
     config = prepared.config
     prepared.train_data, prepared.eval_data = build_data(config, prepared.meta, prepared.model)
     build_scheduler(config.schedule, duration_of(config)).check(len(prepared.train_data.dataloader))
@@ -271,6 +281,28 @@ def mlm_baseline(config: PretrainConfig, meta: Meta) -> float | None:
     if loss is not None:
         print_once(f"MLM loss without context: {loss:.2f} (word frequencies, and copying kept tokens)")
     return loss
+
+
+def describe_run(config: PretrainConfig) -> str:
+    """Describe where the run's results are, and the commands that come next."""
+    folder, name, data = config.checkpoints.folder, config.run_name, config.data
+    files = {file: os.path.join(folder, file) for file in (LATEST_OF_RANK_0, "metrics.jsonl", "tensorboard")}
+    there = {file: path for file, path in files.items() if os.path.exists(path)}
+    newest = there.get(LATEST_OF_RANK_0)
+    shown = data.path if newest and data.remote is None and not data.streams else None
+    return describe_end(
+        {
+            "run folder": folder,
+            "newest checkpoint": newest and os.path.join(folder, os.path.basename(os.path.realpath(newest))),
+            "metrics": there.get("metrics.jsonl"),
+        },
+        {
+            "finetune on GLUE": newest and finetune(folder, name, config.model.max_positions),
+            "export for transformers": newest and export(folder, name),
+            "see the models' predictions": shown and preview(shown, "--checkpoint", folder),
+            "see the curves": there.get("tensorboard") and ["tensorboard", "--logdir", there["tensorboard"]],
+        },
+    )
 
 
 def print_once(text: str) -> None:

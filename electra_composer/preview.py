@@ -8,6 +8,11 @@ With a checkpoint, its generator fills the masked positions and its discriminato
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
 import argparse
 import os
 import sys

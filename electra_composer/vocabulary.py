@@ -218,7 +218,7 @@ def _alphabet_size(counts: list[int], vocab_size: int) -> int:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, cased: bool = False, keep_accents: bool = False, progress: bool = False
+    texts: Iterable[str], vocab_size: int, cased: bool = False, keep_accents: bool = False
 ) -> PreTrainedTokenizerFast:
     """Train a WordPiece vocabulary; the same texts in any order give the same vocabulary.
 
@@ -226,7 +226,6 @@ def train_tokenizer(
         texts: the training text, held in memory; pieces of any size that do not split words.
         vocab_size: maximum number of entries; little text may give fewer.
         cased, keep_accents: see :func:`load_tokenizer`; cased text keeps its accents.
-        progress: show a progress bar.
 
     Raises:
         UserError: no text, or `vocab_size` too small for the special tokens and the alphabet of the text.
@@ -261,7 +260,7 @@ def train_tokenizer(
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         continuing_subword_prefix="##",
-        show_progress=progress,
+        show_progress=False,  # prints blank lines
     )
     model.train_from_iterator(texts, trainer=trainer, length=len(texts))
     vocabulary = sorted(model.get_vocab(), key=model.get_vocab().__getitem__)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from electra_composer import program, signals
+
 found: dict[str, list[object]] = {"in vain": [], "threads": []}
 
 
@@ -26,7 +28,9 @@ def report() -> None:
     print(json.dumps({**found, "children": len(multiprocessing.active_children())}))
 
 
+signals.install()  # ends the process without running what is registered before it
 atexit.register(report)  # what is registered first runs last
+program.begin = lambda: None
 
 
 def is_for_pinned_memory() -> bool:

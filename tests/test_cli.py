@@ -10,7 +10,6 @@ import json
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,7 +37,7 @@ def refused(monkeypatch, capfd, tmp_path) -> Callable[..., str]:
     def run(script: str, *arguments: str) -> str:
         before = files_of(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)  # the converter installs a handler for SIGTERM
+        monkeypatch.setattr("electra_composer.program.begin", lambda: None)  # installs handlers in this process
         monkeypatch.setattr(sys, "path", list(sys.path))
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:

@@ -12,7 +12,7 @@ from composer.core import DataSpec
 from streaming.base.world import World
 
 from electra_composer.batches.checks import check_index, check_split
-from electra_composer.batches.collation import Batch, batch_bytes
+from electra_composer.batches.collation import Batch, batch_bytes, split_batch
 from electra_composer.batches.row_dataset import RowDataset
 from electra_composer.batches.row_loader import RowLoader
 from electra_composer.batches.streams import (
@@ -242,6 +242,7 @@ def build_data_spec(
         # The expected number, if rows are not all taken equally often.
         num_tokens=round(sum(share.rows * of.tokens / of.rows for share, of in zip(shares, counts, strict=True))),
         batch_transforms=batch_transforms,
+        split_batch=split_batch,
         get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),
         get_num_tokens_in_batch=lambda batch: int(batch["num_tokens"]),
     )

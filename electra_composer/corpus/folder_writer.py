@@ -29,6 +29,7 @@ from electra_composer.corpus.workspace import (
     write_json,
 )
 from electra_composer.errors import UserError
+from electra_composer.signals import Stopped, tell
 from electra_composer.storage.remotes import RemoteFolder, is_remote, upload, workspace_of
 from electra_composer.storage.shard_folder import META, TOKENIZER, Meta
 
@@ -104,6 +105,9 @@ class ShardFolder:
         except OSError as error:
             self._lock.release()
             raise UserError(f"cannot write to {os.path.dirname(self.workspace)}: {error.strerror}") from error
+        except Stopped as error:
+            self.__exit__(Stopped, error, None)
+            raise
         except BaseException:
             self._lock.release()
             raise
@@ -130,8 +134,11 @@ class ShardFolder:
                 f"cannot write the shards to {self.out}: {error.strerror}; "
                 + (f"{kept}: free some space and rerun the same command to resume" if kept else "nothing was kept")
             ) from error
-        if error is not None and (kept or not isinstance(error, UserError)):
-            print(f"{kept}; rerun the same command to resume" if kept else "nothing was kept", file=sys.stderr)
+        outcome = f"{kept}; rerun the same command to resume" if kept else "nothing was kept"
+        if isinstance(error, Stopped):
+            tell(outcome)
+        elif error is not None and (kept or not isinstance(error, UserError)):
+            print(outcome, file=sys.stderr)
 
     def forget(self) -> None:
         """Remove everything when the block is left, complete parts included."""

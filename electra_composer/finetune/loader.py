@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from electra_composer.batches.background import BackgroundLoader
+from electra_composer.batches.collation import split_batch
 from electra_composer.batches.workers import WorkerLoader, loader_workers
 from electra_composer.finetune.data import EncodedExample, EncodedExamples
 from electra_composer.finetune.ranking import RankedExample, RankedExamples
@@ -116,14 +117,6 @@ def _to_batch(arrays: dict[str, NDArray[Any]], items: Sequence[EncodedExample | 
         arrays["labels"] = np.array([item.label for item in items])
     tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
     return {**tensors, "num_tokens": int(arrays["sequence_ids"].sum())}
-
-
-# Workaround (composer 0.32): the default split warns at the last batch of every epoch, which is usually smaller than a
-# microbatch; goes when that is no longer a warning.
-def split_batch(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:
-    """Split a batch into microbatches of at most `rows` rows."""
-    starts = range(0, batch["input_ids"].shape[0], rows)
-    return [{k: v[i : i + rows] if isinstance(v, Tensor) else v for k, v in batch.items()} for i in starts]
 
 
 def split_ranked(batch: dict[str, Any], examples: int) -> list[dict[str, Any]]:

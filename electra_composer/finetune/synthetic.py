@@ -9,6 +9,11 @@ words of the text. To detect this, a model must know which words fit where; a fe
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
 import argparse
 import json
 import os
