@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 from composer import Trainer
@@ -13,9 +14,16 @@ from electra_composer.batches.baselines import loss_without_context
 from electra_composer.batches.checks import check_shards
 from electra_composer.batches.shards import build_data_spec, read_data
 from electra_composer.batches.streams import describe_streams
+from electra_composer.checkpoints.changes import check_changes
 from electra_composer.checkpoints.remote import remote_copy
 from electra_composer.checkpoints.resuming import exclusive_lock
-from electra_composer.checkpoints.weights import check_state_fits, read_checkpoint, special_ids, tokenizer_files
+from electra_composer.checkpoints.weights import (
+    Checkpoint,
+    check_state_fits,
+    read_checkpoint,
+    special_ids,
+    tokenizer_files,
+)
 from electra_composer.compilers import missing_for_triton
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config_from_command_line, to_dict, to_yaml
@@ -60,9 +68,12 @@ def main(config: PretrainConfig) -> Trainer:
     meta = read_data(config.data)
     tokenizer = load_tokenizer(config.data.tokenizer or meta.tokenizer_folder)
     check_shards(meta, tokenizer, config.data.max_seq_length)
+    initial = read_initial_checkpoint(config)
     model = build_model(config, tokenizer, cpu_autocast)
     choose_kernels(config, model, meta)
-    check_initial_checkpoint(config, model)
+    if initial is not None:
+        check_state_fits(initial.state, model.model.state_dict(), initial.path)
+    del initial
     train_data, eval_data = build_data(config, meta, model)
     baseline = mlm_baseline(config, meta)
     with (
@@ -150,15 +161,23 @@ def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: 
     resolve_implementation(name, device_type, sizes.padded_vocab_size, sizes.embedding_size)
 
 
-def check_initial_checkpoint(config: PretrainConfig, model: ElectraPretraining) -> None:
-    """Check that the checkpoint to start from, if any, is complete and fits the model.
+def read_initial_checkpoint(config: PretrainConfig) -> Checkpoint | None:
+    """Read the checkpoint to start from, if any, and compare its configuration with this one.
 
     Raises:
-        UserError: it is broken, or of other sizes.
+        UserError: it is broken, or a key has changed that must stay (see checkpoints/changes.py).
     """
     path = checkpoint_to_load(config)
-    if path is not None:
-        check_state_fits(read_checkpoint(path).state, model.model.state_dict(), path)
+    if path is None:
+        return None
+    checkpoint = read_checkpoint(path)
+    own = path == os.path.join(config.checkpoints.folder, LATEST_OF_RANK_0)
+    if own or not config.checkpoints.load_weights_only:
+        name = os.path.join(os.path.dirname(path), os.path.basename(os.path.realpath(path)))
+        changes = check_changes(checkpoint.config, to_dict(config), name, own)
+        if changes is not None:
+            print_once(changes)
+    return checkpoint
 
 
 def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) -> tuple[DataSpec, DataSpec]:

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import ElectraForPreTraining as TransformersElectraForPreTraining
 from transformers.utils import logging as transformers_logging
 
+from electra_composer.checkpoints.file_kinds import EXPECTED, describe_content
 from electra_composer.checkpoints.safe_loading import read_file
 from electra_composer.checkpoints.sharded import is_sharded, read_sharded
 from electra_composer.config import ModelConfig, ObjectiveConfig
@@ -95,20 +96,22 @@ def read_checkpoint(path: str) -> Checkpoint:
     """
     if os.path.isdir(path) and os.path.exists(os.path.join(path, LATEST)):
         path = os.path.join(path, LATEST)
+    content: Any = None
     try:
         if is_sharded(path):
             model_state, record = read_sharded(path)
         else:
-            content = read_file(path)["state"]
-            model_state, record = content["model"], content["callbacks"]["RunRecord"]
+            content = read_file(path)
+            saved = content["state"]
+            model_state, record = saved["model"], saved["callbacks"]["RunRecord"]
         config, tokenizer_files = record["config"], record["tokenizer_files"]
+        for section in ("model", "objective", "data"):
+            config[section]
         # Workaround (torch 2.7): torch.compile puts `_orig_mod.` before parameter names; goes when state_dict omits it.
         state = {name.removeprefix("model.").replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a checkpoint of pretrain.py: model weights, configuration or tokenizer are missing "
-            f"({type(error).__name__}: {one_line(error, 300)})"
-        ) from error
+        found = "a sharded checkpoint of another program" if is_sharded(path) else describe_content(content)
+        raise UserError(f"{path}: {found}; {EXPECTED}") from error
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name, text in tokenizer_files.items():

@@ -16,7 +16,8 @@ from comparison import assert_same_run
 from resumed_runs import run, signal_at
 from tiny import BENCHMARKS
 
-from electra_composer.checkpoints.remote import fetch_newest, other_files
+from electra_composer.checkpoints.remote import fetch_newest
+from electra_composer.checkpoints.remote_files import other_files
 from electra_composer.checkpoints.remote_run import RemoteIndex, RemoteRun, StoredCheckpoint
 from electra_composer.checkpoints.saving import checkpoints_in
 from electra_composer.config import CheckpointConfig
