@@ -170,11 +170,10 @@ def read_initial_checkpoint(config: PretrainConfig) -> Checkpoint | None:
     path = checkpoint_to_load(config)
     if path is None:
         return None
-    checkpoint = read_checkpoint(path)
     own = path == os.path.join(config.checkpoints.folder, LATEST_OF_RANK_0)
+    checkpoint = read_checkpoint(os.path.realpath(path) if own else path)
     if own or not config.checkpoints.load_weights_only:
-        name = os.path.join(os.path.dirname(path), os.path.basename(os.path.realpath(path)))
-        changes = check_changes(checkpoint.config, to_dict(config), name, own)
+        changes = check_changes(checkpoint.config, to_dict(config), checkpoint.path, own)
         if changes is not None:
             print_once(changes)
     return checkpoint

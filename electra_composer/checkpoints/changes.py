@@ -36,7 +36,7 @@ REFUSED: dict[str, str] = {
         WEIGHTS,
     ),
     "seed": ORDER,
-    **dict.fromkeys(_keys("data", "max_seq_length batching_method epoch_size shuffle num_canonical_nodes"), ORDER),
+    **dict.fromkeys(_keys("data", "max_seq_length batching_method shuffle num_canonical_nodes"), ORDER),
     "trainer.global_train_batch_size": ORDER,
     **dict.fromkeys(_keys("optimizer", "bias_correction layerwise_decay"), OPTIMIZER),
     **dict.fromkeys(_keys("checkpoints", "load_path load_weights_only"), FIRST_START),
@@ -46,7 +46,7 @@ REPORTED: list[str] = [
     *_keys("optimizer", "lr betas eps weight_decay layerwise_variant"),
     *_keys("schedule", "name warmup decay"),
     *_keys("trainer", "max_duration precision gradient_clip eval_batches fsdp.mixed_precision"),
-    *_keys("data", "path train_split eval_split eval_streams"),
+    *_keys("data", "path epoch_size train_split eval_split eval_streams"),
     *_keys("data.streams.<name>", "path proportion repeat choose"),
     *_keys("model", "dropout attention_dropout"),
     *_keys(
@@ -57,7 +57,7 @@ REPORTED: list[str] = [
 ]
 
 
-_ABSENT = object()
+_ABSENT: Any = object()
 
 
 class Change(NamedTuple):
@@ -104,22 +104,22 @@ def find_changes(before: dict[str, Any], after: dict[str, Any], keys: list[str])
     changes = []
     for key in keys:
         section, _, subkey = key.partition(".<name>.")
-        values = [(key, _lookup(before, key), _lookup(after, key))]
+        places, absent = [key], _ABSENT
         if subkey:
-            sections = [found if isinstance(found := _lookup(of, section), dict) else {} for of in (before, after)]
-            names = list(dict.fromkeys(name for of in sections for name in of))
-            values = [
-                (f"{section}.{name}.{subkey}", *((of.get(name) or {}).get(subkey) for of in sections)) for name in names
-            ]
-        changes += [Change(*value) for value in values if _ABSENT not in value and value[1] != value[2]]
+            names = {**_lookup(before, section, {}), **_lookup(after, section, {})}
+            places, absent = [f"{section}.{name}.{subkey}" for name in names], None
+        for place in places:
+            change = Change(place, _lookup(before, place, absent), _lookup(after, place, absent))
+            if _ABSENT not in change[1:] and change.before != change.after:
+                changes.append(change)
     return changes
 
 
-def _lookup(config: Any, key: str) -> Any:
-    """Return the value of a dotted key, or :data:`_ABSENT`."""
+def _lookup(config: Any, key: str, absent: Any) -> Any:
+    """Return the value of a dotted key; `absent` if the configuration lacks it."""
     for name in key.split("."):
         if not isinstance(config, dict) or name not in config:
-            return _ABSENT
+            return absent
         config = config[name]
     return config
 

@@ -114,11 +114,12 @@ def _repair(link: str) -> None:
             f"{fault}, and there is no complete checkpoint before it; copy one there, set checkpoints.overwrite=true "
             "to start over, or set another checkpoints.folder"
         )
+    before = " before it" if os.path.lexists(link) else ""
+    kept = f"; the corrupt one is kept as {os.path.basename(path)}{BROKEN}" if is_there else ""
     if is_there:
         os.rename(path, path + BROKEN)
     replace_link(link, candidate)
-    kept = f"; the corrupt one is kept as {os.path.basename(path)}{BROKEN}" if is_there else ""
-    log.warning(f"{fault}; resuming from the newest complete one before it, {candidate}{kept}")
+    log.warning(f"{fault}; resuming from the newest complete one{before}, {candidate}{kept}")
 
 
 def find_corruption(path: str) -> str | None:

@@ -94,7 +94,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     Raises:
         UserError: No such file, truncated, not written by pretrain.py, or readable by unsafe loading only.
     """
-    if os.path.isdir(path) and os.path.exists(os.path.join(path, LATEST)):
+    if os.path.isdir(path) and os.path.lexists(os.path.join(path, LATEST)):
         path = os.path.join(path, LATEST)
     content: Any = None
     try:
@@ -151,7 +151,8 @@ def load_source(source: str) -> Pretrained:
     has_config, exported = os.path.isfile(os.path.join(source, "config.json")), os.path.join(source, "discriminator")
     if not has_config and os.path.isfile(os.path.join(exported, "config.json")):
         return load_source(exported)
-    if source.endswith(".pt") or is_sharded(source) or os.path.exists(os.path.join(source, LATEST)):
+    is_file = source.endswith(".pt") or os.path.isfile(source)
+    if is_file or is_sharded(source) or os.path.lexists(os.path.join(source, LATEST)):
         checkpoint = read_checkpoint(source)
         weights = {name: t for name, t in checkpoint.state.items() if name.startswith("embeddings.")}
         weights |= {f"encoder.{name}": t for name, t in under(checkpoint.state, "discriminator.").items()}
