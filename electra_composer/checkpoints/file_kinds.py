@@ -81,8 +81,8 @@ def _describe_zip(path: str) -> str:
 
 def describe_content(content: object) -> str:
     """Describe what `torch.load` has read from a file that is no checkpoint of pretrain.py."""
-    if not isinstance(content, dict):
+    if content is not None and not isinstance(content, dict):
         return f"a {type(content).__name__} saved by another program"
-    names = [str(key) for key in list(content)[:3]]
-    more = " …" if len(content) > len(names) else ""
+    keys = [str(key) for key in content or ()]
+    names, more = keys[:3], " …" if len(keys) > 3 else ""
     return f"saved by another program, with {', '.join(names) + more if names else 'nothing in it'}"
