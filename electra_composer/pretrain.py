@@ -20,9 +20,16 @@ from electra_composer.batches.baselines import loss_without_context
 from electra_composer.batches.checks import check_shards, check_split
 from electra_composer.batches.shards import build_data_spec, read_data
 from electra_composer.batches.streams import check_streams, describe_streams
+from electra_composer.checkpoints.changes import check_changes
 from electra_composer.checkpoints.remote import remote_copy
 from electra_composer.checkpoints.resuming import check_unlocked, exclusive_lock
-from electra_composer.checkpoints.weights import check_state_fits, read_checkpoint, special_ids, tokenizer_files
+from electra_composer.checkpoints.weights import (
+    Checkpoint,
+    check_state_fits,
+    read_checkpoint,
+    special_ids,
+    tokenizer_files,
+)
 from electra_composer.compilers import missing_for_triton
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config_from_command_line, to_dict, to_yaml
@@ -75,6 +82,7 @@ class Prepared:
     cpu_autocast: bool = field(init=False)
     meta: Meta = field(init=False)
     tokenizer: PreTrainedTokenizerFast = field(init=False)
+    initial: Checkpoint | None = field(init=False)
     model: ElectraPretraining = field(init=False)
     train_data: DataSpec = field(init=False)
     eval_data: DataSpec = field(init=False)
@@ -160,6 +168,11 @@ def read_shards(prepared: Prepared) -> None:
     check_split(data, prepared.meta, data.eval_split, evaluation=True)
 
 
+def read_initial_weights(prepared: Prepared) -> None:
+    """Read the checkpoint to start from, and compare its configuration with this one."""
+    prepared.initial = read_initial_checkpoint(prepared.config, prepared.check_only)
+
+
 def check_model(prepared: Prepared) -> None:
     """Build the model, if it fits into memory, and choose its kernels."""
     config = prepared.config
@@ -167,6 +180,9 @@ def check_model(prepared: Prepared) -> None:
     prepared.model = build_model(config, prepared.tokenizer, prepared.cpu_autocast)
     check_stoppers(config.callbacks, prepared.model, ["eval"])
     choose_kernels(config, prepared.model, prepared.meta)
+    if prepared.initial is not None:
+        check_state_fits(prepared.initial.state, prepared.model.model.state_dict(), prepared.initial.path)
+    prepared.initial = None  # free its memory
 
 
 def open_data(prepared: Prepared) -> None:
@@ -185,8 +201,8 @@ CHECKS: tuple[tuple[str, Callable[[Prepared], None]], ...] = (
     ("run folder", lambda prepared: check_run_folder(prepared.config)),
     ("device", check_device),
     ("shards and tokenizer", read_shards),
+    ("checkpoint", read_initial_weights),
     ("model", check_model),
-    ("checkpoint", lambda prepared: check_initial_checkpoint(prepared.config, prepared.model, prepared.check_only)),
     ("data loaders", open_data),
 )
 """Checks of a start, cheapest first. Each may use what those before it have read and built."""
@@ -250,18 +266,25 @@ def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: 
     resolve_implementation(name, device_type, sizes.padded_vocab_size, sizes.embedding_size)
 
 
-def check_initial_checkpoint(config: PretrainConfig, model: ElectraPretraining, check_only: bool = False) -> None:
-    """Check that the checkpoint to start from, if any, is complete and fits the model.
+def read_initial_checkpoint(config: PretrainConfig, check_only: bool = False) -> Checkpoint | None:
+    """Read the checkpoint to start from, if any, and compare its configuration with this one.
 
     Args:
         check_only: see :func:`checkpoint_to_load`.
 
     Raises:
-        UserError: it is broken, or of other sizes.
+        UserError: it is broken, or a key has changed that must stay (see checkpoints/changes.py).
     """
     path = checkpoint_to_load(config, check_only)
-    if path is not None:
-        check_state_fits(read_checkpoint(path).state, model.model.state_dict(), path)
+    if path is None:
+        return None
+    own = os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.checkpoints.folder)
+    checkpoint = read_checkpoint(os.path.realpath(path) if own else path)
+    if own or not config.checkpoints.load_weights_only:
+        changes = check_changes(checkpoint.config, to_dict(config), checkpoint.path, own)
+        if changes is not None:
+            print_once(changes)
+    return checkpoint
 
 
 def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) -> tuple[DataSpec, DataSpec]:

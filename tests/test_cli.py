@@ -166,7 +166,9 @@ def run_folder(trained, tmp_path) -> Path:
 
 def test_resuming_with_a_model_of_other_sizes(refused, tiny_yaml, run_folder):
     line = refused(PRETRAIN, tiny_yaml, "model.hidden_size=64", "model.num_heads=2")
-    mentions(line, "latest-rank0.pt", "weights of another model", "set the sizes under model:")
+    mentions(
+        line, "milestone-ba2-rank0.pt", "model.hidden_size=32", "model.hidden_size=64", "weights are of that model"
+    )
 
 
 def test_starting_anew_in_the_folder_of_a_run(refused, tiny_yaml, run_folder):
@@ -177,7 +179,13 @@ def test_starting_anew_in_the_folder_of_a_run(refused, tiny_yaml, run_folder):
 def test_resuming_from_a_checkpoint_that_was_cut_and_there_is_no_other(refused, tiny_yaml, run_folder):
     checkpoint = run_folder / os.readlink(run_folder / "latest-rank0.pt")
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    mentions(refused(PRETRAIN, tiny_yaml), "latest-rank0.pt", "not a readable checkpoint", "no complete one before it")
+    mentions(
+        refused(PRETRAIN, tiny_yaml),
+        "milestone-ba2-rank0.pt",
+        "not a complete checkpoint",
+        "its end is missing",
+        "no complete checkpoint before it",
+    )
 
 
 # --- finetuning

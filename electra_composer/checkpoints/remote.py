@@ -1,12 +1,13 @@
 """Copy a run's checkpoints to an object store, and resume from there when the machine and its disk are lost.
 
-Interval checkpoints use the prefixes `newest-0`, `newest-1`, … in turn, one more than are kept, so that none is
-overwritten while the index names it (see :mod:`electra_composer.checkpoints.remote_run`).
+Each interval checkpoint uses the first of the prefixes `newest-0`, `newest-1`, … that the index does not name, so that
+none is overwritten while it is named (see :mod:`electra_composer.checkpoints.remote_run`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -17,12 +18,12 @@ from collections.abc import Iterator
 from composer.utils import dist
 from tqdm import tqdm
 
+from electra_composer.checkpoints.remote_files import fetch_files, other_files, restore_metrics
 from electra_composer.checkpoints.remote_run import FILES, SINGLE_FILE, RemoteIndex, RemoteRun, StoredCheckpoint
 from electra_composer.checkpoints.resuming import find_corruption
 from electra_composer.checkpoints.saving import (
     UNFINISHED,
     checkpoint_batch,
-    checkpoints_in,
     move_into_place,
     replace_link,
     with_prefix,
@@ -33,8 +34,6 @@ from electra_composer.faults import raise_on_all_ranks
 from electra_composer.storage.object_store import explain
 
 log = logging.getLogger(__name__)
-
-NOT_COPIED = ("wandb",)  # folders of loggers with a server of their own
 
 
 def fetch_newest(checkpoints: CheckpointConfig, run_name: str, link_name: str, check_only: bool = False) -> None:
@@ -92,13 +91,14 @@ def _fetch_newest(run: RemoteRun, index: RemoteIndex, link: str) -> None:
             continue
         for reason in reasons:
             log.warning(f"{reason}; resuming from {stored.name}")
-        _fetch_files(run, index, folder)
+        fetch_files(run, index, folder)
         replace_link(link, os.path.join(folder, stored.name))
         return
     if local_batch is None:
         raise UserError("checkpoints.remote: " + "; ".join(reasons))
     for reason in reasons:
         log.warning(f"{reason}; resuming from the folder's newest checkpoint, of batch {local_batch}")
+    restore_metrics(run, index, folder)
 
 
 def _newest_complete(link: str) -> int | None:
@@ -127,13 +127,6 @@ def _fetch(run: RemoteRun, stored: StoredCheckpoint, folder: str) -> None:
     if reason is not None:
         raise UserError(f"it is corrupt ({reason})")
     move_into_place(unfinished, path)
-
-
-def _fetch_files(run: RemoteRun, index: RemoteIndex, folder: str) -> None:
-    with tqdm(total=sum(index.files.values()), unit="B", unit_scale=True, desc="its other files") as bar:
-        for name in index.files:
-            # May be longer than the index says: a metrics file is uploaded while it grows.
-            bar.update(run.download(f"{FILES}/{name}", os.path.join(folder, name)))
 
 
 class RemoteCopy:
@@ -226,8 +219,9 @@ class RemoteCopy:
         if name.startswith("milestone-") or self.keep < 0:
             place = name.removesuffix("-rank0.pt")
         else:
+            # An earlier start may have kept more than this one, so the places taken may be any number.
             taken = {stored.place for stored in self.index.checkpoints}
-            place = next(place for n in range(self.keep + 1) if (place := f"newest-{n}") not in taken)
+            place = next(place for n in itertools.count() if (place := f"newest-{n}") not in taken)
         paths = {SINGLE_FILE: path}
         if os.path.isdir(path):
             paths = {file: os.path.join(path, file) for file in sorted(os.listdir(path))}
@@ -249,21 +243,6 @@ class RemoteCopy:
             if self._uploaded.get(name) != state:
                 self.run.upload(f"{FILES}/{name}", path)
                 self._uploaded[name] = state
-
-
-def other_files(folder: str) -> list[str]:
-    """List the files of a run's folder other than checkpoints, without hidden and unfinished ones."""
-    checkpoints = {os.path.basename(saved.path) for saved in checkpoints_in(folder)}
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and name not in checkpoints and name not in NOT_COPIED
-        )
-        for name in sorted(names):
-            path = os.path.join(place, name)
-            if not name.startswith(".") and name not in checkpoints and not os.path.islink(path):
-                found.append(os.path.relpath(path, folder))
-    return found
 
 
 @contextlib.contextmanager

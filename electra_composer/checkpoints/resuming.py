@@ -19,9 +19,10 @@ from typing import IO
 
 from composer.utils import dist
 
-from electra_composer.checkpoints.safe_loading import METADATA, read_metadata
-from electra_composer.checkpoints.saving import REPLACED, checkpoints_in, replace_link, with_prefix
-from electra_composer.errors import UserError, one_line
+from electra_composer.checkpoints.file_kinds import describe_path
+from electra_composer.checkpoints.safe_loading import METADATA, describe_objects, read_metadata
+from electra_composer.checkpoints.saving import REPLACED, checkpoint_batch, checkpoints_in, replace_link, with_prefix
+from electra_composer.errors import UserError
 from electra_composer.faults import raise_on_all_ranks
 
 log = logging.getLogger(__name__)
@@ -90,9 +91,10 @@ def check_unlocked(folder: str) -> None:
 def repair_latest_link(folder: str, link_name: str, check_only: bool = False) -> str | None:
     """Make the link to a run's newest checkpoint point to a complete one.
 
-    A corrupt checkpoint is renamed to `….broken` and the link moved to the newest complete one before it, with a
-    warning that names both. Without a link, nothing is done. Every rank calls this and rank 0 does the work. It reads
-    the complete checkpoint, about a second per gigabyte.
+    A corrupt checkpoint is renamed to `….broken`, and the link moved to the newest complete one before it, with a
+    warning that names both; also if the checkpoint is missing. A folder with checkpoints and no link gets one. Without
+    checkpoints nothing is done. Every rank calls this and rank 0 does the work. It reads the complete checkpoint, about
+    a second per gigabyte.
 
     Args:
         check_only: change and print nothing.
@@ -112,36 +114,40 @@ def repair_latest_link(folder: str, link_name: str, check_only: bool = False) ->
 
 
 def _repair(link: str, check_only: bool) -> str | None:
-    if not os.path.lexists(link):
-        return None
-    path = os.path.realpath(link)
-    replaced = with_prefix(path, REPLACED)
-    if not os.path.exists(path) and os.path.isdir(replaced):  # killed between the two renames of saving.py
-        if check_only:
-            path = replaced
-        else:
-            os.rename(replaced, path)
-    reason = find_corruption(path)
-    if reason is None:
-        return path
-    batches = {saved.path: saved.batch for saved in checkpoints_in(os.path.dirname(path))}
-    before = [other for other, batch in batches.items() if other != path and batch <= batches.get(path, batch)]
-    for candidate in reversed(before):
-        if find_corruption(candidate) is None:
+    path, others = os.path.realpath(link), checkpoints_in(os.path.dirname(link))
+    if os.path.lexists(link):
+        replaced = with_prefix(path, REPLACED)
+        if not os.path.exists(path) and os.path.isdir(replaced):  # killed between the two renames of saving.py
             if check_only:
-                return candidate
-            if os.path.exists(path):
-                os.rename(path, path + BROKEN)
-            replace_link(link, candidate)
-            log.warning(
-                f"{path} is not a complete checkpoint ({reason}); resuming from the one before it, {candidate}. The "
-                f"corrupt one is kept as {os.path.basename(path)}{BROKEN}"
-            )
-            return candidate
-    raise UserError(
-        f"{link}: {path} is not a readable checkpoint ({reason}), and there is no complete one before it; copy one "
-        "there, set checkpoints.overwrite=true to start over, or set another checkpoints.folder"
-    )
+                path = replaced
+            else:
+                os.rename(replaced, path)
+        reason = find_corruption(path)
+        if reason is None:
+            return path
+        batch = checkpoint_batch(path)
+        others = [each for each in others if each.path != path and (batch is None or each.batch <= batch)]
+        is_there = os.path.exists(path)
+        fault = f"{path} is not a complete checkpoint ({reason})" if is_there else f"{path} is missing"
+    elif others:  # the folder was copied without its links
+        is_there, fault = False, f"{link} is missing"
+    else:
+        return None
+    candidate = next((each.path for each in reversed(others) if find_corruption(each.path) is None), None)
+    if candidate is None:
+        raise UserError(
+            f"{fault}, and there is no complete checkpoint before it; copy one there, set checkpoints.overwrite=true "
+            "to start over, or set another checkpoints.folder"
+        )
+    if check_only:
+        return candidate
+    before = " before it" if os.path.lexists(link) else ""
+    kept = f"; the corrupt one is kept as {os.path.basename(path)}{BROKEN}" if is_there else ""
+    if is_there:
+        os.rename(path, path + BROKEN)
+    replace_link(link, candidate)
+    log.warning(f"{fault}; resuming from the newest complete one{before}, {candidate}{kept}")
+    return candidate
 
 
 def find_corruption(path: str) -> str | None:
@@ -149,21 +155,25 @@ def find_corruption(path: str) -> str | None:
 
     Only the metadata of a sharded checkpoint is unpickled, safely.
     """
+    if not os.path.exists(path):
+        return "it does not exist"
     try:
         if os.path.isdir(path):
             return _find_corruption_of_sharded(path)
         with zipfile.ZipFile(path) as archive:  # the format of torch.save
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                return describe_path(path)
             damaged = archive.testzip()
             return None if damaged is None else f"{damaged} in it is damaged"
-    except FileNotFoundError:
-        return "it does not exist"
+    except FileNotFoundError as error:
+        return f"{os.path.basename(error.filename)} does not exist"
     except Exception as error:  # zipfile and pickle raise many classes for arbitrary bytes
-        return f"truncated, or another kind of file: {one_line(error, 200)}"
+        return describe_objects(error) or describe_path(path)
 
 
 def _find_corruption_of_sharded(path: str) -> str | None:
     if not os.path.isfile(os.path.join(path, METADATA)):
-        return f"it has no {METADATA}"
+        return describe_path(path)
     for storage in (read_metadata(path).storage_data or {}).values():
         name = os.path.basename(storage.relative_path)
         with open(os.path.join(path, name), "rb") as file:

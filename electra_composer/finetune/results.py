@@ -41,6 +41,9 @@ IGNORED_SUBKEYS = (
     ("data", "cache"),
 )
 
+# Callbacks that end a run early; others do not affect scores.
+STOPPERS = ("early_stopper", "threshold_stopper")
+
 GROUP_KEYS = ("group", "settings", "source")  # equal in all runs of a group: stored once in results.json
 
 
@@ -74,6 +77,7 @@ def group_of(config: GlueConfig, source: dict[str, Any]) -> tuple[str, dict[str,
         for subkey, subvalue in value.items() if isinstance(value, dict) else [(None, value)]:
             if key not in IGNORED_KEYS and (key, subkey) not in IGNORED_SUBKEYS:
                 flat[f"{key}.{subkey}" if subkey else key] = subvalue
+    flat.update({f"callbacks.{name}": config.callbacks[name] for name in STOPPERS if name in config.callbacks})
     # What `auto` means here, so that results of versions without it are of the same group.
     flat["trainer.compile"] = choose_compile(config.trainer, static_shapes=False)[0]
     # Includes the sizes because random weights have no hash, and because they include dropout.

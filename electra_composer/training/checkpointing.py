@@ -11,7 +11,7 @@ from composer.utils import create_interval_scheduler
 
 from electra_composer.checkpoints.remote import RemoteCopy, fetch_newest
 from electra_composer.checkpoints.resuming import repair_latest_link
-from electra_composer.checkpoints.saving import AtomicCheckpointSaver, IntervalSaver, MilestoneSaver
+from electra_composer.checkpoints.saving import AtomicCheckpointSaver, IntervalSaver, MilestoneSaver, checkpoints_in
 from electra_composer.checkpoints.sharded import is_sharded
 from electra_composer.config import RunConfig
 from electra_composer.errors import UserError
@@ -42,7 +42,8 @@ def check_run_folder(config: RunConfig) -> None:
             "such as 1000ba, or checkpoints.milestones"
         )
     latest = os.path.join(checkpoints.folder, LATEST_OF_RANK_0)
-    if os.path.lexists(latest) and not checkpoints.resume and not checkpoints.overwrite:
+    holds_run = os.path.lexists(latest) or checkpoints_in(checkpoints.folder)
+    if holds_run and not checkpoints.resume and not checkpoints.overwrite:
         raise UserError(
             f"{checkpoints.folder} holds the checkpoints of a run; set checkpoints.resume=true to continue it, "
             "checkpoints.overwrite=true to replace it, or another checkpoints.folder"

@@ -204,7 +204,8 @@ class RunTrainer(Trainer):
             super().fit(**arguments)
             return
         if dist.get_global_rank() == 0:
-            print(f"this run is complete: {duration} are done; set a longer trainer.max_duration to go on", flush=True)
+            done = self.state.timestamp.get(duration.unit).to_timestring()
+            print(f"this run is complete: {done} are done; set a longer trainer.max_duration to go on", flush=True)
         # Workaround (composer 0.32): `fit` raises if `max_duration` is reached, so the private loop is called, which
         # skips the last evaluation without a previous timestamp; goes when `fit` of a finished run returns.
         self.state.previous_timestamp = self.state.timestamp

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,7 +17,8 @@ from comparison import assert_same_run
 from resumed_runs import run, signal_at
 from tiny import BENCHMARKS
 
-from electra_composer.checkpoints.remote import fetch_newest, other_files
+from electra_composer.checkpoints.remote import fetch_newest
+from electra_composer.checkpoints.remote_files import other_files
 from electra_composer.checkpoints.remote_run import RemoteIndex, RemoteRun, StoredCheckpoint
 from electra_composer.checkpoints.saving import checkpoints_in
 from electra_composer.config import CheckpointConfig
@@ -225,6 +227,59 @@ def test_a_store_that_goes_away_for_a_while_is_no_matter(copied, s3, monkeypatch
     assert (tmp_path / "run" / "batch-12-rank0.pt").exists()
     fails.clear()
     assert copied("trainer.max_duration=12ba")[0] == "batch-12-rank0.pt"
+
+
+def test_another_number_of_checkpoints_to_keep_at_each_start(copied, s3, tmp_path):
+    """Lowered, raised, and all: every upload succeeds, and none replaces an object that the index names."""
+    interval = ["checkpoints.interval=1ba", "checkpoints.milestones=[]", "schedule.warmup=1ba"]
+    batch = 0
+    for keep, batches in ((4, 5), (1, 2), (3, 4), (-1, 2), (2, 3), (1, 1)):
+        batch += batches
+        kept = copied(*interval, f"checkpoints.keep={keep}", f"trainer.max_duration={batch}ba")
+        expected = [f"batch-{batch - n}-rank0.pt" for n in range(len(kept))]
+        assert kept == expected
+        assert len(kept) == keep or keep < 0
+        stored = contents(s3).checkpoints
+        assert len({each.place for each in stored}) == len(stored)
+        found = objects(s3)
+        assert all(found[f"{each.place}/{name}"] == size for each in stored for name, size in each.files.items())
+        assert [saved.batch for saved in checkpoints_in(str(tmp_path / "run"))] == sorted(each.batch for each in stored)
+    lose_disk(tmp_path)
+    assert (
+        copied(*interval, "checkpoints.keep=5", f"trainer.max_duration={batch + 1}ba")[0]
+        == f"batch-{batch + 1}-rank0.pt"
+    )
+
+
+def test_a_copy_that_begins_ends_and_moves(copied, s3, tmp_path, tiny_yaml):
+    """checkpoints.remote added, removed and changed: the newest checkpoint is in the place of each start."""
+    assert run(str(tiny_yaml), tmp_path, *COPIED[1:], "trainer.max_duration=4ba") == 0
+    assert copied()[0] == "batch-8-rank0.pt"  # 4 batches are of before
+    assert run(str(tiny_yaml), tmp_path, *COPIED[1:], "trainer.max_duration=12ba") == 0
+    other = RemoteRun("s3://corpus/other")
+    assert (
+        run(str(tiny_yaml), tmp_path, f"checkpoints.remote={other.remote}", *COPIED[1:], "trainer.max_duration=12ba")
+        == 0
+    )
+    assert [stored.batch for stored in other.read().checkpoints] == [12]
+    assert contents(s3).checkpoints[0].batch == 8
+    assert copied("trainer.max_duration=16ba")[0] == "batch-16-rank0.pt"  # the folder is newer than this copy
+
+
+@pytest.mark.parametrize("damage", ["cut", "half a line", "gone"])
+def test_a_metrics_file_that_was_cut_is_restored(copied, s3, tmp_path, caplog, damage):
+    copied()
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_text("".join(lines[:3]) + lines[3][: 20 if damage == "half a line" else 0])
+    copied("trainer.max_duration=12ba")
+    assert re.search(r"metrics.jsonl has [0-9,]+ of [0-9,]+ bytes; restored from s3://corpus/my/run", caplog.text)
+    assert "the others are lost" not in caplog.text
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*range(13)]
+    assert path.read_text().startswith("".join(lines[:8]))
 
 
 @pytest.mark.parametrize(
