@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 # Workaround (composer 0.32): `initialize_dist` sets LOCAL_RANK in a process without a launcher too, so it is read at
 # import; goes when Composer leaves the environment as it is.
@@ -37,7 +38,8 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a locale may lack characters such as ü or …
         try:
-            return entry_point(*args, **kwargs)
+            with _output_may_end():
+                return entry_point(*args, **kwargs)
         except UserError as error:
             # Workaround (torch 2.7): an error of a DataLoader worker is raised again with its traceback as the message,
             # which ends in the original message; goes when torch keeps the message.
@@ -49,6 +51,37 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
             atexit.register(die_of_signals)  # what is registered last runs first
 
     return wrapper
+
+
+@contextlib.contextmanager
+def _output_may_end() -> Iterator[None]:
+    """End the program without a traceback when its output cannot be written any more, as in `… | head`.
+
+    The exit status is that of a program killed by SIGPIPE in a shell, which Python ignores.
+
+    Raises:
+        UserError: stdout or stderr is a file on a full disk.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        streams = [stream for stream in (sys.stdout, sys.stderr) if not _can_write(stream)]
+        if not streams:
+            raise
+        for stream in streams:  # what is left in their buffers would fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        raise UserError(f"the output cannot be written: {error.strerror}") from error
+
+
+def _can_write(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
 
 
 # Workaround (composer 0.32): a handler that Composer installs at import turns SIGTERM and SIGINT into SystemExit, which

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,7 @@ from electra_composer.corpus.workspace import (
     WHOLE,
     open_workspace,
     part_name,
+    record_file,
     record_files,
     write_json,
 )
@@ -136,6 +137,14 @@ class ShardFolder:
     def forget(self) -> None:
         """Remove everything when the block is left, complete parts included."""
         self._plan = None
+
+    def discard(self, numbers: Iterable[int]) -> None:
+        """Remove complete parts, so that they can be converted again."""
+        for number in numbers:
+            del self.records[number]
+            os.remove(record_file(self.workspace, number))
+            for part in Path(self.workspace, WHOLE).glob(f"*/{part_name(number)}"):
+                shutil.rmtree(part)
 
     def place(self, dtype: str) -> Place:
         """Return where :class:`PartWriter` writes. `dtype`: of the ids, from :func:`id_dtype`."""
