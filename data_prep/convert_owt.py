@@ -109,7 +109,7 @@ def _add_output_options(add: Callable[..., object]) -> None:
     text = "replace an existing folder of shards once the new one is complete"
     add("--overwrite", action="store_true", help=text)
     add("--compression", help="compress the shards, for example with zstd or zstd:7 (default: none)")
-    add("--json", metavar="FILE", help="also write the summary to a JSON file")
+    add("--json", metavar="FILE", help="also write the summary, or the estimate of --dry-run, to a JSON file")
 
 
 def _add_example_options(add: Callable[..., object]) -> None:
@@ -238,6 +238,23 @@ def report(conversion: Conversion, summary: Summary) -> None:
         )
 
 
+def _check_json_file(path: str) -> None:
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise UserError(f"--json {path}: no such folder; create it, or choose another file")
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(f"--json {path}: cannot be written; choose another file")
+
+
+def _write_json(path: str, result: Summary | DryRun) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(result.to_dict(), file, indent=2)
+    except OSError as error:
+        written = f"; the shards in {result.out} are complete" if isinstance(result, Summary) else ""
+        raise UserError(f"--json {path}: {error.strerror}{written}") from error
+
+
 @report_user_errors
 def main(argv: list[str] | None = None) -> Summary | DryRun:
     """Run the command line: convert, print the summary and return it.
@@ -246,18 +263,16 @@ def main(argv: list[str] | None = None) -> Summary | DryRun:
         SystemExit: with code 2 after a one-line message about a user error.
     """
     conversion, json_file, only_estimate = parse_arguments(argv)
-    if only_estimate:
-        estimate = dry_run(conversion)
-        print(estimate)
-        return estimate
-    if json_file is not None and not os.path.isdir(os.path.dirname(os.path.abspath(json_file))):
-        raise UserError(f"--json {json_file}: no such folder; create it, or choose another file")
-    summary = convert(conversion)
-    report(conversion, summary)
     if json_file is not None:
-        with open(json_file, "w", encoding="utf-8") as file:
-            json.dump(summary.to_dict(), file, indent=2)
-    return summary
+        _check_json_file(json_file)
+    result = dry_run(conversion) if only_estimate else convert(conversion)
+    if json_file is not None:
+        _write_json(json_file, result)
+    if isinstance(result, Summary):
+        report(conversion, result)
+    else:
+        print(result)
+    return result
 
 
 if __name__ == "__main__":

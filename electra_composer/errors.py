@@ -66,11 +66,10 @@ def _output_may_end() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except OSError as error:
-        streams = [stream for stream in (sys.stdout, sys.stderr) if not _can_write(stream)]
-        if not streams:
+        stream = next((stream for stream in (sys.stdout, sys.stderr) if not _can_write(stream)), None)
+        if stream is None:
             raise
-        for stream in streams:  # what is left in their buffers would fail again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is left in its buffer would fail at exit
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)
         raise UserError(f"the output cannot be written: {error.strerror}") from error
@@ -78,6 +77,7 @@ def _output_may_end() -> Iterator[None]:
 
 def _can_write(stream: TextIO) -> bool:
     try:
+        stream.write("\n")  # unlike a flush, it also tells where the stream has no buffer (PYTHONUNBUFFERED)
         stream.flush()
     except OSError:
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -29,6 +28,7 @@ from electra_composer.corpus.workspace import (
     record_files,
     write_json,
 )
+from electra_composer.disk import disk_error
 from electra_composer.errors import UserError
 from electra_composer.storage.remotes import RemoteFolder, is_remote, upload, workspace_of
 from electra_composer.storage.shard_folder import META, TOKENIZER, Meta
@@ -36,8 +36,6 @@ from electra_composer.storage.shard_folder import META, TOKENIZER, Meta
 # Workaround (streaming 0.13): merge_index logs a warning about its temporary folder on the root logger; goes when it
 # no longer does.
 logging.getLogger().addFilter(lambda record: not str(record.msg).startswith("A temporary folder "))
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class ShardFolder:
@@ -126,9 +124,10 @@ class ShardFolder:
         self._lock.release()
         with contextlib.suppress(OSError):
             os.remove(self._lock.lock_file)
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
+        reason = disk_error(error)
+        if reason is not None:
             raise UserError(
-                f"cannot write the shards to {self.out}: {error.strerror}; "
+                f"cannot write the shards to {self.out}: {reason}; "
                 + (f"{kept}: free some space and rerun the same command to resume" if kept else "nothing was kept")
             ) from error
         if error is not None and (kept or not isinstance(error, UserError)):
