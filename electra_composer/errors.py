@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import io
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 from electra_composer import signals
 from electra_composer.signals import LAUNCHED
@@ -37,7 +39,8 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
         status = None
         signals.end_with(status)
         try:
-            result = entry_point(*args, **kwargs)
+            with _output_may_end():
+                result = entry_point(*args, **kwargs)
             status = 0
             return result
         except BaseException as error:
@@ -59,6 +62,37 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
             atexit.register(die_of_signals)  # what is registered last runs first
 
     return wrapper
+
+
+@contextlib.contextmanager
+def _output_may_end() -> Iterator[None]:
+    """End the program without a traceback when its output cannot be written any more, as in `… | head`.
+
+    The exit status is that of a program killed by SIGPIPE in a shell, which Python ignores.
+
+    Raises:
+        UserError: stdout or stderr is a file on a full disk.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        stream = next((stream for stream in (sys.stdout, sys.stderr) if not _can_write(stream)), None)
+        if stream is None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is left in its buffer would fail at exit
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        raise UserError(f"the output cannot be written: {error.strerror}") from error
+
+
+def _can_write(stream: TextIO) -> bool:
+    try:
+        stream.write("\n")  # unlike a flush, it also tells where the stream has no buffer (PYTHONUNBUFFERED)
+        stream.flush()
+    except OSError:
+        return False
+    return True
 
 
 # Workaround (composer 0.32): a handler that Composer installs at import turns SIGTERM and SIGINT into SystemExit, which

@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
     begin()
 
-import argparse
 import os
 import shutil
 
@@ -15,7 +14,9 @@ import torch
 from transformers import ElectraForMaskedLM, PreTrainedModel
 from transformers import ElectraForPreTraining as ElectraDiscriminator
 
+from electra_composer.arguments import ArgumentParser
 from electra_composer.checkpoints.weights import Checkpoint, read_checkpoint
+from electra_composer.disk import system_error
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.weight_maps import (
@@ -57,8 +58,11 @@ def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None
         if os.path.lexists(folder):
             os.rename(folder, f"{partial}.old")
         os.rename(partial, folder)
-    except OSError as error:
-        raise UserError(f"cannot write the export to {folder}: {error.strerror or error}; nothing was kept") from error
+    except Exception as error:  # tokenizers and safetensors raise types of their own for a full disk
+        code = system_error(error)
+        if code is None:
+            raise
+        raise UserError(f"cannot write the export to {folder}: {os.strerror(code)}; nothing was kept") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(f"{partial}.old", ignore_errors=True)
@@ -94,7 +98,7 @@ def describe_export(checkpoint: Checkpoint, folder: str) -> str:
 @report_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python electra_composer/export.py", description=__doc__)
+    parser = ArgumentParser(prog="python electra_composer/export.py", description=__doc__)
     parser.add_argument("checkpoint", help="a .pt file of pretrain.py, or its run folder (the newest checkpoint)")
     parser.add_argument("folder", help="folder to write discriminator/ and generator/ to")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from composer.utils import dist
 
+from electra_composer.disk import system_error
 from electra_composer.errors import UserError, one_line
 
 RESUME_HINT = "rerun the same command to resume from the last checkpoint"
@@ -92,10 +93,10 @@ def check_can_write(key: str, path: str, is_folder: bool = False) -> None:
 def explain(error: BaseException) -> str | None:
     """Describe a failure of the environment; None for any other error."""
     text = one_line(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"{error.filename or 'a file of the run'} could not be written: {os.strerror(error.errno)}; free some space"
-        )
+    code = system_error(error)
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        name = getattr(error, "filename", None) or "a file of the run"
+        return f"{name} could not be written: {os.strerror(code)}; free some space"
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}; fix the folder's permissions"
     # Workaround (torch 2.7): the death of a DataLoader worker is a RuntimeError, recognizable by its text only; goes

@@ -67,14 +67,19 @@ def load_tokenizer(name_or_path: str, cased: bool = False, keep_accents: bool = 
         is_folder = os.path.isdir(name_or_path)
         if not is_folder and (name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))):
             raise UserError(f"tokenizer {name_or_path}: no such file or folder")
+        online = False
         try:
+            online = not is_folder and _hub_answers(name_or_path)
             tokenizer = AutoTokenizer.from_pretrained(
-                name_or_path,
-                use_fast=True,
-                trust_remote_code=False,
-                local_files_only=is_folder or not _hub_answers(name_or_path),
+                name_or_path, use_fast=True, trust_remote_code=False, local_files_only=not online
             )
         except Exception as error:  # the hub client and a broken file raise many types; all mean: choose another
+            if not is_folder and not online and not isinstance(error, RepositoryNotFoundError):
+                raise UserError(
+                    f"tokenizer {name_or_path}: no such file or folder; the Hugging Face Hub cannot be reached, and it "
+                    "is not in the local cache. Connect to the network, or give a local vocab.txt or tokenizer folder "
+                    "(in data_prep/convert_owt.py also --tokenizer train: make a vocabulary from the text)"
+                ) from error
             reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
             what = "the folder holds no tokenizer" if is_folder else "no such file or folder, and not found on the hub"
             raise UserError(
@@ -264,10 +269,16 @@ def train_tokenizer(
     )
     model.train_from_iterator(texts, trainer=trainer, length=len(texts))
     vocabulary = sorted(model.get_vocab(), key=model.get_vocab().__getitem__)
-    with TemporaryDirectory() as folder:
-        path = os.path.join(folder, "vocab.txt")
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{token}\n" for token in vocabulary)
-        tokenizer = _word_piece(path, cased, keep_accents)
+    try:
+        with TemporaryDirectory() as folder:
+            path = os.path.join(folder, "vocab.txt")
+            with open(path, "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(f"{token}\n" for token in vocabulary)
+            tokenizer = _word_piece(path, cased, keep_accents)
+    except OSError as error:
+        raise UserError(
+            f"the vocabulary cannot be written to the folder for temporary files: {error.strerror}; free some space, "
+            "or set TMPDIR to another folder"
+        ) from error
     tokenizer.name_or_path = f"trained-{len(vocabulary)}"
     return tokenizer

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,9 +24,11 @@ from electra_composer.corpus.workspace import (
     WHOLE,
     open_workspace,
     part_name,
+    record_file,
     record_files,
     write_json,
 )
+from electra_composer.disk import disk_error
 from electra_composer.errors import UserError
 from electra_composer.signals import Stopped, tell
 from electra_composer.storage.remotes import RemoteFolder, is_remote, upload, workspace_of
@@ -36,8 +37,6 @@ from electra_composer.storage.shard_folder import META, TOKENIZER, Meta
 # Workaround (streaming 0.13): merge_index logs a warning about its temporary folder on the root logger; goes when it
 # no longer does.
 logging.getLogger().addFilter(lambda record: not str(record.msg).startswith("A temporary folder "))
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class ShardFolder:
@@ -129,9 +128,10 @@ class ShardFolder:
         self._lock.release()
         with contextlib.suppress(OSError):
             os.remove(self._lock.lock_file)
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
+        reason = disk_error(error)
+        if reason is not None:
             raise UserError(
-                f"cannot write the shards to {self.out}: {error.strerror}; "
+                f"cannot write the shards to {self.out}: {reason}; "
                 + (f"{kept}: free some space and rerun the same command to resume" if kept else "nothing was kept")
             ) from error
         outcome = f"{kept}; rerun the same command to resume" if kept else "nothing was kept"
@@ -143,6 +143,14 @@ class ShardFolder:
     def forget(self) -> None:
         """Remove everything when the block is left, complete parts included."""
         self._plan = None
+
+    def discard(self, numbers: Iterable[int]) -> None:
+        """Remove complete parts, so that they can be converted again."""
+        for number in numbers:
+            del self.records[number]
+            os.remove(record_file(self.workspace, number))
+            for part in Path(self.workspace, WHOLE).glob(f"*/{part_name(number)}"):
+                shutil.rmtree(part)
 
     def place(self, dtype: str) -> Place:
         """Return where :class:`PartWriter` writes. `dtype`: of the ids, from :func:`id_dtype`."""

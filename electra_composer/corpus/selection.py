@@ -6,8 +6,10 @@ deduplication and limits nothing is read twice.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -99,13 +101,14 @@ def save(folder: str, selections: list[Selection]) -> None:
     """Save selections atomically, for a resumed conversion."""
     path = os.path.join(folder, FILE)
     arrays = {f"{index:06}": part.chosen for index, part in enumerate(selections) if part.chosen is not None}
-    with open(f"{path}.tmp", "wb") as file:
-        np.savez_compressed(
-            file,
-            allow_pickle=False,
-            duplicates=np.array([part.duplicates for part in selections], np.int64),
-            **arrays,
-        )
+    content = io.BytesIO()  # an archive on a full disk would raise a second error when it is deleted
+    np.savez_compressed(
+        content,
+        allow_pickle=False,
+        duplicates=np.array([part.duplicates for part in selections], np.int64),
+        **arrays,
+    )
+    Path(f"{path}.tmp").write_bytes(content.getbuffer())
     os.replace(f"{path}.tmp", path)
 
 

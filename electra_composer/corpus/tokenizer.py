@@ -28,13 +28,18 @@ SAMPLE_BYTES = 200_000_000  # of text to train a vocabulary on, from parts sprea
 SAMPLE_PARTS = 64  # at most; each costs the start of a reader
 
 
-def load_or_train(options: Conversion, jobs: list[Job], workspace: str) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that the options name.
+def load_given(options: Conversion) -> PreTrainedTokenizerFast | None:
+    """Return the tokenizer that the options name; None if a vocabulary is to be trained."""
+    return (
+        None if options.tokenizer == TRAIN else load_tokenizer(options.tokenizer, options.cased, options.keep_accents)
+    )
 
-    A trained one is saved in the workspace, so that a resumed conversion uses the same.
+
+def train_or_load(options: Conversion, jobs: list[Job], workspace: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with a vocabulary trained on the sources.
+
+    It is saved in the workspace, so that a resumed conversion uses the same.
     """
-    if options.tokenizer != TRAIN:
-        return load_tokenizer(options.tokenizer, options.cased, options.keep_accents)
     saved = os.path.join(workspace, TOKENIZER)
     if not os.path.isdir(saved):
         sample = list(_sample(options, jobs))
