@@ -5,16 +5,13 @@ from __future__ import annotations
 import atexit
 import functools
 import io
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
-# Workaround (composer 0.32): `initialize_dist` sets LOCAL_RANK in a process without a launcher too, so it is read at
-# import; goes when Composer leaves the environment as it is.
-LAUNCHED = "LOCAL_RANK" in os.environ
+from electra_composer.ranks import LAUNCHED, follow_launcher, leave_to_first_rank
 
 
 class UserError(ValueError):
@@ -27,8 +24,8 @@ class UserError(ValueError):
 def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate an entry point to print `error: …` and exit with 2 on a :class:`UserError`, without a traceback.
 
-    All other exceptions are bugs and keep their traceback. When the entry point has returned or raised, SIGTERM and
-    SIGINT end the process at once.
+    Under a launcher, one of the ranks that meet the error prints it (see ranks.py). All other exceptions are bugs and
+    keep their traceback. When the entry point has returned or raised, SIGTERM and SIGINT end the process at once.
     """
 
     @functools.wraps(entry_point)
@@ -36,12 +33,14 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a locale may lack characters such as ü or …
+        follow_launcher()
         try:
             return entry_point(*args, **kwargs)
         except UserError as error:
             # Workaround (torch 2.7): an error of a DataLoader worker is raised again with its traceback as the message,
             # which ends in the original message; goes when torch keeps the message.
             message = str(error).rpartition("UserError: ")[2]
+            leave_to_first_rank(one_line(message))
             print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
             sys.exit(2)
         finally:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from composer.utils import dist
 
 from electra_composer.errors import UserError, one_line
+from electra_composer.ranks import error_of_another_rank
 
 RESUME_HINT = "rerun the same command to resume from the last checkpoint"
 
@@ -40,7 +41,7 @@ def explain_failures() -> Iterator[None]:
         message = explain(error)
         if message is None:
             raise
-        raise UserError(f"{message}; {RESUME_HINT}") from error
+        raise UserError(message if RESUME_HINT in message else f"{message}; {RESUME_HINT}") from error
 
 
 @contextlib.contextmanager
@@ -89,7 +90,7 @@ def explain(error: BaseException) -> str | None:
             "environment to keep the logs in the run's folder (upload them later by wandb sync), or remove the logger"
         )
     if isinstance(error, RuntimeError) and any(message in text for message in LOST_PEER_MESSAGES):
-        return (
+        return error_of_another_rank() or (
             f"rank {dist.get_global_rank()} lost the connection to another rank, whose own error or signal is the "
             f"cause ({text[:200]})"
         )

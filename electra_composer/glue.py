@@ -29,12 +29,13 @@ from electra_composer.finetune.runs import PlannedRun, Processes, duration, key_
 from electra_composer.finetune.store import RunStore, store_path
 from electra_composer.finetune.tasks import TASKS, Task, find_task
 from electra_composer.training.attention_path import choose_attention
-from electra_composer.training.devices import resolve_device
+from electra_composer.training.devices import hide_unused_gpus, resolve_device
 from electra_composer.training.startup import microbatch_size, start
 from electra_composer.training.times import parse_time
 from electra_composer.versions import check_versions
 
 
+@hide_unused_gpus
 def main(config: GlueConfig) -> dict[str, Any]:
     """Finetune one model per task and seed, score each on the task's dev set, report, and predict the test sets.
 

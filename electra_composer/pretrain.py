@@ -32,7 +32,7 @@ from electra_composer.training.callbacks import RunRecord, TrainMetrics
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, check_run_folder, checkpoint_to_load
 from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.determinism import describe_nondeterminism, explain_nondeterministic_operators
-from electra_composer.training.devices import fsdp_gradient_factor, resolve_device
+from electra_composer.training.devices import fsdp_gradient_factor, hide_unused_gpus, resolve_device
 from electra_composer.training.learning_watch import LearningWatch
 from electra_composer.training.startup import device_batch_size, microbatch_size, start
 from electra_composer.training.trainer import build_trainer
@@ -40,6 +40,7 @@ from electra_composer.versions import check_versions
 from electra_composer.vocabulary import load_tokenizer
 
 
+@hide_unused_gpus
 def main(config: PretrainConfig) -> Trainer:
     """Pretrain from scratch, or resume an earlier run in the same folder.
 
@@ -164,8 +165,12 @@ def check_initial_checkpoint(config: PretrainConfig, model: ElectraPretraining) 
 def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) -> tuple[DataSpec, DataSpec]:
     """Build the training and the evaluation loader."""
     data, seed, rows = config.data, config.seed, device_batch_size(config.trainer)
-    train_data = build_data_spec(data, "train", rows, meta, seed, batch_transforms=model.count_batch)
-    eval_data = build_data_spec(data, "eval", config.trainer.device_eval_batch_size, meta, seed)
+    pin_memory = resolve_device(config.trainer)[0] == "gpu"
+    train_data = build_data_spec(
+        data, "train", rows, meta, seed, batch_transforms=model.count_batch, pin_memory=pin_memory
+    )
+    eval_rows = config.trainer.device_eval_batch_size
+    eval_data = build_data_spec(data, "eval", eval_rows, meta, seed, pin_memory=pin_memory)
     streams = describe_streams(data, meta, seed)
     if streams is not None:
         print_once(streams)
