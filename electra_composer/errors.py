@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from electra_composer.ranks import LAUNCHED, follow_launcher, leave_to_first_rank
+from electra_composer.ranks import LAUNCHED, end_by_sigterm, follow_launcher, leave_to_first_rank
 
 
 class UserError(ValueError):
@@ -43,6 +43,10 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
             leave_to_first_rank(one_line(message))
             print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except SystemExit as stop:
+            if stop.code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+                end_by_sigterm()  # the first rank says that the run was stopped
+            raise
         finally:
             atexit.unregister(die_of_signals)
             atexit.register(die_of_signals)  # what is registered last runs first

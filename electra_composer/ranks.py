@@ -36,6 +36,13 @@ def follow_launcher() -> None:
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def end_by_sigterm() -> None:
+    """Make the exit of this rank, if it is not the first of its machine, end in SIGTERM: the launcher then prints
+    nothing about it."""
+    global _ends_by_sigterm
+    _ends_by_sigterm = not IS_FIRST
+
+
 def leave_to_first_rank(message: str) -> None:
     """Wait in a rank that is not the first of its machine until the launcher ends it, since the first one has failed.
 
@@ -53,8 +60,7 @@ def leave_to_first_rank(message: str) -> None:
     while not received and time.monotonic() < end:
         time.sleep(0.05)
     if received:
-        global _ends_by_sigterm
-        _ends_by_sigterm = True
+        end_by_sigterm()
         sys.exit(0)
 
 
@@ -100,7 +106,7 @@ def _key(rank: int) -> str:
     return f"error of rank {rank}"
 
 
-def _end_by_sigterm() -> None:
+def _kill_at_exit() -> None:
     if _ends_by_sigterm:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -109,4 +115,4 @@ def _end_by_sigterm() -> None:
 
 
 if not IS_FIRST:
-    atexit.register(_end_by_sigterm)  # what is registered first runs last
+    atexit.register(_kill_at_exit)  # what is registered first runs last

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ def refuse(name: str) -> Any:
     return refused
 
 
-def fake_gpu() -> None:
-    torch.cuda.is_available = torch.accelerator.is_available = lambda: True
+def fake_gpu(replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    for module in (torch.cuda, torch.accelerator):
+        replace(module, "is_available", lambda: True)
     for name in ("_lazy_init", "init", "current_device", "set_device", "synchronize", "memory_stats", "Stream"):
-        setattr(torch.cuda, name, refuse(f"torch.cuda.{name}"))
+        replace(torch.cuda, name, refuse(f"torch.cuda.{name}"))
     for name in ("current_device_index", "set_device_index", "current_stream", "synchronize"):
-        setattr(torch.accelerator, name, refuse(f"torch.accelerator.{name}"))
-    torch.Tensor.pin_memory = refuse("Tensor.pin_memory")
+        replace(torch.accelerator, name, refuse(f"torch.accelerator.{name}"))
+    replace(torch.Tensor, "pin_memory", refuse("Tensor.pin_memory"))
 
 
 if __name__ == "__main__":
