@@ -148,7 +148,8 @@ def test_no_batch_waits_but_at_the_interval(count: Callable[..., Counter[int]], 
         found = extra(count, build_callbacks(arguments), tmp_path)
     else:
         found = extra(count, [], tmp_path, arguments)
-    assert set(found) <= {INTERVAL, BATCHES}
+    # What an evaluation has logged may be read in the batch after it.
+    assert set(found) <= {INTERVAL, INTERVAL + 1, BATCHES}
     assert (not found) == (documented()[name] == "never")
 
 
