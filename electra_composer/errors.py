@@ -21,6 +21,10 @@ class UserError(ValueError):
     """
 
 
+class LostRankError(UserError):
+    """Another rank has failed, and its error or a signal is the cause."""
+
+
 def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate an entry point to print `error: …` and exit with 2 on a :class:`UserError`, without a traceback.
 
@@ -40,7 +44,7 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
             # Workaround (torch 2.7): an error of a DataLoader worker is raised again with its traceback as the message,
             # which ends in the original message; goes when torch keeps the message.
             message = str(error).rpartition("UserError: ")[2]
-            leave_to_first_rank(one_line(message))
+            leave_to_first_rank(one_line(message), is_cause=not isinstance(error, LostRankError))
             print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
             sys.exit(2)
         except SystemExit as stop:

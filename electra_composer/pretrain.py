@@ -41,6 +41,7 @@ from electra_composer.vocabulary import load_tokenizer
 
 
 @hide_unused_gpus
+@explain_failures()
 def main(config: PretrainConfig) -> Trainer:
     """Pretrain from scratch, or resume an earlier run in the same folder.
 
@@ -67,7 +68,6 @@ def main(config: PretrainConfig) -> Trainer:
     train_data, eval_data = build_data(config, meta, model)
     baseline = mlm_baseline(config, meta)
     with (
-        explain_failures(),
         exclusive_lock(config.checkpoints.folder),
         remote_copy(config.checkpoints, config.run_name, LATEST_OF_RANK_0) as copy,
         explain_compile_errors(),

@@ -22,6 +22,7 @@ RANK = int(os.environ.get("RANK", 0))
 
 WAIT_SECONDS = 15.0  # for the launcher: the first rank may be this much slower to meet the same error
 STORE_SECONDS = 2.0  # to reach the store of the process group
+ERROR = "electra_composer/error"  # key in that store
 
 _ends_by_sigterm = False
 
@@ -43,21 +44,25 @@ def end_by_sigterm() -> None:
     _ends_by_sigterm = not IS_FIRST
 
 
-def leave_to_first_rank(message: str) -> None:
+def leave_to_first_rank(message: str, is_cause: bool) -> None:
     """Wait in a rank that is not the first of its machine until the launcher ends it, since the first one has failed.
 
     The first rank fails because it meets the same error or, where the ranks train together, because this rank leaves:
     it is given the message for that case. Returns if the launcher has not ended this rank in time, which happens if the
     ranks work independently: the error is of this rank alone. Returns at once in the first rank.
+
+    Args:
+        message: the error of this rank.
+        is_cause: False if the error only says that another rank has failed.
     """
-    if IS_FIRST:
-        return
     received = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: received.append(number))
-    _leave_process_group(message)
+    if not IS_FIRST:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: received.append(number))
+    if RANK > 0:
+        _leave_process_group(f"rank {RANK}: {message}" if is_cause else None)
     end = time.monotonic() + WAIT_SECONDS
-    while not received and time.monotonic() < end:
+    while not IS_FIRST and not received and time.monotonic() < end:
         time.sleep(0.05)
     if received:
         end_by_sigterm()
@@ -66,27 +71,23 @@ def leave_to_first_rank(message: str) -> None:
 
 def error_of_another_rank() -> str | None:
     """Return the error that another rank of the process group has left, as `rank 1: …`; None if there is none."""
-    import torch.distributed
-
     try:
         store = _connect()
-        for rank in range(torch.distributed.get_world_size()):
-            if store.check([_key(rank)]):
-                return f"rank {rank}: {store.get(_key(rank)).decode()}"
-    except (RuntimeError, ValueError, KeyError):  # the store has ended, or there is no group
-        pass
-    return None
+        return store.get(ERROR).decode() if store.check([ERROR]) else None
+    except (RuntimeError, KeyError):  # the store has ended, or there is none
+        return None
 
 
-def _leave_process_group(message: str) -> None:
-    """Give the message to the other ranks of the process group, if there is one, and close its connections to them."""
+def _leave_process_group(message: str | None) -> None:
+    """Give a message to the other ranks of the process group, if there is one, and close the connections to them."""
     torch = sys.modules.get("torch")  # without it there is no group
     if torch is None or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     try:
         store = _connect()
-        store.set(_key(RANK), message)
-        store.get(_key(RANK))  # it has arrived
+        if message is not None and store.add(f"{ERROR}s", 1) == 1:  # the first one is the cause of the others
+            store.set(ERROR, message)
+            store.get(ERROR)  # it has arrived
         if torch.distributed.get_backend() == "gloo":  # NCCL would wait for the others here
             torch.distributed.destroy_process_group()
     except RuntimeError:  # rank 0, which has the store, has ended
@@ -100,10 +101,6 @@ def _connect() -> Any:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = datetime.timedelta(seconds=STORE_SECONDS)
     return torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
-
-
-def _key(rank: int) -> str:
-    return f"error of rank {rank}"
 
 
 def _kill_at_exit() -> None:
