@@ -137,7 +137,7 @@ def split_ranked(batch: dict[str, Any], examples: int) -> list[dict[str, Any]]:
     """Split a batch into microbatches of at most `examples` examples, each with all of its rows: views of the batch."""
     parts, ids = [], batch["example_ids"]
     for start in range(0, len(batch["indices"]), examples):
-        first, end = torch.searchsorted(ids, torch.tensor([start, start + examples])).tolist()
+        first, end = torch.searchsorted(ids, ids.new_tensor([start, start + examples])).tolist()
         part = {
             name: value[start : start + examples] if name in ("indices", "labels") else value[first:end]
             for name, value in batch.items()
