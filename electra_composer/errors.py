@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from electra_composer import signals
-from electra_composer.signals import LAUNCHED
+from electra_composer.ranks import end_by_sigterm, leave_to_first_rank
+from electra_composer.signals import LAUNCHED, STOPPED
 
 
 class UserError(ValueError):
@@ -24,11 +25,16 @@ class UserError(ValueError):
     """
 
 
+class LostRankError(UserError):
+    """Another rank has failed, and its error or a signal is the cause."""
+
+
 def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate an entry point to print `error: …` and exit with 2 on a :class:`UserError`, without a traceback.
 
-    All other exceptions are bugs and keep their traceback, except while a signal ends the program, when the line about
-    the signal is printed. When the entry point has returned or raised, SIGTERM and SIGINT end the process at once.
+    Under a launcher, one of the ranks that meet the error prints it (see ranks.py). All other exceptions are bugs and
+    keep their traceback, except while a signal ends the program, when the line about the signal is printed. When the
+    entry point has returned or raised, SIGTERM and SIGINT end the process at once.
     """
 
     @functools.wraps(entry_point)
@@ -48,11 +54,14 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
                 signals.finish()
             if isinstance(error, SystemExit):
                 status = error.code if isinstance(error.code, int) else None
+                if status in STOPPED:
+                    end_by_sigterm()  # the first rank says that the run was stopped
             if not isinstance(error, UserError):
                 raise
             # Workaround (torch 2.7): an error of a DataLoader worker is raised again with its traceback as the message,
             # which ends in the original message; goes when torch keeps the message.
             message = str(error).rpartition("UserError: ")[2]
+            leave_to_first_rank(one_line(message), is_cause=not isinstance(error, LostRankError))
             print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
             status = 2
             sys.exit(status)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from composer.utils import dist
 
 from electra_composer.disk import system_error
-from electra_composer.errors import UserError, one_line
+from electra_composer.errors import LostRankError, UserError, one_line
+from electra_composer.ranks import error_of_another_rank
 
 RESUME_HINT = "rerun the same command to resume from the last checkpoint"
 
@@ -42,7 +43,8 @@ def explain_failures() -> Iterator[None]:
         message = explain(error)
         if message is None:
             raise
-        raise UserError(f"{message}; {RESUME_HINT}") from error
+        kind = LostRankError if _is_lost_rank(error) else UserError
+        raise kind(message if RESUME_HINT in message else f"{message}; {RESUME_HINT}") from error
 
 
 @contextlib.contextmanager
@@ -116,12 +118,16 @@ def explain(error: BaseException) -> str | None:
             f"loggers.wandb: Weights & Biases could not be started: {text[:200]}; set WANDB_MODE=offline in the "
             "environment to keep the logs in the run's folder (upload them later by wandb sync), or remove the logger"
         )
-    if isinstance(error, RuntimeError) and any(message in text for message in LOST_PEER_MESSAGES):
-        return (
+    if _is_lost_rank(error):
+        return error_of_another_rank() or (
             f"rank {dist.get_global_rank()} lost the connection to another rank, whose own error or signal is the "
             f"cause ({text[:200]})"
         )
     return None
+
+
+def _is_lost_rank(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(message in one_line(error) for message in LOST_PEER_MESSAGES)
 
 
 def _comes_from_resource_sharer(error: BaseException) -> bool:

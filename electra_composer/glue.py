@@ -22,9 +22,11 @@ from electra_composer.finetune.runs import PlannedRun, duration, run_all
 from electra_composer.finetune.start import CHECKS, CHECKS_OF_FILES, Job
 from electra_composer.next_steps import describe_end, export
 from electra_composer.signals import unwind
+from electra_composer.training.devices import hide_unused_gpus
 from electra_composer.training.startup import run_checks
 
 
+@hide_unused_gpus
 def main(config: GlueConfig, check_only: bool = False) -> dict[str, Any]:
     """Finetune one model per task and seed, score each on the task's dev set, report, and predict the test sets.
 

@@ -51,7 +51,7 @@ from electra_composer.training.callbacks import RunRecord, TrainMetrics
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, check_run_folder, checkpoint_to_load
 from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.determinism import describe_nondeterminism, explain_nondeterministic_operators
-from electra_composer.training.devices import fsdp_gradient_factor, resolve_device
+from electra_composer.training.devices import fsdp_gradient_factor, hide_unused_gpus, resolve_device
 from electra_composer.training.learning_watch import LearningWatch
 from electra_composer.training.startup import (
     check_memory,
@@ -89,6 +89,8 @@ class Prepared:
     baseline: float | None = field(init=False)
 
 
+@hide_unused_gpus
+@explain_failures()
 def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
     """Pretrain from scratch, or resume an earlier run in the same folder.
 
@@ -110,7 +112,6 @@ def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
         return None
     record = RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(prepared.tokenizer))
     with (
-        explain_failures(),
         exclusive_lock(config.checkpoints.folder),
         remote_copy(config.checkpoints, config.run_name, LATEST_OF_RANK_0) as copy,
         explain_compile_errors(),
@@ -290,8 +291,12 @@ def read_initial_checkpoint(config: PretrainConfig, check_only: bool = False) ->
 def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) -> tuple[DataSpec, DataSpec]:
     """Build the training and the evaluation loader."""
     data, seed, rows = config.data, config.seed, device_batch_size(config.trainer)
-    train_data = build_data_spec(data, "train", rows, meta, seed, batch_transforms=model.count_batch)
-    eval_data = build_data_spec(data, "eval", config.trainer.device_eval_batch_size, meta, seed)
+    pin_memory = resolve_device(config.trainer)[0] == "gpu"
+    train_data = build_data_spec(
+        data, "train", rows, meta, seed, batch_transforms=model.count_batch, pin_memory=pin_memory
+    )
+    eval_rows = config.trainer.device_eval_batch_size
+    eval_data = build_data_spec(data, "eval", eval_rows, meta, seed, pin_memory=pin_memory)
     streams = describe_streams(data, meta, seed)
     if streams is not None:
         print_once(streams)

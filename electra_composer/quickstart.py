@@ -30,12 +30,12 @@ from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTrainin
 from electra_composer.batches.baselines import loss_without_context
 from electra_composer.batches.shards import read_meta
 from electra_composer.checkpoints.weights import read_checkpoint
-from electra_composer.config import ObjectiveConfig, ShardsConfig
+from electra_composer.config import ObjectiveConfig, ShardsConfig, TrainerConfig
 from electra_composer.errors import report_user_errors
 from electra_composer.model.kernels.attention import pattern_of
 from electra_composer.next_steps import describe_end, preview
 from electra_composer.signals import STOPPED, Stopped, leave_line_to_child, unwind
-from electra_composer.training.devices import cpu_multiplies_bfloat16
+from electra_composer.training.devices import cpu_multiplies_bfloat16, resolve_device
 
 FOLDER = "runs/quickstart"
 SHARDS, GLUE_DATA = f"{FOLDER}/shards", f"{FOLDER}/synthetic_glue"
@@ -69,9 +69,7 @@ SMOKE = Size(
 
 def commands(size: Size) -> list[tuple[str, list[str]]]:
     """Return the steps in order: title and command line."""
-    # bfloat16 makes a CPU 1.5 times as fast; a CPU without its instructions gets two thirds of the steps.
-    fast = torch.cuda.is_available() or cpu_multiplies_bfloat16()
-    pretrain = ["trainer.precision=amp_bf16"] if fast else ["trainer.max_duration=4000ba"]
+    pretrain = precision_and_duration()
     python = sys.executable
     convert = [python, "data_prep/convert_owt.py", "--source", "docstrings", "--tokenizer", "train", "--out", SHARDS]
     convert += ["--max-seq-length", "32", "--lines", "sentence", *size.convert]
@@ -88,6 +86,14 @@ def commands(size: Size) -> list[tuple[str, list[str]]]:
         ("the same finetuning from random weights", [*finetune, *baseline]),
         ("export to folders that transformers loads", [python, "electra_composer/export.py", PRETRAIN, EXPORT]),
     ]
+
+
+def precision_and_duration() -> list[str]:
+    """Return the overrides of pretraining that depend on the device that its runs will use."""
+    if resolve_device(TrainerConfig(precision="fp32"))[0] == "gpu":
+        return ["trainer.precision=amp_bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else []
+    # bfloat16 makes a CPU 1.5 times as fast; a CPU without its instructions gets two thirds of the steps.
+    return ["trainer.precision=amp_bf16"] if cpu_multiplies_bfloat16() else ["trainer.max_duration=4000ba"]
 
 
 def run(title: str, command: list[str]) -> None:

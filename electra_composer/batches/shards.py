@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import psutil
-import torch
 from composer.core import DataSpec
 from streaming.base.world import World
 
@@ -88,6 +87,7 @@ def build_dataloader(
     seed: int,
     evaluation: bool = False,
     transform: Callable[[Batch], Batch] | None = None,
+    pin_memory: bool = False,
 ) -> RowLoader:
     """Build a loader whose state resumes in the middle of an epoch. Call it after `torch.distributed` is initialised.
 
@@ -99,6 +99,7 @@ def build_dataloader(
         drop_last: drop a last batch that is not full, so that all have one shape.
         evaluation: read every row of every stream (or of `config.eval_streams`) once, ignoring their weights.
         transform: of :class:`RowLoader`, where batches come from a thread.
+        pin_memory: whether the run's device is a GPU, which copies from pinned memory without waiting.
 
     Raises:
         UserError: the split is missing or incomplete, or too small for one batch per device.
@@ -134,7 +135,7 @@ def build_dataloader(
         background=in_thread,
         transform=transform if in_thread else None,
         batch_size=batch_size,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         drop_last=drop_last,
         **loader_workers(workers, dataset.collate, batch_bytes(batch_size, meta.max_seq_length)),
     )
@@ -203,6 +204,7 @@ def build_data_spec(
     meta: Meta,
     seed: int,
     batch_transforms: Callable[[Batch], Batch] | None = None,
+    pin_memory: bool = False,
 ) -> DataSpec:
     """Build Composer's DataSpec for training or evaluation: samples are rows, tokens exclude padding.
 
@@ -214,6 +216,7 @@ def build_data_spec(
         batch_size: rows per device.
         meta: from :func:`read_data`.
         batch_transforms: applied to each batch on the CPU, before it is split into microbatches.
+        pin_memory: whether the run's device is a GPU.
 
     Raises:
         UserError: see :func:`build_dataloader`.
@@ -231,6 +234,7 @@ def build_data_spec(
         evaluation=not train,
         # With several ranks it may talk to the others, which a thread must not do at the same time as the step.
         transform=batch_transforms if World.detect().num_ranks == 1 else None,
+        pin_memory=pin_memory,
     )
     if loader.transform is not None:
         batch_transforms = None

@@ -194,7 +194,8 @@ def _train_and_predict(
     config: GlueConfig, model: ElectraClassifier, run: PlannedRun, data: TaskData, files: RunFiles, pad_id: int
 ) -> tuple[EpochScores, Timestamp]:
     """Train and evaluate; predict the test sets; save logits, and the weights of an intermediate task."""
-    load = functools.partial(build_loader, pad_id=pad_id, num_workers=config.data.num_workers)
+    pin_memory = resolve_device(config.trainer)[0] == "gpu"
+    load = functools.partial(build_loader, pad_id=pad_id, num_workers=config.data.num_workers, pin_memory=pin_memory)
     load_eval = functools.partial(load, device_batch_size=config.trainer.device_eval_batch_size, shuffle_seed=None)
     scores, keep = EpochScores(), KeepLogits()
     assert config.trainer.max_duration is not None

@@ -13,14 +13,7 @@ import warnings
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
-from composer.callbacks import (
-    EarlyStopper,
-    LRMonitor,
-    NaNMonitor,
-    OptimizerMonitor,
-    SystemMetricsMonitor,
-    ThresholdStopper,
-)
+from composer.callbacks import LRMonitor, OptimizerMonitor
 from composer.core import Callback
 from composer.loggers import LoggerDestination
 from composer.utils import MissingConditionalImportError
@@ -30,23 +23,34 @@ from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
 from electra_composer.ranges import Range, TimeRange, check_range, check_ranges
 from electra_composer.training.loggers import MetricsFile, RunConsole, RunWandB
-from electra_composer.training.monitors import DataWait, RunMemoryMonitor, RunRuntimeEstimator, ThroughputMonitor
+from electra_composer.training.monitors import (
+    DataWait,
+    RunMemoryMonitor,
+    RunRuntimeEstimator,
+    RunSystemMetricsMonitor,
+    ThroughputMonitor,
+)
 from electra_composer.training.optim import AdamW, parameter_groups
 from electra_composer.training.progress_bar import RunProgressBar
 from electra_composer.training.schedules import Schedule
+from electra_composer.training.stoppers import RunEarlyStopper, RunThresholdStopper
 from electra_composer.training.tensorboard import RunTensorboard
 
+# None of them waits for the device in every batch (docs/configuration.md says when each does).
 CALLBACKS: dict[str, type[Callback]] = {
     "data_wait": DataWait,
-    "early_stopper": EarlyStopper,
+    "early_stopper": RunEarlyStopper,
     "lr_monitor": LRMonitor,
     "memory_monitor": RunMemoryMonitor,
-    "nan_monitor": NaNMonitor,
     "optimizer_monitor": OptimizerMonitor,
     "runtime_estimator": RunRuntimeEstimator,
     "speed_monitor": ThroughputMonitor,
-    "system_metrics_monitor": SystemMetricsMonitor,
-    "threshold_stopper": ThresholdStopper,
+    "system_metrics_monitor": RunSystemMetricsMonitor,
+    "threshold_stopper": RunThresholdStopper,
+}
+
+NO_LONGER_OFFERED = {
+    "callbacks.nan_monitor": "trainer.on_nonfinite does the same without waiting for the device, in every run",
 }
 
 LOGGERS: dict[str, type[LoggerDestination]] = {
@@ -159,6 +163,8 @@ def _with_folder(arguments: Any, run_folder: str) -> Any:
 def _build(section: str, name: str, table: dict[str, Any], arguments: Any, defaults: dict[str, Any]) -> Any:
     """Create an object of a class in `table`, checking its arguments against the class's signature."""
     key = f"{section}.{name}"
+    if key in NO_LONGER_OFFERED:
+        raise UserError(f"{key} is no longer offered: {NO_LONGER_OFFERED[key]}; remove it")
     if name not in table:
         raise UserError(f"unknown {key}; {nearest(key, [f'{section}.{valid}' for valid in table])}")
     if not isinstance(arguments, dict | types.NoneType):

@@ -20,7 +20,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from electra_composer.checkpoints.saving import AtomicCheckpointSaver
-from electra_composer.errors import LAUNCHED
+from electra_composer.signals import LAUNCHED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h

@@ -95,7 +95,7 @@ def test_every_callback_that_needs_nothing_is_built():
             "unknown argument callbacks.speed_monitor.windw_size; did you mean callbacks.speed_monitor.window_size?",
         ),
         ({"lr_monitor": {"every": 3}}, "unknown argument callbacks.lr_monitor.every; it takes none"),
-        ({"nan_monitor": {"every": 3}}, "unknown argument callbacks.nan_monitor.every; it takes none"),
+        ({"nan_monitor": {}}, "callbacks.nan_monitor is no longer offered: trainer.on_nonfinite does the same"),
         ({"speed_monitor": {"window_size": "big"}}, "callbacks.speed_monitor.window_size: 'big' has the wrong type"),
         ({"speed_monitor": {"window_size": True}}, "callbacks.speed_monitor.window_size: True has the wrong type"),
         ({"speed_monitor": {"time_unit": "eons"}}, "callbacks.speed_monitor: Invalid time_unit: eons"),
