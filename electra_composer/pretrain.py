@@ -57,6 +57,7 @@ from electra_composer.training.startup import (
     check_memory,
     check_run_settings,
     check_stoppers,
+    check_workers,
     device_batch_size,
     microbatch_size,
     run_checks,
@@ -110,13 +111,14 @@ def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
     if check_only:
         print_once(f"everything checked: {names}; nothing was written")
         return None
-    record = RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(prepared.tokenizer))
     with (
         exclusive_lock(config.checkpoints.folder),
         remote_copy(config.checkpoints, config.run_name, LATEST_OF_RANK_0) as copy,
         explain_compile_errors(),
         explain_nondeterministic_operators(),
     ):
+        files = tokenizer_files(prepared.tokenizer)
+        record = RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, files)
         trainer = build_trainer(
             config,
             prepared.model,
@@ -148,7 +150,8 @@ def duration_of(config: PretrainConfig) -> str:
 def check_config(prepared: Prepared) -> None:
     """Check what needs no file and no device: settings that depend on each other."""
     config = prepared.config
-    check_run_settings(config, duration_of(config), config.data.num_workers)
+    check_run_settings(config, duration_of(config))
+    check_workers(config.data.num_workers, dist.get_local_world_size())
     check_sizes(config.model, config.objective, config.data.max_seq_length)
     check_streams(config.data)
 

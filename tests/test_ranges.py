@@ -210,6 +210,7 @@ def test_ranges_in_words(limits: Range | TimeRange, integer: bool, text: str) ->
         (f"seed=0x{'f' * 5000}", "seed is an integer of thousands of digits"),
         ("data.epoch_size=1e400m", "data.epoch_size is '1e400m'; expected an integer from 1 to 1,000,000,000,000"),
         ("optimizer.lr=${seed}", "optimizer.lr is 42.0"),
+        ("schedule.warmup='10 ba '", "schedule.warmup is '10 ba '; expected a time of 0 or more"),
     ],
 )
 def test_messages(tmp_path: Path, words: str, message: str) -> None:

@@ -109,8 +109,7 @@ def build_dataloader(
     folders = [share.folder for share in shares]
     world = World.detect()
     _check_sizes(shares, split, batch_size, world.num_ranks, drop_last)
-    if shuffle:
-        _check_order(config, shares)
+    _check_order(config, shares, shuffle)
     method = "random" if evaluation else config.batching_method
     batches = batches_per_epoch(shares, method, batch_size, world)
     try:
@@ -181,7 +180,7 @@ def _check_sizes(shares: list[Share], split: str, batch_size: int, ranks: int, d
 
 # Workaround (streaming 0.13): the order of an epoch is computed when its first batch is read: too many rows end in
 # a MemoryError, too few for num_canonical_nodes in a ValueError; goes when StreamingDataset checks its arguments.
-def _check_order(config: ShardsConfig, shares: list[Share]) -> None:
+def _check_order(config: ShardsConfig, shares: list[Share], shuffle: bool) -> None:
     rows = [share.rows for share in shares]
     total, memory = sum(rows), psutil.virtual_memory().total
     if total * BYTES_PER_ROW > memory:
@@ -190,7 +189,7 @@ def _check_order(config: ShardsConfig, shares: list[Share]) -> None:
             f"{memory / 1e9:,.0f} GB of main memory; set a smaller data.epoch_size, or repeat or choose of the streams"
         )
     fewest = total if config.batching_method == "random" else min(rows)
-    if config.num_canonical_nodes is not None and config.num_canonical_nodes > fewest:
+    if shuffle and config.num_canonical_nodes is not None and config.num_canonical_nodes > fewest:
         raise UserError(
             f"data.num_canonical_nodes is {config.num_canonical_nodes}; expected at most {fewest:,}, the rows of an "
             f"epoch{'' if config.batching_method == 'random' else ' of the smallest stream'}"

@@ -80,7 +80,7 @@ def check_settings_of_task(config: GlueConfig, task: Task) -> None:
     mine = config_of_task(config, task)
     assert mine.trainer.max_duration is not None
     with errors_named_for(config, task):
-        check_run_settings(mine, mine.trainer.max_duration, mine.data.num_workers)
+        check_run_settings(mine, mine.trainer.max_duration)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from electra_composer.ranges import check_ranges
 from electra_composer.training.attention_path import choose_attention
 from electra_composer.training.builders import build_optimizer, build_scheduler
 from electra_composer.training.devices import resolve_device
-from electra_composer.training.startup import check_stoppers, microbatch_size, start
+from electra_composer.training.startup import check_stoppers, check_workers, microbatch_size, start
 from electra_composer.versions import check_versions
 
 
@@ -85,6 +85,8 @@ class Job:
 
 def check_settings(job: Job) -> None:
     """Check what needs no file and no device: settings that depend on each other, of the runs of each task."""
+    job.processes = Processes.from_launcher()  # each process has batches of its own
+    check_workers(job.config.data.num_workers, job.processes.on_this_machine)
     job.tasks, job.config = check_config(job.config)
     for task in job.trained:
         check_settings_of_task(job.config, task)
@@ -105,7 +107,6 @@ def check_outputs(job: Job) -> None:
 def check_device(job: Job) -> None:
     """Initialise the process group and the seeds; check device, precision, compilers and batch sizes."""
     device = resolve_device(job.config.trainer)[0]
-    job.processes = Processes.from_launcher()
     job.processes.init_process_group(device)
     job.cpu_autocast = start(job.config, job.processes.on_this_machine)
 

@@ -50,17 +50,13 @@ def run_checks(checks: Sequence[tuple[str, Callable[[Prepared], None]]], prepare
     return ", ".join(name for name, _ in checks)
 
 
-def check_run_settings(config: RunConfig, max_duration: str, num_workers: int | str) -> None:
+def check_run_settings(config: RunConfig, max_duration: str) -> None:
     """Check settings that depend on each other, and the arguments of callbacks and loggers, which are then discarded.
 
-    Args:
-        num_workers: `data.num_workers`.
-
     Raises:
-        UserError: of a builder; batch sizes that contradict each other; too many workers.
+        UserError: of a builder; or batch sizes that contradict each other.
     """
     device_batch_size(config.trainer)
-    check_workers(num_workers)
     build_scheduler(config.schedule, max_duration)
     build_callbacks(config.callbacks)
     build_loggers(config.loggers, config.checkpoints.folder, config.trainer.log_interval, progress_bar=False)
@@ -70,13 +66,17 @@ def check_run_settings(config: RunConfig, max_duration: str, num_workers: int | 
             check_can_write(f"loggers.{logger}.{argument}", path, is_folder=argument == "log_dir")
 
 
-def check_workers(num_workers: int | str) -> None:
+def check_workers(num_workers: int | str, ranks: int) -> None:
     """Refuse more loader workers than the machine can start in a few seconds.
+
+    Args:
+        num_workers: `data.num_workers`.
+        ranks: on this machine.
 
     Raises:
         UserError: naming data.num_workers.
     """
-    ranks, cores = dist.get_local_world_size(), os.cpu_count() or 1
+    cores = os.cpu_count() or 1
     most = max(MOST_WORKERS, cores * WORKERS_PER_CORE) // ranks
     if isinstance(num_workers, int) and num_workers > most:
         raise UserError(

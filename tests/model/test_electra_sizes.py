@@ -13,7 +13,7 @@ from electra_inputs import CLOSE, UNEVEN, VOCAB_SIZE, noise_of
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
-from electra_composer.model.sizes import discriminator_config, generator_config
+from electra_composer.model.sizes import count_parameters, discriminator_config, generator_config
 
 Make = Callable[..., Any]
 
@@ -155,6 +155,22 @@ def test_small_has_the_parameters_of_the_papers(special: SpecialIds) -> None:
         model = ElectraForPretraining(config, ObjectiveConfig(), 30522, special, 128)
     count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("generator", "mlm_head")))
     assert round(count / 1e6) in (13, 14)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tie_embeddings": False},
+        {"tie_encoder": True, "generator_size": 1.0, "num_heads": 1},
+        {"embedding_size": 32, "num_layers": 3, "generator_layers": 1},
+    ],
+)
+def test_parameters_are_counted_without_building_them(
+    make_model: Make, tiny_model_config: Make, sizes: dict[str, Any]
+) -> None:
+    config = tiny_model_config(**sizes)
+    assert count_parameters(config, VOCAB_SIZE) == sum(p.numel() for p in make_model(config).parameters())
 
 
 def test_initial_weights(make_model: Make, tiny_model_config: Make) -> None:
