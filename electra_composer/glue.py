@@ -33,7 +33,7 @@ from electra_composer.finetune.results import describe_source, group_of, open_st
 from electra_composer.finetune.runs import PlannedRun, Processes, duration, key_of, make_plan, run_all, seconds_left
 from electra_composer.finetune.store import RunStore, store_path
 from electra_composer.finetune.tasks import TASKS, Task, find_task
-from electra_composer.next_steps import describe_end, export
+from electra_composer.next_steps import describe_scores
 from electra_composer.signals import unwind
 from electra_composer.training.attention_path import choose_attention
 from electra_composer.training.devices import resolve_device
@@ -89,7 +89,8 @@ def main(config: GlueConfig) -> dict[str, Any]:
     processes.print(f"\n{markdown(results)}")
     if config.predict.enabled:
         predict(config, tasks, job)
-    processes.print(describe_results(config, job))
+    predictions = config.predict.file if config.predict.enabled else None
+    processes.print(describe_scores(config.results, job.store.path, predictions, config.model.source))
     if failed:
         runs = "\n".join(f"  {failure['task']}-seed{failure['seed']}: {failure['error']}" for failure in failed)
         print(f"{len(failed)} runs failed; rerun the same command to retry them:\n{runs}", file=sys.stderr, flush=True)
@@ -204,26 +205,6 @@ def predict(config: GlueConfig, tasks: list[Task], job: Job) -> None:
     print(f"predictions of {len(files)} test sets ({config.predict.select}): {config.predict.file}", flush=True)
     if (missing := submission_problems(files)) is not None:
         print(f"the GLUE server expects a complete submission: {missing}", flush=True)
-
-
-def describe_results(config: GlueConfig, job: Job) -> str:
-    """Describe where the results are, and the commands that come next."""
-    source = config.model.source
-    name = os.path.basename(os.path.normpath(source))
-    ours = os.path.exists(source) and not os.path.isfile(os.path.join(source, "config.json"))  # not an export
-    return describe_end(
-        {
-            "results": f"{config.results} (.md, .csv and .png beside it)",
-            "all runs": job.store.path,
-            "predictions": config.predict.file if config.predict.enabled else None,
-        },
-        {
-            "statistics over models, with the results of each": [
-                *("python", "-m", "electra_composer.finetune.report", config.results)
-            ],
-            "export the pretrained model for transformers": export(source, name) if ours else None,
-        },
-    )
 
 
 def describe(record: dict[str, Any]) -> str:
