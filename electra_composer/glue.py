@@ -20,7 +20,7 @@ from electra_composer.finetune.report import markdown
 from electra_composer.finetune.results import summary, write_reports
 from electra_composer.finetune.runs import PlannedRun, duration, run_all
 from electra_composer.finetune.start import CHECKS, CHECKS_OF_FILES, Job
-from electra_composer.next_steps import describe_end, export
+from electra_composer.next_steps import describe_scores
 from electra_composer.signals import unwind
 from electra_composer.training.devices import hide_unused_gpus
 from electra_composer.training.startup import run_checks
@@ -75,7 +75,8 @@ def main(config: GlueConfig, check_only: bool = False) -> dict[str, Any]:
     processes.print(f"\n{markdown(results)}")
     if config.predict.enabled:
         predict(job)
-    processes.print(describe_results(config, job))
+    predictions = config.predict.file if config.predict.enabled else None
+    processes.print(describe_scores(config.results, job.store.path, predictions, config.model.source))
     if failed:
         runs = "\n".join(f"  {failure['task']}-seed{failure['seed']}: {failure['error']}" for failure in failed)
         print(f"{len(failed)} runs failed; rerun the same command to retry them:\n{runs}", file=sys.stderr, flush=True)
@@ -92,26 +93,6 @@ def predict(job: Job) -> None:
     print(f"predictions of {len(files)} test sets ({config.predict.select}): {config.predict.file}", flush=True)
     if (missing := submission_problems(files)) is not None:
         print(f"the GLUE server expects a complete submission: {missing}", flush=True)
-
-
-def describe_results(config: GlueConfig, job: Job) -> str:
-    """Describe where the results are, and the commands that come next."""
-    source = config.model.source
-    name = os.path.basename(os.path.normpath(source))
-    ours = os.path.exists(source) and not os.path.isfile(os.path.join(source, "config.json"))  # not an export
-    return describe_end(
-        {
-            "results": f"{config.results} (.md, .csv and .png beside it)",
-            "all runs": job.store.path,
-            "predictions": config.predict.file if config.predict.enabled else None,
-        },
-        {
-            "statistics over models, with the results of each": [
-                *("python", "-m", "electra_composer.finetune.report", config.results)
-            ],
-            "export the pretrained model for transformers": export(source, name) if ours else None,
-        },
-    )
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -90,3 +90,27 @@ def finetune(source: str, name: str, max_positions: int) -> Command:
 def export(checkpoint: str, name: str) -> Command:
     """Return the command that exports a checkpoint for `transformers`."""
     return ["python", in_repository("electra_composer/export.py"), checkpoint, os.path.join("exports", name)]
+
+
+def describe_scores(results: str, record: str, predictions: str | None, source: str) -> str:
+    """Format the end of finetuning.
+
+    Args:
+        results, record, predictions: paths of the results file, the record of all runs and the submission.
+        source: `model.source`.
+    """
+    is_export = os.path.isfile(os.path.join(source, "config.json"))
+    ours = source if os.path.exists(source) and not is_export else None
+    return describe_end(
+        {
+            "results": f"{results} (.md, .csv and .png beside it)",
+            "all runs": record,
+            "predictions": predictions,
+        },
+        {
+            "statistics over models, with the results of each": [
+                *("python", "-m", "electra_composer.finetune.report", results)
+            ],
+            "export for transformers": ours and export(ours, os.path.basename(os.path.normpath(ours))),
+        },
+    )
