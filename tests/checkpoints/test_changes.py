@@ -134,10 +134,8 @@ def test_what_is_said_of_a_changed_key(bases, kind, key, value):
 def test_keys_that_a_configuration_lacks_have_not_changed():
     """An older checkpoint has fewer keys; a section may be null, which is its defaults."""
     keys = ["seed", "trainer.fsdp.mixed_precision", "data.streams.<name>.repeat"]
-    assert (
-        find_changes({"trainer": {"fsdp": None}}, {"seed": 1, "trainer": {"fsdp": {"mixed_precision": "PURE"}}}, keys)
-        == []
-    )
+    sharded = {"seed": 1, "trainer": {"fsdp": {"mixed_precision": "PURE"}}}
+    assert find_changes({"trainer": {"fsdp": None}}, sharded, keys) == [(keys[1], "DEFAULT", "PURE")]
     with_stream = {"data": {"streams": {"a": {"repeat": 2.0}}}}
     assert find_changes({"data": {"streams": {}}}, with_stream, keys) == [("data.streams.a.repeat", None, 2.0)]
     assert find_changes(with_stream, {}, keys) == [("data.streams.a.repeat", 2.0, None)]
