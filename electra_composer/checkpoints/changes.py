@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from electra_composer.config import FSDPConfig
 from electra_composer.errors import UserError
 
 WEIGHTS = "its weights are of that model"
@@ -57,6 +58,9 @@ REPORTED: list[str] = [
 ]
 
 
+# Values of keys in a section that may be null.
+DEFAULTS = {"trainer.fsdp.mixed_precision": FSDPConfig().mixed_precision}
+
 _ABSENT: Any = object()
 
 
@@ -99,12 +103,12 @@ def check_changes(written: dict[str, Any], config: dict[str, Any], checkpoint: s
 def find_changes(before: dict[str, Any], after: dict[str, Any], keys: list[str]) -> list[Change]:
     """Return which of `keys` differ; `<name>` in a key stands for every name in that section.
 
-    A key that one configuration lacks does not count: it is newer than the checkpoint, or its section is null.
+    A key that one configuration lacks does not count: it is newer than the checkpoint.
     """
     changes = []
     for key in keys:
         section, _, subkey = key.partition(".<name>.")
-        places, absent = [key], _ABSENT
+        places, absent = [key], DEFAULTS.get(key, _ABSENT)
         if subkey:
             names = {**_lookup(before, section, {}), **_lookup(after, section, {})}
             places, absent = [f"{section}.{name}.{subkey}" for name in names], None

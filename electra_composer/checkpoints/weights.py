@@ -105,8 +105,7 @@ def read_checkpoint(path: str) -> Checkpoint:
             saved = content["state"]
             model_state, record = saved["model"], saved["callbacks"]["RunRecord"]
         config, tokenizer_files = record["config"], record["tokenizer_files"]
-        for section in ("model", "objective", "data"):
-            config[section]
+        config["model"]
         # Workaround (torch 2.7): torch.compile puts `_orig_mod.` before parameter names; goes when state_dict omits it.
         state = {name.removeprefix("model.").replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
