@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 import pickletools
@@ -61,8 +60,8 @@ def describe_foreign(path: str) -> str | None:
     try:
         if _is_tensorflow(path):
             return (
-                "a TensorFlow checkpoint (google-research/electra?), which has to be converted to a Hugging Face folder "
-                f"first ({GUIDE}); google's own models are on the hub, as google/electra-small-discriminator"
+                "a TensorFlow checkpoint (google-research/electra?), to be converted to a Hugging Face folder first "
+                f"({GUIDE}); google's own models are on the hub, as google/electra-small-discriminator"
             )
         if os.path.isdir(path):
             return _describe_folder(path)
@@ -73,10 +72,9 @@ def describe_foreign(path: str) -> str | None:
 
 def _is_tensorflow(path: str) -> bool:
     if os.path.isdir(path):
-        return bool(glob.glob(os.path.join(glob.escape(path), "*.ckpt*.index"))) or (
-            os.path.isfile(os.path.join(path, "checkpoint"))
-            and bool(glob.glob(os.path.join(glob.escape(path), "*.index")))
-        )
+        names = os.listdir(path)
+        indices = [name for name in names if name.endswith(".index")]
+        return bool(indices) and ("checkpoint" in names or any(".ckpt" in name for name in indices))
     return os.path.isfile(f"{path}.index") or (path.endswith(TENSORFLOW) and os.path.isfile(path))
 
 
@@ -112,8 +110,8 @@ def _describe_file(path: str) -> str | None:
     names = _names_in_pickle(path)
     if "opt" in names and any(name.startswith("discriminator.") for name in names):
         return (
-            "a checkpoint of richarddwang/electra_pytorch ({'model': {'generator.…', 'discriminator.…'}, 'opt'}), which "
-            f"is not read; save its discriminator as a Hugging Face folder first ({GUIDE})"
+            "a checkpoint of richarddwang/electra_pytorch ({'model': {'generator.…', 'discriminator.…'}, 'opt'}), "
+            f"which is not read; save its discriminator as a Hugging Face folder first ({GUIDE})"
         )
     with open(path, "rb") as file:
         head = file.read(8)

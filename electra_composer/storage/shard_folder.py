@@ -95,7 +95,7 @@ class Meta:
     conversion: dict[str, Any]  # the other options that determine the content of the shards
     splits: dict[str, SplitCounts]
     sources: dict[str, SourceCounts] = field(default_factory=dict)  # by name
-    format_version: int = FORMAT_VERSION
+    format_version: Annotated[int, Range(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
     folder: str = ""  # where it was read from; not in the file
 
     @property
@@ -149,7 +149,7 @@ def parse(schema: Any, value: Any, path: str = "") -> Any:
     origin, arguments = get_origin(schema), get_args(schema)
     if type(None) in arguments:
         return None if value is None else parse(arguments[0], value, path)
-    if is_dataclass(schema) and isinstance(value, dict):
+    if is_dataclass(schema) and isinstance(schema, type) and isinstance(value, dict):
         hints = get_type_hints(schema, include_extras=True)
         required = [part.name for part in fields(schema) if part.default is part.default_factory is MISSING]
         for names, what in ((value.keys() - hints.keys(), "unknown"), (set(required) - value.keys(), "missing")):
