@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ElectraTokenizerFast, PreTrainedTokenizerFast
 
 from electra_composer.errors import UserError
+from electra_composer.foreign_files import refuse_foreign
 
 # Names of the special tokens by role; the first of each is that of BERT and ELECTRA.
 SPECIAL_NAMES = {
@@ -54,6 +55,8 @@ def load_tokenizer(name_or_path: str, cased: bool = False, keep_accents: bool = 
             options that this kind of tokenizer does not take.
     """
     is_json = name_or_path.endswith(".json")
+    if os.path.isfile(name_or_path) or not os.path.isdir(name_or_path):  # a folder may have a tokenizer beside weights
+        refuse_foreign(name_or_path, "a vocab.txt, a tokenizer.json, a tokenizer's folder or its name on the hub")
     if os.path.isfile(name_or_path) and not is_json:
         tokenizer = _from_vocabulary_file(name_or_path, cased, keep_accents)
     elif cased or keep_accents:

@@ -72,8 +72,11 @@ def read_meta(path: str, remote: str | None = None, timeout: float = 60.0) -> Me
     try:
         with open(file_name, encoding="utf-8") as file:
             return Meta.from_json(file.read(), path)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file_name}: not readable as the metadata of shards: {error}; recreate the shards") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file_name} is damaged or not the metadata of shards: {error}; copy it again from where the shards were "
+            f"written, or recreate the shards with {CONVERTER}"
+        ) from error
 
 
 def build_dataloader(

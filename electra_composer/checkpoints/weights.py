@@ -25,6 +25,7 @@ from electra_composer.checkpoints.safe_loading import read_file
 from electra_composer.checkpoints.sharded import is_sharded, read_sharded
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError, one_line
+from electra_composer.foreign_files import HF_FOLDER, refuse_foreign
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.sizes import discriminator_config, generator_config
@@ -96,6 +97,8 @@ def read_checkpoint(path: str) -> Checkpoint:
     """
     if os.path.isdir(path) and os.path.lexists(os.path.join(path, LATEST)):
         path = os.path.join(path, LATEST)
+    if not is_sharded(path):
+        refuse_foreign(path, "a checkpoint of pretrain.py")
     content: Any = None
     try:
         if is_sharded(path):
@@ -157,6 +160,7 @@ def load_source(source: str) -> Pretrained:
         weights |= {f"encoder.{name}": t for name, t in under(checkpoint.state, "discriminator.").items()}
         head = under(checkpoint.state, "rtd_head.")
         return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer, head)
+    refuse_foreign(source, f"a checkpoint of pretrain.py, or {HF_FOLDER}")
     if not os.path.exists(source) and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: no such file or folder; expected a checkpoint, a Hugging Face folder or a hub name")
     if os.path.isdir(source) and not has_config:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from streaming.base.compression import is_compression
 
-from electra_composer.corpus.examples import MIN_SEQ_LENGTH, Overflow
+from electra_composer.corpus.examples import Overflow
 from electra_composer.corpus.sources import Sources, check_sources, fingerprint_files
 from electra_composer.errors import UserError
 from electra_composer.ranges import Range, check_ranges
+from electra_composer.storage.shard_folder import MAX_SEQ_LENGTH, MIN_SEQ_LENGTH
 
 TRAIN = "train"  # value of `tokenizer`: train a new vocabulary on the sources
 
@@ -26,7 +26,7 @@ class Conversion:
     vocab_size: Annotated[int, Range(ge=7, le=1_000_000)] = 30522  # special tokens, and a character twice, at least
     cased: bool = False
     keep_accents: bool = False
-    max_seq_length: Annotated[int, Range(ge=MIN_SEQ_LENGTH, le=int(np.iinfo(np.uint16).max))] = 128
+    max_seq_length: Annotated[int, Range(ge=MIN_SEQ_LENGTH, le=MAX_SEQ_LENGTH)] = 128
     packing: Literal["packed", "one"] = "packed"
     lines: Literal["newline", "sentence"] = "newline"
     overflow: Overflow = "cut"

@@ -16,6 +16,7 @@ from electra_composer.checkpoints.sharded import is_sharded
 from electra_composer.config import RunConfig
 from electra_composer.errors import UserError
 from electra_composer.faults import check_can_write
+from electra_composer.foreign_files import refuse_foreign
 
 LATEST = "latest-rank{rank}.pt"  # link to the newest checkpoint in a run's folder
 LATEST_OF_RANK_0 = LATEST.format(rank=0)
@@ -80,9 +81,11 @@ def load_path(config: RunConfig) -> str | None:
     """Return `checkpoints.load_path`, or the newest checkpoint in it if it is a run's folder.
 
     Raises:
-        UserError: a folder that is neither a run's nor a sharded checkpoint.
+        UserError: a folder that is neither a run's nor a sharded checkpoint; a checkpoint of another program.
     """
     path = config.checkpoints.load_path
+    if path is not None:
+        refuse_foreign(path, "a checkpoint of pretrain.py")
     if path is None or not os.path.isdir(path):
         return path
     latest = os.path.join(path, LATEST_OF_RANK_0)
