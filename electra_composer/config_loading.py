@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_origin, get_type_hints
 
@@ -19,13 +20,17 @@ from electra_composer.ranges import faults
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config:
+def load_config(
+    path: str, overrides: list[str], schema: type[Config], derive: Callable[[Any], dict[str, Any]] | None = None
+) -> Config:
     """Read a YAML file, apply `key=value` overrides, check every key and value, and resolve interpolations.
 
     Args:
         path: YAML file.
         overrides: such as `["optimizer.lr=1e-3", "data.path=data/owt"]`; the last override of a key wins.
         schema: :class:`PretrainConfig` or :class:`GlueConfig`.
+        derive: returns values of keys, by their paths, for those that neither the file nor the overrides give; called
+            with the merged configuration, in which values may be missing.
 
     Returns:
         An instance of `schema` with no missing values and no unresolved interpolations.
@@ -71,6 +76,11 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
                 full_key = getattr(error, "full_key", None) or key
                 raise UserError(f"{origin}: {full_key}: {_first_line(error)}") from error
         _path_or_streams(config, path)
+        if derive is not None:
+            set_here = {key for _, _, piece in pieces for key in _leaves(OmegaConf.to_container(piece, resolve=False))}
+            for key, value in derive(config).items():
+                if key not in set_here:
+                    OmegaConf.update(config, key, value)
         missing = sorted(key for key in OmegaConf.missing_keys(config))
         if missing:
             raise UserError(
@@ -84,6 +94,12 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
         given = any(key.startswith(override.split("=")[0]) for override in overrides)
         raise UserError(f"{'the command line' if given else path}: {fault}")
     return checked
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+    """Return the paths of all values in nested dictionaries."""
+    for key, value in node.items():
+        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else (f"{prefix}{key}",)
 
 
 def _has_null_path(content: Any) -> bool:
@@ -110,12 +126,14 @@ def _path_or_streams(config: Any, origin: str) -> None:
 
 
 @report_user_errors
-def load_config_from_command_line(schema: type[Config], usage: str) -> Config:
+def load_config_from_command_line(
+    schema: type[Config], usage: str, derive: Callable[[Any], dict[str, Any]] | None = None
+) -> Config:
     """Call :func:`load_config` with `sys.argv`: a YAML file, then any number of `key=value`."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(f"usage: {usage}\n\nThe keys are documented in electra_composer/config.py.")
         sys.exit(0 if len(sys.argv) > 1 else 2)
-    return load_config(sys.argv[1], sys.argv[2:], schema)
+    return load_config(sys.argv[1], sys.argv[2:], schema, derive)
 
 
 def to_yaml(config: RunConfig) -> str:

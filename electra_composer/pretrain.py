@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from composer import Trainer
 from composer.core import DataSpec
@@ -13,6 +14,7 @@ from electra_composer.batches.baselines import loss_without_context
 from electra_composer.batches.checks import check_shards
 from electra_composer.batches.shards import build_data_spec, read_data
 from electra_composer.batches.streams import describe_streams
+from electra_composer.checkpoints.initial import initialise, read_initial
 from electra_composer.checkpoints.remote import remote_copy
 from electra_composer.checkpoints.resuming import exclusive_lock
 from electra_composer.checkpoints.weights import check_state_fits, read_checkpoint, special_ids, tokenizer_files
@@ -62,7 +64,7 @@ def main(config: PretrainConfig) -> Trainer:
     check_shards(meta, tokenizer, config.data.max_seq_length)
     model = build_model(config, tokenizer, cpu_autocast)
     choose_kernels(config, model, meta)
-    check_initial_checkpoint(config, model)
+    load_initial_weights(config, model, tokenizer)
     train_data, eval_data = build_data(config, meta, model)
     baseline = mlm_baseline(config, meta)
     with (
@@ -150,15 +152,25 @@ def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: 
     resolve_implementation(name, device_type, sizes.padded_vocab_size, sizes.embedding_size)
 
 
-def check_initial_checkpoint(config: PretrainConfig, model: ElectraPretraining) -> None:
-    """Check that the checkpoint to start from, if any, is complete and fits the model.
+def load_initial_weights(config: PretrainConfig, model: ElectraPretraining, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Load the weights of `model.init_from`, unless there is a checkpoint to start from, which is checked instead.
 
     Raises:
-        UserError: it is broken, or of other sizes.
+        UserError: the checkpoint is broken or of other sizes, or the networks do not fit the configuration.
     """
     path = checkpoint_to_load(config)
     if path is not None:
         check_state_fits(read_checkpoint(path).state, model.model.state_dict(), path)
+        return
+    initial = read_initial(config.model.init_from, config.model.init_generator_from)
+    if initial is not None:
+        print_once(f"initial weights: {initialise(model.model, config.model, tokenizer, initial)}")
+
+
+def initial_sizes(config: Any) -> dict[str, Any]:
+    """Return the sizes that follow from `model.init_from`, by the paths of their keys."""
+    initial = read_initial(config.model.init_from, config.model.init_generator_from)
+    return {} if initial is None else {f"model.{name}": value for name, value in initial.sizes().items()}
 
 
 def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) -> tuple[DataSpec, DataSpec]:
@@ -189,6 +201,6 @@ def print_once(text: str) -> None:
 if __name__ == "__main__":
     report_user_errors(main)(
         load_config_from_command_line(
-            PretrainConfig, "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]"
+            PretrainConfig, "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]", initial_sizes
         )
     )

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers import ElectraForPreTraining as TransformersElectraForPreTraining
+from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from electra_composer.checkpoints.safe_loading import read_file
@@ -176,11 +175,31 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _load_transformers(source: str) -> Pretrained:
+    config, state, tokenizer, missing = load_transformers(source, ElectraForPreTraining)
+    embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
+    weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
+    weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    head = None if missing else rtd_head_from_transformers(state)
+    return Pretrained(source, config, weights, tokenizer, head)
+
+
+def load_transformers(
+    source: str, model_class: type[ElectraForPreTraining] | type[ElectraForMaskedLM]
+) -> tuple[EncoderConfig, State, PreTrainedTokenizerFast, list[str]]:
+    """Load a network of transformers from a folder or the hub.
+
+    Returns:
+        Its sizes; its fp32 weights by transformers' names; its tokenizer; the names of the weights that are missing,
+        which can only be those of the head.
+
+    Raises:
+        UserError: not found, or not this network: missing or unexpected weights other than the head's.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         # transformers also loads an `ElectraModel`, the weights of which lack the prefix `electra.`.
         with _quiet_transformers():  # missing and unexpected weights are checked below
-            model, loading = TransformersElectraForPreTraining.from_pretrained(source, output_loading_info=True)
+            model, loading = model_class.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{source}: neither a checkpoint, nor a Hugging Face folder, nor a model on the hub: {one_line(error, 300)}"
@@ -189,9 +208,10 @@ def _load_transformers(source: str) -> Pretrained:
     unexpected = sorted(name for name in loading["unexpected_keys"] if not name.endswith("embeddings.position_ids"))
     missing = sorted(name for name in loading["missing_keys"] if name.startswith("electra."))
     if missing or unexpected:
+        network = "discriminator" if model_class is ElectraForPreTraining else "generator"
         raise UserError(
-            f"{source}: not an ELECTRA discriminator (weights: {_describe(missing, unexpected)}); expected an "
-            "ElectraForPreTraining or ElectraModel"
+            f"{source}: not an ELECTRA {network} (weights: {_describe(missing, unexpected)}); expected an "
+            f"{model_class.__name__} or ElectraModel"
         )
     config = encoder_config_of(model.config)
     if len(tokenizer) > config.vocab_size:
@@ -200,11 +220,7 @@ def _load_transformers(source: str) -> Pretrained:
             "give a folder with a model and its own tokenizer"
         )
     state = {name: tensor.float() for name, tensor in model.state_dict().items()}  # some are stored in fp16
-    embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
-    weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
-    weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
-    head = None if loading["missing_keys"] else rtd_head_from_transformers(state)
-    return Pretrained(source, config, weights, tokenizer, head)
+    return config, state, tokenizer, sorted(loading["missing_keys"])
 
 
 def check_state_fits(state: State, expected: State, origin: str) -> None:
