@@ -161,10 +161,9 @@ def load_initial_weights(config: PretrainConfig, model: ElectraPretraining, toke
     path = checkpoint_to_load(config)
     if path is not None:
         check_state_fits(read_checkpoint(path).state, model.model.state_dict(), path)
-        return
-    initial = read_initial(config.model.init_from, config.model.init_generator_from)
-    if initial is not None:
+    elif (initial := read_initial(config.model.init_from, config.model.init_generator_from)) is not None:
         print_once(f"initial weights: {initialise(model.model, config.model, tokenizer, initial)}")
+    read_initial.cache_clear()  # free the networks' memory
 
 
 def initial_sizes(config: Any) -> dict[str, Any]:

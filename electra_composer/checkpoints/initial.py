@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.checkpoints.networks import Network, matching_generator, read_discriminator, read_generator
 from electra_composer.config import ModelConfig
 from electra_composer.errors import UserError
+from electra_composer.model.adaptation import extend_rows, resize_positions
 from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.sizes import discriminator_config, generator_config
@@ -173,41 +173,6 @@ def adapt(network: Network, expected: EncoderConfig, positions: str, tokenizer: 
     if head is not None and "bias" in head:
         head = {**head, "bias": extend_rows(head["bias"][:old], pieces, expected.padded_vocab_size)}
     return replace(network, embeddings=embeddings, head=head)
-
-
-def extend_rows(table: Tensor, pieces: list[list[int]], rows: int) -> Tensor:
-    """Append to a table the means of some of its rows, and zeros up to a number of rows.
-
-    Args:
-        table: `[entries, …]`.
-        pieces: for each new row the rows to average.
-        rows: of the result.
-
-    Returns:
-        `[rows, …]`.
-    """
-    new = [table[torch.tensor(piece)].mean(0, keepdim=True) for piece in pieces]
-    used = torch.cat([table, *new])
-    return torch.cat([used, used.new_zeros(rows - len(used), *used.shape[1:])])
-
-
-def resize_positions(table: Tensor, positions: int, how: str) -> Tensor:
-    """Change the number of position embeddings `[old positions, width]`.
-
-    With fewer, the first are kept. With more, `copy` repeats the table from its beginning, as Longformer does (Beltagy
-    et al. 2020, section 5): neighbours keep their relation, except at the seams. `interpolate` stretches it linearly,
-    as vision transformers do: all positions differ, and neighbours are closer than they were.
-
-    Returns:
-        `[positions, width]`.
-    """
-    old = len(table)
-    if positions <= old:
-        return table[:positions].clone()
-    if how == "copy":
-        return table[torch.arange(positions) % old]
-    stretched = torch.nn.functional.interpolate(table.T[None], size=positions, mode="linear", align_corners=True)
-    return stretched[0].T.contiguous()
 
 
 def pieces_of_new_tokens(network: Network, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:

@@ -15,12 +15,13 @@ from electra_inputs import CLOSE, LENGTH, UNEVEN, noise_of
 from shared_fixtures import SPECIAL
 from transformers import BertTokenizerFast, ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
 
-from electra_composer.checkpoints.initial import Initial, initialise, read_initial, resize_positions
+from electra_composer.checkpoints.initial import Initial, initialise, read_initial
 from electra_composer.checkpoints.networks import matching_generator
 from electra_composer.checkpoints.weights import Checkpoint
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError
 from electra_composer.export import export
+from electra_composer.model.adaptation import resize_positions
 from electra_composer.model.electra import ElectraForPretraining
 
 Make = Callable[..., Any]
