@@ -118,12 +118,12 @@ def initialise(
         parts |= {"embeddings.": discriminator.embeddings, "discriminator.": discriminator.encoder}
         if discriminator.head is not None:
             parts["rtd_head."] = discriminator.head
-        taken.append(f"discriminator from {discriminator.source}{'' if discriminator.head else ', its head random'}")
+        taken.append(_said("discriminator", discriminator))
     if generator is not None:
         check_agreement(generator, generator_config(config, vocab_size), "", "generator")
         generator = adapt(generator, model.encoder_of_generator.config, config.init_positions, tokenizer)
         parts |= _parts_of_generator(generator, discriminator, config)
-        taken.append(f"generator from {generator.source}{'' if generator.head else ', its head random'}")
+        taken.append(_said("generator", generator))
     elif discriminator is not None:
         lower, said = _without_source(discriminator, model, initial.rest)
         parts |= lower
@@ -165,7 +165,7 @@ def adapt(network: Network, expected: EncoderConfig, positions: str, tokenizer: 
         UserError: it does not.
     """
     pieces = pieces_of_new_tokens(network, tokenizer)
-    old = len(network.tokenizer)
+    old = len(tokenizer) - len(pieces)
     embeddings = dict(network.embeddings)
     embeddings["word.weight"] = extend_rows(embeddings["word.weight"][:old], pieces, expected.padded_vocab_size)
     embeddings["position.weight"] = resize_positions(embeddings["position.weight"], expected.max_positions, positions)
@@ -179,22 +179,26 @@ def pieces_of_new_tokens(network: Network, tokenizer: PreTrainedTokenizerFast) -
     """Return, for each entry of the tokenizer beyond the vocabulary of a network, the ids of its old pieces.
 
     Raises:
-        UserError: an old entry has another id, or none.
+        UserError: an old entry has another id, or none; or the network has no tokenizer, and another number of entries.
     """
-    old = network.tokenizer
-    ids, names = old.get_vocab(), tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    if len(tokenizer) < len(old):
+    old, advice = network.tokenizer, f"convert the text with --tokenizer {network.source}"
+    size = network.config.vocab_size if old is None else len(old)
+    if len(tokenizer) < size or (old is None and len(tokenizer) > size):
         raise UserError(
             f"the tokenizer of the shards has {len(tokenizer):,} entries, {network.source} was trained with "
-            f"{len(old):,}; convert the text with --tokenizer {network.source}"
+            f"{size:,}; {'convert the text with that of its training' if old is None else advice}"
         )
-    for number, name in enumerate(old.convert_ids_to_tokens(list(range(len(old))))):
+    if old is None:
+        return []
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    for number, name in enumerate(old.convert_ids_to_tokens(list(range(size)))):
         if names[number] != name:
             raise UserError(
                 f"the tokenizer of the shards has {names[number]!r} as entry {number:,}, {network.source} was trained "
-                f"with {name!r}; convert the text with --tokenizer {network.source}"
+                f"with {name!r}; {advice}"
             )
-    return [_pieces(name, old, ids) for name in names[len(old) :]]
+    ids = old.get_vocab()
+    return [_pieces(name, old, ids) for name in names[size:]]
 
 
 def _pieces(name: str, tokenizer: PreTrainedTokenizerFast, ids: dict[str, int]) -> list[int]:
@@ -258,6 +262,12 @@ def _without_source(
         return parts, f"generator: the lower {len(model.generator.layers)} layers of the discriminator; its head random"
     why = "" if rest == RANDOM else " (no generator at hand, and the discriminator's layers have another width)"
     return parts, f"generator: random weights, with the embeddings of the discriminator{why}"
+
+
+def _said(name: str, network: Network) -> str:
+    head = "" if network.head else ", its head random"
+    tokenizer = "" if network.tokenizer else ", which has no vocabulary to compare with the shards'"
+    return f"{name} from {network.source}{head}{tokenizer}"
 
 
 def _equal(left: State, right: State) -> bool:

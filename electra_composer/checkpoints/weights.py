@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from electra_composer.checkpoints.reference_formats import TOKENIZER, infer_config, is_reference, read_reference
 from electra_composer.checkpoints.safe_loading import read_file
 from electra_composer.checkpoints.sharded import is_sharded, read_sharded
 from electra_composer.config import ModelConfig, ObjectiveConfig
@@ -33,6 +34,7 @@ from electra_composer.model.weight_maps import (
     rtd_head_from_transformers,
     under,
 )
+from electra_composer.vocabulary import load_tokenizer
 
 LATEST = "latest-rank0.pt"  # link in a run's folder to its newest checkpoint
 
@@ -138,8 +140,9 @@ def load_source(source: str) -> Pretrained:
 
     Args:
         source: A checkpoint of pretrain.py (a .pt, the folder of a sharded one, or the run folder of either), a folder
-            of `export.py`, a folder of transformers' `ElectraForPreTraining` or `ElectraModel`, or the name of one on
-            the hub. Weights are safetensors, or a pickle that `torch.load(weights_only=True)` reads.
+            of `export.py`, a checkpoint of the reference repositories (reference_formats.py), a folder of
+            transformers' `ElectraForPreTraining` or `ElectraModel`, or the name of one on the hub. Weights are
+            safetensors, or a pickle that `torch.load(weights_only=True)` reads.
 
     Raises:
         UserError: Not found, or not an ELECTRA discriminator: missing or unexpected weights other than the head's.
@@ -153,6 +156,8 @@ def load_source(source: str) -> Pretrained:
         weights |= {f"encoder.{name}": t for name, t in under(checkpoint.state, "discriminator.").items()}
         head = under(checkpoint.state, "rtd_head.")
         return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer, head)
+    if is_reference(source):
+        return _load_reference(source)
     if not os.path.exists(source) and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: no such file or folder; expected a checkpoint, a Hugging Face folder or a hub name")
     if os.path.isdir(source) and not has_config:
@@ -160,6 +165,16 @@ def load_source(source: str) -> Pretrained:
             f"{source}: a folder with neither latest-rank0.pt (of pretrain.py) nor config.json (Hugging Face)"
         )
     return _load_transformers(source)
+
+
+def _load_reference(source: str) -> Pretrained:
+    reference = read_reference(source)
+    state, config = reference.discriminator, encoder_config_of(infer_config(reference.discriminator, source))
+    embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
+    weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
+    weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    tokenizer = reference.tokenizer or load_tokenizer(TOKENIZER)
+    return Pretrained(source, config, weights, tokenizer, rtd_head_from_transformers(state))
 
 
 # Workaround (transformers 4.57): from_pretrained logs a warning about missing and unexpected weights and has no option
