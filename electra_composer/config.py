@@ -106,6 +106,13 @@ class ModelConfig:
     layer_norm_eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-12
     tie_embeddings: bool = True  # share token, position and type embeddings and their LayerNorm between both models
     tie_encoder: bool = False  # share the layers too ("all weights", paper section 3.2); needs generator_size 1.0
+    # Networks to continue pretraining from (docs/continued_pretraining.md); sizes and tying not given here are theirs.
+    # A checkpoint of this project, an export, a Hugging Face folder or a name on the hub; null: random weights
+    init_from: str | None = None
+    # the same for the generator; null: the one that belongs to `init_from`; or layers (the lower ones of `init_from`),
+    # or random
+    init_generator_from: str | None = None
+    init_positions: Literal["copy", "interpolate"] = "copy"  # how to reach a larger `max_positions` than theirs
 
 
 @dataclass

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from composer import Trainer
 from composer.core import DataSpec
@@ -21,6 +22,7 @@ from electra_composer.batches.checks import check_shards, check_split
 from electra_composer.batches.shards import build_data_spec, read_data
 from electra_composer.batches.streams import check_streams, describe_streams
 from electra_composer.checkpoints.changes import check_changes
+from electra_composer.checkpoints.initial import initialise, read_initial
 from electra_composer.checkpoints.remote import remote_copy
 from electra_composer.checkpoints.resuming import check_unlocked, exclusive_lock
 from electra_composer.checkpoints.weights import (
@@ -186,6 +188,8 @@ def check_model(prepared: Prepared) -> None:
     choose_kernels(config, prepared.model, prepared.meta)
     if prepared.initial is not None:
         check_state_fits(prepared.initial.state, prepared.model.model.state_dict(), prepared.initial.path)
+    else:
+        load_initial_weights(config, prepared.model, prepared.tokenizer)
     prepared.initial = None  # free its memory
 
 
@@ -291,6 +295,24 @@ def read_initial_checkpoint(config: PretrainConfig, check_only: bool = False) ->
     return checkpoint
 
 
+def load_initial_weights(config: PretrainConfig, model: ElectraPretraining, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Load the weights of `model.init_from`, if it is set.
+
+    Raises:
+        UserError: the networks cannot be read, or do not fit the configuration.
+    """
+    initial = read_initial(config.model.init_from, config.model.init_generator_from)
+    if initial is not None:
+        print_once(f"initial weights: {initialise(model.model, config.model, tokenizer, initial)}")
+    read_initial.cache_clear()  # free the networks' memory
+
+
+def initial_sizes(config: Any) -> dict[str, Any]:
+    """Return the sizes that follow from `model.init_from`, by the paths of their keys."""
+    initial = read_initial(config.model.init_from, config.model.init_generator_from)
+    return {} if initial is None else {f"model.{name}": value for name, value in initial.sizes().items()}
+
+
 def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) -> tuple[DataSpec, DataSpec]:
     """Build the training and the evaluation loader."""
     data, seed, rows = config.data, config.seed, device_batch_size(config.trainer)
@@ -345,6 +367,6 @@ def print_once(text: str) -> None:
 if __name__ == "__main__":
     report_user_errors(main)(
         *load_config_from_command_line(
-            PretrainConfig, "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]"
+            PretrainConfig, "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]", initial_sizes
         )
     )
