@@ -19,6 +19,7 @@ from electra_composer.config import GlueConfig, PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.finetune import start as glue_start
+from electra_composer.training import preparation
 
 PRETRAIN, GLUE = (str(ROOT / "electra_composer" / f"{name}.py") for name in ("pretrain", "glue"))
 
@@ -30,8 +31,8 @@ def files_of(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.lstat().st_size for path in sorted(folder.rglob("*"))}
 
 
-def record(monkeypatch: pytest.MonkeyPatch, module: Any, names: list[str]) -> list[str]:
-    """Return the list to which calls of these functions will be appended, by their names."""
+def record(monkeypatch: pytest.MonkeyPatch, names: list[str], *modules: Any) -> list[str]:
+    """Return the list to which calls of these functions, each in one of the modules, will be appended by name."""
     calls: list[str] = []
 
     def called(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -39,6 +40,7 @@ def record(monkeypatch: pytest.MonkeyPatch, module: Any, names: list[str]) -> li
         return function(*arguments, **options)
 
     for name in names:
+        module = next(each for each in modules if hasattr(each, name))
         monkeypatch.setattr(module, name, functools.partial(called, name, getattr(module, name)))
     return calls
 
@@ -89,7 +91,7 @@ def test_a_start_and_a_check_refuse_the_same_at_the_same_stage(
     monkeypatch: pytest.MonkeyPatch, tiny_yaml: Path, tmp_path: Path, overrides: list[str], message: str, reached: int
 ) -> None:
     overrides = [override.format(folder=tmp_path) if "{folder}" in override else override for override in overrides]
-    calls = record(monkeypatch, pretrain, STAGES)
+    calls = record(monkeypatch, STAGES, preparation, pretrain)
     before = files_of(tmp_path)
     messages = []
     for check_only in (False, True):
@@ -115,7 +117,7 @@ def test_a_folder_in_which_another_run_trains(tiny_yaml: Path, tmp_path: Path, m
     )
     try:
         assert process.stdout.readline() == "held\n"
-        calls = record(monkeypatch, pretrain, STAGES)
+        calls = record(monkeypatch, STAGES, preparation, pretrain)
         for check_only in (False, True):
             with pytest.raises(UserError, match="another process trains in this folder"):
                 pretrain.main(load_config(str(tiny_yaml), [], PretrainConfig), check_only)
@@ -135,7 +137,7 @@ def test_a_check_leaves_a_run_as_it_is(tiny_yaml: Path, tmp_path: Path, capsys: 
     before = files_of(tmp_path)
     capsys.readouterr()
     assert pretrain.main(config, check_only=True) is None
-    names = ", ".join(name for name, _ in pretrain.CHECKS)
+    names = ", ".join(name for name, _ in preparation.CHECKS)
     assert capsys.readouterr().out.endswith(f"everything checked: {names}; nothing was written\n")
     assert files_of(tmp_path) == before
     for other in tmp_path.glob("run/batch-*"):
@@ -237,7 +239,7 @@ def test_finetuning_and_its_check_refuse_the_same_at_the_same_stage(
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     overrides = [override.format(folder=tmp_path) if "{folder}" in override else override for override in overrides]
-    calls = record(monkeypatch, glue_start, GLUE_STAGES)
+    calls = record(monkeypatch, GLUE_STAGES, glue_start)
     before = files_of(tmp_path)
     messages = []
     for check_only in (False, True):
