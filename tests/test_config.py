@@ -102,9 +102,12 @@ def test_callbacks_and_loggers_are_free_here(tmp_path: Path) -> None:
 # Entry points
 
 
-def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", write(tmp_path, COMPLETE), "seed=7"])
-    assert load_config_from_command_line(PretrainConfig, "usage")[0].seed == 7
+@pytest.mark.parametrize(("first", "last"), [([], []), (["--check"], []), ([], ["--check"])])
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: list[str], last: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *first, write(tmp_path, COMPLETE), "seed=7", *last])
+    config, check_only = load_config_from_command_line(PretrainConfig, "usage")
+    assert config.seed == 7
+    assert check_only == bool(first or last)
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])
