@@ -143,7 +143,7 @@ def test_a_check_leaves_a_run_as_it_is(tiny_yaml: Path, tmp_path: Path, capsys: 
     for other in tmp_path.glob("run/batch-*"):
         other.write_bytes(b"no checkpoint")
     before = files_of(tmp_path)
-    with pytest.raises(UserError, match="no complete one before it"):
+    with pytest.raises(UserError, match="there is no complete checkpoint before it"):
         pretrain.main(config, check_only=True)
     assert files_of(tmp_path) == before
 
@@ -169,12 +169,15 @@ def test_a_check_leaves_no_shared_memory(tiny_yaml: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.distributed
-def test_two_ranks_check(tiny_yaml: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("words", "status"), [([], 0), (["callbacks.speed_monitr={}"], 2)])
+def test_two_ranks_check(tiny_yaml: Path, tmp_path: Path, words: list[str], status: int) -> None:
     before = files_of(tmp_path)
-    command = ["composer", "-n", "2", PRETRAIN, str(tiny_yaml), "--check"]
+    command = ["composer", "-n", "2", PRETRAIN, str(tiny_yaml), *words, "--check"]
     done = programs.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("everything checked: ") == 1
+    assert done.returncode == status, done.stderr
+    assert done.stdout.count("everything checked: ") == (status == 0)
+    assert done.stderr.count("error: ") == (status == 2)
+    assert "Traceback" not in done.stderr
     assert files_of(tmp_path) == before
 
 
