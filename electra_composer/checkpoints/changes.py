@@ -17,7 +17,7 @@ from electra_composer.config import FSDPConfig
 from electra_composer.errors import UserError
 
 WEIGHTS = "its weights are of that model"
-ORDER = "its position in the data is one in that order of the rows"
+ORDER = "its position in the data refers to that order of the rows"
 FIRST_START = "it applies to the first start of a run"
 OPTIMIZER = "the optimizer's state is of that kind"
 
