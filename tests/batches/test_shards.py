@@ -141,7 +141,7 @@ def test_missing_shards_name_the_converter(tmp_path):
 def test_unreadable_meta(shards, tmp_path, text):
     path = copy(shards, tmp_path)
     (path / "meta.json").write_text(text)
-    with pytest.raises(UserError, match=r"meta.json: is damaged or not the metadata of shards"):
+    with pytest.raises(UserError, match=r"meta.json is damaged or not the metadata of shards"):
         read_meta(str(path))
 
 
