@@ -73,8 +73,9 @@ def read_meta(path: str, remote: str | None = None, timeout: float = 60.0) -> Me
         with open(file_name, encoding="utf-8") as file:
             return Meta.from_json(file.read(), path)
     except (OSError, ValueError) as error:
+        reason = "cannot be read" if isinstance(error, OSError) else "is damaged or not the metadata of shards"
         raise UserError(
-            f"{file_name} is damaged or not the metadata of shards: {error}; copy it again from where the shards were "
+            f"{file_name} {reason}: {getattr(error, 'strerror', error)}; copy it again from where the shards were "
             f"written, or recreate the shards with {CONVERTER}"
         ) from error
 

@@ -49,7 +49,8 @@ def lowest_and_highest(path, seed):
 @pytest.mark.parametrize("count", [2, 3, 10, 200])
 @pytest.mark.parametrize("packing", ["packed", "one"])
 def test_at_least_one_document_per_split(tmp_path, vocabulary, monkeypatch, count, packing):
-    monkeypatch.setattr(source_parts, "MIN_PART", 400)  # several parts, so that only one is converted again
+    # A few parts, of which only one is converted again.
+    monkeypatch.setattr(source_parts, "MIN_PART", 70 * count)
     path = write_source(tmp_path / "a.jsonl", count)
     for seed in range(8):
         hashes = lowest_and_highest(path, seed)
