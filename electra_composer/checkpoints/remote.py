@@ -17,16 +17,10 @@ from collections.abc import Iterator
 from composer.utils import dist
 from tqdm import tqdm
 
+from electra_composer.atomic_files import UNFINISHED, move_into_place, replace_link, with_prefix
 from electra_composer.checkpoints.remote_run import FILES, SINGLE_FILE, RemoteIndex, RemoteRun, StoredCheckpoint
 from electra_composer.checkpoints.resuming import find_corruption
-from electra_composer.checkpoints.saving import (
-    UNFINISHED,
-    checkpoint_batch,
-    checkpoints_in,
-    move_into_place,
-    replace_link,
-    with_prefix,
-)
+from electra_composer.checkpoints.saving import checkpoint_batch, checkpoints_in
 from electra_composer.config import CheckpointConfig
 from electra_composer.errors import UserError
 from electra_composer.faults import raise_on_all_ranks

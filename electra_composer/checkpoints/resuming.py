@@ -19,8 +19,9 @@ from typing import IO
 
 from composer.utils import dist
 
+from electra_composer.atomic_files import remove, replace_link, restore
 from electra_composer.checkpoints.safe_loading import METADATA, read_metadata
-from electra_composer.checkpoints.saving import REPLACED, checkpoints_in, replace_link, with_prefix
+from electra_composer.checkpoints.saving import checkpoints_in
 from electra_composer.errors import UserError, one_line
 from electra_composer.faults import raise_on_all_ranks
 
@@ -93,9 +94,7 @@ def _repair(link: str) -> None:
     if not os.path.lexists(link):
         return
     path = os.path.realpath(link)
-    replaced = with_prefix(path, REPLACED)
-    if not os.path.exists(path) and os.path.isdir(replaced):  # killed between the two renames of saving.py
-        os.rename(replaced, path)
+    restore(path)
     reason = find_corruption(path)
     if reason is None:
         return
@@ -104,6 +103,7 @@ def _repair(link: str) -> None:
     for candidate in reversed(before):
         if find_corruption(candidate) is None:
             if os.path.exists(path):
+                remove(path + BROKEN)
                 os.rename(path, path + BROKEN)
             replace_link(link, candidate)
             log.warning(

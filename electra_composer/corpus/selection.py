@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from electra_composer.atomic_files import replaced_file
 from electra_composer.corpus.documents import ReadStats, limit_reached, part_documents
 from electra_composer.corpus.source_parts import Part
 from electra_composer.corpus.sources import Sources
@@ -97,16 +98,14 @@ def _is_in(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[n
 
 def save(folder: str, selections: list[Selection]) -> None:
     """Save selections atomically, for a resumed conversion."""
-    path = os.path.join(folder, FILE)
     arrays = {f"{index:06}": part.chosen for index, part in enumerate(selections) if part.chosen is not None}
-    with open(f"{path}.tmp", "wb") as file:
+    with replaced_file(os.path.join(folder, FILE)) as file:
         np.savez_compressed(
             file,
             allow_pickle=False,
             duplicates=np.array([part.duplicates for part in selections], np.int64),
             **arrays,
         )
-    os.replace(f"{path}.tmp", path)
 
 
 def load(folder: str) -> list[Selection] | None:

@@ -24,6 +24,7 @@ class Summary:
     shard_bytes: int
     seconds: float  # of this run
     continued_tokens: int = 0  # tokens of the total that an interrupted run had converted
+    was_complete: bool = False  # an earlier run had finished the conversion
 
     @property
     def total(self) -> SplitCounts:
@@ -67,6 +68,11 @@ class Summary:
                 share = part.tokens / max(1, self.text.tokens)
                 lines.append(f"{name:{width}}{part.documents:12,}{part.text_bytes:17,}{part.tokens:15,}{share:8.1%}")
         resumed = f" ({self.continued_tokens:,} tokens came from an interrupted run)" if self.continued_tokens else ""
+        if self.was_complete:
+            lines.append(
+                f"{self.out} is complete already (same options and sources); pass --overwrite to convert again"
+            )
+            return "\n".join(lines)
         lines.append(
             f"{self.text.text_bytes:,} bytes of text to {self.shard_bytes:,} bytes in {self.out}: "
             f"{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s{resumed}"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from electra_composer.atomic_files import replaced_folder
 from electra_composer.corpus.chunks import EncodingSettings
 from electra_composer.corpus.documents import ReadStats, no_text_error, part_documents
 from electra_composer.corpus.options import TRAIN, Conversion
@@ -37,8 +38,8 @@ def load_or_train(options: Conversion, jobs: list[Job], workspace: str) -> PreTr
         tokenizer = train_tokenizer(
             sample, options.vocab_size, options.cased, options.keep_accents, progress=options.progress
         )
-        tokenizer.save_pretrained(f"{saved}.tmp")
-        os.replace(f"{saved}.tmp", saved)
+        with replaced_folder(saved) as folder:
+            tokenizer.save_pretrained(folder)
     tokenizer = load_tokenizer(saved)
     tokenizer.name_or_path = f"trained-{len(tokenizer)}"
     return tokenizer

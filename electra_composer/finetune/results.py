@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from electra_composer.atomic_files import write_file
 from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import to_dict
@@ -198,10 +199,10 @@ def write_reports(store: RunStore, group: str, path: str, settings: dict[str, An
                 settings = runs[0]["settings"]
             results = summary(runs, settings or {}, group, store.failures(group), others)
             if results["tasks"]:
-                _replace(f"{stem}.png", plot(results))
-            _replace(f"{stem}.csv", csv_text(results).encode())
-            _replace(f"{stem}.md", markdown(results).encode())
-            _replace(path, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
+                write_file(f"{stem}.png", plot(results))
+            write_file(f"{stem}.csv", csv_text(results))
+            write_file(f"{stem}.md", markdown(results))
+            write_file(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(
             f"results {path}: cannot be written: {error.strerror}; all finished runs are kept in {store.path}: free "
@@ -268,17 +269,3 @@ def _locked(folder: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _replace(path: str, content: bytes) -> None:
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # otherwise a crash could leave an empty file under the final name
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from composer.loggers import ConsoleLogger, Logger, LoggerDestination, WandBLogg
 from composer.utils import dist
 from tqdm import tqdm
 
+from electra_composer.atomic_files import write_file
 from electra_composer.errors import UserError
 from electra_composer.training.times import parse_time
 
@@ -124,7 +126,6 @@ class MetricsFile(IntervalLogger):
     def _open(self, first_step: int) -> None:
         """Keep the rows before `first_step` of an earlier part of this run, and open the file to append."""
         rows = [row for row in self._read() if row["step"] < first_step]
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         self.columns = list(dict.fromkeys(["step", *(column for row in rows for column in row)]))
         self._rewrite(rows)
 
@@ -144,11 +145,11 @@ class MetricsFile(IntervalLogger):
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         if self.file is not None:
             self.file.close()
-        with open(f"{self.path}.tmp", "w", encoding="utf-8", newline="") as file:
-            if self.format == "csv":
-                csv.writer(file, lineterminator="\n").writerow(self.columns)
-            self._write(file, rows)
-        os.replace(f"{self.path}.tmp", self.path)
+        text = io.StringIO(newline="")
+        if self.format == "csv":
+            csv.writer(text, lineterminator="\n").writerow(self.columns)
+        self._write(text, rows)
+        write_file(self.path, text.getvalue())
         self.file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115 (closed in `close`)
 
     def write_kept(self) -> None:
