@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -37,11 +38,11 @@ def replaced_file(path: str) -> Iterator[BinaryIO]:
     Raises:
         OSError: the file cannot be written.
     """
-    path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, "wb") as file:
             yield file
         return
+    path = os.path.realpath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     unfinished = with_prefix(path, UNFINISHED)
     with _alone(unfinished, lambda: os.open(unfinished, os.O_RDWR | os.O_CREAT, 0o666)) as descriptor:
@@ -137,6 +138,7 @@ def remove(path: str) -> None:
         remove(removed)
         os.rename(path, removed)
         path = removed
+    assert os.path.basename(path).startswith((UNFINISHED, REMOVED)), path  # a name that only this module gives
     shutil.rmtree(path, ignore_errors=True)  # what remains is removed by the next writer
 
 
@@ -211,4 +213,6 @@ def _apply_umask(folder: str) -> None:
     mode = os.stat(folder).st_mode & 0o666
     for place, _, names in os.walk(folder):
         for name in names:
-            os.chmod(os.path.join(place, name), mode)
+            path = os.path.join(place, name)
+            if stat.S_IMODE(os.stat(path).st_mode) != mode:
+                os.chmod(path, mode)

@@ -13,6 +13,8 @@ import contextlib
 import io
 import os
 import shutil
+import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 CALLS = ("rename", "replace", "link", "symlink", "unlink", "remove", "rmdir", "mkdir", "truncate", "ftruncate")
+WITH_TARGET = ("rename", "replace", "link", "symlink")
 CREATE = os.O_CREAT | os.O_TRUNC
 
 Tree = dict[str, Any]
@@ -67,17 +70,16 @@ class Recorder:
 
     def _changed(self, module: Any, name: str, arguments: Any, options: Any) -> str | None:
         """Return the path in the folder that a call changes; None if there is none."""
-        path = arguments[0] if arguments else options.get("path", options.get("file"))
+        paths = [*arguments[:1]] or [options.get("path", options.get("file"))]
         mode = arguments[1] if len(arguments) > 1 else options.get("mode", "r")
         if name == "open" and not (mode & CREATE if module is os else set("wax+") & set(mode)):
             return None
-        if isinstance(path, int):
-            path = os.readlink(f"/proc/self/fd/{path}")
-        elif options.get("dir_fd") is not None:
-            path = os.path.join(os.readlink(f"/proc/self/fd/{options['dir_fd']}"), path)
-        path = os.path.abspath(os.fspath(path))
-        inside = path == self.folder or path.startswith(f"{self.folder}/")
-        return os.path.relpath(path, self.folder) if inside else None
+        if name in WITH_TARGET:
+            paths.append(arguments[1])
+        for path in (_absolute(path, options.get("dir_fd")) for path in paths):
+            if path == self.folder or path.startswith(f"{self.folder}/"):
+                return os.path.relpath(path, self.folder)
+        return None
 
     def _copy(self, call: str) -> None:
         self.copying = True
@@ -87,12 +89,43 @@ class Recorder:
         self.copying = False
 
 
-def _in_child(work: Callable[[], object]) -> None:
-    """Run a function in a forked process; raise an AssertionError with its traceback if it fails."""
+def _absolute(path: Any, folder: int | None = None) -> str:
+    """Return the absolute path of what a call names: a path, a descriptor, or a path in an open folder."""
+    if isinstance(path, int):
+        return os.readlink(f"/proc/self/fd/{path}")
+    path = os.fsdecode(path)
+    return os.path.abspath(path if folder is None else os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path))
+
+
+def _refuse_outside(tmp_path: Path) -> None:
+    """Make this process unable to remove or rename anything that is not in `tmp_path`, from Python."""
+
+    def check(event: str, arguments: Any) -> None:
+        if event in ("os.remove", "os.rmdir", "shutil.rmtree"):
+            found = [(arguments[0], arguments[1])]
+        elif event == "os.rename":
+            found = [(arguments[0], arguments[2]), (arguments[1], arguments[3])]
+        else:
+            return
+        for path, folder in found:
+            real = os.path.realpath(_absolute(path, None if folder in (-1, None) else folder))
+            assert real.startswith(f"{tmp_path.resolve()}/"), f"{event} outside the test's folder: {real}"
+
+    sys.addaudithook(check)
+    tempfile.tempdir = str(tmp_path / "scratch")
+    os.makedirs(tempfile.tempdir, exist_ok=True)
+
+
+def _in_child(tmp_path: Path, work: Callable[[], object]) -> None:
+    """Run a function in a forked process; raise an AssertionError with its traceback if it fails.
+
+    The process cannot remove what is not in `tmp_path`.
+    """
     read, write = os.pipe()
     process = os.fork()
     if process == 0:
         try:
+            _refuse_outside(tmp_path)
             os.fsync = lambda descriptor: None  # makes no difference without a power failure
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 work()
@@ -135,7 +168,7 @@ def interrupt_everywhere(
         Recorder(folder, copies)
         operate(folder)
 
-    _in_child(record)
+    _in_child(tmp_path, record)
     expected = tree(folder)
     calls = [(copies / f"{number}.txt").read_text() for number in range(len(list(copies.glob("*.txt"))))]
 
@@ -162,7 +195,7 @@ def interrupt_everywhere(
         assert found.keys() == expected.keys(), f"{what}: {sorted(found)}, not {sorted(expected)}"
         assert found == expected, f"{what}: {[name for name in expected if found[name] != expected[name]]} differ"
 
-    _in_child(repeat)
+    _in_child(tmp_path, repeat)
     return calls
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
-from electra_composer.atomic_files import move_into_place, restore, write_file
+from electra_composer.atomic_files import move_into_place, remove, restore, write_file
 from electra_composer.corpus.finished import FORMS, Finished, check_shards, exists, find_finished, shard_bytes
 from electra_composer.corpus.part_writer import PartWriter, Place
 from electra_composer.corpus.workspace import (
@@ -24,6 +24,7 @@ from electra_composer.corpus.workspace import (
     UNFINISHED,
     WHOLE,
     has_moved,
+    is_workspace,
     open_workspace,
     part_name,
     plain,
@@ -95,6 +96,7 @@ class ShardFolder:
         except OSError as error:
             raise UserError(f"cannot write to {os.path.dirname(self.workspace)}: {error.strerror}") from error
         try:
+            restore(self.workspace)
             if self.remote is None:
                 restore(self.out)
             self.finished = self._find_finished()
@@ -119,8 +121,8 @@ class ShardFolder:
             kept = f"{len(complete)} finished part(s) are kept in {self.remote or self.workspace}"
         if kept and error is not None:
             shutil.rmtree(os.path.join(self.workspace, UNFINISHED), ignore_errors=True)
-        else:
-            shutil.rmtree(self.workspace, ignore_errors=True)
+        elif is_workspace(self.workspace):
+            remove(self.workspace)
         self._unlock()
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise UserError(

@@ -12,15 +12,15 @@ says of the plan counts: the folder may have been removed there, or started over
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from electra_composer.atomic_files import write_file
+from electra_composer.atomic_files import remove, write_file
 from electra_composer.errors import UserError
 from electra_composer.storage.remotes import RemoteFolder, upload
 
@@ -39,13 +39,15 @@ def open_workspace(
         restart: remove it even if its plan is the same.
 
     Raises:
-        UserError: the workspace holds parts of another plan.
+        UserError: the workspace holds parts of another plan, or something that no conversion has written.
     """
     plan_file = os.path.join(workspace, PLAN)
     ours = plain(plan)
     has_plan = plan is not None and not restart and _has_plan(workspace, remote)
     if not has_plan or (remote is None and has_moved(workspace, remote)):
-        shutil.rmtree(workspace, ignore_errors=True)
+        if os.path.lexists(workspace) and not is_workspace(workspace):
+            raise UserError(f"{workspace} exists, and is not of a conversion (no {PLAN}): move it, or choose another --out")
+        remove(workspace)
         write_json(plan_file, ours)
         if remote is not None:
             upload(workspace, remote, PLAN)
@@ -73,6 +75,14 @@ def open_workspace(
     return records
 
 
+def is_workspace(path: str) -> bool:
+    """Return whether a conversion has created this folder, so that it may be removed: its first file is the plan."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        return False
+    names = os.listdir(path)
+    return PLAN in names or all(PLAN in name for name in names)  # killed while the plan was written
+
+
 def record_files(workspace: str) -> list[Path]:
     """List the records of all complete parts, including those written by processes that were killed since."""
     return sorted(Path(workspace, RECORDS).glob("[0-9]*.json"))
@@ -90,10 +100,10 @@ def _has_plan(workspace: str, remote: str | None) -> bool:
     if remote is None:
         return was_here
     folder = RemoteFolder(remote)
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)  # a file that exists is not fetched
-    if not folder.fetch(PLAN, workspace):
-        return False
+    with tempfile.TemporaryDirectory() as scratch:
+        if not folder.fetch(PLAN, scratch):
+            return False
+        write_file(path, Path(scratch, PLAN).read_bytes())
     if was_here:
         return True
     number = misses = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import threading
 from functools import partial
 from pathlib import Path
@@ -60,35 +61,47 @@ def options(tmp_path, monkeypatch):
     return make
 
 
-original_uploader = CloudUploader.get
-
-
 class FolderStore:
-    """Object store in a folder: a file appears in one step, and none is renamed or removed."""
+    """Object store in a folder: an object appears in one step, and none is renamed or removed.
 
-    def __init__(self, folder):
-        self.folder = folder
+    Args:
+        folder: of the objects; `inside` is a folder around it, outside of which no local file may be.
+    """
+
+    def __init__(self, folder, inside):
+        self.folder, self.inside = folder.resolve(), inside.resolve()
+        assert self.folder.is_relative_to(self.inside)
 
     def path(self, url):
-        return url.replace("s3:/", str(self.folder))
+        assert url.startswith("s3://bucket/"), url
+        path = self.folder / url.removeprefix("s3://")
+        assert path.resolve().is_relative_to(self.folder / "bucket"), url
+        return path
+
+    def local(self, name):
+        path = Path(name).resolve()
+        assert path.is_relative_to(self.inside), name
+        assert path != self.inside, name
+        return path
 
     def uploader(self, out, keep_local=False, *arguments, **options):
-        if isinstance(out, str):  # a local folder
-            return original_uploader(out, keep_local, *arguments, **options)
-        store, (local_folder, remote) = self, out
-        # MDSWriter removes the local folder when it has uploaded everything.
-        assert Path(local_folder).resolve().is_relative_to(store.folder.parent.parent.resolve()), local_folder
+        """Take the place of CloudUploader.get. MDSWriter removes the local folder when everything is uploaded."""
+        if isinstance(out, str):
+            assert ":" not in out
+            return LocalUploader(str(self.local(out)), keep_local, *arguments, **options)
+        local, remote, store = self.local(out[0]), out[1], self
+        store.path(remote)
 
         class Uploader(LocalUploader):
             def upload_file(self, filename):
-                local, target = os.path.join(self.local, filename), os.path.join(store.path(remote), filename)
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                sent = store.folder.parent.with_name(f"sent-{threading.get_ident()}")
-                shutil.copy(local, sent)
+                target = store.path(f"{remote}/{filename}")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                sent = store.inside / f"sent-{threading.get_ident()}"
+                shutil.copy(local / filename, sent)
                 os.replace(sent, target)
-                self.clear_local(local=local)
+                self.clear_local(local=str(store.local(local / filename)))
 
-        uploader = Uploader(local_folder, exist_ok=True, keep_local=keep_local)
+        uploader = Uploader(str(local), keep_local, exist_ok=True)
         uploader.remote = remote
         return uploader
 
@@ -96,14 +109,16 @@ class FolderStore:
         return self
 
     def download(self, remote, local, timeout):
-        shutil.copy(self.path(remote), local)
+        shutil.copy(self.path(remote), self.local(local))
 
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """Use a FolderStore in `tmp_path / "folder"` for `s3://`, and keep the workspace there."""
-    folder = tmp_path / "folder"
-    made = FolderStore(folder / "store")
+    """Use a FolderStore in `tmp_path / "folder"` for `s3://`, and keep all local files in `tmp_path` too."""
+    folder, scratch = tmp_path / "folder", tmp_path / "scratch"
+    scratch.mkdir()
+    made = FolderStore(folder / "store", inside=tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     monkeypatch.setattr(CloudUploader, "get", made.uploader)
     monkeypatch.setattr(CloudDownloader, "get", made.downloader)
     monkeypatch.setattr(folder_writer, "workspace_of", lambda remote: str(folder / "work"))
@@ -138,7 +153,7 @@ def test_a_killed_conversion_into_an_object_store(options, store, tmp_path):
     def tree(folder):  # records, which are for another machine to resume, may be missing after the end
         return {name: content for name, content in tree_of(folder).items() if "/records" not in name}
 
-    calls = interrupt_everywhere(tmp_path, lambda folder: convert(options("s3://bucket/out")), tree=tree)
+    calls = interrupt_everywhere(tmp_path, lambda folder: convert(options("s3://bucket/out", "a")), tree=tree)
     assert sum(call.startswith("before replace store/bucket/out") for call in calls) > 8
 
 
