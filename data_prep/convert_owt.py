@@ -23,6 +23,7 @@ from typing import Any
 
 from streaming.base.util import bytes_to_int
 
+from electra_composer.atomic_files import write_file
 from electra_composer.corpus.conversion import convert
 from electra_composer.corpus.dry_run import DryRun, dry_run
 from electra_composer.corpus.options import TRAIN, Conversion
@@ -247,8 +248,7 @@ def main(argv: list[str] | None = None) -> Summary | DryRun:
     summary = convert(conversion)
     report(conversion, summary)
     if json_file is not None:
-        with open(json_file, "w", encoding="utf-8") as file:
-            json.dump(summary.to_dict(), file, indent=2)
+        write_file(json_file, json.dumps(summary.to_dict(), indent=2))
     return summary
 
 

@@ -76,6 +76,10 @@ def test_a_pretraining_run_resumes_and_exports() -> None:
     export.main(["run", "exported"])
     files, expected_files = files_in("exported"), files_in("export")
     assert files.keys() == expected_files.keys()
+    for network in ("discriminator", "generator"):  # since then, the tokenizer has the model's length
+        name = f"{network}/tokenizer_config.json"
+        changed, former = json.loads(files.pop(name)), json.loads(expected_files.pop(name))
+        assert changed == {**former, "model_max_length": 32}
     if exact:
         assert found == expected
         assert files == expected_files

@@ -46,7 +46,9 @@ def open_workspace(
     has_plan = plan is not None and not restart and _has_plan(workspace, remote)
     if not has_plan or (remote is None and has_moved(workspace, remote)):
         if os.path.lexists(workspace) and not is_workspace(workspace):
-            raise UserError(f"{workspace} exists, and is not of a conversion (no {PLAN}): move it, or choose another --out")
+            raise UserError(
+                f"{workspace} exists, and is not of a conversion (no {PLAN}): move it, or choose another --out"
+            )
         remove(workspace)
         write_json(plan_file, ours)
         if remote is not None:
