@@ -18,7 +18,7 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import BinaryIO
 
 UNFINISHED, REPLACED, REMOVED = PREFIXES = (".unfinished-", ".replaced-", ".removed-")
@@ -45,7 +45,7 @@ def replaced_file(path: str) -> Iterator[BinaryIO]:
     path = os.path.realpath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     unfinished = with_prefix(path, UNFINISHED)
-    with _alone(unfinished, lambda: os.open(unfinished, os.O_RDWR | os.O_CREAT, 0o666)) as descriptor:
+    with locked(unfinished, os.O_RDWR | os.O_CREAT) as descriptor:
         try:
             os.ftruncate(descriptor, 0)
             with os.fdopen(descriptor, "w+b", closefd=False) as file:
@@ -53,7 +53,7 @@ def replaced_file(path: str) -> Iterator[BinaryIO]:
             os.fsync(descriptor)  # otherwise a power failure could leave an empty file under the final name
             os.replace(unfinished, path)
         except BaseException:
-            with contextlib.suppress(OSError):
+            if _is_at(descriptor, unfinished):
                 os.remove(unfinished)
             raise
 
@@ -69,7 +69,7 @@ def replaced_folder(path: str, replace: bool = True) -> Iterator[str]:
     """Yield the path of an empty folder, which is moved to `path` when the block ends; an error leaves the former one.
 
     Args:
-        path: of the folder. Other processes that write it wait.
+        path: of the folder. Other processes that write a folder beside it wait.
         replace: replace a folder that exists.
 
     Raises:
@@ -78,23 +78,19 @@ def replaced_folder(path: str, replace: bool = True) -> Iterator[str]:
     """
     path = os.path.realpath(path)
     unfinished = with_prefix(path, UNFINISHED)
-
-    def create() -> int:
-        os.makedirs(unfinished, exist_ok=True)
-        return os.open(unfinished, os.O_RDONLY)
-
-    with _alone(unfinished, create) as descriptor:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with locked(os.path.dirname(path)):
+        restore(path)
+        if os.path.lexists(path) and not (replace and os.path.isdir(path)):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         try:
-            restore(path)
-            if os.path.lexists(path) and not (replace and os.path.isdir(path)):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-            for entry in os.scandir(unfinished):
-                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.remove(entry.path)
+            remove(unfinished)
+            os.mkdir(unfinished)
             yield unfinished
             _apply_umask(unfinished)
             move_into_place(unfinished, path)
         except BaseException:
-            if _is_at(descriptor, unfinished):
+            with contextlib.suppress(OSError):
                 remove(unfinished)
             raise
 
@@ -183,23 +179,23 @@ def _without_prefix(path: str) -> str:
 
 
 @contextlib.contextmanager
-def _alone(path: str, create: Callable[[], int]) -> Iterator[int]:
-    """Yield a descriptor of `path` while no other process or thread has it locked; a lock ends with its process.
+def locked(path: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Yield a descriptor of a file or folder while no other process or thread has it locked by this function.
 
     Args:
-        create: opens `path`, and creates it if it does not exist.
+        flags: of `os.open`.
     """
     while True:
-        descriptor = create()
+        descriptor = os.open(path, flags, 0o666)
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if _is_at(descriptor, path):
             break
-        os.close(descriptor)  # the writer before has renamed it
+        os.close(descriptor)  # the process that had it locked has renamed it
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        os.close(descriptor)  # which unlocks; so does the end of the process
 
 
 def _is_at(descriptor: int, path: str) -> bool:

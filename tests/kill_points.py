@@ -116,7 +116,7 @@ def _refuse_outside(tmp_path: Path) -> None:
     os.makedirs(tempfile.tempdir, exist_ok=True)
 
 
-def _in_child(tmp_path: Path, work: Callable[[], object]) -> None:
+def in_child(tmp_path: Path, work: Callable[[], object]) -> None:
     """Run a function in a forked process; raise an AssertionError with its traceback if it fails.
 
     The process cannot remove what is not in `tmp_path`.
@@ -168,7 +168,7 @@ def interrupt_everywhere(
         Recorder(folder, copies)
         operate(folder)
 
-    _in_child(tmp_path, record)
+    in_child(tmp_path, record)
     expected = tree(folder)
     calls = [(copies / f"{number}.txt").read_text() for number in range(len(list(copies.glob("*.txt"))))]
 
@@ -195,7 +195,7 @@ def interrupt_everywhere(
         assert found.keys() == expected.keys(), f"{what}: {sorted(found)}, not {sorted(expected)}"
         assert found == expected, f"{what}: {[name for name in expected if found[name] != expected[name]]} differ"
 
-    _in_child(tmp_path, repeat)
+    in_child(tmp_path, repeat)
     return calls
 
 

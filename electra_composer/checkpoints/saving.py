@@ -128,6 +128,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
                     remove(self.latest_filename.format(state))
                 for saved in checkpoints_in(folder, re.escape(self.kind)):
                     remove(saved.path)
+            self._remove_old(folder, state.timestamp.batch.value)  # a kill may have come before it
         dist.barrier()
 
     def save(self, state: State, logger: Logger) -> str:

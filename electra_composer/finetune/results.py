@@ -7,16 +7,14 @@ by 100.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from electra_composer.atomic_files import write_file
+from electra_composer.atomic_files import locked, write_file
 from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import to_dict
@@ -191,7 +189,7 @@ def write_reports(store: RunStore, group: str, path: str, settings: dict[str, An
     try:
         os.makedirs(folder, exist_ok=True)
         # Locked from reading the record to the last replacement; otherwise another process could restore older files.
-        with _locked(folder):
+        with locked(folder):
             every = store.runs()
             runs = [run for run in every if run["group"] == group]
             others = [run for run in every if run["group"] != group]
@@ -259,13 +257,3 @@ def _all_versions(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
         for package, number in run.get("versions", {}).items():
             found.setdefault(package, set()).add(str(number))
     return {package: sorted(numbers) for package, numbers in found.items()}
-
-
-@contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
