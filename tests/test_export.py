@@ -159,7 +159,7 @@ def test_an_export_that_does_not_fit(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint()
     before = sorted(os.listdir(tmp_path))
     for size in (500, 20_000):  # the configuration, the weights
-        with largest_file(size), pytest.raises(UserError, match="cannot write the export to .*nothing was kept"):
+        with largest_file(size), pytest.raises(UserError, match=r"cannot write the export to .*nothing was kept"):
             export(checkpoint, str(tmp_path / "export"))
         assert sorted(os.listdir(tmp_path)) == before
 
