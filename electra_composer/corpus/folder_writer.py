@@ -82,10 +82,15 @@ class ShardFolder:
         self._overwrite, self._compression, self._restart = overwrite, compression, restart
         self._plan = None if plan is None else plain(plan)
         self._part: PartWriter | None = None
+        self._created: list[str] = []  # folders around `out`, inner ones first
         # The workers of a killed conversion hold the lock for a moment longer.
         self._lock = FileLock(f"{self.workspace}.lock", timeout=3)
 
     def __enter__(self) -> ShardFolder:
+        folder = os.path.dirname(self.workspace)
+        while not os.path.isdir(folder):
+            self._created.append(folder)
+            folder = os.path.dirname(folder)
         try:
             os.makedirs(os.path.dirname(self.workspace), exist_ok=True)
             self._lock.acquire()
@@ -136,6 +141,9 @@ class ShardFolder:
         self._lock.release()
         with contextlib.suppress(OSError):
             os.remove(self._lock.lock_file)
+        with contextlib.suppress(OSError):  # not empty
+            for folder in self._created:
+                os.rmdir(folder)
 
     def _find_finished(self) -> Finished | None:
         """Return :attr:`finished`; with `overwrite`, only if an interrupted conversion has finished it.
