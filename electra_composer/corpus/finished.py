@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from electra_composer.corpus.workspace import INDEX, PLAN
+from electra_composer.corpus.workspace import INDEX, PLAN, has_moved
 from electra_composer.errors import UserError
 from electra_composer.storage.remotes import RemoteFolder
 from electra_composer.storage.shard_folder import META, Meta
@@ -24,9 +24,38 @@ class Finished(NamedTuple):
     bytes: int  # of the shards
 
 
-def exists(out: str, remote: str | None) -> bool:
-    """Return whether there is anything at `out`, or a complete folder in an object store."""
-    return os.path.lexists(out) if remote is None else RemoteFolder(remote).has(META)
+def check_output(
+    out: str, remote: str | None, overwrite: bool, plan: dict[str, Any] | None, workspace: str
+) -> Finished | None:
+    """Describe what a conversion with this plan has written to `out`; None if `out` is to be written.
+
+    With `overwrite`, what is complete is written again, unless an interrupted conversion has only to be cleaned up.
+
+    Args:
+        out, remote: the output folder, and its URL in an object store.
+        plan: of the conversion; None: it cannot be recognized.
+        workspace: of the conversion.
+
+    Raises:
+        UserError: `out` exists, and may not be replaced; a shard in it is missing.
+    """
+    exists = os.path.lexists(out) if remote is None else RemoteFolder(remote).has(META)
+    if not exists:
+        return None
+    if not overwrite or has_moved(workspace, remote):
+        finished = find_finished(out, remote, plan)
+        if finished is not None:
+            return finished
+    if remote is not None:
+        raise UserError(
+            f"{out} exists already; choose another --out, or remove it first: a folder in an object store cannot be "
+            "replaced atomically"
+        )
+    if not overwrite:
+        raise UserError(f"{out} exists already; choose another --out, or pass --overwrite to replace it")
+    if not os.path.isfile(os.path.join(out, META)):
+        raise UserError(f"{out} is not a folder of shards (no {META}), so --overwrite does not replace it")
+    return None
 
 
 def find_finished(out: str, remote: str | None, plan: dict[str, Any] | None) -> Finished | None:

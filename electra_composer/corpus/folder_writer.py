@@ -16,14 +16,13 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.atomic_files import move_into_place, remove, restore, write_file
-from electra_composer.corpus.finished import FORMS, Finished, check_shards, exists, find_finished, shard_bytes
+from electra_composer.corpus.finished import FORMS, Finished, check_output, check_shards, shard_bytes
 from electra_composer.corpus.part_writer import PartWriter, Place
 from electra_composer.corpus.workspace import (
     INDEX,
     PLAN,
     UNFINISHED,
     WHOLE,
-    has_moved,
     is_workspace,
     open_workspace,
     part_name,
@@ -104,7 +103,7 @@ class ShardFolder:
             restore(self.workspace)
             if self.remote is None:
                 restore(self.out)
-            self.finished = self._find_finished()
+            self.finished = check_output(self.out, self.remote, self._overwrite, self._plan, self.workspace)
             if self.finished is None:
                 self.records = open_workspace(self.workspace, self.remote, self._plan, self._restart)
         except OSError as error:
@@ -144,29 +143,6 @@ class ShardFolder:
         with contextlib.suppress(OSError):  # not empty
             for folder in self._created:
                 os.rmdir(folder)
-
-    def _find_finished(self) -> Finished | None:
-        """Return :attr:`finished`; with `overwrite`, only if an interrupted conversion has finished it.
-
-        Raises:
-            UserError: `out` exists, and may not be replaced.
-        """
-        if not exists(self.out, self.remote):
-            return None
-        if not self._overwrite or has_moved(self.workspace, self.remote):
-            finished = find_finished(self.out, self.remote, self._plan)
-            if finished is not None:
-                return finished
-        if self.remote is not None:
-            raise UserError(
-                f"{self.out} exists already; choose another --out, or remove it first: a folder in an object store "
-                "cannot be replaced atomically"
-            )
-        if not self._overwrite:
-            raise UserError(f"{self.out} exists already; choose another --out, or pass --overwrite to replace it")
-        if not os.path.isfile(os.path.join(self.out, META)):
-            raise UserError(f"{self.out} is not a folder of shards (no {META}), so --overwrite does not replace it")
-        return None
 
     def forget(self) -> None:
         """Remove everything when the block is left, complete parts included."""
