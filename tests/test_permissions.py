@@ -25,8 +25,9 @@ WRITTEN = {
 
 def write_everything(folder):
     """Convert, pretrain, export and finetune in `folder`."""
-    convert([f"--source={folder}/texts.txt", f"--out={folder}/written/shards", "--tokenizer=train", "--vocab-size=60",
-             "--max-seq-length=32", "--val-fraction=0.2", "--no-progress", f"--json={folder}/written/summary.json"])  # fmt: skip
+    texts = [f"--source={folder}/texts.txt", "--tokenizer=train", "--vocab-size=60", "--max-seq-length=32"]
+    out = [f"--out={folder}/written/shards", f"--json={folder}/written/summary.json", "--no-progress"]
+    convert([*texts, *out, "--val-fraction=0.2"])
     shards, run = f"{folder}/written/shards", f"{folder}/written/run"
     (folder / "tiny.yaml").write_text(TINY_YAML.replace("SHARDS", shards).replace("FOLDER", run))
     short = ["trainer.max_duration=1ba", "schedule.warmup=0ba", "trainer.eval_interval=1ba", "checkpoints.interval=1ba"]

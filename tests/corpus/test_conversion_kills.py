@@ -180,6 +180,9 @@ def test_what_is_done_is_not_done_again(options, left_over, tmp_path, monkeypatc
     (tmp_path / "out/train/00000/shard.00000.mds").unlink()
     with pytest.raises(UserError, match=r"train/00000/shard.00000.mds is missing; pass --overwrite"):
         convert(options(tmp_path / "out"))
+    (tmp_path / "out/plan.json").unlink()  # as of an earlier version
+    with pytest.raises(UserError, match=r"exists already; choose another --out, or pass --overwrite"):
+        convert(options(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
