@@ -102,12 +102,14 @@ def move_into_place(unfinished: str, path: str) -> None:
             sync(os.path.join(folder, name))
     sync(unfinished)
     replaced = with_prefix(path, REPLACED)
-    if os.path.isdir(path):  # no rename replaces a folder; `restore` undoes the first of these two
+    if os.path.isdir(path):  # no rename replaces a folder
         remove(replaced)
         os.rename(path, replaced)
-    os.rename(unfinished, path)
-    sync(os.path.dirname(path))
-    remove(replaced)
+    try:
+        os.rename(unfinished, path)
+        sync(os.path.dirname(path))
+    finally:
+        restore(path)
 
 
 def replace_link(link: str, path: str) -> None:

@@ -87,7 +87,13 @@ def test_a_killed_change_leaves_a_link(tmp_path):
     interrupt_everywhere(tmp_path, operate, prepare, intact=intact)
 
 
-def test_an_error_leaves_what_was_there(tmp_path):
+def fail_to_rename_new_folders(source, target, rename=os.rename):
+    if os.path.basename(source) == ".unfinished-out" and os.path.basename(target) == "out":
+        raise PermissionError
+    rename(source, target)
+
+
+def test_an_error_leaves_what_was_there(tmp_path, monkeypatch):
     write_file(str(tmp_path / "file"), "former")
     (tmp_path / "out").mkdir()
     fill(tmp_path / "out", "former")
@@ -96,6 +102,10 @@ def test_an_error_leaves_what_was_there(tmp_path):
         file.writelines([b"half", None])
     with pytest.raises(TypeError), replaced_folder(str(tmp_path / "out")) as folder:
         fill(folder, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail_to_rename_new_folders)
+        with pytest.raises(PermissionError), replaced_folder(str(tmp_path / "out")) as folder:
+            fill(folder, "new")
     with pytest.raises(FileExistsError), replaced_folder(str(tmp_path / "out"), replace=False):
         pass
     with pytest.raises(FileExistsError), replaced_folder(str(tmp_path / "file")):
