@@ -141,4 +141,4 @@ EXTRA: dict[str, type[Callback]] = {"record": Record, "signal_at": SignalAt, "lo
 
 if __name__ == "__main__":
     CALLBACKS.update(EXTRA)
-    report_user_errors(main)(load_config_from_command_line(PretrainConfig, "recorded_run.py YAML [key=value …]"))
+    report_user_errors(main)(load_config_from_command_line(PretrainConfig, "recorded_run.py YAML [key=value …]")[0])

@@ -216,6 +216,7 @@ class TrainerSteps:
             meta,
             config.seed,
             batch_transforms=self.model.count_batch,
+            pin_memory=trainer.device == "gpu",
         )
         evaluation = build_data_spec(config.data, "eval", trainer.device_eval_batch_size, meta, config.seed)
         assert trainer.max_duration is not None  # read_config sets it

@@ -44,7 +44,8 @@ class Workload:
     def batches(self, config: PretrainConfig, count: int) -> list[dict[str, torch.Tensor]]:
         """Read the first `count` batches of the training split in order, on the CPU, by the package's loader."""
         shards = ShardsConfig(str(self.folder), config.data.max_seq_length, num_workers=0, shuffle=False)
-        loader = build_data_spec(shards, "train", config.trainer.global_train_batch_size, self.meta, config.seed)
+        rows, pin_memory = config.trainer.global_train_batch_size, config.trainer.device == "gpu"
+        loader = build_data_spec(shards, "train", rows, self.meta, config.seed, pin_memory=pin_memory)
         return [batch for batch, _ in zip(loader.dataloader, range(count), strict=False)]
 
 

@@ -12,33 +12,39 @@ If a conversion is interrupted, rerun the same command to resume it.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from streaming.base.util import bytes_to_int
-
+from electra_composer.arguments import ArgumentParser, number_of
 from electra_composer.atomic_files import write_file
 from electra_composer.corpus.conversion import convert
 from electra_composer.corpus.dry_run import DryRun, dry_run
 from electra_composer.corpus.options import TRAIN, Conversion
-from electra_composer.corpus.sources import DOCSTRINGS, HUB, Source, Sources, read_mixture
+from electra_composer.corpus.sources import DOCSTRINGS, HUB, USED_BY, Source, Sources, read_mixture
 from electra_composer.corpus.summary import Summary
 from electra_composer.errors import UserError, report_user_errors
+from electra_composer.next_steps import describe_end, pretrain, preview
+from electra_composer.signals import unwind
+from electra_composer.storage.remotes import is_remote
 
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # according to its authors
-MUCH_DROPPED = 0.25  # fraction of tokens above which a warning is printed
+MUCH_DROPPED = 0.05  # fraction of tokens above which a warning is printed
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, bool]:
     """Return the conversion, the file of --json, and whether this is a --dry-run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {**vars(Source()), **vars(Sources()), **vars(Conversion()), "weight": None, "workers": _cpus()}
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = {**vars(Source()), **vars(Sources()), **vars(Conversion()), "weight": None, "workers": None}
     parser.set_defaults(**defaults)
     _add_source_options(parser.add_argument_group("sources").add_argument)
     _add_filter_options(parser.add_argument_group("filters and limits").add_argument)
@@ -49,8 +55,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, boo
     conversion = Conversion(
         sources=Sources(_sources(options), **_values(options, Sources, "sources")),
         progress=not options.no_progress,
-        **_values(options, Conversion, "sources", "progress"),
+        workers=options.workers or _cpus(),
+        **_values(options, Conversion, "sources", "progress", "workers"),
     )
+    if options.workers and options.engine == "spark" and not options.dry_run:
+        raise UserError("--workers has no effect with --engine spark; the number of processes is that of the cluster")
     return conversion, options.json, options.dry_run
 
 
@@ -65,7 +74,7 @@ def _add_source_options(add: Callable[..., object]) -> None:
         "how often each document of a --source is taken: 2 twice, 0.5 every second one on average; if given, once for "
         "each --source, in the same order (default: 1)"
     )
-    add("--weight", action="append", type=float, metavar="W", help=text)
+    add("--weight", action="append", type=number_of(Source, "weight"), metavar="W", help=text)
     text = (
         "file that lists the sources, instead of --source and --weight: a list under sources:, each with some of the "
         f"keys {', '.join(part.name for part in fields(Source))}"
@@ -73,7 +82,7 @@ def _add_source_options(add: Callable[..., object]) -> None:
     add("--mixture", metavar="YAML", help=text)
     text = "data set on the Hugging Face Hub; one with a loading script cannot be read (default: %(default)s)"
     add("--dataset", help=text)
-    add("--dataset-config", help="configuration of the data set, if it has several")
+    add("--dataset-config", dest="config", help="configuration of the data set, if it has several")
     text = "branch or commit of the data set; main: its original files (default: %(default)s, converted by the hub)"
     add("--revision", help=text)
     text = "column of the text in parquet, JSON Lines and data sets of the hub (default: %(default)s)"
@@ -84,7 +93,7 @@ def _add_source_options(add: Callable[..., object]) -> None:
 
 def _add_filter_options(add: Callable[..., object]) -> None:
     text = "leave out documents shorter than N characters (default: %(default)s)"
-    add("--min-characters", type=int, metavar="N", help=text)
+    add("--min-characters", type=number_of(Sources, "min_characters"), metavar="N", help=text)
     text = "leave out lines in which this regular expression matches; may be repeated"
     add("--drop-lines", action="append", metavar="REGEX", help=text)
     add("--deduplicate", action="store_true", help="leave out exact copies of earlier documents")
@@ -92,8 +101,9 @@ def _add_filter_options(add: Callable[..., object]) -> None:
     add("--normalize", choices=("NFC", "NFKC"), help=text)
     text = "leave out the rest of a truncated or corrupt file and report it at the end, instead of stopping"
     add("--skip-unreadable", action="store_true", help=text)
-    add("--max-documents", type=int, metavar="N", help="stop after N documents")
-    add("--max-bytes", type=_size, metavar="SIZE", help="stop after this much text, such as 50mb")
+    add("--max-documents", type=number_of(Sources, "max_documents"), metavar="N", help="stop after N documents")
+    text = "stop after this much text, such as 50mb"
+    add("--max-bytes", type=number_of(Sources, "max_bytes"), metavar="SIZE", help=text)
 
 
 def _add_output_options(add: Callable[..., object]) -> None:
@@ -107,7 +117,7 @@ def _add_output_options(add: Callable[..., object]) -> None:
     text = "replace an existing folder of shards once the new one is complete"
     add("--overwrite", action="store_true", help=text)
     add("--compression", help="compress the shards, for example with zstd or zstd:7 (default: none)")
-    add("--json", metavar="FILE", help="also write the summary to a JSON file")
+    add("--json", metavar="FILE", help="also write the summary, or the estimate of --dry-run, to a JSON file")
 
 
 def _add_example_options(add: Callable[..., object]) -> None:
@@ -116,12 +126,14 @@ def _add_example_options(add: Callable[..., object]) -> None:
         f"{TRAIN}: train a WordPiece vocabulary on the sources (default: %(default)s)"
     )
     add("--tokenizer", help=text)
-    add("--vocab-size", type=int, help="number of entries of a vocabulary to train (default: %(default)s)")
+    text = "number of entries of a vocabulary to train (default: %(default)s)"
+    add("--vocab-size", type=number_of(Conversion, "vocab_size"), metavar="N", help=text)
     text = f"keep upper case and accents; for a vocab.txt or --tokenizer {TRAIN}"
     add("--cased", action="store_true", help=text)
     text = f"convert to lower case, but keep accents; for a vocab.txt or --tokenizer {TRAIN}"
     add("--keep-accents", action="store_true", help=text)
-    add("--max-seq-length", type=int, help="maximum number of tokens in a row (default: %(default)s)")
+    text = "maximum number of tokens in a row (default: %(default)s)"
+    add("--max-seq-length", type=number_of(Conversion, "max_seq_length"), metavar="N", help=text)
     text = "fill each row with as many examples as fit, or write one example per row (default: %(default)s)"
     add("--packing", choices=("packed", "one"), help=text)
     text = (
@@ -134,15 +146,20 @@ def _add_example_options(add: Callable[..., object]) -> None:
         "them (default: %(default)s)"
     )
     add("--overflow", choices=("cut", "carry"), help=text)
-    add("--val-fraction", type=float, help="fraction of the documents for the validation split (default: %(default)s)")
-    add("--seed", type=int, help="seed of examples and split (default: %(default)s)")
+    text = (
+        "fraction of the documents for the validation split, which gets at least one document; 0: no such split "
+        "(default: %(default)s)"
+    )
+    add("--val-fraction", type=number_of(Conversion, "val_fraction"), metavar="F", help=text)
+    text = "seed of examples and split (default: %(default)s)"
+    add("--seed", type=number_of(Conversion, "seed"), metavar="N", help=text)
 
 
 def _add_execution_options(add: Callable[..., object]) -> None:
     text = (
-        "number of processes; the output does not depend on it (default: number of CPUs, at most 16; here %(default)s)"
+        f"number of processes; the output does not depend on it (default: number of CPUs, at most 16; here {_cpus()})"
     )
-    add("--workers", type=int, help=text)
+    add("--workers", type=number_of(Conversion, "workers"), metavar="N", help=text)
     text = "local processes or Apache Spark; the output is the same (default: %(default)s)"
     add("--engine", choices=("local", "spark"), help=text)
     text = "Spark master, such as local[2] or spark://host:7077 (default: that of spark-submit)"
@@ -158,39 +175,35 @@ def _sources(options: argparse.Namespace) -> list[Source]:
     """Return the sources of --mixture, or of --source and --weight.
 
     Raises:
-        UserError: both are given, or the numbers of sources and weights differ.
+        UserError: both are given, or the numbers of sources and weights differ; an option is for none of the sources.
     """
+    values = _values(options, Source, "path", "name", "weight")
+    given = {name: value for name, value in values.items() if value != getattr(Source(), name)}
+    options_of = {name: "--dataset-config" if name == "config" else f"--{name.replace('_', '-')}" for name in given}
     if options.mixture is not None:
         if options.source or options.weight:
             raise UserError("--mixture cannot be combined with --source and --weight; put the sources into its file")
+        if given:
+            option = next(iter(options_of.values()))
+            raise UserError(f"{option} has no effect with --mixture; put it into its file, as a key of a source")
         return read_mixture(options.mixture)
     paths = options.source or [HUB]
     weights = options.weight or [1.0] * len(paths)
     if len(weights) != len(paths):
         raise UserError(f"--weight was given {len(weights)} times for {len(paths)} sources; expected one for each")
-    return [
-        Source(
-            path,
-            weight=weight,
-            text_column=options.text_column,
-            txt_documents=options.txt_documents,
-            dataset=options.dataset,
-            config=options.dataset_config,
-            revision=options.revision,
-        )
-        for path, weight in zip(paths, weights, strict=True)
-    ]
+    sources = [Source(path, weight=weight) for path, weight in zip(paths, weights, strict=True)]
+    for name, value in given.items():
+        kinds, words = USED_BY[name]
+        users = [source for source in sources if source.kinds & kinds]
+        if not users:
+            raise UserError(f"{options_of[name]} {value} has no effect on {Sources(sources)}; it is for {words}")
+        for source in users:
+            setattr(source, name, value)
+    return sources
 
 
 def _cpus() -> int:
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def _size(text: str) -> int:
-    try:
-        return bytes_to_int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected for example 50mb") from error
 
 
 def _warn(text: str) -> None:
@@ -218,9 +231,11 @@ def report(conversion: Conversion, summary: Summary) -> None:
     }
     if any(left_out.values()):
         print("left out: " + ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count))
-    for name, counts in summary.splits.items():
-        if not counts.rows:
-            _warn(f"the {name} split is empty; choose another --val-fraction or --seed")
+    if summary.filled_split is not None:
+        _warn(
+            f"--val-fraction {conversion.val_fraction} of {summary.total.documents:,} documents leaves the "
+            f"{summary.filled_split} split empty; it got one document"
+        )
     sources = conversion.sources
     unlimited = sources.max_documents is None and sources.max_bytes is None
     documents = summary.total.documents
@@ -231,6 +246,34 @@ def report(conversion: Conversion, summary: Summary) -> None:
         )
 
 
+def describe_shards(summary: Summary) -> str:
+    """Describe where the shards are, and the commands that come next."""
+    out, stored = summary.out, is_remote(summary.out)
+    return describe_end(
+        {"shards": out},
+        {
+            "look at them": None if stored else preview(out),
+            "pretrain on them": pretrain(out, summary.max_seq_length, stored),
+        },
+    )
+
+
+def _check_json_file(path: str) -> None:
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise UserError(f"--json {path}: no such folder; create it, or choose another file")
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(f"--json {path}: cannot be written; choose another file")
+
+
+def _write_json(path: str, result: Summary | DryRun) -> None:
+    try:
+        write_file(path, json.dumps(result.to_dict(), indent=2))
+    except OSError as error:
+        written = f"; the shards in {result.out} are complete" if isinstance(result, Summary) else ""
+        raise UserError(f"--json {path}: {error.strerror}{written}") from error
+
+
 @report_user_errors
 def main(argv: list[str] | None = None) -> Summary | DryRun:
     """Run the command line: convert, print the summary and return it.
@@ -239,23 +282,19 @@ def main(argv: list[str] | None = None) -> Summary | DryRun:
         SystemExit: with code 2 after a one-line message about a user error.
     """
     conversion, json_file, only_estimate = parse_arguments(argv)
-    if only_estimate:
-        estimate = dry_run(conversion)
-        print(estimate)
-        return estimate
-    if json_file is not None and not os.path.isdir(os.path.dirname(os.path.abspath(json_file))):
-        raise UserError(f"--json {json_file}: no such folder; create it, or choose another file")
-    summary = convert(conversion)
-    report(conversion, summary)
     if json_file is not None:
-        write_file(json_file, json.dumps(summary.to_dict(), indent=2))
-    return summary
+        _check_json_file(json_file)
+    unwind()
+    result = dry_run(conversion) if only_estimate else convert(conversion)
+    if json_file is not None:
+        _write_json(json_file, result)
+    if isinstance(result, Summary):
+        report(conversion, result)
+        print(describe_shards(result))
+    else:
+        print(result)
+    return result
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raises, so that incomplete files are removed
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    main()

@@ -5,15 +5,31 @@ by pretraining and GLUE. Sizes that follow from others (generator widths, feed-f
 are derived and have no key. :mod:`electra_composer.config_loading` reads a file into a checked configuration.
 
 A Composer time is a string such as `10000ba` (batches), `1ep` (epochs), `5e9tok` (tokens), `1000sp` (samples) or
-`0.1dur` (fraction of training).
+`0.1dur` (fraction of training). The range of a number or a time is part of its type (:mod:`electra_composer.ranges`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from omegaconf import MISSING
+
+from electra_composer.ranges import BYTES, DURATION, ROWS, Length, Range, TimeRange
+
+# Types that several keys share. Seeds leave room below 2**32, the limit of NumPy, for ranks and epochs added to them.
+Seed = Annotated[int, Range(ge=0, le=2**31 - 1)]
+Width = Annotated[int, Range(ge=1, le=65536)]
+Layers = Annotated[int, Range(ge=1, le=256)]
+BatchSize = Annotated[int, Range(ge=1, le=1_000_000)]
+Dropout = Annotated[float, Range(ge=0, lt=1)]
+Smoothing = Annotated[float, Range(ge=0, le=1)]
+LossWeight = Annotated[float, Range(ge=0, le=1e6)]
+LearningRate = Annotated[float, Range(gt=0, le=10)]
+Betas = Annotated[list[Annotated[float, Range(ge=0, lt=1)]], Length(2, 2)]
+LayerwiseDecay = Annotated[float, Range(gt=0, le=1, null="none")]
+Interval = Annotated[str, TimeRange()]
+Phase = Annotated[str, TimeRange(positive=False)]
 
 
 @dataclass
@@ -21,10 +37,11 @@ class DataConfig:
     """Location of the data and settings of the loader."""
 
     path: str = MISSING  # pretraining: the folder written by convert_owt.py; GLUE: the folder of TSV files, or "hub"
-    max_seq_length: int = MISSING  # tokens per row; in pretraining it must equal the length of the shards
+    # tokens per row; in pretraining it must equal the length of the shards
+    max_seq_length: Annotated[int, Range(ge=5, le=65535)] = MISSING
     # loader processes per device; 0: load in the training process, between steps; auto: load in a thread of it, or in 2
     # processes if shards are compressed or remote
-    num_workers: Union[int, str] = "auto"  # noqa: UP007 (OmegaConf)
+    num_workers: Annotated[int, Range(ge=0, le=256)] | Literal["auto"] = "auto"
 
 
 @dataclass
@@ -36,9 +53,11 @@ class StreamConfig:
 
     path: str = MISSING  # folder of shards, or the local cache of `remote`
     remote: str | None = None  # URL of the shards, such as s3://bucket/owt
-    proportion: float | None = None  # weight relative to the other streams; all streams need one, the sum is free
-    repeat: float | None = None  # times each row is taken per epoch: 2 takes each twice, 0.5 takes half of them
-    choose: int | None = None  # number of rows per epoch
+    # weight relative to the other streams; all streams need one, the sum is free
+    proportion: Annotated[float, Range(gt=0, le=1e9)] | None = None
+    # times each row is taken per epoch: 2 takes each twice, 0.5 takes half of them
+    repeat: Annotated[float, Range(gt=0, le=1e6)] | None = None
+    choose: Annotated[int, Range(ge=1, le=10**12)] | None = None  # number of rows per epoch
 
 
 @dataclass
@@ -51,7 +70,8 @@ class ShardsConfig(DataConfig):
     # random: rows of any stream in a batch; stratified: the same number of each stream in every batch; per_stream: one
     # stream per batch
     batching_method: Literal["random", "stratified", "per_stream"] = "random"
-    epoch_size: Union[int, str, None] = None  # noqa: UP007 (OmegaConf); rows per epoch, such as 10m; null: all rows
+    # rows per epoch, such as 10m; null: all rows
+    epoch_size: Annotated[int | str, Range(ge=1, le=10**12, suffixes=ROWS, example="10m", null="all")] | None = None
     remote: str | None = None  # URL to download the shards from (s3://…); `path` is then the local cache
     tokenizer: str | None = None  # null: the tokenizer saved with the shards; any other must be the one that made them
     train_split: str = "train"
@@ -59,28 +79,31 @@ class ShardsConfig(DataConfig):
     shuffle: bool = True
     # Number of parts that the order of rows is divided into, each read by a group of nodes; null: the number of nodes
     # at the run's first start. The order is the same on any number of nodes that divides it or is a multiple of it.
-    num_canonical_nodes: int | None = None
-    predownload: int | None = None  # rows to fetch ahead of the reader from a remote; null: Streaming's default
-    cache_limit: str | None = None  # such as 50gb; beyond it the least recently used shards of remotes are deleted
-    download_attempts: int = 3  # per file of a remote, with growing pauses in between
-    download_timeout: float = 60.0  # seconds to wait for a shard
+    num_canonical_nodes: Annotated[int, Range(ge=1, le=65536)] | None = None
+    # rows to fetch ahead of the reader from a remote; null: Streaming's default
+    predownload: Annotated[int, Range(ge=0, le=10**9)] | None = None
+    # such as 50gb; beyond it the least recently used shards of remotes are deleted
+    cache_limit: Annotated[str, Range(ge=1, le=2**60, suffixes=BYTES, example="50gb", null="no limit")] | None = None
+    # per file of a remote, with growing pauses in between
+    download_attempts: Annotated[int, Range(ge=1, le=1000)] = 3
+    download_timeout: Annotated[float, Range(gt=0, le=86400)] = 60.0  # seconds to wait for a shard
 
 
 @dataclass
 class ModelConfig:
     """Sizes of the discriminator; the generator's follow from `generator_size` (paper, table 6 of appendix A)."""
 
-    num_layers: int = MISSING
-    hidden_size: int = MISSING
-    num_heads: int = MISSING
-    embedding_size: int = MISSING
-    generator_size: float = MISSING  # width of the generator as a fraction of the discriminator's
-    generator_layers: int | None = None  # null: as many as the discriminator
-    max_positions: int = 512  # size of the position embeddings; at least data.max_seq_length
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    initializer_range: float = 0.02  # standard deviation of the initial weights
-    layer_norm_eps: float = 1e-12
+    num_layers: Layers = MISSING
+    hidden_size: Width = MISSING
+    num_heads: Annotated[int, Range(ge=1, le=1024)] = MISSING
+    embedding_size: Width = MISSING
+    generator_size: Annotated[float, Range(gt=0, le=4)] = MISSING  # width of the generator / the discriminator's
+    generator_layers: Layers | None = None  # null: as many as the discriminator
+    max_positions: Annotated[int, Range(ge=1, le=65535)] = 512  # at least data.max_seq_length
+    dropout: Dropout = 0.1
+    attention_dropout: Dropout = 0.1
+    initializer_range: Annotated[float, Range(ge=1e-20, le=1)] = 0.02  # standard deviation of the initial weights
+    layer_norm_eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-12
     tie_embeddings: bool = True  # share token, position and type embeddings and their LayerNorm between both models
     tie_encoder: bool = False  # share the layers too ("all weights", paper section 3.2); needs generator_size 1.0
 
@@ -89,16 +112,16 @@ class ModelConfig:
 class ObjectiveConfig:
     """Replaced-token detection and the switches of its ablations."""
 
-    mask_prob: float = 0.15  # fraction of the tokens that is masked (0.25 for large)
+    mask_prob: Annotated[float, Range(gt=0, le=1)] = 0.15  # fraction of the tokens that is masked (0.25 for large)
     mask_style: Literal["electra", "bert"] = "electra"  # 85% [MASK], 15% kept; or 80% [MASK], 10% random, 10% kept
-    gen_weight: float = 1.0  # weight of the generator's MLM loss
-    disc_weight: float = 50.0  # weight of the discriminator's RTD loss
+    gen_weight: LossWeight = 1.0  # weight of the generator's MLM loss
+    disc_weight: LossWeight = 50.0  # weight of the discriminator's RTD loss
     sampling: Literal["gumbel", "inverse_cdf"] = "inverse_cdf"  # the same distribution; inverse_cdf needs less noise
-    temperature: float = 1.0  # divides the generator's logits before sampling
+    temperature: Annotated[float, Range(ge=0.01, le=1000)] = 1.0  # divides the generator's logits before sampling
     disallow_correct: bool = False  # never sample the original token
     masked_lm: Literal["auto", "chunked", "triton"] = "auto"  # implementation of loss and sample; auto: triton on CUDA
-    mlm_label_smoothing: float = 0.0
-    rtd_label_smoothing: float = 0.0
+    mlm_label_smoothing: Smoothing = 0.0
+    rtd_label_smoothing: Smoothing = 0.0
 
 
 @dataclass
@@ -106,12 +129,13 @@ class OptimizerConfig:
     """AdamW as ELECTRA uses it."""
 
     name: Literal["adamw"] = "adamw"
-    lr: float = MISSING  # peak learning rate
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-6
-    weight_decay: float = 0.01  # not applied to LayerNorm and biases
+    lr: LearningRate = MISSING  # peak learning rate
+    betas: Betas = field(default_factory=lambda: [0.9, 0.999])
+    eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-6
+    weight_decay: Annotated[float, Range(ge=0, le=10)] = 0.01  # not applied to LayerNorm and biases
     bias_correction: bool = False
-    layerwise_decay: float | None = None  # factor d on the learning rate per layer from the top down (finetuning)
+    # factor d on the learning rate per layer from the top down (finetuning)
+    layerwise_decay: LayerwiseDecay | None = None
     layerwise_variant: Literal["google", "paper"] = "google"  # last layer at lr × d² (the code) or lr × d (the paper)
 
 
@@ -122,15 +146,16 @@ class ScheduleConfig:
     # electra: linear decay over all steps × min(1, step / warmup); linear: warmup, then linear decay over the rest;
     # one_cycle: cosine up over `warmup`, cosine down over the rest; constant: warmup, flat, linear decay over `decay`
     name: Literal["electra", "linear", "one_cycle", "constant"] = "electra"
-    warmup: str = MISSING  # a Composer time
-    decay: str = "0.1dur"  # length of the final decay of `constant`, a Composer time
+    warmup: Phase = MISSING  # a Composer time
+    decay: Phase = "0.1dur"  # length of the final decay of `constant`, a Composer time
 
 
 @dataclass
 class FSDPConfig:
     """Fully sharded data parallelism (FSDP2); see docs/distributed.md."""
 
-    data_parallel_replicate_degree: int = 1  # replicas of the shards for hybrid sharding (HSDP), such as one per node
+    # replicas of the shards for hybrid sharding (HSDP), such as one per node
+    data_parallel_replicate_degree: Annotated[int, Range(ge=1, le=65536)] = 1
     reshard_after_forward: bool = True  # free the gathered parameters after the forward pass
     activation_checkpointing: bool = False  # the same as trainer.activation_checkpointing
     activation_cpu_offload: bool = False  # keep activations in host memory until the backward pass
@@ -143,21 +168,23 @@ class FSDPConfig:
 class TrainerConfig:
     """Length of training, batch sizes, device, precision and parallelism."""
 
-    max_duration: str | None = None  # a Composer time; required in pretraining; null in GLUE: each task's own epochs
-    global_train_batch_size: int = MISSING  # rows per update over all devices and microbatches
-    device_train_microbatch_size: Union[int, str, None] = None  # noqa: UP007 (OmegaConf); null: no split; auto (GPU)
-    device_eval_batch_size: int = MISSING
-    eval_interval: str = "1dur"  # a Composer time
-    eval_batches: int | None = None  # batches per evaluation; null: the complete validation set
+    # a Composer time; required in pretraining; null in GLUE: each task's own epochs
+    max_duration: Annotated[str, DURATION] | None = None
+    global_train_batch_size: BatchSize = MISSING  # rows per update over all devices and microbatches
+    device_train_microbatch_size: BatchSize | Literal["auto"] | None = None  # null: no split; auto (GPU)
+    device_eval_batch_size: BatchSize = MISSING
+    eval_interval: Interval = "1dur"  # a Composer time
+    # batches per evaluation
+    eval_batches: Annotated[int, Range(ge=1, le=10**9, null="the complete validation set")] | None = None
     device: Literal["cpu", "gpu"] | None = None  # null: a GPU if there is one
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
-    gradient_clip: float | None = 1.0  # maximum global gradient norm; null: no clipping
+    gradient_clip: Annotated[float, Range(gt=0, le=1e6, null="no clipping")] | None = 1.0  # maximum gradient norm
     # on a NaN or infinite loss or gradient: end the run, or skip and count the update (docs/reliability.md)
     on_nonfinite: Literal["stop", "skip"] = "stop"
     # torch.compile: true, false, or its mode such as reduce-overhead; auto: true on a GPU for batches of one length
-    compile: Union[bool, str] = "auto"  # noqa: UP007 (OmegaConf)
+    compile: bool | str = "auto"
     # auto, true or false: record the training step as one CUDA graph; auto: where that is possible (docs/speed.md)
-    cuda_graph: Union[bool, str] = "auto"  # noqa: UP007 (OmegaConf)
+    cuda_graph: bool | Literal["auto"] = "auto"
     attention: Literal["auto", "sdpa", "varlen", "triton"] = "auto"  # auto: on CUDA the fastest, timed at start
     # LayerNorm, GELU and embeddings by PyTorch or by Triton kernels; auto: triton on CUDA (docs/speed.md)
     layer_kernels: Literal["auto", "torch", "triton"] = "auto"
@@ -167,7 +194,7 @@ class TrainerConfig:
     # names the operators that are not deterministic. On a CPU: a number of threads that ignores other processes.
     deterministic: bool = False
     progress_bar: bool = True
-    log_interval: str = "10ba"  # interval of training metrics, the console logger and the metrics file
+    log_interval: Interval = "10ba"  # interval of training metrics, the console logger and the metrics file
 
 
 @dataclass
@@ -176,9 +203,10 @@ class CheckpointConfig:
 
     folder: str = MISSING  # run folder: config.yaml, tokenizer, metrics and checkpoints
     remote: str | None = None  # URL (s3://bucket/folder) to copy the run folder to; a lost folder is restored from it
-    interval: str | None = None  # time between checkpoints, a Composer time; null: milestones only
-    keep: int = 2  # number of interval checkpoints to keep; -1: all
-    milestones: list[float] = field(default_factory=list)  # fractions of training; their checkpoints are never deleted
+    interval: Interval | None = None  # time between checkpoints, a Composer time; null: milestones only
+    keep: Annotated[int, Range(ge=1, le=10**9, also=((-1, "all"),))] = 2  # newest interval checkpoints
+    # fractions of training; their checkpoints are never deleted
+    milestones: list[Annotated[float, Range(gt=0, le=1)]] = field(default_factory=list)
     resume: bool = True  # resume from the newest checkpoint in `folder`, if there is one
     overwrite: bool = False  # start from scratch in a folder that holds another run, and replace its files
     load_path: str | None = None  # checkpoint, or run folder (its newest checkpoint), to load weights and state from
@@ -190,7 +218,7 @@ class RunConfig:
     """Sections shared by pretraining and finetuning."""
 
     run_name: str = MISSING
-    seed: int = 42
+    seed: Seed = 42
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -224,19 +252,20 @@ class GlueModelConfig:
     # ElectraModel, or a name on the Hugging Face hub
     source: str = MISSING
     random_init: bool = False  # keep the sizes and tokenizer of `source`, but draw new weights (the baseline)
-    dropout: float | None = None  # null: the dropout that `source` was trained with
-    classifier_dropout: float = 0.1
+    dropout: Dropout | None = None  # null: the dropout that `source` was trained with
+    classifier_dropout: Dropout = 0.1
 
 
 @dataclass
 class TaskSettings:
     """Settings of one task; null keeps the setting of the run."""
 
-    epochs: int | None = None  # takes precedence over trainer.max_duration and the task's own epochs
-    lr: float | None = None
-    batch_size: int | None = None  # takes precedence over trainer.global_train_batch_size
-    layerwise_decay: float | None = None  # 1.0 turns layerwise decay off
-    warmup: str | None = None  # a Composer time
+    # takes precedence over trainer.max_duration and the task's own epochs
+    epochs: Annotated[int, Range(ge=1, le=10**6)] | None = None
+    lr: LearningRate | None = None
+    batch_size: BatchSize | None = None  # takes precedence over trainer.global_train_batch_size
+    layerwise_decay: LayerwiseDecay | None = None  # 1.0 turns layerwise decay off
+    warmup: Phase | None = None  # a Composer time
 
 
 @dataclass
@@ -255,7 +284,7 @@ class GlueConfig(RunConfig):
     data: GlueDataConfig = field(default_factory=GlueDataConfig)
     model: GlueModelConfig = field(default_factory=GlueModelConfig)
     tasks: list[str] = MISSING
-    seeds: list[int] = MISSING  # one finetuning run per task and seed
+    seeds: Annotated[list[Seed], Length(1)] = MISSING  # one finetuning run per task and seed
     task_settings: dict[str, TaskSettings] = field(default_factory=dict)  # such as {rte: {epochs: 10, lr: 1e-4}}
     # targets of STS-B: its 0…5 scaled to 0…1 (google-research/electra), or as they are (richarddwang/electra_pytorch)
     regression_targets: Literal["unit", "raw"] = "unit"
@@ -264,6 +293,7 @@ class GlueConfig(RunConfig):
     wnli: Literal["classification", "coreference"] = "classification"
     double_unordered: bool = True  # train on the pairs of MRPC and STS-B in both orders (google-research/electra)
     intermediate: bool = False  # start RTE, MRPC and STS-B from the MNLI run of the same seed
-    max_train_examples: int | None = None  # null: all; otherwise a seeded sample of this size
+    # a seeded sample of this size
+    max_train_examples: Annotated[int, Range(ge=1, le=10**9, null="all")] | None = None
     predict: PredictConfig = field(default_factory=PredictConfig)
     results: str = "${checkpoints.folder}/results.json"

@@ -14,8 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from electra_composer.config import RunConfig
 from electra_composer.errors import UserError, report_user_errors
+from electra_composer.ranges import faults
 
 Config = TypeVar("Config", bound=RunConfig)
+
+CHECK = "--check"
+COMMAND_LINE = "the command line"  # origin of a value in error messages
 
 
 def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config:
@@ -31,41 +35,21 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
 
     Raises:
         UserError: file missing or not YAML, unknown key (the message has its full path and the nearest valid key),
-            wrong type, missing required value, or an interpolation that cannot be resolved.
+            wrong type, value out of range, missing required value, or an interpolation that cannot be resolved.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; expected a YAML file such as yamls/small.yaml as the first argument")
-    try:
-        with open(path, encoding="utf-8") as file:
-            from_file = OmegaConf.load(file)  # unlike yaml.safe_load, refuses duplicate keys
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(from_file):
-        raise UserError(f"{path}: expected keys and values at the top level, found a list")
-    for override in overrides:
-        if "=" not in override or override.startswith("-"):
-            raise UserError(f"{override!r} is not an override; expected key=value, such as optimizer.lr=1e-3")
-        try:
-            OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{override!r}: the value cannot be read: {' '.join(str(error).split())}") from error
+    pieces = _read_pieces(path, overrides)
     config = OmegaConf.structured(schema)
     try:
-        # Merge one key at a time, so that an error message can name the key. Interpolations are resolved after the
-        # last merge, so that they see overrides of the keys they refer to.
-        file_content = OmegaConf.to_container(from_file, resolve=False)
-        assert isinstance(file_content, dict)
-        pieces = [(path, str(key), OmegaConf.create({key: value})) for key, value in file_content.items()]
-        for override in overrides:
-            pieces.append(("the command line", override.split("=")[0], OmegaConf.from_dotlist([override])))
+        # Interpolations are resolved after the last merge, so that they see overrides of the keys they refer to.
         for origin, key, piece in pieces:
             content = OmegaConf.to_container(piece, resolve=False)
             _refuse_unknown_keys(content, schema, origin)
             if key.split(".")[0] == "data" and "streams" in config.data and _has_null_path(content):
                 piece.data.path = ""
             try:
-                config = OmegaConf.merge(config, piece)
-            except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list instead of a dictionary
+                config = OmegaConf.unsafe_merge(config, piece)  # which does not copy it for each key
+            except (OmegaConfBaseException, TypeError, OverflowError) as error:
+                # TypeError: a list instead of a dictionary; OverflowError: an integer too large for a float.
                 full_key = getattr(error, "full_key", None) or key
                 raise UserError(f"{origin}: {full_key}: {_first_line(error)}") from error
         _path_or_streams(config, path)
@@ -74,10 +58,44 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
             raise UserError(
                 f"{path}: no value for {', '.join(missing)}; set it there, or as {missing[0]}=… on the command line"
             )
-        return OmegaConf.to_object(config)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
+        checked: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
+    except (OmegaConfBaseException, OverflowError) as error:
         full_key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {f'{full_key}: ' if full_key else ''}{_first_line(error)}") from error
+    for key, fault in faults(checked):
+        given = [word.split("=")[0] for word in overrides]
+        is_given = any(key == word or key.startswith((f"{word}.", f"{word}[")) for word in given)
+        raise UserError(f"{COMMAND_LINE if is_given else path}: {fault}")
+    return checked
+
+
+def _read_pieces(path: str, overrides: list[str]) -> list[tuple[str, str, Any]]:
+    """Read the file and the overrides, one key at a time, so that an error message can name the key.
+
+    Returns:
+        `(origin, key, configuration)` of each top-level key of the file, then of each override.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; expected a YAML file such as yamls/small.yaml as the first argument")
+    try:
+        with open(path, encoding="utf-8") as file:
+            from_file = OmegaConf.load(file)  # unlike yaml.safe_load, refuses duplicate keys
+    except (yaml.YAMLError, OSError, ValueError, OmegaConfBaseException) as error:  # ValueError: bytes, huge integers
+        raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(from_file):
+        raise UserError(f"{path}: expected keys and values at the top level, found a list")
+    content = OmegaConf.to_container(from_file, resolve=False)
+    assert isinstance(content, dict)
+    pieces = [(path, str(key), OmegaConf.create({key: value})) for key, value in content.items()]
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise UserError(f"{override!r} is not an override; expected key=value, such as optimizer.lr=1e-3")
+        try:
+            piece = OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:  # ValueError: integers of 5000 digits
+            raise UserError(f"{override[:80]!r}: the value cannot be read: {' '.join(str(error).split())}") from error
+        pieces.append((COMMAND_LINE, override.split("=")[0], piece))
+    return pieces
 
 
 def _has_null_path(content: Any) -> bool:
@@ -104,12 +122,20 @@ def _path_or_streams(config: Any, origin: str) -> None:
 
 
 @report_user_errors
-def load_config_from_command_line(schema: type[Config], usage: str) -> Config:
-    """Call :func:`load_config` with `sys.argv`: a YAML file, then any number of `key=value`."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(f"usage: {usage}\n\nThe keys are documented in electra_composer/config.py.")
-        sys.exit(0 if len(sys.argv) > 1 else 2)
-    return load_config(sys.argv[1], sys.argv[2:], schema)
+def load_config_from_command_line(schema: type[Config], usage: str) -> tuple[Config, bool]:
+    """Call :func:`load_config` with `sys.argv`: a YAML file, then any number of `key=value`.
+
+    Returns:
+        The configuration, and whether `--check` is among the arguments: check everything and end.
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument != CHECK]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            f"usage: {usage} [{CHECK}]\n\nThe keys are documented in electra_composer/config.py. {CHECK} checks "
+            "everything that a start would refuse, writes nothing and ends."
+        )
+        sys.exit(0 if arguments else 2)
+    return load_config(arguments[0], arguments[1:], schema), CHECK in sys.argv
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -176,4 +202,4 @@ def _paths(schema: type, prefix: str = "") -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0]
+    return str(error).split("\n")[0][:300]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
 import copy
 import os
 
 import torch
-from safetensors import SafetensorError
 from transformers import ElectraForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import ElectraForPreTraining as ElectraDiscriminator
 
+from electra_composer.arguments import ArgumentParser
 from electra_composer.atomic_files import replaced_folder
 from electra_composer.checkpoints.weights import Checkpoint, read_checkpoint
-from electra_composer.errors import UserError, one_line, report_user_errors
+from electra_composer.disk import system_error
+from electra_composer.errors import UserError, report_user_errors
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.weight_maps import (
     State,
@@ -21,6 +26,8 @@ from electra_composer.model.weight_maps import (
     generator_to_transformers,
     transformers_config,
 )
+from electra_composer.next_steps import describe_end, finetune
+from electra_composer.signals import unwind
 
 NETWORKS = {
     "discriminator": (ElectraDiscriminator, lambda checkpoint: checkpoint.discriminator, discriminator_to_transformers),
@@ -57,9 +64,11 @@ def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None
                 _save(model_class, config, state, checkpoint.tokenizer, os.path.join(unfinished, name))
     except FileExistsError as error:  # restored after a kill that left only the former export, under another name
         raise UserError(f"{folder} exists already; pass --overwrite to replace it") from error
-    except (OSError, SafetensorError) as error:  # safetensors wraps errors of the system
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"cannot write the export to {folder}: {reason}; nothing was kept") from error
+    except Exception as error:  # tokenizers and safetensors raise types of their own for a full disk
+        code = system_error(error)
+        if code is None:
+            raise
+        raise UserError(f"cannot write the export to {folder}: {os.strerror(code)}; nothing was kept") from error
 
 
 def _save(
@@ -80,17 +89,35 @@ def _save(
     tokenizer.save_pretrained(folder)
 
 
+def describe_export(checkpoint: Checkpoint, folder: str) -> str:
+    """Describe the commands that come after an export."""
+    discriminator, generator = os.path.join(folder, "discriminator"), os.path.join(folder, "generator")
+    mask = checkpoint.tokenizer.mask_token
+    code = f"from transformers import pipeline; print(pipeline('fill-mask', {generator!r})('a {mask}.'))"
+    name, positions = os.path.basename(os.path.abspath(folder)), checkpoint.model_config.max_positions
+    return describe_end(
+        {},
+        {
+            "fill a mask": ["python", "-c", code],
+            "finetune on GLUE": finetune(discriminator, name, positions),
+        },
+    )
+
+
 @report_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python electra_composer/export.py", description=__doc__)
+    parser = ArgumentParser(prog="python electra_composer/export.py", description=__doc__)
     parser.add_argument("checkpoint", help="a .pt file of pretrain.py, or its run folder (the newest checkpoint)")
     parser.add_argument("folder", help="folder to write discriminator/ and generator/ to")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is an export")
     arguments = parser.parse_args(argv)
-    export(read_checkpoint(arguments.checkpoint), arguments.folder, arguments.overwrite)
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    unwind()
+    export(checkpoint, arguments.folder, arguments.overwrite)
     for name, model in (("discriminator", "ElectraForPreTraining"), ("generator", "ElectraForMaskedLM")):
         print(f"transformers.{model}.from_pretrained({os.path.join(arguments.folder, name)!r})")
+    print(describe_export(checkpoint, arguments.folder))
 
 
 if __name__ == "__main__":

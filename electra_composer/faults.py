@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import tempfile
 import traceback
 from collections.abc import Iterator
 
 from composer.utils import dist
 
-from electra_composer.errors import UserError, one_line
+from electra_composer.disk import system_error
+from electra_composer.errors import LostRankError, UserError, one_line
+from electra_composer.ranks import error_of_another_rank
 
 RESUME_HINT = "rerun the same command to resume from the last checkpoint"
 
@@ -40,7 +43,8 @@ def explain_failures() -> Iterator[None]:
         message = explain(error)
         if message is None:
             raise
-        raise UserError(f"{message}; {RESUME_HINT}") from error
+        kind = LostRankError if _is_lost_rank(error) else UserError
+        raise kind(message if RESUME_HINT in message else f"{message}; {RESUME_HINT}") from error
 
 
 @contextlib.contextmanager
@@ -62,13 +66,39 @@ def raise_on_all_ranks(key: str) -> Iterator[None]:
         raise UserError(message[0])
 
 
+def check_can_write(key: str, path: str, is_folder: bool = False) -> None:
+    """Check that a file or folder at `path` can be created, or written if it exists; nothing is left behind.
+
+    Args:
+        key: Configuration key, named in messages.
+
+    Raises:
+        UserError: Another kind of file is there, or its folder cannot be written to.
+    """
+    if os.path.lexists(path) and not (os.path.isdir(path) if is_folder else os.path.isfile(path)):
+        raise UserError(f"{key} {path}: exists, but is not a {'folder' if is_folder else 'regular file'}; set another")
+    folder = os.path.abspath(path if is_folder else os.path.dirname(path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if os.path.isfile(path):
+            with open(path, "a", encoding="utf-8"):
+                pass
+    except OSError as error:
+        raise UserError(
+            f"{key} {path}: cannot be written in {folder}: {error.strerror}; set another, or fix its permissions"
+        ) from error
+
+
 def explain(error: BaseException) -> str | None:
     """Describe a failure of the environment; None for any other error."""
     text = one_line(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"{error.filename or 'a file of the run'} could not be written: {os.strerror(error.errno)}; free some space"
-        )
+    code = system_error(error)
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        name = getattr(error, "filename", None) or "a file of the run"
+        return f"{name} could not be written: {os.strerror(code)}; free some space"
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}; fix the folder's permissions"
     # Workaround (torch 2.7): the death of a DataLoader worker is a RuntimeError, recognizable by its text only; goes
@@ -88,12 +118,16 @@ def explain(error: BaseException) -> str | None:
             f"loggers.wandb: Weights & Biases could not be started: {text[:200]}; set WANDB_MODE=offline in the "
             "environment to keep the logs in the run's folder (upload them later by wandb sync), or remove the logger"
         )
-    if isinstance(error, RuntimeError) and any(message in text for message in LOST_PEER_MESSAGES):
-        return (
+    if _is_lost_rank(error):
+        return error_of_another_rank() or (
             f"rank {dist.get_global_rank()} lost the connection to another rank, whose own error or signal is the "
             f"cause ({text[:200]})"
         )
     return None
+
+
+def _is_lost_rank(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(message in one_line(error) for message in LOST_PEER_MESSAGES)
 
 
 def _comes_from_resource_sharer(error: BaseException) -> bool:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from composer import Trainer
 from composer.core import DataSpec
@@ -10,12 +17,19 @@ from composer.utils import dist
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.batches.baselines import loss_without_context
-from electra_composer.batches.checks import check_shards
+from electra_composer.batches.checks import check_shards, check_split
 from electra_composer.batches.shards import build_data_spec, read_data
-from electra_composer.batches.streams import describe_streams
+from electra_composer.batches.streams import check_streams, describe_streams
+from electra_composer.checkpoints.changes import check_changes
 from electra_composer.checkpoints.remote import remote_copy
-from electra_composer.checkpoints.resuming import exclusive_lock
-from electra_composer.checkpoints.weights import check_state_fits, read_checkpoint, special_ids, tokenizer_files
+from electra_composer.checkpoints.resuming import check_unlocked, exclusive_lock
+from electra_composer.checkpoints.weights import (
+    Checkpoint,
+    check_state_fits,
+    read_checkpoint,
+    special_ids,
+    tokenizer_files,
+)
 from electra_composer.compilers import missing_for_triton
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config_from_command_line, to_dict, to_yaml
@@ -26,70 +40,176 @@ from electra_composer.model.kernels.attention import ExampleBound
 from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
 from electra_composer.model.kernels.masked_lm import resolve_implementation
 from electra_composer.model.pretraining import ElectraPretraining
+from electra_composer.model.sizes import check_sizes, count_parameters
+from electra_composer.next_steps import describe_end, export, finetune, preview
+from electra_composer.ranges import check_ranges
+from electra_composer.signals import unwind
 from electra_composer.storage.shard_folder import Meta, SplitCounts
 from electra_composer.training.attention_path import choose_attention
+from electra_composer.training.builders import build_scheduler
 from electra_composer.training.callbacks import RunRecord, TrainMetrics
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0, check_run_folder, checkpoint_to_load
 from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.determinism import describe_nondeterminism, explain_nondeterministic_operators
-from electra_composer.training.devices import fsdp_gradient_factor, resolve_device
+from electra_composer.training.devices import fsdp_gradient_factor, hide_unused_gpus, resolve_device
 from electra_composer.training.learning_watch import LearningWatch
-from electra_composer.training.startup import device_batch_size, microbatch_size, start
+from electra_composer.training.startup import (
+    check_memory,
+    check_run_settings,
+    check_stoppers,
+    check_workers,
+    device_batch_size,
+    microbatch_size,
+    run_checks,
+    start,
+)
 from electra_composer.training.trainer import build_trainer
 from electra_composer.versions import check_versions
 from electra_composer.vocabulary import load_tokenizer
 
 
-def main(config: PretrainConfig) -> Trainer:
+@dataclass
+class Prepared:
+    """A start of a run: its configuration, and what :data:`CHECKS` have read and built.
+
+    Attributes:
+        check_only: whether the run does not begin. Nothing is then fetched, moved or written.
+        cpu_autocast: see :func:`resolve_device`.
+        baseline: see :func:`mlm_baseline`.
+    """
+
+    config: PretrainConfig
+    check_only: bool
+    cpu_autocast: bool = field(init=False)
+    meta: Meta = field(init=False)
+    tokenizer: PreTrainedTokenizerFast = field(init=False)
+    initial: Checkpoint | None = field(init=False)
+    model: ElectraPretraining = field(init=False)
+    train_data: DataSpec = field(init=False)
+    eval_data: DataSpec = field(init=False)
+    baseline: float | None = field(init=False)
+
+
+@hide_unused_gpus
+@explain_failures()
+def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
     """Pretrain from scratch, or resume an earlier run in the same folder.
 
     Args:
         config: see config.py.
+        check_only: whether to end after the checks of :data:`CHECKS`.
 
     Returns:
         The trainer after `fit`: `trainer.state.model` is the model, `trainer.state.eval_metrics` the last evaluation.
+        None with `check_only`.
 
     Raises:
         UserError: an error in the configuration, the shards or the machine that the caller can fix.
     """
-    check_versions()
-    if config.trainer.max_duration is None:
-        raise UserError("trainer.max_duration is null; pretraining needs a duration, such as 1000000ba")
-    check_run_folder(config)
-    cpu_autocast = start(config)
-    meta = read_data(config.data)
-    tokenizer = load_tokenizer(config.data.tokenizer or meta.tokenizer_folder)
-    check_shards(meta, tokenizer, config.data.max_seq_length)
-    model = build_model(config, tokenizer, cpu_autocast)
-    choose_kernels(config, model, meta)
-    check_initial_checkpoint(config, model)
-    train_data, eval_data = build_data(config, meta, model)
-    baseline = mlm_baseline(config, meta)
+    prepared = Prepared(config, check_only)
+    names = run_checks(CHECKS, prepared)
+    if check_only:
+        print_once(f"everything checked: {names}; nothing was written")
+        return None
     with (
-        explain_failures(),
         exclusive_lock(config.checkpoints.folder),
         remote_copy(config.checkpoints, config.run_name, LATEST_OF_RANK_0) as copy,
         explain_compile_errors(),
         explain_nondeterministic_operators(),
     ):
+        files = tokenizer_files(prepared.tokenizer)
+        record = RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, files)
         trainer = build_trainer(
             config,
-            model,
-            train_data,
-            eval_data,
-            config.trainer.max_duration,
-            callbacks=[
-                TrainMetrics(config.trainer.log_interval),
-                LearningWatch(baseline),
-                RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, tokenizer_files(tokenizer)),
-            ],
+            prepared.model,
+            prepared.train_data,
+            prepared.eval_data,
+            duration_of(config),
+            callbacks=[TrainMetrics(config.trainer.log_interval), LearningWatch(prepared.baseline), record],
             copy=copy,
         )
         try:
             trainer.fit()
         finally:  # also after the SystemExit of a signal, so that loggers finish and close their files
             trainer.close()
+    print_once(describe_run(config))
     return trainer
+
+
+def duration_of(config: PretrainConfig) -> str:
+    """Return `trainer.max_duration`.
+
+    Raises:
+        UserError: it is null.
+    """
+    if config.trainer.max_duration is None:
+        raise UserError("trainer.max_duration is null; pretraining needs a duration, such as 1000000ba")
+    return config.trainer.max_duration
+
+
+def check_config(prepared: Prepared) -> None:
+    """Check what needs no file and no device: settings that depend on each other."""
+    config = prepared.config
+    check_run_settings(config, duration_of(config))
+    check_workers(config.data.num_workers, dist.get_local_world_size())
+    check_sizes(config.model, config.objective, config.data.max_seq_length)
+    check_streams(config.data)
+
+
+def check_device(prepared: Prepared) -> None:
+    """Initialise the process group and the seeds; check device, precision, compilers and batch sizes."""
+    prepared.cpu_autocast = start(prepared.config)
+    check_unlocked(prepared.config.checkpoints.folder)
+
+
+def read_shards(prepared: Prepared) -> None:
+    """Read the metadata of the shards and the tokenizer; check that both splits are complete."""
+    data = prepared.config.data
+    prepared.meta = read_data(data)
+    prepared.tokenizer = load_tokenizer(data.tokenizer or prepared.meta.tokenizer_folder)
+    check_shards(prepared.meta, prepared.tokenizer, data.max_seq_length)
+    check_split(data, prepared.meta, data.train_split)
+    check_split(data, prepared.meta, data.eval_split, evaluation=True)
+
+
+def read_initial_weights(prepared: Prepared) -> None:
+    """Read the checkpoint to start from, and compare its configuration with this one."""
+    prepared.initial = read_initial_checkpoint(prepared.config, prepared.check_only)
+
+
+def check_model(prepared: Prepared) -> None:
+    """Build the model, if it fits into memory, and choose its kernels."""
+    config = prepared.config
+    check_memory(count_parameters(config.model, len(prepared.tokenizer)), config.trainer)
+    prepared.model = build_model(config, prepared.tokenizer, prepared.cpu_autocast)
+    check_stoppers(config.callbacks, prepared.model, ["eval"])
+    choose_kernels(config, prepared.model, prepared.meta)
+    if prepared.initial is not None:
+        check_state_fits(prepared.initial.state, prepared.model.model.state_dict(), prepared.initial.path)
+    prepared.initial = None  # free its memory
+
+
+def open_data(prepared: Prepared) -> None:
+    """Open the loaders, and compute what needs rows."""
+    unwind()  # loaders have shared memory and threads
+    config = prepared.config
+    prepared.train_data, prepared.eval_data = build_data(config, prepared.meta, prepared.model)
+    build_scheduler(config.schedule, duration_of(config)).check(len(prepared.train_data.dataloader))
+    prepared.baseline = mlm_baseline(config, prepared.meta)
+
+
+CHECKS: tuple[tuple[str, Callable[[Prepared], None]], ...] = (
+    ("versions", lambda prepared: check_versions()),
+    ("ranges", lambda prepared: check_ranges(prepared.config)),
+    ("settings", check_config),
+    ("run folder", lambda prepared: check_run_folder(prepared.config)),
+    ("device", check_device),
+    ("shards and tokenizer", read_shards),
+    ("checkpoint", read_initial_weights),
+    ("model", check_model),
+    ("data loaders", open_data),
+)
+"""Checks of a start, cheapest first. Each may use what those before it have read and built."""
 
 
 def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, cpu_autocast: bool) -> ElectraPretraining:
@@ -150,22 +270,36 @@ def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: 
     resolve_implementation(name, device_type, sizes.padded_vocab_size, sizes.embedding_size)
 
 
-def check_initial_checkpoint(config: PretrainConfig, model: ElectraPretraining) -> None:
-    """Check that the checkpoint to start from, if any, is complete and fits the model.
+def read_initial_checkpoint(config: PretrainConfig, check_only: bool = False) -> Checkpoint | None:
+    """Read the checkpoint to start from, if any, and compare its configuration with this one.
+
+    Args:
+        check_only: see :func:`checkpoint_to_load`.
 
     Raises:
-        UserError: it is broken, or of other sizes.
+        UserError: it is broken, or a key has changed that must stay (see checkpoints/changes.py).
     """
-    path = checkpoint_to_load(config)
-    if path is not None:
-        check_state_fits(read_checkpoint(path).state, model.model.state_dict(), path)
+    path = checkpoint_to_load(config, check_only)
+    if path is None:
+        return None
+    own = os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.checkpoints.folder)
+    checkpoint = read_checkpoint(os.path.realpath(path) if own else path)
+    if own or not config.checkpoints.load_weights_only:
+        changes = check_changes(checkpoint.config, to_dict(config), checkpoint.path, own)
+        if changes is not None:
+            print_once(changes)
+    return checkpoint
 
 
 def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) -> tuple[DataSpec, DataSpec]:
     """Build the training and the evaluation loader."""
     data, seed, rows = config.data, config.seed, device_batch_size(config.trainer)
-    train_data = build_data_spec(data, "train", rows, meta, seed, batch_transforms=model.count_batch)
-    eval_data = build_data_spec(data, "eval", config.trainer.device_eval_batch_size, meta, seed)
+    pin_memory = resolve_device(config.trainer)[0] == "gpu"
+    train_data = build_data_spec(
+        data, "train", rows, meta, seed, batch_transforms=model.count_batch, pin_memory=pin_memory
+    )
+    eval_rows = config.trainer.device_eval_batch_size
+    eval_data = build_data_spec(data, "eval", eval_rows, meta, seed, pin_memory=pin_memory)
     streams = describe_streams(data, meta, seed)
     if streams is not None:
         print_once(streams)
@@ -180,6 +314,28 @@ def mlm_baseline(config: PretrainConfig, meta: Meta) -> float | None:
     return loss
 
 
+def describe_run(config: PretrainConfig) -> str:
+    """Describe where the run's results are, and the commands that come next."""
+    folder, name, data = config.checkpoints.folder, config.run_name, config.data
+    files = {file: os.path.join(folder, file) for file in (LATEST_OF_RANK_0, "metrics.jsonl", "tensorboard")}
+    there = {file: path for file, path in files.items() if os.path.exists(path)}
+    newest = there.get(LATEST_OF_RANK_0)
+    shown = data.path if newest and data.remote is None and not data.streams else None
+    return describe_end(
+        {
+            "run folder": folder,
+            "newest checkpoint": newest and os.path.join(folder, os.path.basename(os.path.realpath(newest))),
+            "metrics": there.get("metrics.jsonl"),
+        },
+        {
+            "finetune on GLUE": newest and finetune(folder, name, config.model.max_positions),
+            "export for transformers": newest and export(folder, name),
+            "see the models' predictions": shown and preview(shown, "--checkpoint", folder),
+            "see the curves": there.get("tensorboard") and ["tensorboard", "--logdir", there["tensorboard"]],
+        },
+    )
+
+
 def print_once(text: str) -> None:
     """Print on rank 0."""
     if dist.get_global_rank() == 0:
@@ -188,7 +344,7 @@ def print_once(text: str) -> None:
 
 if __name__ == "__main__":
     report_user_errors(main)(
-        load_config_from_command_line(
+        *load_config_from_command_line(
             PretrainConfig, "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]"
         )
     )

@@ -8,10 +8,16 @@ With a checkpoint, its generator fills the masked positions and its discriminato
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
 import argparse
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -19,19 +25,23 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from electra_composer.arguments import ArgumentParser, number
 from electra_composer.batches.checks import check_shards, check_split
 from electra_composer.batches.collation import COLUMNS, collate_rows
 from electra_composer.batches.row_reader import Rows, reader_of_split
 from electra_composer.batches.shards import read_meta
 from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.config import ObjectiveConfig, ShardsConfig
+from electra_composer.corpus.sources import Source
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.model import masking
 from electra_composer.model.electra import ElectraForPretraining
+from electra_composer.ranges import Range
 from electra_composer.storage.shard_folder import Meta
 from electra_composer.vocabulary import load_tokenizer
 
 SAMPLE = 20_000  # rows in the statistics, evenly spaced, at most
+MAX_ROWS = 1000  # shown as text; a model takes all of them at once
 BINS, BAR = 12, 40
 
 LEGEND = """  film            original, and judged original
@@ -73,7 +83,7 @@ def describe_meta(meta: Meta) -> str:
     lines = [
         f"{meta.folder}: rows of at most {meta.max_seq_length} tokens, {meta.packing}, seed {meta.seed}",
         f"tokenizer {meta.tokenizer.label}",
-        "converted with " + ", ".join(f"{name}={value}" for name, value in sorted(meta.conversion.items())),
+        *describe_conversion(meta),
         f"{'':8}{'documents':>12}{'examples':>12}{'rows':>12}{'tokens':>16}{'fill':>9}{'dropped':>12}",
     ]
     for name, counts in meta.splits.items():
@@ -82,6 +92,25 @@ def describe_meta(meta: Meta) -> str:
             f"{counts.fill(meta.max_seq_length):9.2%}{counts.dropped_tokens:12,}"
         )
     return "\n".join(lines)
+
+
+def describe_conversion(meta: Meta) -> list[str]:
+    """Format the sources, one per line, and the other options of the conversion that differ from "nothing"."""
+    known, default = {part.name for part in fields(Source)}, Source()
+    lines = []
+    for values in meta.conversion.get("sources", []):
+        source = Source(**{name: value for name, value in values.items() if name in known})
+        given = [
+            f"{name} {getattr(source, name)}"
+            for name in sorted(known - {"path", "name", "dataset"})
+            if getattr(source, name) != getattr(default, name)
+        ]
+        counts = meta.sources.get(source.label)
+        sizes = [f"{counts.documents:,} documents", f"{counts.text_bytes:,} bytes"] if counts is not None else []
+        lines.append(f"source {source.label}: " + ", ".join([*sizes, *given]))
+    options = {name: value for name, value in sorted(meta.conversion.items()) if name != "sources"}
+    given = [f"{name} {value}" for name, value in options.items() if value not in (None, False, [])]
+    return [*lines, "converted with " + ", ".join(given)]
 
 
 def histogram(lengths: NDArray[np.int64], max_seq_length: int) -> str:
@@ -158,21 +187,32 @@ def render(tokens: list[Token], color: bool) -> Iterator[str]:
                 yield f"  {example if segment == 0 else '':>2} {name}  {text}"
 
 
-@report_user_errors
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
         prog="python -m electra_composer.preview",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", help="local folder of shards")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--rows", type=int, default=3, help="number of rows shown as text (%(default)s)")
+    parser.add_argument(
+        "--rows", type=number(Range(ge=0, le=MAX_ROWS)), default=3, help="number of rows shown as text (%(default)s)"
+    )
     parser.add_argument("--checkpoint", help="a .pt file or run folder of pretrain.py")
-    parser.add_argument("--seed", type=int, default=0, help="seed of rows, masks and samples (%(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=number(Range(ge=0, le=2**31 - 1)),
+        default=0,
+        help="seed of rows, masks and samples (%(default)s)",
+    )
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+@report_user_errors
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    options = _parse(arguments)
     meta = read_meta(options.folder)
     check_split(ShardsConfig(options.folder, meta.max_seq_length), meta, options.split)
     tokenizer = load_tokenizer(meta.tokenizer_folder)
@@ -200,10 +240,10 @@ def main(arguments: list[str] | None = None) -> None:
     color = options.color == "always" or (
         options.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
-    for number, tokens in zip(
+    for row, tokens in zip(
         numbers.tolist(), annotate_tokens(reader.read(numbers), tokenizer, meta, model, options.seed), strict=True
     ):
-        print(f"\nrow {number:,} of {options.split}: {len(tokens)} tokens")
+        print(f"\nrow {row:,} of {options.split}: {len(tokens)} tokens")
         print("\n".join(render(tokens, color)))
     print(f"\n{LEGEND if model is not None else LEGEND.splitlines()[0] + chr(10) + '  [film]          masked'}")
 

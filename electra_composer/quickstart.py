@@ -6,6 +6,11 @@ from random weights.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
 import argparse
 import json
 import math
@@ -25,9 +30,12 @@ from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTrainin
 from electra_composer.batches.baselines import loss_without_context
 from electra_composer.batches.shards import read_meta
 from electra_composer.checkpoints.weights import read_checkpoint
-from electra_composer.config import ObjectiveConfig, ShardsConfig
+from electra_composer.config import ObjectiveConfig, ShardsConfig, TrainerConfig
+from electra_composer.errors import report_user_errors
 from electra_composer.model.kernels.attention import pattern_of
-from electra_composer.training.devices import cpu_multiplies_bfloat16
+from electra_composer.next_steps import describe_end, preview
+from electra_composer.signals import STOPPED, Stopped, leave_line_to_child, unwind
+from electra_composer.training.devices import cpu_multiplies_bfloat16, resolve_device
 
 FOLDER = "runs/quickstart"
 SHARDS, GLUE_DATA = f"{FOLDER}/shards", f"{FOLDER}/synthetic_glue"
@@ -48,7 +56,6 @@ class Size:
     pretrain: tuple[str, ...] = ()
     synthetic: tuple[str, ...] = ()
     finetune: tuple[str, ...] = ()
-    launcher: bool = True  # use Composer's launcher, which adds a process per command
 
 
 SMOKE = Size(
@@ -56,24 +63,20 @@ SMOKE = Size(
     pretrain=("trainer.max_duration=40ba", "trainer.eval_interval=40ba", "trainer.eval_batches=2"),
     synthetic=("--train", "64", "--dev", "32", "--max-documents", "1000"),
     finetune=("trainer.max_duration=1ep", "seeds=[1]"),
-    launcher=False,
 )
 """Takes a minute; tests every step, but is too short to show a gain from pretraining."""
 
 
 def commands(size: Size) -> list[tuple[str, list[str]]]:
     """Return the steps in order: title and command line."""
-    # bfloat16 makes a CPU 1.5 times as fast; a CPU without its instructions gets two thirds of the steps.
-    fast = torch.cuda.is_available() or cpu_multiplies_bfloat16()
-    pretrain = ["trainer.precision=amp_bf16"] if fast else ["trainer.max_duration=4000ba"]
+    pretrain = precision_and_duration()
     python = sys.executable
-    composer = [os.path.join(os.path.dirname(python), "composer"), "-n", "1"] if size.launcher else [python]
     convert = [python, "data_prep/convert_owt.py", "--source", "docstrings", "--tokenizer", "train", "--out", SHARDS]
     convert += ["--max-seq-length", "32", "--lines", "sentence", *size.convert]
-    train = [*composer, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *pretrain, *size.pretrain]
+    train = [python, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *pretrain, *size.pretrain]
     synthetic = [python, "-m", "electra_composer.finetune.synthetic", "--source", "docstrings", "--out", GLUE_DATA]
     synthetic += size.synthetic
-    finetune = [*composer, "electra_composer/glue.py", "yamls/quickstart_glue.yaml", *size.finetune]
+    finetune = [python, "electra_composer/glue.py", "yamls/quickstart_glue.yaml", *size.finetune]
     baseline = [f"checkpoints.folder={FOLDER}/glue-random", "model.random_init=true"]
     return [
         ("docstrings of the installed Python packages → a WordPiece vocabulary and MDS shards", convert),
@@ -85,11 +88,26 @@ def commands(size: Size) -> list[tuple[str, list[str]]]:
     ]
 
 
+def precision_and_duration() -> list[str]:
+    """Return the overrides of pretraining that depend on the device that its runs will use."""
+    if resolve_device(TrainerConfig(precision="fp32"))[0] == "gpu":
+        return ["trainer.precision=amp_bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else []
+    # bfloat16 makes a CPU 1.5 times as fast; a CPU without its instructions gets two thirds of the steps.
+    return ["trainer.precision=amp_bf16"] if cpu_multiplies_bfloat16() else ["trainer.max_duration=4000ba"]
+
+
 def run(title: str, command: list[str]) -> None:
     """Print a command and run it; exit if it fails."""
     shown = shlex.join(os.path.basename(part) if index == 0 else part for index, part in enumerate(command))
     print(f"\n━━ {title}\n$ {shown}", flush=True)
-    code = subprocess.run(command, check=False).returncode
+    process = subprocess.Popen(command)
+    try:
+        code = process.wait()
+    except Stopped:  # a signal to this process only; Ctrl-C has reached the step, which then ignores SIGTERM
+        process.terminate()
+        if process.wait() in STOPPED:
+            leave_line_to_child()
+        raise
     if code:
         print(f"\nquickstart: the command above failed with exit status {code}", file=sys.stderr)
         sys.exit(code)
@@ -167,12 +185,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@report_user_errors
 def main() -> None:
     """Run the steps and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="only test every step, in a minute")
     options = parser.parse_args()
     started = time.monotonic()
+    unwind()
     if os.path.isdir(FOLDER):
         print(f"replacing {FOLDER} of an earlier quickstart")
         shutil.rmtree(FOLDER)
@@ -189,7 +209,9 @@ def main() -> None:
     print(f"\n━━ pretraining\n{pretraining_summary(metrics_of(PRETRAIN), without_context)}")
     print(f"\n━━ a synthetic task: original or corrupted sentence (chance 50)\n{table(results)}")
     print(f"\n━━ export\n  {EXPORT}: {exported}")
-    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in total; all files are in {FOLDER}\n\n{REAL_RUN}")
+    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in total\n")
+    see = {"see the models' predictions": preview(SHARDS, "--checkpoint", PRETRAIN)}
+    print(f"{describe_end({'all files': FOLDER}, see)}\n\n{REAL_RUN}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ElectraTokenizerFast, PreTrainedTokenizerFast
 
 from electra_composer.errors import UserError
+from electra_composer.foreign_files import refuse_foreign
 
 # Names of the special tokens by role; the first of each is that of BERT and ELECTRA.
 SPECIAL_NAMES = {
@@ -54,6 +55,8 @@ def load_tokenizer(name_or_path: str, cased: bool = False, keep_accents: bool = 
             options that this kind of tokenizer does not take.
     """
     is_json = name_or_path.endswith(".json")
+    if os.path.isfile(name_or_path) or not os.path.isdir(name_or_path):  # a folder may have a tokenizer beside weights
+        refuse_foreign(name_or_path, "a vocab.txt, a tokenizer.json, a tokenizer's folder or its name on the hub")
     if os.path.isfile(name_or_path) and not is_json:
         tokenizer = _from_vocabulary_file(name_or_path, cased, keep_accents)
     elif cased or keep_accents:
@@ -67,14 +70,19 @@ def load_tokenizer(name_or_path: str, cased: bool = False, keep_accents: bool = 
         is_folder = os.path.isdir(name_or_path)
         if not is_folder and (name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))):
             raise UserError(f"tokenizer {name_or_path}: no such file or folder")
+        online = False
         try:
+            online = not is_folder and _hub_answers(name_or_path)
             tokenizer = AutoTokenizer.from_pretrained(
-                name_or_path,
-                use_fast=True,
-                trust_remote_code=False,
-                local_files_only=is_folder or not _hub_answers(name_or_path),
+                name_or_path, use_fast=True, trust_remote_code=False, local_files_only=not online
             )
         except Exception as error:  # the hub client and a broken file raise many types; all mean: choose another
+            if not is_folder and not online and not isinstance(error, RepositoryNotFoundError):
+                raise UserError(
+                    f"tokenizer {name_or_path}: no such file or folder; the Hugging Face Hub cannot be reached, and it "
+                    "is not in the local cache. Connect to the network, or give a local vocab.txt or tokenizer folder "
+                    "(in data_prep/convert_owt.py also --tokenizer train: make a vocabulary from the text)"
+                ) from error
             reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
             what = "the folder holds no tokenizer" if is_folder else "no such file or folder, and not found on the hub"
             raise UserError(
@@ -218,7 +226,7 @@ def _alphabet_size(counts: list[int], vocab_size: int) -> int:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, cased: bool = False, keep_accents: bool = False, progress: bool = False
+    texts: Iterable[str], vocab_size: int, cased: bool = False, keep_accents: bool = False
 ) -> PreTrainedTokenizerFast:
     """Train a WordPiece vocabulary; the same texts in any order give the same vocabulary.
 
@@ -226,7 +234,6 @@ def train_tokenizer(
         texts: the training text, held in memory; pieces of any size that do not split words.
         vocab_size: maximum number of entries; little text may give fewer.
         cased, keep_accents: see :func:`load_tokenizer`; cased text keeps its accents.
-        progress: show a progress bar.
 
     Raises:
         UserError: no text, or `vocab_size` too small for the special tokens and the alphabet of the text.
@@ -261,14 +268,20 @@ def train_tokenizer(
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         continuing_subword_prefix="##",
-        show_progress=progress,
+        show_progress=False,  # prints blank lines
     )
     model.train_from_iterator(texts, trainer=trainer, length=len(texts))
     vocabulary = sorted(model.get_vocab(), key=model.get_vocab().__getitem__)
-    with TemporaryDirectory() as folder:
-        path = os.path.join(folder, "vocab.txt")
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{token}\n" for token in vocabulary)
-        tokenizer = _word_piece(path, cased, keep_accents)
+    try:
+        with TemporaryDirectory() as folder:
+            path = os.path.join(folder, "vocab.txt")
+            with open(path, "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(f"{token}\n" for token in vocabulary)
+            tokenizer = _word_piece(path, cased, keep_accents)
+    except OSError as error:
+        raise UserError(
+            f"the vocabulary cannot be written to the folder for temporary files: {error.strerror}; free some space, "
+            "or set TMPDIR to another folder"
+        ) from error
     tokenizer.name_or_path = f"trained-{len(vocabulary)}"
     return tokenizer

@@ -60,6 +60,7 @@ SLOW_MODULES = {
     "test_glue.py",
     "test_pretrain.py",
     "test_quickstart.py",
+    "test_signals_at_work.py",
 }
 
 

@@ -65,6 +65,20 @@ def write_data(folder: Path, tests: bool = False) -> str:
     return str(folder)
 
 
+def write_wnli(folder: Path) -> str:
+    """Write WNLI, in which every right candidate is `film`."""
+    (folder / "WNLI").mkdir(parents=True)
+    for part, size in (("train", 24), ("dev", 9), ("test", 7)):
+        rows = ["index\tsentence1\tsentence2" + ("" if part == "test" else "\tlabel")]
+        for index in range(size):
+            word = WORDS[index % 3]
+            row = f"{index}\tThe film was better than the plot because it was {word} .\t"
+            row += f"The {'film' if index % 2 else 'plot'} was {word} ."
+            rows.append(row + ("" if part == "test" else f"\t{index % 2}"))
+        (folder / "WNLI" / f"{part}.tsv").write_text("\n".join(rows) + "\n")
+    return str(folder)
+
+
 def settings(source: str, data: str, folder: Path) -> list[str]:
     """Return overrides of yamls/glue.yaml."""
     return [

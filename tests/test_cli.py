@@ -10,7 +10,6 @@ import json
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,7 +37,7 @@ def refused(monkeypatch, capfd, tmp_path) -> Callable[..., str]:
     def run(script: str, *arguments: str) -> str:
         before = files_of(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)  # the converter installs a handler for SIGTERM
+        monkeypatch.setattr("electra_composer.program.begin", lambda: None)  # installs handlers in this process
         monkeypatch.setattr(sys, "path", list(sys.path))
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
@@ -119,7 +118,7 @@ def test_an_empty_folder_of_sources(refused, tmp_path, vocab):
         (["trainer.global_train_batch_size=100000"], ("100,000 rows", "smaller batch size")),
         (["trainer.device_train_microbatch_size=9"], ("trainer.device_train_microbatch_size is 9", "1 to 8")),
         (["trainer.precision=amp_fp16", "trainer.device=cpu"], ("amp_fp16", "CPU", "trainer.precision=amp_bf16")),
-        (["callbacks.speed_monitor.window_size=0"], ("callbacks.speed_monitor", "window_size is 0")),
+        (["callbacks.speed_monitor.window_size=0"], ("callbacks.speed_monitor.window_size is 0",)),
         (["callbacks.memory_monitor.log_interval=0ba"], ("callbacks.memory_monitor", "log_interval")),
         (["trainer.log_interval=often"], ("log_interval", "often")),
         (["loggers.metrics_file.format=xls"], ("loggers.metrics_file", "xls", "jsonl or csv")),
@@ -167,7 +166,9 @@ def run_folder(trained, tmp_path) -> Path:
 
 def test_resuming_with_a_model_of_other_sizes(refused, tiny_yaml, run_folder):
     line = refused(PRETRAIN, tiny_yaml, "model.hidden_size=64", "model.num_heads=2")
-    mentions(line, "latest-rank0.pt", "weights of another model", "set the sizes under model:")
+    mentions(
+        line, "milestone-ba2-rank0.pt", "model.hidden_size=32", "model.hidden_size=64", "weights are of that model"
+    )
 
 
 def test_starting_anew_in_the_folder_of_a_run(refused, tiny_yaml, run_folder):
@@ -178,7 +179,13 @@ def test_starting_anew_in_the_folder_of_a_run(refused, tiny_yaml, run_folder):
 def test_resuming_from_a_checkpoint_that_was_cut_and_there_is_no_other(refused, tiny_yaml, run_folder):
     checkpoint = run_folder / os.readlink(run_folder / "latest-rank0.pt")
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    mentions(refused(PRETRAIN, tiny_yaml), "latest-rank0.pt", "not a readable checkpoint", "no complete one before it")
+    mentions(
+        refused(PRETRAIN, tiny_yaml),
+        "milestone-ba2-rank0.pt",
+        "not a complete checkpoint",
+        "its end is missing",
+        "no complete checkpoint before it",
+    )
 
 
 # --- finetuning

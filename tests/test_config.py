@@ -104,7 +104,7 @@ def test_callbacks_and_loggers_are_free_here(tmp_path: Path) -> None:
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain.py", write(tmp_path, COMPLETE), "seed=7"])
-    assert load_config_from_command_line(PretrainConfig, "usage").seed == 7
+    assert load_config_from_command_line(PretrainConfig, "usage")[0].seed == 7
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])

@@ -223,11 +223,18 @@ def test_a_run_starts_from_the_weights_of_another(make_config, tmp_path):
 
 def test_a_checkpoint_of_other_sizes_is_refused(make_config, tmp_path):
     main(make_config("trainer.max_duration=1ba", "schedule.warmup=1ba", "checkpoints.milestones=[1.0]"))
-    with pytest.raises(UserError, match="sizes under model"):
+    with pytest.raises(
+        UserError, match=r"was written with model\.hidden_size=\d+, but this start has model\.hidden_size=64"
+    ):
         main(make_config("model.hidden_size=64"))
     other = f"checkpoints.folder={tmp_path / 'other'}"
+    load = f"checkpoints.load_path={tmp_path / 'run' / 'latest-rank0.pt'}"
+    with pytest.raises(
+        UserError, match=r"latest-rank0\.pt was written with model\.num_layers=1, .*; set model\.num_layers=1$"
+    ):
+        main(make_config("model.num_layers=2", other, load))
     with pytest.raises(UserError, match="sizes under model"):
-        main(make_config("model.num_layers=2", other, f"checkpoints.load_path={tmp_path / 'run' / 'latest-rank0.pt'}"))
+        main(make_config("model.num_layers=2", other, load, "checkpoints.load_weights_only=true"))
     with pytest.raises(UserError, match="holds the checkpoints of a run"):
         main(make_config("checkpoints.resume=false"))
 

@@ -98,7 +98,7 @@ def test_bad_input(shards, tmp_path, capsys):
     for arguments, message in (
         ([str(tmp_path / "nothing")], "does not exist"),
         ([str(shards), "--split", "test"], "no rows in split 'test'"),
-        ([str(shards), "--checkpoint", str(tmp_path / "no.pt")], "no such checkpoint"),
+        ([str(shards), "--checkpoint", str(tmp_path / "no.pt")], "no such file or folder; expected a checkpoint"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
-from typing import Any
 
 from streaming import StreamingDataset
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +11,15 @@ from transformers import PreTrainedTokenizerFast
 from electra_composer.batches.streams import Folder, folders_of
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
-from electra_composer.storage.shard_folder import CONVERTER, META, Meta, describe_tokenizer, is_inside
+from electra_composer.storage.shard_folder import (
+    CONVERTER,
+    META,
+    Meta,
+    Shard,
+    describe_tokenizer,
+    is_inside,
+    parse_index,
+)
 
 
 def check_shards(meta: Meta, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> None:
@@ -61,14 +67,15 @@ def _check_folder(folder: Folder, split: str, evaluation: bool) -> None:
     index = os.path.join(path, "index.json")
     try:
         with open(index, encoding="utf-8") as file:
-            shards = json.load(file)["shards"]
-        check_names(path, [form["basename"] for shard in shards for form in _forms(shard)])
-        rows = sum(shard["samples"] for shard in shards)
-        broken = [message for shard in shards if (message := _broken_shard(path, shard))]
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: not a readable index of shards ({error}); recreate them with {CONVERTER}") from error
+            shards = parse_index(file.read())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{index} is damaged or not an index of shards: {error}; copy it again from where the shards were written, "
+            f"or recreate them with {CONVERTER}"
+        ) from error
+    check_names(path, [file.basename for shard in shards for file in shard.files])
+    rows = sum(shard.samples for shard in shards)
+    broken = [message for shard in shards if (message := _broken_shard(path, shard))]
     if broken:
         raise UserError(f"{broken[0]}; copy the shards again or recreate them with {CONVERTER}")
     if rows != counts[split].rows:
@@ -91,19 +98,14 @@ def check_names(path: str, names: Iterable[str]) -> None:
             )
 
 
-def _forms(shard: dict[str, Any]) -> list[dict[str, Any]]:
-    """Index entries of a shard's files: uncompressed and compressed."""
-    return [form for form in (shard["raw_data"], shard["zip_data"]) if form is not None]
-
-
-def _broken_shard(folder: str, shard: dict[str, Any]) -> str | None:
+def _broken_shard(folder: str, shard: Shard) -> str | None:
     """Describe what is wrong with a shard's files; either form, compressed or not, is enough."""
-    for form in _forms(shard):
-        name = os.path.join(folder, form["basename"])
+    for file in shard.files:
+        name = os.path.join(folder, file.basename)
         size = os.path.getsize(name) if os.path.isfile(name) else None
-        if size == form["bytes"]:
+        if size == file.bytes:
             return None
-    return f"{name} is missing" if size is None else f"{name} has {size:,} bytes instead of {form['bytes']:,}"
+    return f"{name} is missing" if size is None else f"{name} has {size:,} bytes instead of {file.bytes:,}"
 
 
 def check_index(dataset: StreamingDataset, folders: list[Folder], split: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from electra_composer.batches.row_reader import Rows
 from electra_composer.errors import UserError
@@ -59,3 +60,11 @@ def collate_rows(rows: Rows, max_seq_length: int, pad_id: int = 0) -> NDArray[np
     packed[2, places] = np.arange(num_tokens) - of_example[0]
     packed[3, places] = of_example[1]
     return packed.reshape(4, num_rows, max_seq_length)
+
+
+# Workaround (composer 0.32): the default split warns of a batch that is smaller than a microbatch, as the last one of
+# an evaluation or an epoch usually is; goes when that is no longer a warning.
+def split_batch(batch: Batch, rows: int) -> list[Batch]:
+    """Split a batch into microbatches of at most `rows` rows; values that are not tensors are those of the batch."""
+    starts = range(0, batch["input_ids"].shape[0], rows)
+    return [{k: v[i : i + rows] if isinstance(v, Tensor) else v for k, v in batch.items()} for i in starts]

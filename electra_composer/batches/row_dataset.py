@@ -142,7 +142,18 @@ class RowDataset(FixedStreamingDataset):
         return {**super().state_dict(num_samples, from_beginning), MIX: self._mix()}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Load a state. If its streams differ, warn and resume at the same position of a different order."""
+        """Load a state. If its streams differ, warn and resume at the same position of a different order.
+
+        Raises:
+            UserError: An epoch has fewer rows now than were read when the state was saved.
+        """
+        rows = sum(rows_per_epoch for _, rows_per_epoch in self._mix())
+        if obj["sample_in_epoch"] > rows:
+            raise UserError(
+                f"the checkpoint was written after {obj['sample_in_epoch']:,} rows of an epoch, and the data now has "
+                f"{rows:,} rows per epoch; use the data of the checkpoint, or start another run from its weights "
+                "(checkpoints.load_path, checkpoints.load_weights_only=true)"
+            )
         if obj.get(MIX, self._mix()) != self._mix() and World.detect().is_local_leader:
             print(
                 "warning: the checkpoint's data differs from this run's ([rows, rows per epoch] of each stream there: "

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 from typing import Literal
 
-import torch
+import psutil
 from composer.core import DataSpec
 from streaming.base.world import World
 
 from electra_composer.batches.checks import check_index, check_split
-from electra_composer.batches.collation import Batch, batch_bytes
+from electra_composer.batches.collation import Batch, batch_bytes, split_batch
 from electra_composer.batches.row_dataset import RowDataset
 from electra_composer.batches.row_loader import RowLoader
 from electra_composer.batches.streams import (
@@ -72,8 +72,11 @@ def read_meta(path: str, remote: str | None = None, timeout: float = 60.0) -> Me
     try:
         with open(file_name, encoding="utf-8") as file:
             return Meta.from_json(file.read(), path)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file_name}: not readable as the metadata of shards: {error}; recreate the shards") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file_name} is damaged or not the metadata of shards: {error}; copy it again from where the shards were "
+            f"written, or recreate the shards with {CONVERTER}"
+        ) from error
 
 
 def build_dataloader(
@@ -87,6 +90,7 @@ def build_dataloader(
     seed: int,
     evaluation: bool = False,
     transform: Callable[[Batch], Batch] | None = None,
+    pin_memory: bool = False,
 ) -> RowLoader:
     """Build a loader whose state resumes in the middle of an epoch. Call it after `torch.distributed` is initialised.
 
@@ -98,6 +102,7 @@ def build_dataloader(
         drop_last: drop a last batch that is not full, so that all have one shape.
         evaluation: read every row of every stream (or of `config.eval_streams`) once, ignoring their weights.
         transform: of :class:`RowLoader`, where batches come from a thread.
+        pin_memory: whether the run's device is a GPU, which copies from pinned memory without waiting.
 
     Raises:
         UserError: the split is missing or incomplete, or too small for one batch per device.
@@ -106,7 +111,8 @@ def build_dataloader(
     shares = plan_epoch(config, meta, split, seed, evaluation)
     folders = [share.folder for share in shares]
     world = World.detect()
-    _check_sizes(config, shares, split, batch_size, world.num_ranks, drop_last)
+    _check_sizes(shares, split, batch_size, world.num_ranks, drop_last)
+    _check_order(config, shares, shuffle)
     method = "random" if evaluation else config.batching_method
     batches = batches_per_epoch(shares, method, batch_size, world)
     try:
@@ -131,7 +137,7 @@ def build_dataloader(
         background=in_thread,
         transform=transform if in_thread else None,
         batch_size=batch_size,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         drop_last=drop_last,
         **loader_workers(workers, dataset.collate, batch_bytes(batch_size, meta.max_seq_length)),
     )
@@ -144,6 +150,9 @@ def _not_opened(folders: list[Folder], split: str, error: Exception) -> UserErro
     return UserError(f"{names}: the shards of split {split!r} cannot be opened: {reason}")
 
 
+BYTES_PER_ROW = 32
+"""Main memory for the order of an epoch: four arrays of int64 at the same time."""
+
 WORKERS = 2
 """Processes of `data.num_workers: auto` where shards are fetched or decompressed, which a thread would do in turn with
 the training step."""
@@ -154,32 +163,39 @@ def choose_workers(num_workers: int | str, dataset: RowDataset) -> tuple[int, bo
 
     Returns:
         The number of processes, and whether to load in a thread of this process instead.
-
-    Raises:
-        UserError: neither a number nor `auto`.
     """
     if isinstance(num_workers, int):
         return num_workers, False
-    if num_workers != "auto":
-        raise UserError(f"data.num_workers is {num_workers!r}; expected a number of processes, or auto")
     remote = any(stream.remote is not None for stream in dataset.streams)
     compressed = any(shard.zip_data is not None for shard in dataset.shards)
     return (WORKERS, False) if remote or compressed else (0, True)
 
 
-def _check_sizes(
-    config: ShardsConfig, shares: list[Share], split: str, batch_size: int, ranks: int, drop_last: bool
-) -> None:
-    if batch_size < 1:
-        raise UserError(f"the batch size per device is {batch_size}; expected at least 1")
-    if config.download_attempts < 1:
-        raise UserError(f"data.download_attempts is {config.download_attempts}; expected at least 1")
+def _check_sizes(shares: list[Share], split: str, batch_size: int, ranks: int, drop_last: bool) -> None:
     rows = sum(share.rows for share in shares)
     if drop_last and rows < batch_size * ranks:
         raise UserError(
             f"{', '.join(share.folder.path for share in shares)}: split {split!r} has {rows:,} rows, fewer than one "
             f"batch of {batch_size:,} rows on each of {ranks} devices ({batch_size * ranks:,}); use a smaller batch "
             "size or more text"
+        )
+
+
+# Workaround (streaming 0.13): the order of an epoch is computed when its first batch is read: too many rows end in
+# a MemoryError, too few for num_canonical_nodes in a ValueError; goes when StreamingDataset checks its arguments.
+def _check_order(config: ShardsConfig, shares: list[Share], shuffle: bool) -> None:
+    rows = [share.rows for share in shares]
+    total, memory = sum(rows), psutil.virtual_memory().total
+    if total * BYTES_PER_ROW > memory:
+        raise UserError(
+            f"an epoch takes {total:,} rows, whose order needs {total * BYTES_PER_ROW / 1e9:,.0f} GB of the "
+            f"{memory / 1e9:,.0f} GB of main memory; set a smaller data.epoch_size, or repeat or choose of the streams"
+        )
+    fewest = total if config.batching_method == "random" else min(rows)
+    if shuffle and config.num_canonical_nodes is not None and config.num_canonical_nodes > fewest:
+        raise UserError(
+            f"data.num_canonical_nodes is {config.num_canonical_nodes}; expected at most {fewest:,}, the rows of an "
+            f"epoch{'' if config.batching_method == 'random' else ' of the smallest stream'}"
         )
 
 
@@ -190,6 +206,7 @@ def build_data_spec(
     meta: Meta,
     seed: int,
     batch_transforms: Callable[[Batch], Batch] | None = None,
+    pin_memory: bool = False,
 ) -> DataSpec:
     """Build Composer's DataSpec for training or evaluation: samples are rows, tokens exclude padding.
 
@@ -201,6 +218,7 @@ def build_data_spec(
         batch_size: rows per device.
         meta: from :func:`read_data`.
         batch_transforms: applied to each batch on the CPU, before it is split into microbatches.
+        pin_memory: whether the run's device is a GPU.
 
     Raises:
         UserError: see :func:`build_dataloader`.
@@ -218,6 +236,7 @@ def build_data_spec(
         evaluation=not train,
         # With several ranks it may talk to the others, which a thread must not do at the same time as the step.
         transform=batch_transforms if World.detect().num_ranks == 1 else None,
+        pin_memory=pin_memory,
     )
     if loader.transform is not None:
         batch_transforms = None
@@ -229,6 +248,7 @@ def build_data_spec(
         # The expected number, if rows are not all taken equally often.
         num_tokens=round(sum(share.rows * of.tokens / of.rows for share, of in zip(shares, counts, strict=True))),
         batch_transforms=batch_transforms,
+        split_batch=split_batch,
         get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),
         get_num_tokens_in_batch=lambda batch: int(batch["num_tokens"]),
     )

@@ -86,7 +86,6 @@ def check_streams(config: ShardsConfig) -> None:
         for key in ("eval_streams", "batching_method"):
             if getattr(config, key) not in (None, "random"):
                 raise UserError(f"data.{key} is {getattr(config, key)}, but there are no data.streams; remove it")
-    epoch_rows_wanted(config)
     places: dict[str, str] = {}
     weights = {name: _weight(stream) for name, stream in config.streams.items()}
     for name, stream in config.streams.items():
@@ -96,7 +95,8 @@ def check_streams(config: ShardsConfig) -> None:
                 f"data.streams.{other} and data.streams.{name} are the same folder, {stream.path}; list it once, with "
                 "repeat: 2 to take its rows twice"
             )
-        _check_weight(name, weights[name])
+        if len(weights[name]) > 1:
+            raise UserError(f"data.streams.{name} has {' and '.join(weights[name])}; give one of them")
     proportional = [name for name, weight in weights.items() if "proportion" in weight]
     if proportional and len(proportional) < len(weights):
         other = next(name for name in weights if name not in proportional)
@@ -117,25 +117,9 @@ def check_streams(config: ShardsConfig) -> None:
         raise UserError(f"data.eval_streams is {chosen}; expected names of streams, each once, or null for all")
 
 
-def _check_weight(name: str, weight: dict[str, float]) -> None:
-    if len(weight) > 1:
-        raise UserError(f"data.streams.{name} has {' and '.join(weight)}; give one of them")
-    for key, value in weight.items():
-        if not (0 < value < float("inf")):
-            raise UserError(f"data.streams.{name}.{key} is {value}; expected more than 0, or remove the stream")
-
-
 def epoch_rows_wanted(config: ShardsConfig) -> int | None:
     """Return `data.epoch_size` as a number of rows, or None."""
-    if config.epoch_size is None:
-        return None
-    try:
-        rows = number_abbrev_to_int(config.epoch_size)
-    except ValueError as error:
-        raise UserError(f"data.epoch_size is {config.epoch_size!r}; expected rows, such as 500000 or 10m") from error
-    if rows < 1:
-        raise UserError(f"data.epoch_size is {config.epoch_size}; expected at least 1 row")
-    return rows
+    return None if config.epoch_size is None else number_abbrev_to_int(config.epoch_size)
 
 
 def merge_meta(metas: dict[str, Meta]) -> MixedMeta:

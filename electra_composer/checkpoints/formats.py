@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,8 +35,9 @@ def trainer_load_arguments(
 ) -> Iterator[dict[str, Any]]:
     """Yield the arguments of Composer's `Trainer` that load a checkpoint, and make it load safely inside the block.
 
-    A checkpoint in the other format than the run's is converted first. If it is the run's own newest, it is passed as
-    `load_path`, since Composer's autoresume looks for the run's format only.
+    The run's own newest checkpoint is passed as `load_path` too: Composer's autoresume finds none in the other format,
+    and none for a run that saves no more checkpoints. A checkpoint in the other format than the run's is converted
+    first.
 
     Args:
         checkpoints: `checkpoints` of the configuration.
@@ -48,24 +50,32 @@ def trainer_load_arguments(
     """
     resumes = checkpoints.resume and not checkpoints.overwrite
     own = os.path.realpath(latest) if resumes and os.path.exists(latest) else None
-    arguments: dict[str, Any] = {
-        "autoresume": resumes and bool(checkpoints.interval or checkpoints.milestones),
-        "load_path": load_path,
-        "load_weights_only": checkpoints.load_weights_only,
-    }
-    if own is not None and is_sharded(own) != sharded:
-        arguments = {"autoresume": False, "load_path": own, "load_weights_only": False}
-    with safe_composer_loading(), contextlib.ExitStack() as copies:
-        if arguments["load_path"] is not None and (own is None or not arguments["autoresume"]):
-            arguments["load_path"] = copies.enter_context(in_format(arguments["load_path"], sharded))
+    path = own or load_path
+    with safe_composer_loading(), _no_state_is_no_warning(), contextlib.ExitStack() as copies:
+        if path is not None:
+            path = copies.enter_context(in_format(path, sharded))
         try:
-            yield {**arguments, "load_strict_model_weights": True}
+            yield {
+                "autoresume": False,
+                "load_path": path,
+                "load_weights_only": own is None and checkpoints.load_weights_only,
+                "load_strict_model_weights": True,
+            }
         except CheckpointException as error:
             cause = cause_of(error)
             raise UserError(
                 f"{own or load_path}: the sharded checkpoint cannot be loaded: {type(cause).__name__}: "
                 f"{one_line(cause, 300)}"
             ) from error
+
+
+# Workaround (composer 0.32): State warns of every callback and logger that a checkpoint has no state of, although a run
+# may have new ones at each start; goes when it does not.
+@contextlib.contextmanager
+def _no_state_is_no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* is not in the state_dict. Its state will not be restored")
+        yield
 
 
 @contextlib.contextmanager

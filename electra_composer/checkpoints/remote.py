@@ -1,12 +1,13 @@
 """Copy a run's checkpoints to an object store, and resume from there when the machine and its disk are lost.
 
-Interval checkpoints use the prefixes `newest-0`, `newest-1`, … in turn, one more than are kept, so that none is
-overwritten while the index names it (see :mod:`electra_composer.checkpoints.remote_run`).
+Each interval checkpoint uses the first of the prefixes `newest-0`, `newest-1`, … that the index does not name, so that
+none is overwritten while it is named (see :mod:`electra_composer.checkpoints.remote_run`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -18,9 +19,10 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from electra_composer.atomic_files import UNFINISHED, move_into_place, remove, replace_link, with_prefix
+from electra_composer.checkpoints.remote_files import fetch_files, other_files, restore_metrics
 from electra_composer.checkpoints.remote_run import FILES, SINGLE_FILE, RemoteIndex, RemoteRun, StoredCheckpoint
 from electra_composer.checkpoints.resuming import find_corruption
-from electra_composer.checkpoints.saving import checkpoint_batch, checkpoints_in
+from electra_composer.checkpoints.saving import checkpoint_batch
 from electra_composer.config import CheckpointConfig
 from electra_composer.errors import UserError
 from electra_composer.faults import raise_on_all_ranks
@@ -28,15 +30,16 @@ from electra_composer.storage.object_store import explain
 
 log = logging.getLogger(__name__)
 
-NOT_COPIED = ("wandb",)  # folders of loggers with a server of their own
 
-
-def fetch_newest(checkpoints: CheckpointConfig, run_name: str, link_name: str) -> None:
+def fetch_newest(checkpoints: CheckpointConfig, run_name: str, link_name: str, check_only: bool = False) -> None:
     """Download the newest checkpoint from the object store if the run's folder lacks it.
 
     It is downloaded, with the run's other files, if it is newer than the folder's newest complete checkpoint. A corrupt
     copy is skipped for the one before it, with a warning. Every rank calls this and rank 0 does the work. Without
     `checkpoints.remote` nothing is done.
+
+    Args:
+        check_only: read the index of the store alone.
 
     Raises:
         UserError: On every rank: no answer from the store; it holds another run, or one that is neither to be resumed
@@ -46,15 +49,16 @@ def fetch_newest(checkpoints: CheckpointConfig, run_name: str, link_name: str) -
         return
     with raise_on_all_ranks("checkpoints.remote"):
         if dist.get_global_rank() == 0:
-            _fetch_newest(checkpoints, run_name, os.path.join(checkpoints.folder, link_name))
+            run = RemoteRun(checkpoints.remote)
+            index = _index_to_resume(run, checkpoints, run_name)
+            if index is not None and not check_only:
+                _fetch_newest(run, index, os.path.join(checkpoints.folder, link_name))
 
 
-def _fetch_newest(checkpoints: CheckpointConfig, run_name: str, link: str) -> None:
-    assert checkpoints.remote is not None
-    run, folder = RemoteRun(checkpoints.remote), os.path.dirname(link)
+def _index_to_resume(run: RemoteRun, checkpoints: CheckpointConfig, run_name: str) -> RemoteIndex | None:
     index = run.read()
     if index is None or not index.checkpoints or checkpoints.overwrite:
-        return
+        return None
     if not checkpoints.resume:
         raise UserError(
             f"checkpoints.remote: {run.remote} holds the checkpoints of a run; set checkpoints.resume=true to continue "
@@ -65,6 +69,11 @@ def _fetch_newest(checkpoints: CheckpointConfig, run_name: str, link: str) -> No
             f"checkpoints.remote: {run.remote} holds the run {index.run_name!r}, and this is {run_name!r}; set another "
             "checkpoints.remote, or checkpoints.overwrite=true to replace it"
         )
+    return index
+
+
+def _fetch_newest(run: RemoteRun, index: RemoteIndex, link: str) -> None:
+    folder = os.path.dirname(link)
     local_batch = _newest_complete(link)
     reasons = []
     for stored in index.checkpoints:
@@ -77,13 +86,14 @@ def _fetch_newest(checkpoints: CheckpointConfig, run_name: str, link: str) -> No
             continue
         for reason in reasons:
             log.warning(f"{reason}; resuming from {stored.name}")
-        _fetch_files(run, index, folder)
+        fetch_files(run, index, folder)
         replace_link(link, os.path.join(folder, stored.name))
         return
     if local_batch is None:
         raise UserError("checkpoints.remote: " + "; ".join(reasons))
     for reason in reasons:
         log.warning(f"{reason}; resuming from the folder's newest checkpoint, of batch {local_batch}")
+    restore_metrics(run, index, folder)
 
 
 def _newest_complete(link: str) -> int | None:
@@ -113,13 +123,6 @@ def _fetch(run: RemoteRun, stored: StoredCheckpoint, folder: str) -> None:
     if reason is not None:
         raise UserError(f"it is corrupt ({reason})")
     move_into_place(unfinished, path)
-
-
-def _fetch_files(run: RemoteRun, index: RemoteIndex, folder: str) -> None:
-    with tqdm(total=sum(index.files.values()), unit="B", unit_scale=True, desc="its other files") as bar:
-        for name in index.files:
-            # May be longer than the index says: a metrics file is uploaded while it grows.
-            bar.update(run.download(f"{FILES}/{name}", os.path.join(folder, name)))
 
 
 class RemoteCopy:
@@ -212,8 +215,9 @@ class RemoteCopy:
         if name.startswith("milestone-") or self.keep < 0:
             place = name.removesuffix("-rank0.pt")
         else:
+            # An earlier start may have kept more than this one, so the places taken may be any number.
             taken = {stored.place for stored in self.index.checkpoints}
-            place = next(place for n in range(self.keep + 1) if (place := f"newest-{n}") not in taken)
+            place = next(place for n in itertools.count() if (place := f"newest-{n}") not in taken)
         paths = {SINGLE_FILE: path}
         if os.path.isdir(path):
             paths = {file: os.path.join(path, file) for file in sorted(os.listdir(path))}
@@ -235,21 +239,6 @@ class RemoteCopy:
             if self._uploaded.get(name) != state:
                 self.run.upload(f"{FILES}/{name}", path)
                 self._uploaded[name] = state
-
-
-def other_files(folder: str) -> list[str]:
-    """List the files of a run's folder other than checkpoints, without hidden and unfinished ones."""
-    checkpoints = {os.path.basename(saved.path) for saved in checkpoints_in(folder)}
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and name not in checkpoints and name not in NOT_COPIED
-        )
-        for name in sorted(names):
-            path = os.path.join(place, name)
-            if not name.startswith(".") and name not in checkpoints and not os.path.islink(path):
-                found.append(os.path.relpath(path, folder))
-    return found
 
 
 @contextlib.contextmanager

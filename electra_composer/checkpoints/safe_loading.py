@@ -13,6 +13,7 @@ import datetime
 import io
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
-from electra_composer.errors import UserError, one_line
+from electra_composer.checkpoints.file_kinds import EXPECTED, describe_path
+from electra_composer.errors import UserError
 
 METADATA = ".metadata"  # file of a sharded checkpoint: which tensors and values it holds, and where they are
 
@@ -61,22 +63,25 @@ def read_file(path: str, map_location: str = "cpu", mmap: bool = True) -> Any:
         UserError: No such file, truncated, not written by torch, or readable by unsafe loading only.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint; expected a .pt file that pretrain.py wrote, or its run folder")
+        raise UserError(f"{path}: {describe_path(path)}; {EXPECTED}")
     try:
         with torch.serialization.safe_globals(checkpoint_globals()):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        lines = str(error).splitlines()
-        reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])
-        raise UserError(
-            f"{path}: not a checkpoint, or one with objects other than tensors and plain values; it was not loaded, "
-            f"since that could run code in the file: {reason.rpartition('WeightsUnpickler error: ')[2]}"
-        ) from error
     except Exception as error:  # torch raises many classes for arbitrary bytes
-        raise UserError(
-            f"{path}: not a readable checkpoint (truncated, or another kind of file?): "
-            f"{type(error).__name__}: {one_line(error, 300)}"
-        ) from error
+        objects = describe_objects(error)
+        raise UserError(f"{path}: {objects or describe_path(path)}; {EXPECTED}") from error
+
+
+def describe_objects(error: BaseException) -> str | None:
+    """Say which objects safe loading has refused; None if that is not what the exception is about."""
+    text = str(error)
+    if not isinstance(error, pickle.UnpicklingError) or not re.search("unsupported", text, re.IGNORECASE):
+        return None
+    name = re.search(r"(?:GLOBAL|class) ([\w.]+)", text)
+    what = f" ({name[1]})" if name else ""
+    return (
+        f"holds objects other than tensors and plain values{what}; it was not loaded, since that could run code in it"
+    )
 
 
 def checkpoint_globals() -> list[Any]:

@@ -103,9 +103,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
             filename=f"{kind}{{batch}}-rank{{rank}}.pt",
             remote_file_name=None,
             latest_filename=latest_filename,
-            # Workaround (composer 0.32): autoresume requires it, and only remote folders use it; goes when Composer
-            # resumes from local folders without it.
-            latest_remote_file_name=latest_filename,
+            latest_remote_file_name=None,
             **arguments,
         )
         self.kind = kind

@@ -14,11 +14,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from electra_composer.checkpoints.file_kinds import EXPECTED
 from electra_composer.checkpoints.safe_loading import (
     METADATA,
     SafeLoadPlanner,
     SafeReader,
     cause_of,
+    describe_objects,
     no_dist_warning_ignored,
 )
 from electra_composer.errors import UserError, one_line
@@ -67,15 +69,20 @@ def _read(folder: str, prefixes: list[tuple[str, ...]]) -> dict[str, Any]:
         return _with_lists(tree)
     except (Exception, CheckpointException) as error:  # torch raises many classes for arbitrary bytes
         cause = cause_of(error)
-        if isinstance(cause, pickle.UnpicklingError) and "unsupported" in str(cause).lower():
-            raise UserError(
-                f"{folder}: holds objects other than tensors and plain values; it was not loaded, since that could "
-                f"run code in the files: {str(cause).splitlines()[0]}"
-            ) from error
+        objects = describe_objects(cause)
+        if objects is not None:
+            raise UserError(f"{folder}: {objects}; {EXPECTED}") from error
         raise UserError(
-            f"{folder}: not a readable sharded checkpoint (incomplete, or another kind of folder?): "
-            f"{type(cause).__name__}: {one_line(cause, 300)}"
+            f"{folder}: a sharded checkpoint of which files are missing or damaged{_describe(cause)}; {EXPECTED}"
         ) from error
+
+
+def _describe(cause: BaseException) -> str:
+    if isinstance(cause, FileNotFoundError) and cause.filename is not None:
+        return f" (there is no {os.path.basename(cause.filename)})"
+    if isinstance(cause, pickle.UnpicklingError | EOFError):
+        return f" ({METADATA} cannot be read)"
+    return f" ({one_line(cause, 100)})"
 
 
 def _placeholder(description: Any) -> torch.Tensor | None:

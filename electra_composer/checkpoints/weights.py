@@ -20,10 +20,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import ElectraForPreTraining as TransformersElectraForPreTraining
 from transformers.utils import logging as transformers_logging
 
+from electra_composer.checkpoints.file_kinds import EXPECTED, describe_content
 from electra_composer.checkpoints.safe_loading import read_file
 from electra_composer.checkpoints.sharded import is_sharded, read_sharded
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError, one_line
+from electra_composer.foreign_files import HF_FOLDER, refuse_foreign
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.sizes import discriminator_config, generator_config
@@ -93,22 +95,25 @@ def read_checkpoint(path: str) -> Checkpoint:
     Raises:
         UserError: No such file, truncated, not written by pretrain.py, or readable by unsafe loading only.
     """
-    if os.path.isdir(path) and os.path.exists(os.path.join(path, LATEST)):
+    if os.path.isdir(path) and os.path.lexists(os.path.join(path, LATEST)):
         path = os.path.join(path, LATEST)
+    if not is_sharded(path):
+        refuse_foreign(path, "a checkpoint of pretrain.py")
+    content: Any = None
     try:
         if is_sharded(path):
             model_state, record = read_sharded(path)
         else:
-            content = read_file(path)["state"]
-            model_state, record = content["model"], content["callbacks"]["RunRecord"]
+            content = read_file(path)
+            saved = content["state"]
+            model_state, record = saved["model"], saved["callbacks"]["RunRecord"]
         config, tokenizer_files = record["config"], record["tokenizer_files"]
+        config["model"]
         # Workaround (torch 2.7): torch.compile puts `_orig_mod.` before parameter names; goes when state_dict omits it.
         state = {name.removeprefix("model.").replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a checkpoint of pretrain.py: model weights, configuration or tokenizer are missing "
-            f"({type(error).__name__}: {one_line(error, 300)})"
-        ) from error
+        found = "a sharded checkpoint of another program" if is_sharded(path) else describe_content(content)
+        raise UserError(f"{path}: {found}; {EXPECTED}") from error
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name, text in tokenizer_files.items():
@@ -148,12 +153,14 @@ def load_source(source: str) -> Pretrained:
     has_config, exported = os.path.isfile(os.path.join(source, "config.json")), os.path.join(source, "discriminator")
     if not has_config and os.path.isfile(os.path.join(exported, "config.json")):
         return load_source(exported)
-    if source.endswith(".pt") or is_sharded(source) or os.path.exists(os.path.join(source, LATEST)):
+    is_file = source.endswith(".pt") or os.path.isfile(source)
+    if is_file or is_sharded(source) or os.path.lexists(os.path.join(source, LATEST)):
         checkpoint = read_checkpoint(source)
         weights = {name: t for name, t in checkpoint.state.items() if name.startswith("embeddings.")}
         weights |= {f"encoder.{name}": t for name, t in under(checkpoint.state, "discriminator.").items()}
         head = under(checkpoint.state, "rtd_head.")
         return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer, head)
+    refuse_foreign(source, f"a checkpoint of pretrain.py, or {HF_FOLDER}")
     if not os.path.exists(source) and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: no such file or folder; expected a checkpoint, a Hugging Face folder or a hub name")
     if os.path.isdir(source) and not has_config:

@@ -52,6 +52,7 @@ class Examples(NamedTuple):
     ids: NDArray[np.integer]
     lengths: NDArray[np.int64]  # [examples, 2]: length_a and length_b
     dropped_tokens: int
+    split_hashes: tuple[float, ...]  # of the documents that have tokens, see `split_hash`
 
     def examples(self) -> Iterator[Example]:
         ends = np.cumsum(self.lengths.sum(1))
@@ -84,12 +85,17 @@ def convert_documents(
         name: of the chunk; seeds the random draws.
     """
     found: list[Examples] = []
-    in_val = [is_validation(settings.seed, document.digest, settings.val_fraction) for document in documents]
+    hashes = [split_hash(settings.seed, document.digest) for document in documents]
     for split in settings.splits:
-        chosen = [document.text for document, val in zip(documents, in_val, strict=True) if val == (split == "val")]
+        chosen = [
+            (document.text, value)
+            for document, value in zip(documents, hashes, strict=True)
+            if (value < settings.val_fraction) == (split == "val")
+        ]
         rng = Random(f"{settings.seed} {split} {name}")
         builder = ExampleBuilder(settings.max_seq_length, settings.cls_id, settings.sep_id, rng, settings.overflow)
-        examples = list(_build_examples(builder, tokenizer, chosen, settings.lines))
+        by_document = list(_build_examples(builder, tokenizer, [text for text, _ in chosen], settings.lines))
+        examples = list(itertools.chain.from_iterable(by_document))
         ids = [example.ids for example in examples]
         lengths = [(example.length_a, example.length_b) for example in examples]
         found.append(
@@ -98,6 +104,7 @@ def convert_documents(
                 np.concatenate(ids).astype(settings.dtype) if ids else np.zeros(0, settings.dtype),
                 np.array(lengths, np.int64).reshape(-1, 2),
                 builder.dropped_tokens,
+                tuple(value for (_, value), part in zip(chosen, by_document, strict=True) if part),
             )
         )
     return found
@@ -105,7 +112,12 @@ def convert_documents(
 
 def is_validation(seed: int, digest: int, fraction: float) -> bool:
     """Return whether a document is in the validation split; copies of a text are always in the same split."""
-    return hash_fraction(f"{seed} {digest}") < fraction
+    return split_hash(seed, digest) < fraction
+
+
+def split_hash(seed: int, digest: int) -> float:
+    """Return the number in [0, 1) that decides the split of a document."""
+    return hash_fraction(f"{seed} {digest}")
 
 
 def hash_fraction(key: str) -> float:
@@ -115,13 +127,15 @@ def hash_fraction(key: str) -> float:
 
 def _build_examples(
     builder: ExampleBuilder, tokenizer: Tokenizer, documents: list[str], lines: str
-) -> Iterator[Example]:
+) -> Iterator[list[Example]]:
+    """Yield the examples of each document; none if it has no tokens."""
     split = [document_lines(document, lines) for document in documents]
     encoded = encode_lines(tokenizer, (line for document in split for line in document))
     for document in split:
+        examples: list[Example] = []
         for ids in itertools.islice(encoded, len(document)):
-            yield from builder.add_line(ids)
-        yield from builder.end_document()
+            examples += builder.add_line(ids)
+        yield [*examples, *builder.end_document()]
 
 
 def document_lines(document: str, ends: str) -> list[str]:

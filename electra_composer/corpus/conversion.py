@@ -11,6 +11,8 @@ import time
 from dataclasses import asdict
 from functools import partial
 
+from tqdm import tqdm
+
 from electra_composer.atomic_files import replaced_file
 from electra_composer.corpus import selection
 from electra_composer.corpus.docstrings import read_docstrings
@@ -24,8 +26,10 @@ from electra_composer.corpus.part_conversion import Job, PartContext
 from electra_composer.corpus.progress import progress_bar
 from electra_composer.corpus.source_parts import interleave, list_parts
 from electra_composer.corpus.sources import DOCSTRINGS
+from electra_composer.corpus.splits import changes, split_limit
 from electra_composer.corpus.summary import Summary, total_counts
-from electra_composer.corpus.tokenizer import encoding_settings, load_or_train
+from electra_composer.corpus.tokenizer import encoding_settings, load_given, train_or_load
+from electra_composer.errors import UserError
 from electra_composer.storage.shard_folder import Meta, describe_tokenizer
 
 _ESTIMATE_BYTES = 1 << 20  # of text to read to estimate the size of the sources
@@ -40,25 +44,22 @@ def convert(options: Conversion) -> Summary:
     start = time.monotonic()
     check_options(options)
     sources = options.sources
+    given = load_given(options)
     with ShardFolder(options.out, options.overwrite, options.compression, options.plan(), options.restart) as folder:
         if folder.finished is not None:
             return _summary_of(folder.finished, options, time.monotonic() - start)
         text_bytes = _estimate_bytes(options)
         engine = Spark(options.master) if options.engine == "spark" else Processes(options.workers)
         jobs = _list_jobs(options, folder.workspace, engine)
-        tokenizer = load_or_train(options, jobs, folder.workspace)
+        tokenizer = train_or_load(options, jobs, folder.workspace) if given is None else given
         settings = encoding_settings(options, tokenizer)
         resumed = [record["counts"] for record in folder.records.values()]
         context = PartContext(settings, sources, options.packing, folder.place(settings.dtype))
-        todo = [job for job in jobs if job.number not in folder.records]
         done = sum(counts["text_bytes"] for counts in resumed)
         total = None if text_bytes is None else max(0, round(text_bytes) - done)
         with progress_bar("converting", options.progress, total) as bar:
-            for record in engine.convert(context, todo, bar):
-                folder.records[record["number"]] = record
-        if not any(record["counts"]["documents"] for record in folder.records.values()):
-            folder.forget()
-            raise no_text_error(sources)
+            _convert_parts(folder, engine, context, jobs, bar)
+        filled = _fill_splits(folder, engine, context, jobs)
         splits, counts, unreadable = total_counts(folder.records, settings.splits, sources)
         name = tokenizer.name_or_path if options.tokenizer == TRAIN else options.tokenizer
         meta = Meta(
@@ -87,6 +88,7 @@ def convert(options: Conversion) -> Summary:
         shard_bytes=size,
         seconds=time.monotonic() - start,
         continued_tokens=sum(counts["tokens"] for counts in resumed),
+        filled_split=filled,
     )
 
 
@@ -104,6 +106,37 @@ def _summary_of(finished: Finished, options: Conversion, seconds: float) -> Summ
         continued_tokens=sum(counts.tokens for counts in meta.splits.values()),
         was_complete=True,
     )
+
+
+def _convert_parts(
+    folder: ShardFolder, engine: Processes | Spark, context: PartContext, jobs: list[Job], bar: tqdm
+) -> None:
+    """Convert the parts that have no record yet."""
+    todo = [job for job in jobs if job.number not in folder.records]
+    for record in engine.convert(context, todo, bar):
+        folder.records[record["number"]] = record
+
+
+def _fill_splits(folder: ShardFolder, engine: Processes | Spark, context: PartContext, jobs: list[Job]) -> str | None:
+    """Convert the parts again from which a split gets a document that would be empty otherwise; return its name.
+
+    Raises:
+        UserError: no text, or only one document for two splits.
+    """
+    records = folder.records
+    try:
+        if not any(split["rows"] for record in records.values() for split in record["splits"].values()):
+            raise no_text_error(context.sources)
+        limit = split_limit(records.values(), context.settings.val_fraction)
+    except UserError:
+        folder.forget()
+        raise
+    folder.discard([number for number, record in records.items() if changes(record, limit)])
+    wanted = context.settings.val_fraction
+    context = context._replace(settings=context.settings._replace(val_fraction=limit))
+    with progress_bar("", enabled=False) as bar:
+        _convert_parts(folder, engine, context, jobs, bar)
+    return None if limit == wanted else "val" if limit > wanted else "train"
 
 
 def _estimate_bytes(options: Conversion) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from electra_composer.corpus.chunks import group_documents
 from electra_composer.corpus.documents import ReadStats, filter_documents
 from electra_composer.corpus.engines import tokenize_sample
 from electra_composer.corpus.estimate import estimate_text
-from electra_composer.corpus.examples import Packer, Row
+from electra_composer.corpus.examples import Packer, Row, one_per_row
 from electra_composer.corpus.options import TRAIN, Conversion, check_options
 from electra_composer.corpus.tokenizer import encoding_settings
 from electra_composer.errors import UserError
@@ -31,12 +31,15 @@ class DryRun:
     disk_bytes: float
     seconds: float  # with the given number of workers
 
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
     def __str__(self) -> str:
         hours, rest = divmod(round(self.seconds), 3600)
         return (
             f"estimated from a sample: {self.documents:,.0f} documents, {self.text_bytes / 1e9:.3g} GB of text, "
-            f"{self.tokens / 1e6:,.1f} M tokens, {self.disk_bytes / 1e9:.3g} GB of shards, "
-            f"{hours} h {rest // 60} min {rest % 60} s"
+            f"{self.tokens / 1e6:,.1f} M tokens, {self.disk_bytes / 1e9:.3g} GB of shards "
+            f"before compression, {hours} h {rest // 60} min {rest % 60} s"
         )
 
 
@@ -67,7 +70,10 @@ def dry_run(options: Conversion) -> DryRun:
     start = time.monotonic()
     for found in tokenize_sample(settings, chunks, options.workers):
         for packer, examples in zip(packers, found, strict=True):
-            rows += itertools.chain.from_iterable(map(packer.add, examples.examples()))
+            if options.packing == "one":
+                rows += one_per_row(examples.examples())
+            else:
+                rows += itertools.chain.from_iterable(map(packer.add, examples.examples()))
     rows += itertools.chain.from_iterable(packer.finish() for packer in packers)
     seconds = time.monotonic() - start
     scale = text.text_bytes / sampled

@@ -48,13 +48,15 @@ class Processes:
 
     def scan(self, sources: Sources, parts: Iterable[Part]) -> Iterator[PartScan]:
         """Yield :func:`scan_part` of each part in order; scan little further than the iterator is consumed."""
-        with _Pool(self._workers, self.context) as pool:
+        parts = list(parts)
+        with _Pool(max(1, min(self._workers, len(parts))), self.context) as pool:
             yield from pool.ordered(partial(scan_part, sources), parts)
 
     def convert(self, context: PartContext, jobs: list[Job], bar: tqdm) -> Iterator[dict[str, Any]]:
         """Yield the records of :func:`convert_part` in any order, each once its part is complete."""
         done = self.context.Value("q", 0)  # bytes of text
-        with _Pool(self._workers, self.context, context, done) as pool, follow(bar, done):
+        workers = max(1, min(self._workers, len(jobs)))
+        with _Pool(workers, self.context, context, done) as pool, follow(bar, done):
             yield from pool.unordered(_convert, jobs)
 
 

@@ -15,10 +15,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from electra_composer.storage.shard_folder import MIN_SEQ_LENGTH
+
 Overflow = Literal["cut", "carry"]
 Ids = NDArray[np.int32]
 
-MIN_SEQ_LENGTH = 5  # the shortest target length that is drawn
 WINDOW = 8192
 OPEN_ROWS = 2048
 _MIN_EXAMPLE = 3  # [CLS], one token, [SEP]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -28,14 +28,15 @@ from electra_composer.corpus.workspace import (
     part_name,
     plain,
     plan_digest,
+    record_file,
     record_files,
     write_json,
 )
+from electra_composer.disk import disk_error
 from electra_composer.errors import UserError
+from electra_composer.signals import Stopped, tell
 from electra_composer.storage.remotes import is_remote, upload, workspace_of
 from electra_composer.storage.shard_folder import META, TOKENIZER, Meta
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class ShardFolder:
@@ -109,6 +110,9 @@ class ShardFolder:
         except OSError as error:
             self._unlock()
             raise UserError(f"cannot write to {os.path.dirname(self.workspace)}: {error.strerror}") from error
+        except Stopped as error:
+            self.__exit__(Stopped, error, None)
+            raise
         except BaseException:
             self._unlock()
             raise
@@ -128,13 +132,17 @@ class ShardFolder:
         elif is_workspace(self.workspace):
             remove(self.workspace)
         self._unlock()
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
+        reason = disk_error(error)
+        if reason is not None:
             raise UserError(
-                f"cannot write the shards to {self.out}: {error.strerror}; "
+                f"cannot write the shards to {self.out}: {reason}; "
                 + (f"{kept}: free some space and rerun the same command to resume" if kept else "nothing was kept")
             ) from error
-        if error is not None and (kept or not isinstance(error, UserError)):
-            print(f"{kept}; rerun the same command to resume" if kept else "nothing was kept", file=sys.stderr)
+        outcome = f"{kept}; rerun the same command to resume" if kept else "nothing was kept"
+        if isinstance(error, Stopped):
+            tell(outcome)
+        elif error is not None and (kept or not isinstance(error, UserError)):
+            print(outcome, file=sys.stderr)
 
     def _unlock(self) -> None:
         self._lock.release()
@@ -147,6 +155,14 @@ class ShardFolder:
     def forget(self) -> None:
         """Remove everything when the block is left, complete parts included."""
         self._plan = None
+
+    def discard(self, numbers: Iterable[int]) -> None:
+        """Remove complete parts, so that they can be converted again."""
+        for number in numbers:
+            del self.records[number]
+            os.remove(record_file(self.workspace, number))
+            for part in Path(self.workspace, WHOLE).glob(f"*/{part_name(number)}"):
+                shutil.rmtree(part)
 
     def place(self, dtype: str) -> Place:
         """Return where :class:`PartWriter` writes. `dtype`: of the ids, from :func:`id_dtype`."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
 from streaming.base.compression import is_compression
 
-from electra_composer.corpus.examples import MIN_SEQ_LENGTH, Overflow
+from electra_composer.corpus.examples import Overflow
 from electra_composer.corpus.sources import Sources, check_sources, fingerprint_files
 from electra_composer.errors import UserError
+from electra_composer.ranges import Range, check_ranges
+from electra_composer.storage.shard_folder import MAX_SEQ_LENGTH, MIN_SEQ_LENGTH
 
 TRAIN = "train"  # value of `tokenizer`: train a new vocabulary on the sources
 
@@ -22,16 +23,16 @@ class Conversion:
     sources: Sources = field(default_factory=Sources)
     out: str = "data/owt"
     tokenizer: str = "google/electra-small-discriminator"
-    vocab_size: int = 30522
+    vocab_size: Annotated[int, Range(ge=7, le=1_000_000)] = 30522  # special tokens, and a character twice, at least
     cased: bool = False
     keep_accents: bool = False
-    max_seq_length: int = 128
+    max_seq_length: Annotated[int, Range(ge=MIN_SEQ_LENGTH, le=MAX_SEQ_LENGTH)] = 128
     packing: Literal["packed", "one"] = "packed"
     lines: Literal["newline", "sentence"] = "newline"
     overflow: Overflow = "cut"
-    val_fraction: float = 0.005
-    seed: int = 0
-    workers: int = 1
+    val_fraction: Annotated[float, Range(ge=0, lt=1)] = 0.005
+    seed: Annotated[int, Range(ge=0, le=2**31 - 1)] = 0
+    workers: Annotated[int, Range(ge=1, le=1024)] = 1
     engine: Literal["local", "spark"] = "local"
     master: str | None = None  # Spark master URL
     compression: str | None = None
@@ -52,18 +53,20 @@ def check_options(options: Conversion) -> None:
     """Check options and sources before any work begins.
 
     Raises:
-        UserError: an option is out of range, or a source cannot be found.
+        UserError: an option is out of range or without effect, or a source cannot be found.
     """
-    if not MIN_SEQ_LENGTH <= options.max_seq_length <= np.iinfo(np.uint16).max:
-        raise UserError(f"--max-seq-length is {options.max_seq_length}; expected {MIN_SEQ_LENGTH} to 65535")
-    if not 0 <= options.val_fraction < 1:
-        raise UserError(f"--val-fraction is {options.val_fraction}; expected a fraction in [0, 1)")
+    check_sources(options.sources)
+    check_ranges(options)
     if options.compression is not None and not is_compression(options.compression):
         raise UserError(
             f"--compression {options.compression} is not supported by Streaming; expected zstd, gz, br, bz2 or snappy"
         )
     if options.master is not None and options.engine != "spark":
         raise UserError(f"--master {options.master} requires --engine spark")
-    if options.workers < 1:
-        raise UserError(f"--workers is {options.workers}; expected at least 1")
-    check_sources(options.sources)
+    if options.tokenizer != TRAIN and options.vocab_size != Conversion.vocab_size:
+        raise UserError(
+            f"--vocab-size {options.vocab_size} has no effect with --tokenizer {options.tokenizer}; it is for "
+            f"--tokenizer {TRAIN}"
+        )
+    if options.cased and options.keep_accents:
+        raise UserError("--cased keeps accents already; give --keep-accents alone for lower case with accents")

@@ -23,6 +23,7 @@ from electra_composer.corpus.part_writer import PartWriter, Place
 from electra_composer.corpus.selection import Selection
 from electra_composer.corpus.source_parts import Part
 from electra_composer.corpus.sources import Sources
+from electra_composer.corpus.splits import extremes
 from electra_composer.storage.shard_folder import SourceCounts, SplitCounts
 
 
@@ -54,7 +55,8 @@ def convert_part(
 
     Returns:
         The record of the part: its `source`, `counts` (:class:`SourceCounts`), `splits` (:class:`SplitCounts` by name),
-        `unreadable` files with their error messages, and `shards`, see :meth:`PartWriter.finish`.
+        `unreadable` files with their error messages, `val_fraction` and `split_hashes` (see splits.py), and `shards`,
+        see :meth:`PartWriter.finish`.
 
     Raises:
         UserError: text cannot be read, or an upload to the remote failed.
@@ -65,6 +67,7 @@ def convert_part(
     counts = SourceCounts(duplicate_documents=job.selection.duplicates)
     packers = {split: Packer(settings.max_seq_length) for split in settings.splits}
     writer = PartWriter(context.place, job.number, settings.splits)
+    hashes: list[float] = []  # lowest and highest of the part
 
     def write(split: str, rows: Iterable[Row]) -> None:
         for row in rows:
@@ -76,6 +79,7 @@ def convert_part(
         documents = _selected_documents(part_documents(job.part, context.sources, stats), context, job)
         for index, chunk in enumerate(group_documents(documents)):
             found = convert_documents(settings, tokenizer, f"{job.number} {index}", chunk)
+            hashes = extremes([*hashes, *itertools.chain.from_iterable(examples.split_hashes for examples in found)])
             for split, examples in zip(settings.splits, found, strict=True):
                 splits[split].documents += examples.documents
                 splits[split].examples += len(examples.lengths)
@@ -98,6 +102,8 @@ def convert_part(
                 "counts": asdict(counts),
                 "splits": {name: asdict(split) for name, split in splits.items()},
                 "unreadable": stats.unreadable,
+                "val_fraction": settings.val_fraction,
+                "split_hashes": hashes,
             }
         )
     except BaseException:

@@ -11,7 +11,7 @@ from streaming import MDSWriter
 
 from electra_composer.atomic_files import sync
 from electra_composer.corpus.examples import Row
-from electra_composer.corpus.workspace import INDEX, RECORDS, UNFINISHED, WHOLE, part_name, write_json
+from electra_composer.corpus.workspace import INDEX, RECORDS, UNFINISHED, WHOLE, part_name, record_file, write_json
 from electra_composer.errors import UserError
 from electra_composer.storage.remotes import upload
 from electra_composer.storage.shard_folder import HASH
@@ -92,7 +92,7 @@ class PartWriter:
                 os.makedirs(os.path.join(place.workspace, WHOLE, split), exist_ok=True)
                 os.rename(folder, os.path.join(place.workspace, WHOLE, split, name))
         shutil.rmtree(self._folder, ignore_errors=True)
-        write_json(os.path.join(place.workspace, RECORDS, f"{name}.json"), record)
+        write_json(record_file(place.workspace, self._number), record)
         if place.remote is not None:
             upload(place.workspace, place.remote, os.path.join(RECORDS, f"{name}.json"))
         return record

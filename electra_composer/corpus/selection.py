@@ -6,6 +6,7 @@ deduplication and limits nothing is read twice.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from electra_composer.atomic_files import replaced_file
+from electra_composer.atomic_files import write_file
 from electra_composer.corpus.documents import ReadStats, limit_reached, part_documents
 from electra_composer.corpus.source_parts import Part
 from electra_composer.corpus.sources import Sources
@@ -99,13 +100,14 @@ def _is_in(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[n
 def save(folder: str, selections: list[Selection]) -> None:
     """Save selections atomically, for a resumed conversion."""
     arrays = {f"{index:06}": part.chosen for index, part in enumerate(selections) if part.chosen is not None}
-    with replaced_file(os.path.join(folder, FILE)) as file:
-        np.savez_compressed(
-            file,
-            allow_pickle=False,
-            duplicates=np.array([part.duplicates for part in selections], np.int64),
-            **arrays,
-        )
+    content = io.BytesIO()  # an archive on a full disk would raise a second error when it is deleted
+    np.savez_compressed(
+        content,
+        allow_pickle=False,
+        duplicates=np.array([part.duplicates for part in selections], np.int64),
+        **arrays,
+    )
+    write_file(os.path.join(folder, FILE), content.getvalue())
 
 
 def load(folder: str) -> list[Selection] | None:

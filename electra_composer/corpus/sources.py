@@ -8,7 +8,7 @@ import io
 import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import yaml
@@ -16,12 +16,23 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from electra_composer.errors import UserError
+from electra_composer.ranges import BYTES, Range, check_ranges, faults
 
 HUB = "hub"
 DOCSTRINGS = "docstrings"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _FORMATS = (".parquet", ".jsonl", ".json", ".txt")
 _TARS = (".tar", ".tar.xz", ".tar.gz", ".tgz")
+
+
+# Keys of a source that only some kinds of it use.
+USED_BY: dict[str, tuple[set[str], str]] = {
+    "text_column": ({HUB, ".parquet", ".jsonl", ".json"}, "parquet, JSON Lines and data sets of the hub"),
+    "txt_documents": ({".txt"}, ".txt files"),
+    "dataset": ({HUB}, f"the source {HUB}"),
+    "config": ({HUB}, f"the source {HUB}"),
+    "revision": ({HUB}, f"the source {HUB}"),
+}
 
 
 @dataclass
@@ -34,7 +45,8 @@ class Source:
 
     path: str = HUB  # hub, docstrings, or the path of a file, folder or glob
     name: str | None = None  # in meta.json and messages; null: the path or the name of the data set
-    weight: float = 1.0  # how often each document is taken: 2 twice, 0.5 half of them (chosen by their text)
+    # how often each document is taken: 2 twice, 0.5 half of them (chosen by their text)
+    weight: Annotated[float, Range(gt=0, le=100)] = 1.0
     text_column: str = "text"  # of parquet, JSON Lines and the hub
     txt_documents: Literal["blank", "file"] = "blank"  # what ends a document in .txt: a blank line, or the file
     dataset: str = "Skylion007/openwebtext"
@@ -45,19 +57,29 @@ class Source:
     def label(self) -> str:
         return self.name or (self.dataset if self.path == HUB else self.path)
 
+    @property
+    def kinds(self) -> set[str | None]:
+        """What it consists of: `hub`, `docstrings`, or the formats of its files as :func:`format_of` names them.
+
+        Raises:
+            UserError: see :func:`find_files`.
+        """
+        return {self.path} if self.path in (HUB, DOCSTRINGS) else {format_of(path) for path in find_files(self.path)}
+
 
 @dataclass
 class Sources:
     """Sources to read, and filters and limits on their documents."""
 
     sources: list[Source] = field(default_factory=lambda: [Source()])
-    min_characters: int = 0  # shorter documents are left out
+    min_characters: Annotated[int, Range(ge=0, le=10**9)] = 0  # shorter documents are left out
     drop_lines: list[str] = field(default_factory=list)  # regular expressions; lines that match one are left out
     deduplicate: bool = False  # leave out exact copies of earlier documents
     normalize: Literal["NFC", "NFKC"] | None = None  # Unicode normalization form
     skip_unreadable: bool = False  # leave out the rest of a file that cannot be read, instead of stopping
-    max_documents: int | None = None
-    max_bytes: int | None = None  # of UTF-8 text
+    max_documents: Annotated[int, Range(ge=1, le=10**12)] | None = None
+    # of UTF-8 text
+    max_bytes: Annotated[int, Range(ge=1, le=10**15, suffixes=BYTES, example="50mb")] | None = None
 
     @classmethod
     def of(cls, *paths: str, **options: Any) -> Sources:
@@ -87,7 +109,8 @@ def read_mixture(path: str) -> list[Source]:
         mixture = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Mixture), content))
     except OSError as error:
         raise UserError(f"--mixture {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, TypeError) as error:  # TypeError: a bare list
+    # TypeError: a bare list; ValueError: bytes that are not UTF-8, a number of thousands of digits
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
         known = ", ".join(f.name for f in fields(Source))
         raise UserError(
             f"--mixture {path}: {' '.join(str(error).split())[:300]}; expected a list under sources:, each with "
@@ -103,22 +126,42 @@ def check_sources(sources: Sources) -> None:
     """Check sources and filters, and that there are files at every path, before any work begins.
 
     Raises:
-        UserError: no files at a path, weight out of range, two sources of the same name, invalid regular expression.
+        UserError: no files at a path, number out of range, key without effect, two sources of the same name, invalid
+            regular expression.
     """
     for pattern in sources.drop_lines:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise UserError(f"--drop-lines {pattern!r}: not a regular expression ({error})") from error
     labels = [source.label for source in sources.sources]
     for label in labels:
         if labels.count(label) > 1:
             raise UserError(f"source {label} is given more than once; give it a weight of 2 to take it twice")
     for source in sources.sources:
-        if not 0 < source.weight <= 100:
-            raise UserError(f"source {source.label}: weight is {source.weight}; expected a number in (0, 100]")
-        if source.path not in (HUB, DOCSTRINGS):
-            find_files(source.path)
+        for _, message in faults(source):
+            raise UserError(f"source {source.label}: {message}")
+        unused = unused_keys(source)
+        if unused:
+            value = getattr(source, unused[0])
+            raise UserError(
+                f"source {source.label}: {unused[0]} {value} has no effect; it is for {USED_BY[unused[0]][1]}"
+            )
+    check_ranges(sources)
+
+
+def unused_keys(source: Source) -> list[str]:
+    """Return the keys that differ from their defaults, but have no effect on this kind of source.
+
+    Raises:
+        UserError: see :func:`find_files`.
+    """
+    kinds, default = source.kinds, Source()
+    return [
+        name
+        for name, (used_by, _) in USED_BY.items()
+        if getattr(source, name) != getattr(default, name) and not kinds & used_by
+    ]
 
 
 def find_files(source: str) -> list[str]:

@@ -25,6 +25,7 @@ class Summary:
     seconds: float  # of this run
     continued_tokens: int = 0  # tokens of the total that an interrupted run had converted
     was_complete: bool = False  # an earlier run had finished the conversion
+    filled_split: str | None = None  # it would have been empty, and got one document
 
     @property
     def total(self) -> SplitCounts:
@@ -67,6 +68,9 @@ class Summary:
             for name, part in self.sources.items():
                 share = part.tokens / max(1, self.text.tokens)
                 lines.append(f"{name:{width}}{part.documents:12,}{part.text_bytes:17,}{part.tokens:15,}{share:8.1%}")
+        lines.append(
+            f"dropped at the ends of segments: {self.total.dropped_tokens:,} tokens, {self.dropped_share:.2%} of all"
+        )
         resumed = f" ({self.continued_tokens:,} tokens came from an interrupted run)" if self.continued_tokens else ""
         if self.was_complete:
             lines.append(

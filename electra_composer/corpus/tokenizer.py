@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -19,30 +23,52 @@ from electra_composer.corpus.source_parts import MIN_PART
 from electra_composer.storage.shard_folder import TOKENIZER, id_dtype
 from electra_composer.vocabulary import load_tokenizer, special_ids, train_tokenizer
 
+Result = TypeVar("Result")
+
 SAMPLE_BYTES = 200_000_000  # of text to train a vocabulary on, from parts spread over all sources
 SAMPLE_PARTS = 64  # at most; each costs the start of a reader
 
 
-def load_or_train(options: Conversion, jobs: list[Job], workspace: str) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that the options name.
+def load_given(options: Conversion) -> PreTrainedTokenizerFast | None:
+    """Return the tokenizer that the options name; None if a vocabulary is to be trained."""
+    return (
+        None if options.tokenizer == TRAIN else load_tokenizer(options.tokenizer, options.cased, options.keep_accents)
+    )
 
-    A trained one is saved in the workspace, so that a resumed conversion uses the same.
+
+def train_or_load(options: Conversion, jobs: list[Job], workspace: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with a vocabulary trained on the sources.
+
+    It is saved in the workspace, so that a resumed conversion uses the same.
     """
-    if options.tokenizer != TRAIN:
-        return load_tokenizer(options.tokenizer, options.cased, options.keep_accents)
     saved = os.path.join(workspace, TOKENIZER)
     if not os.path.isdir(saved):
         sample = list(_sample(options, jobs))
         if not sample:
             raise no_text_error(options.sources)
-        tokenizer = train_tokenizer(
-            sample, options.vocab_size, options.cased, options.keep_accents, progress=options.progress
-        )
+        if options.progress:
+            print(f"training a vocabulary of at most {options.vocab_size:,} entries", flush=True)
+        train = partial(train_tokenizer, sample, options.vocab_size, options.cased, options.keep_accents)
+        tokenizer = _interruptible(train)
         with replaced_folder(saved) as folder:
             tokenizer.save_pretrained(folder)
     tokenizer = load_tokenizer(saved)
     tokenizer.name_or_path = f"trained-{len(tokenizer)}"
     return tokenizer
+
+
+def _interruptible(function: Callable[[], Result]) -> Result:
+    """Call a function in a thread, so that signals are handled while it runs code that checks for none."""
+    result: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result()
 
 
 def _sample(options: Conversion, jobs: list[Job]) -> Iterator[str]:

@@ -85,6 +85,11 @@ def is_workspace(path: str) -> bool:
     return PLAN in names or all(PLAN in name for name in names)  # killed while the plan was written
 
 
+def record_file(workspace: str, number: int) -> str:
+    """Return the path of the record of a part."""
+    return os.path.join(workspace, RECORDS, f"{part_name(number)}.json")
+
+
 def record_files(workspace: str) -> list[Path]:
     """List the records of all complete parts, including those written by processes that were killed since."""
     return sorted(Path(workspace, RECORDS).glob("[0-9]*.json"))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from electra_composer.batches.background import BackgroundLoader
+from electra_composer.batches.collation import split_batch
 from electra_composer.batches.workers import WorkerLoader, loader_workers
 from electra_composer.finetune.data import EncodedExample, EncodedExamples
 from electra_composer.finetune.ranking import RankedExample, RankedExamples
@@ -27,7 +28,12 @@ Encoded = EncodedExamples | RankedExamples
 
 
 def build_loader(
-    examples: Encoded, pad_id: int, device_batch_size: int, num_workers: int | str, shuffle_seed: int | None
+    examples: Encoded,
+    pad_id: int,
+    device_batch_size: int,
+    num_workers: int | str,
+    shuffle_seed: int | None,
+    pin_memory: bool = False,
 ) -> DataSpec:
     """Build the loader of this rank's share of the examples.
 
@@ -38,6 +44,7 @@ def build_loader(
         device_batch_size: examples per batch on this device; ranked examples bring all of their rows.
         num_workers: loader processes; `auto`: a thread of this process.
         shuffle_seed: seed of the order, which changes every epoch; None sorts from the longest to the shortest example.
+        pin_memory: whether the run's device is a GPU, which copies from pinned memory without waiting.
     """
     is_ranked = isinstance(examples, RankedExamples)
     kind: type[BackgroundLoader | WorkerLoader] = WorkerLoader
@@ -49,6 +56,7 @@ def build_loader(
         examples,
         batch_size=device_batch_size,
         sampler=LengthGroupedSampler(examples, examples.lengths, device_batch_size, shuffle_seed),
+        pin_memory=pin_memory,
         **loader_workers(num_workers, collation, BATCH_BYTES),
     )
     return DataSpec(
@@ -118,22 +126,13 @@ def _to_batch(arrays: dict[str, NDArray[Any]], items: Sequence[EncodedExample | 
     return {**tensors, "num_tokens": int(arrays["sequence_ids"].sum())}
 
 
-# Workaround (composer 0.32): the default split warns at the last batch of every epoch, which is usually smaller than a
-# microbatch; goes when that is no longer a warning.
-def split_batch(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:
-    """Split a batch into microbatches of at most `rows` rows."""
-    starts = range(0, batch["input_ids"].shape[0], rows)
-    return [{k: v[i : i + rows] if isinstance(v, Tensor) else v for k, v in batch.items()} for i in starts]
-
-
 def split_ranked(batch: dict[str, Any], examples: int) -> list[dict[str, Any]]:
-    """Split a batch into microbatches of at most `examples` examples, each with all of its rows."""
-    parts = []
+    """Split a batch into microbatches of at most `examples` examples, each with all of its rows: views of the batch."""
+    parts, ids = [], batch["example_ids"]
     for start in range(0, len(batch["indices"]), examples):
-        ids = batch["example_ids"]
-        here = (ids >= start) & (ids < start + examples)
+        first, end = torch.searchsorted(ids, ids.new_tensor([start, start + examples])).tolist()
         part = {
-            name: value[start : start + examples] if name in ("indices", "labels") else value[here]
+            name: value[start : start + examples] if name in ("indices", "labels") else value[first:end]
             for name, value in batch.items()
             if isinstance(value, Tensor)
         }

@@ -35,7 +35,6 @@ from electra_composer.finetune.ranker import build_ranker
 from electra_composer.finetune.runs import PlannedRun, now
 from electra_composer.finetune.tasks import Task
 from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
-from electra_composer.training.builders import build_callbacks, build_optimizer, build_scheduler
 from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.determinism import explain_nondeterministic_operators
 from electra_composer.training.devices import resolve_device
@@ -93,26 +92,6 @@ def config_of_task(config: GlueConfig, task: Task) -> GlueConfig:
             global_train_batch_size=own.batch_size,
         ),
     )
-
-
-def rehearse(config: GlueConfig, source: Pretrained, task: Task) -> None:
-    """Build and discard the components of a run of the task, so that invalid settings fail before the first run.
-
-    Raises:
-        UserError: raised by the builders; names `task_settings.<task>` if the task has settings of its own.
-    """
-    mine = config_of_task(config, task)
-    own = task.name in config.task_settings
-    assert mine.trainer.max_duration is not None
-    try:
-        device_batch_size(mine.trainer)
-        if parse_time(mine.trainer.max_duration, "trainer.max_duration").value <= 0:
-            raise UserError(f"trainer.max_duration is {mine.trainer.max_duration}; expected more than 0, such as 3ep")
-        build_optimizer(mine.optimizer, build_model(source, task, config))
-        build_scheduler(mine.schedule, mine.trainer.max_duration)
-        build_callbacks(mine.callbacks)
-    except UserError as error:
-        raise UserError(f"task_settings.{task.name}: {error}" if own else str(error)) from error
 
 
 def build_model(source: Pretrained, task: Task, config: GlueConfig, cpu_autocast: bool = False) -> ElectraClassifier:
@@ -216,7 +195,8 @@ def _train_and_predict(
     config: GlueConfig, model: ElectraClassifier, run: PlannedRun, data: TaskData, files: RunFiles, pad_id: int
 ) -> tuple[EpochScores, Timestamp]:
     """Train and evaluate; predict the test sets; save logits, and the weights of an intermediate task."""
-    load = functools.partial(build_loader, pad_id=pad_id, num_workers=config.data.num_workers)
+    pin_memory = resolve_device(config.trainer)[0] == "gpu"
+    load = functools.partial(build_loader, pad_id=pad_id, num_workers=config.data.num_workers, pin_memory=pin_memory)
     load_eval = functools.partial(load, device_batch_size=config.trainer.device_eval_batch_size, shuffle_seed=None)
     scores, keep = EpochScores(), KeepLogits()
     assert config.trainer.max_duration is not None

@@ -8,6 +8,11 @@ ELECTRA and its replication.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
 import argparse
 import csv
 import io

@@ -40,6 +40,9 @@ IGNORED_SUBKEYS = (
     ("data", "cache"),
 )
 
+# Callbacks that end a run early; others do not affect scores.
+STOPPERS = ("early_stopper", "threshold_stopper")
+
 GROUP_KEYS = ("group", "settings", "source")  # equal in all runs of a group: stored once in results.json
 
 
@@ -73,6 +76,7 @@ def group_of(config: GlueConfig, source: dict[str, Any]) -> tuple[str, dict[str,
         for subkey, subvalue in value.items() if isinstance(value, dict) else [(None, value)]:
             if key not in IGNORED_KEYS and (key, subkey) not in IGNORED_SUBKEYS:
                 flat[f"{key}.{subkey}" if subkey else key] = subvalue
+    flat.update({f"callbacks.{name}": config.callbacks[name] for name in STOPPERS if name in config.callbacks})
     # What `auto` means here, so that results of versions without it are of the same group.
     flat["trainer.compile"] = choose_compile(config.trainer, static_shapes=False)[0]
     # Includes the sizes because random weights have no hash, and because they include dropout.
@@ -82,8 +86,11 @@ def group_of(config: GlueConfig, source: dict[str, Any]) -> tuple[str, dict[str,
     return hashlib.sha256(text.encode()).hexdigest()[:12], json.loads(text)
 
 
-def open_store(config: GlueConfig, group: str) -> RunStore:
+def open_store(config: GlueConfig, group: str, check_only: bool = False) -> RunStore:
     """Open the record of `config.results` for runs of `group`; call on rank 0, before other ranks read the record.
+
+    Args:
+        check_only: discard no runs.
 
     Raises:
         UserError: the path is another kind of file; or the record has runs of the group and `checkpoints.resume` and
@@ -93,7 +100,8 @@ def open_store(config: GlueConfig, group: str) -> RunStore:
     store = RunStore(store_path(config.results))
     if store.runs(group):
         if config.checkpoints.overwrite:
-            store.restart(group)
+            if not check_only:
+                store.restart(group)
         elif not config.checkpoints.resume:
             raise UserError(
                 f"results {config.results}: has runs with these settings, and checkpoints.resume is false; "
@@ -111,6 +119,8 @@ def check_results_path(path: str) -> None:
     if not os.path.lexists(path):
         return
     try:
+        if not os.path.isfile(path):  # reading a device or a pipe may never end
+            raise ValueError
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
         ours = isinstance(found["tasks"], dict) and isinstance(found["group"], str)

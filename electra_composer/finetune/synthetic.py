@@ -9,7 +9,11 @@ words of the text. To detect this, a model must know which words fit where; a fe
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":
+    from electra_composer.program import begin
+
+    begin()
+
 import json
 import os
 import random
@@ -20,11 +24,13 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from electra_composer.arguments import ArgumentParser, number, number_of
 from electra_composer.atomic_files import replaced_folder
 from electra_composer.corpus.documents import ReadStats, read_documents
 from electra_composer.corpus.sources import Sources
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.finetune.tasks import TASKS
+from electra_composer.ranges import Range
 
 TASK = TASKS["synthetic-words"]
 WORDS = range(6, 19)  # words of a sentence; with [CLS] and [SEP] it fits into the 32 tokens of the quickstart
@@ -33,6 +39,7 @@ REPLACED_FRACTION = 0.25  # of the replaceable words of a corrupted sentence, at
 MIN_REPLACED = 2
 MIN_COUNT = 2  # occurrences of a word that may replace another
 PER_DOCUMENT = 8  # maximum number of sentences of one document, so that many documents contribute
+EXAMPLES = Range(ge=1, le=10**7)  # of a split
 MAX_DOCUMENTS = 100_000  # maximum number of documents to read
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 
@@ -164,15 +171,16 @@ def write(out: str, train: list[Labelled], dev: list[Labelled], about: dict[str,
 
 def main(arguments: list[str] | None = None) -> None:
     """Build the task from a source of text and write it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m electra_composer.finetune.synthetic", description=__doc__.split("\n")[0]
-    )
+    parser = ArgumentParser(prog="python -m electra_composer.finetune.synthetic", description=__doc__.split("\n")[0])
     parser.add_argument("--source", required=True, help="text as for data_prep/convert_owt.py: docstrings, a file, …")
     parser.add_argument("--out", required=True, help=f"folder for {TASK.folder}/; the data.path for glue.py")
-    parser.add_argument("--train", type=int, default=600, help="training examples (%(default)s)")
-    parser.add_argument("--dev", type=int, default=1000, help="dev examples (%(default)s)")
-    parser.add_argument("--max-documents", type=int, default=MAX_DOCUMENTS, help="maximum number to read (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=number(EXAMPLES), default=600, help="training examples (%(default)s)")
+    parser.add_argument("--dev", type=number(EXAMPLES), default=1000, help="dev examples (%(default)s)")
+    limit = number_of(Sources, "max_documents")
+    parser.add_argument(
+        "--max-documents", type=limit, default=MAX_DOCUMENTS, help="maximum number to read (%(default)s)"
+    )
+    parser.add_argument("--seed", type=number(Range(ge=0, le=2**31 - 1)), default=0)
     options = parser.parse_args(arguments)
     if os.path.exists(os.path.join(options.out, TASK.folder)):  # before reading the text
         raise UserError(f"{os.path.join(options.out, TASK.folder)}: exists already; remove it, or give another --out")

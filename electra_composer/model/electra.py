@@ -20,7 +20,7 @@ from electra_composer.model import masking
 from electra_composer.model.kernels.attention import pattern_of
 from electra_composer.model.kernels.masked_lm import MaskedLM, masked_lm
 from electra_composer.model.networks import ElectraNetworks
-from electra_composer.model.sizes import check_ranges
+from electra_composer.model.sizes import check_sizes
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ElectraForPretraining(ElectraNetworks):
         special_ids: SpecialIds,
         max_seq_length: int,
     ):
-        check_ranges(model, objective, max_seq_length)
+        check_sizes(model, objective, max_seq_length)
         super().__init__(model, vocab_size)
         self.objective = objective
         self.special_ids = special_ids

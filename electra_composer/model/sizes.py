@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError
 from electra_composer.model import masking
 from electra_composer.model.encoder import EncoderConfig
+from electra_composer.ranges import check_ranges
 
 
 def discriminator_config(model: ModelConfig, vocab_size: int) -> EncoderConfig:
@@ -37,9 +36,8 @@ def _encoder_config(
         "num_heads": num_heads,
         "embedding_size": model.embedding_size,
     }
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{prefix}{name} is {size}; expected at least 1")
+    if hidden_size < 1:
+        raise UserError(f"{prefix}hidden_size is {hidden_size}; expected at least 1")
     if hidden_size % num_heads:
         raise UserError(
             f"{prefix}hidden_size {hidden_size} is not a multiple of its {num_heads} heads; change one of them"
@@ -56,23 +54,14 @@ def _encoder_config(
     )
 
 
-def check_ranges(model: ModelConfig, objective: ObjectiveConfig, max_seq_length: int) -> None:
-    """Reject values that would lead to NaN or to an error that does not name the key.
+def check_sizes(model: ModelConfig, objective: ObjectiveConfig, max_seq_length: int) -> None:
+    """Check everything about the model that needs no vocabulary.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value outside its range, or sizes that contradict each other.
     """
-    for name, value, lowest, highest in (
-        ("model.dropout", model.dropout, 0.0, 1.0),
-        ("model.attention_dropout", model.attention_dropout, 0.0, 1.0),
-        ("objective.gen_weight", objective.gen_weight, 0.0, math.inf),
-        ("objective.disc_weight", objective.disc_weight, 0.0, math.inf),
-        ("objective.temperature", objective.temperature, 0.01, math.inf),
-        ("objective.mlm_label_smoothing", objective.mlm_label_smoothing, 0.0, 1.0),
-        ("objective.rtd_label_smoothing", objective.rtd_label_smoothing, 0.0, 1.0),
-    ):
-        if not lowest <= value <= highest:
-            raise UserError(f"{name} is {value}; expected a number from {lowest} to {highest}")
+    check_ranges(model, "model.")
+    check_ranges(objective, "objective.")
     slots = masking.num_slots(objective.mask_prob, max_seq_length)
     if not 1 <= slots <= max_seq_length:
         raise UserError(
@@ -84,6 +73,30 @@ def check_ranges(model: ModelConfig, objective: ObjectiveConfig, max_seq_length:
             f"data.max_seq_length {max_seq_length} is more than model.max_positions {model.max_positions}; "
             "raise model.max_positions"
         )
+    discriminator, generator = discriminator_config(model, 1), generator_config(model, 1)
+    if model.tie_encoder:
+        check_same_encoder(model, generator, discriminator)
+
+
+def count_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Return the number of parameters of generator and discriminator, tied ones once, without building them."""
+    discriminator, generator = discriminator_config(model, vocab_size), generator_config(model, vocab_size)
+
+    def embeddings(of: EncoderConfig) -> int:
+        return (of.padded_vocab_size + of.max_positions + of.type_vocab_size + 2) * of.embedding_size
+
+    def encoder(of: EncoderConfig) -> int:
+        hidden, inner = of.hidden_size, of.intermediate_size
+        layer = 4 * hidden * (hidden + 1) + hidden * (inner + 1) + inner * (hidden + 1) + 4 * hidden
+        project = 0 if of.embedding_size == hidden else hidden * (of.embedding_size + 1)
+        return project + of.num_layers * layer
+
+    embedding, hidden = discriminator.embedding_size, discriminator.hidden_size
+    mlm_head = (generator.hidden_size + 3) * embedding + generator.padded_vocab_size
+    rtd_head = (hidden + 1) * (hidden + 1)
+    own = [discriminator] if model.tie_encoder else [discriminator, generator]
+    tables = [discriminator] if model.tie_embeddings else [discriminator, generator]
+    return sum(map(encoder, own)) + sum(map(embeddings, tables)) + mlm_head + rtd_head
 
 
 def check_same_encoder(model: ModelConfig, generator: EncoderConfig, discriminator: EncoderConfig) -> None:

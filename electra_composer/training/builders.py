@@ -13,14 +13,7 @@ import warnings
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
-from composer.callbacks import (
-    EarlyStopper,
-    LRMonitor,
-    NaNMonitor,
-    OptimizerMonitor,
-    SystemMetricsMonitor,
-    ThresholdStopper,
-)
+from composer.callbacks import LRMonitor, OptimizerMonitor
 from composer.core import Callback
 from composer.loggers import LoggerDestination
 from composer.utils import MissingConditionalImportError
@@ -28,24 +21,36 @@ from composer.utils import MissingConditionalImportError
 from electra_composer.config import OptimizerConfig, ScheduleConfig
 from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
+from electra_composer.ranges import Range, TimeRange, check_range, check_ranges
 from electra_composer.training.loggers import MetricsFile, RunConsole, RunWandB
-from electra_composer.training.monitors import DataWait, RunMemoryMonitor, RunRuntimeEstimator, ThroughputMonitor
+from electra_composer.training.monitors import (
+    DataWait,
+    RunMemoryMonitor,
+    RunRuntimeEstimator,
+    RunSystemMetricsMonitor,
+    ThroughputMonitor,
+)
 from electra_composer.training.optim import AdamW, parameter_groups
 from electra_composer.training.progress_bar import RunProgressBar
 from electra_composer.training.schedules import Schedule
+from electra_composer.training.stoppers import RunEarlyStopper, RunThresholdStopper
 from electra_composer.training.tensorboard import RunTensorboard
 
+# None of them waits for the device in every batch (docs/configuration.md says when each does).
 CALLBACKS: dict[str, type[Callback]] = {
     "data_wait": DataWait,
-    "early_stopper": EarlyStopper,
+    "early_stopper": RunEarlyStopper,
     "lr_monitor": LRMonitor,
     "memory_monitor": RunMemoryMonitor,
-    "nan_monitor": NaNMonitor,
     "optimizer_monitor": OptimizerMonitor,
     "runtime_estimator": RunRuntimeEstimator,
     "speed_monitor": ThroughputMonitor,
-    "system_metrics_monitor": SystemMetricsMonitor,
-    "threshold_stopper": ThresholdStopper,
+    "system_metrics_monitor": RunSystemMetricsMonitor,
+    "threshold_stopper": RunThresholdStopper,
+}
+
+NO_LONGER_OFFERED = {
+    "callbacks.nan_monitor": "trainer.on_nonfinite does the same without waiting for the device, in every run",
 }
 
 LOGGERS: dict[str, type[LoggerDestination]] = {
@@ -55,6 +60,22 @@ LOGGERS: dict[str, type[LoggerDestination]] = {
     "wandb": RunWandB,
 }
 
+COUNT = Range(ge=1, le=10**9)
+
+# Ranges of the arguments of callbacks and loggers that are numbers, or times as text, by their names.
+ARGUMENTS: dict[str, tuple[Range | TimeRange, ...]] = {
+    "batch_log_interval": (COUNT,),
+    "flush_interval": (COUNT,),
+    "gpu_flops_available": (Range(gt=0, le=1e18),),
+    "interval": (TimeRange(units=("ba",)),),
+    "log_interval": (TimeRange(), COUNT),
+    "min_delta": (Range(ge=0, le=1e9),),
+    "patience": (Range(ge=0, le=10**9), TimeRange(units=("ba", "ep"))),
+    "skip_batches": (Range(ge=0, le=10**9),),
+    "threshold": (Range(ge=-1e9, le=1e9),),
+    "window_size": (COUNT,),
+}
+
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> AdamW:
     """Build AdamW over the trainable parameters of `model`, with weight decay and layerwise learning rates.
@@ -62,24 +83,7 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> AdamW:
     Raises:
         UserError: a value out of range, named by its key.
     """
-    ranges = {
-        "lr": config.lr > 0,
-        "betas": len(config.betas) == 2 and all(0 <= beta < 1 for beta in config.betas),
-        "eps": config.eps > 0,
-        "weight_decay": config.weight_decay >= 0,
-        "layerwise_decay": config.layerwise_decay is None or 0 < config.layerwise_decay <= 1,
-    }
-    expected = {
-        "betas": "two numbers in [0, 1)",
-        "weight_decay": "at least 0",
-        "layerwise_decay": "a number in (0, 1], or null",
-    }
-    for key, is_fine in ranges.items():
-        if not is_fine:
-            value = getattr(config, key)
-            raise UserError(
-                f"optimizer.{key}: {value} is out of range; expected {expected.get(key, 'a number above 0')}"
-            )
+    check_ranges(config, "optimizer.")
     groups = parameter_groups(
         model.named_parameters(), config.weight_decay, config.lr, config.layerwise_decay, config.layerwise_variant
     )
@@ -119,7 +123,7 @@ def build_loggers(
     Args:
         config: each `name: {argument: value}` or `name: null`.
         run_folder: default folder of TensorBoard, Weights & Biases and the metrics file.
-        log_interval: default interval of the console and of the metrics file.
+        log_interval: default interval of the console, and of the other loggers if it is in batches, else every batch.
         progress_bar: whether to add a progress bar.
 
     Raises:
@@ -128,7 +132,7 @@ def build_loggers(
     batches = log_interval if log_interval.endswith("ba") else "1ba"
     defaults: dict[str, dict[str, Any]] = {
         "console": {"log_interval": log_interval},
-        "metrics_file": {"path": os.path.join(run_folder, "metrics.jsonl"), "interval": log_interval},
+        "metrics_file": {"path": os.path.join(run_folder, "metrics.jsonl"), "interval": batches},
         "tensorboard": {"log_dir": os.path.join(run_folder, "tensorboard"), "interval": batches},
     }
     loggers = []
@@ -159,6 +163,8 @@ def _with_folder(arguments: Any, run_folder: str) -> Any:
 def _build(section: str, name: str, table: dict[str, Any], arguments: Any, defaults: dict[str, Any]) -> Any:
     """Create an object of a class in `table`, checking its arguments against the class's signature."""
     key = f"{section}.{name}"
+    if key in NO_LONGER_OFFERED:
+        raise UserError(f"{key} is no longer offered: {NO_LONGER_OFFERED[key]}; remove it")
     if name not in table:
         raise UserError(f"unknown {key}; {nearest(key, [f'{section}.{valid}' for valid in table])}")
     if not isinstance(arguments, dict | types.NoneType):
@@ -177,6 +183,9 @@ def _build(section: str, name: str, table: dict[str, Any], arguments: Any, defau
             raise UserError(f"unknown argument {full_key}; {hint}")
         if argument in annotations and not _fits(value, annotations[argument]):
             raise UserError(f"{full_key}: {value!r} has the wrong type; expected {parameters[argument].annotation}")
+        for allowed in ARGUMENTS.get(argument, ()):
+            if value is not None and isinstance(allowed, TimeRange) == isinstance(value, str):
+                check_range(full_key, value, allowed)
     arguments = {**defaults, **(arguments or {})}
     required = [p for p, details in parameters.items() if details.default is inspect.Parameter.empty]
     if missing := [parameter for parameter in required if parameter not in arguments]:

@@ -163,17 +163,17 @@ class BatchSeed(Callback):
         self.seed = seed
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        self._set([self.seed, dist.get_global_rank(), state.timestamp.batch.value])
+        self._set(state, [self.seed, dist.get_global_rank(), state.timestamp.batch.value])
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        self._set([self.seed, dist.get_global_rank(), state.timestamp.batch.value, EVALUATION])
+        self._set(state, [self.seed, dist.get_global_rank(), state.timestamp.batch.value, EVALUATION])
 
-    def _set(self, numbers: list[int]) -> None:
+    def _set(self, state: State, numbers: list[int]) -> None:
         seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
         # Workaround (torch 2.7): `torch.manual_seed` records a stack trace for every device type that is not in use,
         # which takes up to 1 ms, so only the CPU and this rank's GPU are seeded; goes when it does not.
         torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():
+        if state.device.name == "gpu":
             torch.cuda.manual_seed(seed)
 
 

@@ -11,21 +11,24 @@ from composer.utils import create_interval_scheduler
 
 from electra_composer.checkpoints.remote import RemoteCopy, fetch_newest
 from electra_composer.checkpoints.resuming import repair_latest_link
-from electra_composer.checkpoints.saving import AtomicCheckpointSaver, IntervalSaver, MilestoneSaver
+from electra_composer.checkpoints.saving import AtomicCheckpointSaver, IntervalSaver, MilestoneSaver, checkpoints_in
 from electra_composer.checkpoints.sharded import is_sharded
 from electra_composer.config import RunConfig
 from electra_composer.errors import UserError
+from electra_composer.faults import check_can_write
+from electra_composer.foreign_files import refuse_foreign
 
 LATEST = "latest-rank{rank}.pt"  # link to the newest checkpoint in a run's folder
 LATEST_OF_RANK_0 = LATEST.format(rank=0)
 
 
 def check_run_folder(config: RunConfig) -> None:
-    """Refuse a folder in an object store, and one with another run's checkpoints unless they may be used or replaced.
+    """Refuse a folder that cannot be written, and one with a run's checkpoints unless they may be used or replaced.
 
     Raises:
-        UserError: `checkpoints.folder` is a URL; it has checkpoints, and the configuration neither resumes nor
-            overwrites them; or `checkpoints.remote` without checkpoints to copy.
+        UserError: `checkpoints.folder` is a URL or cannot be written; it has checkpoints, and the configuration neither
+            resumes nor overwrites them; `checkpoints.remote` without checkpoints to copy; or there is no
+            `checkpoints.load_path`.
     """
     checkpoints = config.checkpoints
     if "://" in checkpoints.folder:
@@ -40,29 +43,37 @@ def check_run_folder(config: RunConfig) -> None:
             "such as 1000ba, or checkpoints.milestones"
         )
     latest = os.path.join(checkpoints.folder, LATEST_OF_RANK_0)
-    if os.path.lexists(latest) and not checkpoints.resume and not checkpoints.overwrite:
+    holds_run = os.path.lexists(latest) or checkpoints_in(checkpoints.folder)
+    if holds_run and not checkpoints.resume and not checkpoints.overwrite:
         raise UserError(
             f"{checkpoints.folder} holds the checkpoints of a run; set checkpoints.resume=true to continue it, "
             "checkpoints.overwrite=true to replace it, or another checkpoints.folder"
         )
+    check_can_write("checkpoints.folder", checkpoints.folder, is_folder=True)
+    if not os.path.lexists(latest) and checkpoints.remote is None:
+        path = load_path(config)
+        if path is not None and not os.path.isdir(path) and not os.path.isfile(path):
+            raise UserError(f"checkpoints.load_path={path}: no such checkpoint; expected a .pt file or a run's folder")
 
 
-def checkpoint_to_load(config: RunConfig) -> str | None:
+def checkpoint_to_load(config: RunConfig, check_only: bool = False) -> str | None:
     """Find the checkpoint that the trainer will start from: the run's newest, else `checkpoints.load_path`, else None.
 
     A newer checkpoint in `checkpoints.remote` is fetched first. If the run's newest checkpoint is broken, the link to
     it moves to the one before (see checkpoints/resuming.py).
 
+    Args:
+        check_only: fetch and move nothing. A newer checkpoint in `checkpoints.remote` is then not seen.
+
     Returns:
         A file, or the folder of a sharded checkpoint. Its contents are not checked yet.
     """
     checkpoints = config.checkpoints
-    latest = os.path.join(checkpoints.folder, LATEST_OF_RANK_0)
-    fetch_newest(checkpoints, config.run_name, LATEST_OF_RANK_0)
+    fetch_newest(checkpoints, config.run_name, LATEST_OF_RANK_0, check_only)
     if checkpoints.resume and not checkpoints.overwrite:
-        repair_latest_link(checkpoints.folder, LATEST_OF_RANK_0)
-        if os.path.lexists(latest):
-            return latest
+        newest = repair_latest_link(checkpoints.folder, LATEST_OF_RANK_0, check_only)
+        if newest is not None:
+            return newest if check_only else os.path.join(checkpoints.folder, LATEST_OF_RANK_0)
     return load_path(config)
 
 
@@ -70,9 +81,11 @@ def load_path(config: RunConfig) -> str | None:
     """Return `checkpoints.load_path`, or the newest checkpoint in it if it is a run's folder.
 
     Raises:
-        UserError: a folder that is neither a run's nor a sharded checkpoint.
+        UserError: a folder that is neither a run's nor a sharded checkpoint; a checkpoint of another program.
     """
     path = config.checkpoints.load_path
+    if path is not None:
+        refuse_foreign(path, "a checkpoint of pretrain.py")
     if path is None or not os.path.isdir(path):
         return path
     latest = os.path.join(path, LATEST_OF_RANK_0)
@@ -91,13 +104,8 @@ def checkpoint_savers(config: RunConfig, copy: RemoteCopy | None = None) -> list
 
     The last saver also saves when a signal ends the run. `latest-rank0.pt` links to the newest checkpoint of either. A
     run that resumes from before a checkpoint overwrites it; :func:`check_run_folder` keeps other runs out.
-
-    Raises:
-        UserError: `checkpoints.keep` or a milestone out of range.
     """
     checkpoints = config.checkpoints
-    if checkpoints.keep < 1 and checkpoints.keep != -1:
-        raise UserError(f"checkpoints.keep is {checkpoints.keep}; expected at least 1, or -1 for all")
     if not checkpoints.interval and not checkpoints.milestones:
         return []
     folder, milestones, interval = checkpoints.folder, checkpoints.milestones, checkpoints.interval
@@ -126,13 +134,7 @@ def milestone_saver(
         fractions: in (0, 1], such as 0.0625.
         latest_filename: name of the symbolic link to the newest checkpoint, such as `latest-rank{rank}.pt`.
         arguments: of the saver; a run that resumes from before a milestone needs `overwrite`.
-
-    Raises:
-        UserError: a fraction out of range.
     """
-    for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise UserError(f"checkpoints.milestones: {fraction} is out of range; expected fractions in (0, 1]")
 
     def is_due(state: State, event: Event) -> bool:
         if event != Event.BATCH_CHECKPOINT or state.previous_timestamp is None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import platform
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from composer.devices import Device, DeviceGPU
-from composer.utils import dist, get_device
+from composer.utils import collect_env, dist, get_device
 
-from electra_composer.config import TrainerConfig
+from electra_composer.config import RunConfig, TrainerConfig
 from electra_composer.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def resolve_device(trainer: TrainerConfig) -> tuple[str, str, bool]:
@@ -61,6 +66,25 @@ def resolve_device(trainer: TrainerConfig) -> tuple[str, str, bool]:
         )
     # Workaround (composer 0.32): Trainer refuses every precision but fp32 on a CPU; goes when it takes amp_bf16.
     return device, "fp32", trainer.precision == "amp_bf16"
+
+
+def hide_unused_gpus(entry_point: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorate the entry point of a run so that libraries find no GPU while the run is on the CPU of a GPU machine."""
+
+    # Workaround (composer 0.32): Composer, Streaming and torch.distributed.checkpoint ask whether the machine has a
+    # GPU, not whether the run uses it: every run starts CUDA to log the GPU's name, and under FSDP on the CPU a step
+    # fails, since it reads statistics of CUDA. Goes when they ask for the device of the run.
+    @functools.wraps(entry_point)
+    def wrapper(config: RunConfig, *options: Any) -> Result:
+        if config.trainer.device != "cpu":
+            return entry_point(config, *options)
+        with (
+            mock.patch.object(torch.cuda, "is_available", return_value=False),
+            mock.patch.object(collect_env, "cuda_available", return_value=False),  # the same, imported by name
+        ):
+            return entry_point(config, *options)
+
+    return wrapper
 
 
 class RunDeviceGPU(DeviceGPU):
@@ -129,7 +153,7 @@ def fsdp_gradient_factor(trainer: TrainerConfig) -> float:
     # Workaround (torch 2.7): FSDP2 averages gradients in its reduce-scatter, for which gloo silently returns the sum.
     # Gradients are then too large by the number of ranks, which Adam hides and gradient clipping does not. Goes when
     # gloo averages or refuses.
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda" if resolve_device(trainer)[0] == "gpu" else "cpu")
     ones, average = torch.ones(dist.get_world_size(), device=device), torch.zeros(1, device=device)
     torch.distributed.reduce_scatter_tensor(average, ones, op=torch.distributed.ReduceOp.AVG)
     return 1.0 / average.item()

@@ -20,7 +20,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from electra_composer.checkpoints.saving import AtomicCheckpointSaver
-from electra_composer.errors import LAUNCHED
+from electra_composer.signals import LAUNCHED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
@@ -101,7 +101,7 @@ class StopOnSignal(Callback):
 
 def end_with_launcher() -> None:
     """Make Linux send SIGTERM to this rank when the process that launched it ends."""
-    # Workaround (composer 0.32): the launcher forwards Ctrl-C, but a SIGTERM, as schedulers send it, kills the launcher
-    # alone and its ranks train on; goes when it forwards SIGTERM.
+    # Workaround (composer 0.32): the launcher forwards signals, but the ranks of one that is killed train on; goes when
+    # they end with it.
     if sys.platform.startswith("linux") and LAUNCHED:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -13,14 +15,17 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from composer.core import State, TimeUnit
+from composer.core import State
 from composer.loggers import ConsoleLogger, Logger, LoggerDestination, WandBLogger
 from composer.utils import dist
 from tqdm import tqdm
 
 from electra_composer.atomic_files import write_file
 from electra_composer.errors import UserError
+from electra_composer.ranges import TimeRange
 from electra_composer.training.times import parse_time
+
+log = logging.getLogger(__name__)
 
 
 class IntervalLogger(LoggerDestination):
@@ -34,10 +39,7 @@ class IntervalLogger(LoggerDestination):
     """
 
     def __init__(self, interval: str) -> None:
-        parsed = parse_time(interval, "interval", positive=True)
-        if parsed.unit != TimeUnit.BATCH:
-            raise UserError(f"interval: {interval!r}: expected a number of batches, such as 10ba")
-        self.interval = int(parsed.value)
+        self.interval = int(parse_time(interval, "interval", TimeRange(units=("ba",))).value)
         self.step = 0
 
     @functools.cached_property
@@ -69,7 +71,8 @@ class MetricsFile(IntervalLogger):
 
     A row has `step` (batches trained before it, as Composer counts) and the latest value of each metric logged since
     the previous row. Rows are appended and flushed one by one, so a crash loses only the pending row. Checkpoints have
-    the pending row; a resumed run drops the rows from its step on and appends to the file.
+    the pending row and the number of rows before it; a resumed run drops the rows from its step on, warns if rows are
+    missing, and appends to the file.
 
     NaN and infinity are `null` in JSON, which cannot represent them, and `nan` and `inf` in CSV. When new metrics add
     columns to a CSV (as the first evaluation does), the file is rewritten atomically with a longer header, and old rows
@@ -92,6 +95,7 @@ class MetricsFile(IntervalLogger):
         super().__init__(interval)
         self.columns: list[str] = []  # CSV only
         self.row: dict[str, Any] = {}  # pending
+        self.written = 0  # rows before it
         self.resumed = False
         self.file: TextIO | None = None
 
@@ -114,33 +118,42 @@ class MetricsFile(IntervalLogger):
     def state_dict(self) -> dict[str, Any]:
         # Workaround (torch 2.7): a sharded checkpoint is loaded by the names of its nested values, which differ from
         # row to row, so the row is one JSON string; goes when torch.distributed.checkpoint loads changed keys.
-        return {"step": self.step, "row": json.dumps(plain_numbers(self.row))}
+        row = json.dumps(plain_numbers(self.row))
+        return {"step": self.step, "row": row, "file": os.path.basename(self.path), "written": self.written}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if dist.get_global_rank() != 0:
             return
         row = state["row"]
         self.step, self.row = state["step"], json.loads(row) if isinstance(row, str) else dict(row)
+        if state.get("file") == os.path.basename(self.path):  # older checkpoints have no number
+            self.written = state["written"]
         self.resumed = True
 
     def _open(self, first_step: int) -> None:
         """Keep the rows before `first_step` of an earlier part of this run, and open the file to append."""
         rows = [row for row in self._read() if row["step"] < first_step]
+        if len(rows) < self.written:
+            log.warning(
+                f"{self.path} has {len(rows)} of the {self.written} rows that were written before batch {first_step}, "
+                "where the run resumes; the others are lost"
+            )
+        self.written = len(rows)
         self.columns = list(dict.fromkeys(["step", *(column for row in rows for column in row)]))
         self._rewrite(rows)
 
     def _read(self) -> list[dict[str, Any]]:
-        """Return the complete rows of the file, without a last row that a crash has cut off."""
+        """Return the complete rows of the file, without one that a crash has cut off or damaged."""
         if not os.path.exists(self.path):
             return []
-        with open(self.path, encoding="utf-8", newline="") as file:
+        with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
             text = file.read()
         lines = text[: text.rfind("\n") + 1].splitlines()
         if self.format == "csv":
             return [
                 {**row, "step": int(row["step"])} for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()
             ]
-        return [json.loads(line) for line in lines]
+        return [row for line in lines if (row := _parse_row(line)) is not None]
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         if self.file is not None:
@@ -163,6 +176,7 @@ class MetricsFile(IntervalLogger):
             self._rewrite(rows)
         self._write(self.file, [row])
         self.file.flush()
+        self.written += 1
 
     def _write(self, file: TextIO, rows: Iterable[dict[str, Any]]) -> None:
         if self.format == "csv":
@@ -171,6 +185,14 @@ class MetricsFile(IntervalLogger):
         for row in rows:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             file.write(json.dumps(finite) + "\n")
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
 
 
 class RunConsole(ConsoleLogger):

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 
 import torch
-from composer.callbacks import MemoryMonitor, RuntimeEstimator, SpeedMonitor
-from composer.core import Event, State, Timestamp
+from composer.callbacks import MemoryMonitor, RuntimeEstimator, SpeedMonitor, SystemMetricsMonitor
+from composer.core import Callback, Event, State, Timestamp
 from composer.loggers import Logger
-from composer.utils import dist
+from composer.utils import MissingConditionalImportError, dist
 
 from electra_composer.errors import UserError
 from electra_composer.training.gpus import peak_flops
@@ -41,9 +41,6 @@ class ThroughputMonitor(SpeedMonitor):
         window_size: batches per window.
         gpu_flops_available: peak FLOPs per second of one device; None: from gpus.py.
         time_unit: of `time/…`: `seconds`, `minutes`, `hours` or `days`.
-
-    Raises:
-        UserError: a window of less than one batch.
     """
 
     # Workaround (composer 0.32): SpeedMonitor copies the FLOPs of every batch to the device, reduces them over ranks
@@ -52,8 +49,6 @@ class ThroughputMonitor(SpeedMonitor):
     def __init__(
         self, window_size: int = 100, gpu_flops_available: float | None = None, time_unit: str = "hours"
     ) -> None:
-        if window_size < 1:
-            raise UserError(f"window_size is {window_size}; expected at least 1 batch")
         super().__init__(window_size, None, time_unit)
         self.gpu_flops_available: float | None = gpu_flops_available
         self.window_size = window_size
@@ -173,6 +168,42 @@ class RunMemoryMonitor(IntervalCallback, MemoryMonitor):
     def log(self, state: State, logger: Logger) -> None:
         MemoryMonitor.after_train_batch(self, state, logger)
         logger.log_metrics({"memory/peak_resident_mem": peak_resident_bytes() / 1e9})
+
+
+class RunSystemMetricsMonitor(IntervalCallback, SystemMetricsMonitor):
+    """SystemMetricsMonitor that logs at an interval, and metrics of GPUs only if the run uses them.
+
+    Args:
+        log_all_data: log the GPU metrics of all ranks instead of the smallest and the largest.
+        log_interval: a Composer time such as `10ba`; the end of training also logs.
+
+    Raises:
+        UserError: not a positive Composer time; on a GPU, pynvml is not installed.
+    """
+
+    # Workaround (composer 0.32): SystemMetricsMonitor gathers an object from all ranks in every batch, which waits for
+    # a GPU, and asks whether the machine has a GPU, not whether the run uses it; goes when it has an interval and reads
+    # the run's device.
+
+    run_event = Callback.run_event  # SystemMetricsMonitor logs there
+
+    def __init__(self, log_all_data: bool = False, log_interval: str = "10ba") -> None:
+        IntervalCallback.__init__(self, log_interval)
+        self.log_all_data = log_all_data
+        self.gpu_available = False
+
+    def init(self, state: State, logger: Logger) -> None:
+        if state.device.name != "gpu":
+            return
+        try:
+            SystemMetricsMonitor.__init__(self, self.log_all_data)
+        except MissingConditionalImportError as error:
+            raise UserError(
+                "callbacks.system_metrics_monitor: a package it needs is not installed; pip install nvidia-ml-py"
+            ) from error
+
+    def log(self, state: State, logger: Logger) -> None:
+        SystemMetricsMonitor.run_event(self, Event.BATCH_START, state, logger)
 
 
 class DataWait(IntervalCallback):

@@ -86,8 +86,16 @@ class AdamW(torch.optim.AdamW):
             self.flat.zero_grad()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, also one that was saved without flat buffers."""
+        """Load the state of the parameters, also one that was saved without flat buffers.
+
+        The groups keep their settings, such as `lr` and `weight_decay`: those of the configuration apply.
+        """
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, settings, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group.update(params=parameters, **own)
         if self.flat is None:
             return
         for buffers, moments in zip(self.flat.buffers, self._moments, strict=True):

@@ -53,7 +53,7 @@ def fsdp_config(config: FSDPConfig | None, device: str) -> RunFSDP2Config | None
         return None
     settings = dict(vars(config))
     replicas, ranks = settings.pop("data_parallel_replicate_degree"), dist.get_world_size()
-    if replicas < 1 or ranks % replicas:
+    if ranks % replicas:
         raise UserError(
             f"trainer.fsdp.data_parallel_replicate_degree is {replicas}, and there are {ranks} ranks; expected "
             f"a divisor of {ranks}: each replica is sharded over {ranks} / replicas ranks"

@@ -10,6 +10,7 @@ from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 
 from electra_composer.errors import UserError
+from electra_composer.ranges import DURATION, TimeRange
 from electra_composer.training.times import parse_time
 
 
@@ -70,7 +71,7 @@ class Schedule(Callback):
 
     Raises:
         UserError: not a time, a unit that cannot be compared with `max_duration`, or phases longer than the training.
-            Checks that need the length of an epoch run at the start of training.
+            What needs the length of an epoch is checked by :meth:`check`, and at the start of training.
     """
 
     # Workaround (composer 0.32): Trainer steps its schedulers before it advances the timestamp, so batches 0 and 1 both
@@ -78,14 +79,9 @@ class Schedule(Callback):
 
     def __init__(self, name: str, warmup: str, max_duration: str, decay: str = "0.1dur") -> None:
         self.function = SCHEDULES[name]
-        self.phases = {"schedule.warmup": parse_time(warmup, "schedule.warmup")}
-        if name == "constant":
-            self.phases["schedule.decay"] = parse_time(decay, "schedule.decay")
-        duration = parse_time(max_duration, "trainer.max_duration")
-        if duration.unit == TimeUnit.DURATION:
-            raise UserError(
-                f"trainer.max_duration: {max_duration!r} is a fraction of itself; expected a time such as 1000ba"
-            )
+        phases = {"schedule.warmup": warmup, **({"schedule.decay": decay} if name == "constant" else {})}
+        self.phases = {key: parse_time(time, key, TimeRange(positive=False)) for key, time in phases.items()}
+        self.duration = duration = parse_time(max_duration, "trainer.max_duration", DURATION)
         for key, time in self.phases.items():
             units = {time.unit, duration.unit}
             if TimeUnit.DURATION not in units and len(units) > 1 and units != {TimeUnit.EPOCH, TimeUnit.BATCH}:
@@ -94,7 +90,15 @@ class Schedule(Callback):
                     f"give it in {duration.unit.value}, or as a fraction of training such as 0.1dur"
                 )
         if {time.unit for time in self.phases.values()} <= {duration.unit, TimeUnit.DURATION}:
-            self._lengths(duration, batches_per_epoch=1)  # units cancel, so the lengths can be checked already
+            self.check(batches_per_epoch=1)  # units cancel, so the lengths can be checked already
+
+    def check(self, batches_per_epoch: int) -> None:
+        """Refuse phases longer than the training, with the length of an epoch.
+
+        Raises:
+            UserError: they are longer.
+        """
+        self._lengths(self.duration, batches_per_epoch)
 
     def __call__(self, state: State) -> float:
         """Return the multiple of the learning rate for the batch that starts now."""

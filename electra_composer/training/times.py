@@ -9,31 +9,24 @@ from composer.core import Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler
 
-from electra_composer.errors import UserError
+from electra_composer.ranges import TimeRange, check_range
+
+INTERVAL = TimeRange()
 
 
-def parse_time(text: str, key: str, positive: bool = False) -> Time[Any]:
+def parse_time(text: str, key: str, allowed: TimeRange = INTERVAL) -> Time[Any]:
     """Parse a Composer time string in batches, epochs, samples, tokens or a fraction of training.
 
     Args:
         text: `10000ba`, `1ep`, `5e9tok`, `0.1dur`.
         key: the configuration key, for error messages.
-        positive: whether to refuse 0.
+        allowed: by default any time above 0.
 
     Raises:
         UserError: not a time string, another unit, or out of range.
     """
-    try:
-        time = Time.from_timestring(text)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{key}: {text!r} is not a time; expected a time such as 10000ba, 1ep, 5e9tok, 0.1dur"
-        ) from error
-    if time.unit in (TimeUnit.SECOND, TimeUnit.ITERATION) or time.value < 0:
-        raise UserError(f"{key}: {text!r}: expected a count of ba, ep, sp or tok, or a fraction of training (dur)")
-    if positive and time.value == 0:
-        raise UserError(f"{key}: {text!r}: expected more than 0, such as 10ba")
-    return time
+    check_range(key, text, allowed)
+    return Time.from_timestring(text)
 
 
 def interval_scheduler(text: str, key: str) -> Callable[[State, Event], bool]:
@@ -46,7 +39,7 @@ def interval_scheduler(text: str, key: str) -> Callable[[State, Event], bool]:
     Raises:
         UserError: not a positive Composer time.
     """
-    interval = parse_time(text, key, positive=True)
+    interval = parse_time(text, key)
     if interval.unit == TimeUnit.BATCH:
         # One modulo per batch and callback. Composer's scheduler takes 30 µs for arithmetic on `Time` objects.
         return lambda state, event: event == Event.BATCH_END and state.timestamp.batch.value % interval.value == 0

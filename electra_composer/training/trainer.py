@@ -96,7 +96,7 @@ def build_trainer(
             eval_dataloader=Evaluator(label="eval", dataloader=eval_data),
             max_duration=max_duration,
             eval_interval=trainer.eval_interval,
-            eval_subset_num_batches=trainer.eval_batches or -1,
+            eval_subset_num_batches=batches_to_evaluate(trainer.eval_batches, eval_data),
             optimizers=optimizer,
             callbacks=[BatchSeed(config.seed), schedule, guard, *own_callbacks, *callbacks, *savers, stop],
             loggers=build_loggers(config.loggers, folder, trainer.log_interval, trainer.progress_bar),
@@ -109,6 +109,15 @@ def build_trainer(
             parallelism_config={"fsdp": sharding} if sharding is not None else None,
             **arguments,
         )
+
+
+def batches_to_evaluate(wanted: int | None, data: DataSpec) -> int:
+    """Return the number of batches of an evaluation as Composer takes it: -1 for all, and if more are wanted.
+
+    Composer warns of a number above that of the loader.
+    """
+    loader: Any = data.dataloader
+    return -1 if wanted is None or wanted >= len(loader) else wanted
 
 
 def _prepare(
@@ -195,7 +204,8 @@ class RunTrainer(Trainer):
             super().fit(**arguments)
             return
         if dist.get_global_rank() == 0:
-            print(f"this run is complete: {duration} are done; set a longer trainer.max_duration to go on", flush=True)
+            done = self.state.timestamp.get(duration.unit).to_timestring()
+            print(f"this run is complete: {done} are done; set a longer trainer.max_duration to go on", flush=True)
         # Workaround (composer 0.32): `fit` raises if `max_duration` is reached, so the private loop is called, which
         # skips the last evaluation without a previous timestamp; goes when `fit` of a finished run returns.
         self.state.previous_timestamp = self.state.timestamp

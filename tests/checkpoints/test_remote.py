@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
+import re
 import shutil
 import signal
 import sys
@@ -16,7 +18,8 @@ from comparison import assert_same_run
 from resumed_runs import run, signal_at
 from tiny import BENCHMARKS
 
-from electra_composer.checkpoints.remote import fetch_newest, other_files
+from electra_composer.checkpoints.remote import RemoteCopy, fetch_newest
+from electra_composer.checkpoints.remote_files import other_files, restore_metrics
 from electra_composer.checkpoints.remote_run import RemoteIndex, RemoteRun, StoredCheckpoint
 from electra_composer.checkpoints.saving import checkpoints_in
 from electra_composer.config import CheckpointConfig
@@ -225,6 +228,65 @@ def test_a_store_that_goes_away_for_a_while_is_no_matter(copied, s3, monkeypatch
     assert (tmp_path / "run" / "batch-12-rank0.pt").exists()
     fails.clear()
     assert copied("trainer.max_duration=12ba")[0] == "batch-12-rank0.pt"
+
+
+def test_another_number_of_checkpoints_to_keep_at_each_start(s3, tmp_path):
+    """Lowered, raised, and all: every upload succeeds, and none replaces an object that the index names."""
+    batch, milestones, dice = 0, [], random.Random(0)
+    for keep in (4, 1, 3, -1, 2, 1, 5, -1, 3):
+        copy = RemoteCopy(CheckpointConfig(folder=str(tmp_path), remote=REMOTE, keep=keep), "tiny")
+        intervals = [stored for stored in contents(s3).checkpoints if not stored.is_milestone]
+        for _ in range(dice.randint(1, 5)):
+            batch += 1
+            is_milestone = dice.random() < 0.2
+            path = tmp_path / f"{'milestone-ba' if is_milestone else 'batch-'}{batch}-rank0.pt"
+            path.write_bytes(dice.randbytes(dice.randint(1, 99)))
+            copy.upload(str(path))
+            copy.wait()
+            assert copy.failure is None
+            stored = contents(s3).checkpoints
+            assert stored[0].name == path.name
+            milestones += [path.name] if is_milestone else []
+            assert sorted(milestones) == sorted(each.name for each in stored if each.is_milestone)
+            for each in stored:
+                body = s3.get_object(Bucket="corpus", Key=f"my/run/{each.place}/checkpoint.pt")["Body"].read()
+                assert body == (tmp_path / each.name).read_bytes()
+        found = [each for each in stored if not each.is_milestone]
+        assert keep < 0 or len(found) <= max(keep, len(intervals))
+
+
+def test_a_copy_that_begins_ends_moves_and_keeps_fewer(s3, tmp_path, tiny_yaml):
+    """checkpoints.remote added, removed and changed, and keep lowered: the newest checkpoint is where it is to be."""
+
+    def start(batches: int, remote: str | None, keep: int = 3) -> list[int]:
+        settings = ["checkpoints.interval=1ba", "checkpoints.milestones=[]", f"checkpoints.keep={keep}"]
+        settings += ["schedule.warmup=1ba", "trainer.eval_batches=1", f"trainer.max_duration={batches}ba"]
+        settings += [] if remote is None else [f"checkpoints.remote={remote}"]
+        assert run(str(tiny_yaml), tmp_path, *settings) == 0
+        return [] if remote is None else [stored.batch for stored in RemoteRun(remote).read().checkpoints]
+
+    assert start(2, None) == []
+    assert start(4, REMOTE) == [4, 3, 2]
+    assert start(5, "s3://corpus/other") == [5, 4]
+    assert start(6, REMOTE, keep=1) == [6]  # the folder was newer than this copy
+    assert [saved.batch for saved in checkpoints_in(str(tmp_path / "run"))] == [6]
+
+
+def test_a_metrics_file_that_was_cut_is_restored(copied, s3, tmp_path, caplog):
+    copied()
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[3][:20])
+    copied("trainer.max_duration=9ba")
+    assert re.search(r"metrics.jsonl has [0-9,]+ of [0-9,]+ bytes; restored from s3://corpus/my/run", caplog.text)
+    assert "are lost" not in caplog.text
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*range(10)]
+    assert path.read_text().startswith("".join(lines[:8]))
+    kept = path.read_text()
+    for damage in (path.unlink, lambda: path.write_text(kept[:100])):
+        damage()
+        restore_metrics(RemoteRun(REMOTE), contents(s3), str(tmp_path / "run"))
+        assert path.read_text() == kept
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,12 @@ def test_a_broken_newest_gives_way(run_folder, caplog, damage):
         repair_latest_link(str(run_folder), LATEST)
     assert os.readlink(run_folder / LATEST) == "batch-9-rank0.pt"
     (record,) = caplog.records
-    assert "batch-10-rank0.pt is not a complete checkpoint" in record.message
+    gone = damage is Path.unlink
+    assert f"batch-10-rank0.pt is {'missing' if gone else 'not a complete checkpoint ('}" in record.message
+    assert "resuming from the newest complete one before it, " in record.message
     assert "batch-9-rank0.pt" in record.message
-    if damage is not Path.unlink:
-        assert (run_folder / "batch-10-rank0.pt.broken").exists()
+    assert ("kept as batch-10-rank0.pt.broken" in record.message) == (not gone)
+    assert (run_folder / "batch-10-rank0.pt.broken").exists() == (not gone)
     caplog.clear()
     repair_latest_link(str(run_folder), LATEST)
     assert not caplog.records
@@ -79,10 +81,21 @@ def test_a_newer_one_of_another_time_is_not_taken(run_folder):
     assert os.readlink(run_folder / LATEST) == "batch-2-rank0.pt"
 
 
+def test_a_folder_without_its_link(run_folder, caplog):
+    """As after a copy that leaves out links: the newest complete checkpoint is taken, with a warning."""
+    os.remove(run_folder / LATEST)
+    cut(run_folder / "batch-10-rank0.pt")
+    repair_latest_link(str(run_folder), LATEST)
+    assert os.readlink(run_folder / LATEST) == "batch-9-rank0.pt"
+    assert f"{LATEST} is missing; resuming from the newest complete one" in caplog.text
+
+
 def test_none_is_whole(run_folder):
     for path in run_folder.glob("batch-*"):
         cut(path)
-    with pytest.raises(UserError, match=r"batch-10-rank0.pt is not a readable .*no complete one before .*overwrite"):
+    with pytest.raises(
+        UserError, match=r"batch-10-rank0.pt is not a complete .*no complete checkpoint before .*overwr"
+    ):
         repair_latest_link(str(run_folder), LATEST)
     assert os.readlink(run_folder / LATEST) == "batch-10-rank0.pt"
     assert not list(run_folder.glob("*.broken"))
@@ -107,12 +120,12 @@ def test_a_sharded_checkpoint(sharded_folder):
     (shard,) = newest.glob("*.distcp")
     intact = shard.read_bytes()
     assert find_corruption(str(newest)) is None
-    for damage, reason in ((cut, "truncated"), (flip, "damaged"), (Path.unlink, "it does not exist")):
+    for damage, reason in ((cut, "truncated"), (flip, "damaged"), (Path.unlink, ".distcp does not exist")):
         damage(shard)
         assert reason in find_corruption(str(newest)), damage
         shard.write_bytes(intact)
     (newest / ".metadata").unlink()
-    assert "no .metadata" in find_corruption(str(newest))
+    assert "without its .metadata" in find_corruption(str(newest))
     repair_latest_link(str(sharded_folder), LATEST)
     assert os.readlink(sharded_folder / LATEST) == "batch-4"
 
@@ -149,7 +162,7 @@ def test_the_run_goes_on_from_the_one_before_and_ends_the_same(tiny_yaml, tmp_pa
             flip(run / name)
     with caplog.at_level(logging.WARNING):
         continued = pretrain()
-    assert "resuming from the one before it" in caplog.text
+    assert "resuming from the newest complete one before it" in caplog.text
     assert all(torch.equal(expected[name], continued[name]) for name in expected)
 
 

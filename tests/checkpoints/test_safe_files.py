@@ -91,7 +91,7 @@ def test_a_checkpoint_to_start_from_or_to_resume(
     poisoned(newest(run), place, Evil(ran), newest(there))
     start = f"checkpoints.folder={there}" if own else f"checkpoints.load_path={there}"
     here = [] if own else [f"checkpoints.folder={tmp_path / 'here'}"]
-    with pytest.raises(UserError, match=r"could run code in the file|not a"):
+    with pytest.raises(UserError, match="could run code in it"):
         main(load_config(str(yaml), ["trainer.max_duration=3ba", *FEW, start, *here], PretrainConfig))
     assert not ran.exists()
 

@@ -126,7 +126,7 @@ def store(tmp_path, monkeypatch):
 
 
 def test_a_killed_conversion_is_finished_by_the_same_command(options, tmp_path):
-    changes = {"tokenizer": "train", "vocab_size": 60, "compression": "zstd"}
+    changes = {"tokenizer": "train", "vocab_size": 60, "compression": "zstd", "val_fraction": 0.001}  # val is filled
     calls = interrupt_everywhere(tmp_path, lambda folder: convert(options(folder / "out", **changes)))
     assert "before rename out.partial/whole" in calls
 

@@ -8,9 +8,10 @@ import torch
 from glue_tiny import CLS, LETTERS, PAD, SEP, A, ids
 from transformers import ElectraTokenizerFast
 
+from electra_composer.batches.collation import split_batch
 from electra_composer.finetune.data import encode
 from electra_composer.finetune.files import Example
-from electra_composer.finetune.loader import build_loader, collate, split_batch
+from electra_composer.finetune.loader import build_loader, collate
 from electra_composer.finetune.tasks import TASKS
 
 

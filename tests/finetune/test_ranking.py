@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from glue_tiny import WORDS, settings, write_source
+from glue_tiny import settings, write_source, write_wnli
 from tiny import ROOT
 from transformers import BertTokenizerFast, ElectraModel
 
@@ -132,19 +132,6 @@ def test_scores_are_those_of_transformers(tmp_path, tokenizer):
         theirs = reference(input_ids=ids, attention_mask=mask).logits
         expected = (theirs * candidates).sum(1) / candidates.sum(1)
         torch.testing.assert_close(ranker.scores(batch), expected, atol=1e-5, rtol=1e-5)
-
-
-def write_wnli(folder) -> str:
-    (folder / "WNLI").mkdir(parents=True)
-    for part, size in (("train", 24), ("dev", 9), ("test", 7)):
-        rows = ["index\tsentence1\tsentence2" + ("" if part == "test" else "\tlabel")]
-        for index in range(size):
-            word = WORDS[index % 3]
-            row = f"{index}\tThe film was better than the plot because it was {word} .\t"
-            row += f"The {'film' if index % 2 else 'plot'} was {word} ."
-            rows.append(row + ("" if part == "test" else f"\t{index % 2}"))
-        (folder / "WNLI" / f"{part}.tsv").write_text("\n".join(rows) + "\n")
-    return str(folder)
 
 
 def test_the_command_ranks_and_predicts(tmp_path):

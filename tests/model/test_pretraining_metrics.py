@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed
 from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.classification import BinaryAUROC
 
 from electra_composer.config import ObjectiveConfig
-from electra_composer.model.pretraining import ElectraPretraining
+from electra_composer.model.pretraining import ElectraPretraining, RunBinaryAUROC
 
 Batch = dict[str, torch.Tensor]
 Make = Callable[..., Any]
@@ -195,3 +196,20 @@ def test_padding_and_other_examples_of_a_row_are_no_operations(make_model: Make,
     packed, apart = make_batch([[(20, 0), (10, 0)]]), make_batch([[(20, 0)], [(10, 0)]])
     head = 6 * 16 * (16 + 99)  # 4 of the 30 tokens of a row are masked (its slots), 3 + 2 of those of two rows
     assert model.flops_per_batch(apart) - model.flops_per_batch(packed) == head
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_area_under_the_curve_counts_as_torchmetrics_does(deterministic: bool) -> None:
+    """With deterministic algorithms torchmetrics needs 30 GB for 1,000 tokens."""
+    thresholds = torch.sigmoid(torch.linspace(-12, 12, 961))
+    preds, target = torch.cat([torch.rand(500), thresholds[::3], torch.tensor([0.0, 1.0])]), torch.randint(0, 2, (823,))
+    ours, theirs = RunBinaryAUROC(thresholds=thresholds), BinaryAUROC(thresholds=thresholds)
+    theirs.update(preds, target)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for part in (slice(0, 100), slice(100, None)):
+            ours.update(preds[part], target[part])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(ours.confmat, theirs.confmat)
+    assert ours.compute() == theirs.compute()

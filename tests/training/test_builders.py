@@ -95,7 +95,7 @@ def test_every_callback_that_needs_nothing_is_built():
             "unknown argument callbacks.speed_monitor.windw_size; did you mean callbacks.speed_monitor.window_size?",
         ),
         ({"lr_monitor": {"every": 3}}, "unknown argument callbacks.lr_monitor.every; it takes none"),
-        ({"nan_monitor": {"every": 3}}, "unknown argument callbacks.nan_monitor.every; it takes none"),
+        ({"nan_monitor": {}}, "callbacks.nan_monitor is no longer offered: trainer.on_nonfinite does the same"),
         ({"speed_monitor": {"window_size": "big"}}, "callbacks.speed_monitor.window_size: 'big' has the wrong type"),
         ({"speed_monitor": {"window_size": True}}, "callbacks.speed_monitor.window_size: True has the wrong type"),
         ({"speed_monitor": {"time_unit": "eons"}}, "callbacks.speed_monitor: Invalid time_unit: eons"),
@@ -104,7 +104,8 @@ def test_every_callback_that_needs_nothing_is_built():
             {"early_stopper": {"monitor": "x"}},
             "callbacks.early_stopper: missing callbacks.early_stopper.data",
         ),
-        ({"data_wait": {"log_interval": "often"}}, "callbacks.data_wait: log_interval: 'often' is not a time"),
+        ({"data_wait": {"log_interval": "often"}}, "callbacks.data_wait.log_interval is 'often'; expected a time"),
+        ({"speed_monitor": {"window_size": 0}}, "callbacks.speed_monitor.window_size is 0; expected an integer from 1"),
     ],
 )
 def test_what_is_wrong_with_a_callback_is_named_by_its_key(config, message):
@@ -120,7 +121,7 @@ def test_what_is_wrong_with_a_callback_is_named_by_its_key(config, message):
         ({"wandb": {"tags": "one"}}, "loggers.wandb.tags: 'one' has the wrong type"),
         ({"wandb": "on"}, "loggers.wandb: expected its arguments"),
         ({"metrics_file": {"format": "xlsx"}}, "loggers.metrics_file: 'xlsx' is not a format"),
-        ({"metrics_file": {"interval": "1ep"}}, "loggers.metrics_file: interval: '1ep': expected a number of batches"),
+        ({"metrics_file": {"interval": "1ep"}}, "loggers.metrics_file.interval is '1ep'; expected a time above 0"),
         ({"console": {"log_interval": "10tok"}}, "loggers.console: The `console_log_interval`"),
     ],
 )

@@ -184,6 +184,39 @@ def test_a_resumed_run_continues_the_file_as_if_it_had_never_stopped(tmp_path, e
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+@pytest.mark.parametrize("damage", ["fewer rows", "half a row", "zero bytes", "gone", "none"])
+def test_rows_that_are_lost_are_noticed_at_the_next_start(tmp_path, caplog, ending, damage):
+    path = tmp_path / f"metrics.{ending}"
+    saving = {"save_folder": str(tmp_path), "save_filename": "ba{batch}.pt", "save_interval": "4ba"}
+    trainer = make_trainer("4ba", loggers=[MetricsFile(str(path))], **saving)
+    trainer.fit()
+    trainer.close()
+    header = 1 if ending == "csv" else 0
+    lines = path.read_text().splitlines(keepends=True)
+    left = {"fewer rows": 2, "half a row": 2, "zero bytes": 3, "gone": 0, "none": 4}[damage]
+    if damage == "gone":
+        path.unlink()
+    elif damage == "zero bytes":  # as after a power cut, in the second row
+        lines[header + 1] = "\0" * 20 + "\n"
+        path.write_text("".join(lines))
+    elif damage != "none":
+        cut = lines[header + 2][:9] if damage == "half a row" else ""
+        path.write_text("".join(lines[: header + 2]) + cut)
+    for start, loaded in ((1, "ba4.pt"), (2, "ba8.pt")):
+        caplog.clear()
+        arguments = {**saving, "save_overwrite": True, "load_path": str(tmp_path / loaded)}
+        trainer = make_trainer(f"{4 + 4 * start}ba", loggers=[MetricsFile(str(path))], **arguments)
+        trainer.fit()
+        trainer.close()
+        expected = (
+            f"{path} has {left} of the 4 rows that were written before batch 4" if start == 1 and left < 4 else ""
+        )
+        assert expected in caplog.text
+        assert bool(caplog.records) == bool(expected)  # once
+        assert len(read_metrics(path)) == left + 4 * start + 1
+
+
 def test_a_new_run_starts_the_file_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 3, "old": 1}\n')

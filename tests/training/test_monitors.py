@@ -121,11 +121,6 @@ def test_operations_are_counted_once_a_window():
     assert len(counted) == 2
 
 
-def test_a_window_of_no_batches():
-    with pytest.raises(UserError, match="window_size is 0"):
-        ThroughputMonitor(window_size=0)
-
-
 @pytest.mark.parametrize(
     ("device", "precision", "tf32", "peak"),
     [

@@ -59,7 +59,6 @@ def test_composer_makes_the_mesh(
     ("replicas", "device", "message"),
     [
         (3, "gpu", "data_parallel_replicate_degree is 3, and there are 4 ranks; expected a divisor of 4"),
-        (0, "gpu", "data_parallel_replicate_degree is 0"),
         (8, "gpu", "data_parallel_replicate_degree is 8"),
         (2, "cpu", "cannot reduce the gradients of replicas on a CPU"),
     ],

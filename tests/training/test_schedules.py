@@ -97,16 +97,16 @@ def test_all_units_of_time_give_the_same_schedule(max_duration, warmup, batch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("electra", "10000", "1000000ba"), "schedule.warmup: '10000' is not a time"),
-        (("electra", "tenba", "100ba"), "schedule.warmup: 'tenba' is not a time"),
-        (("electra", "10ba", "ages"), "trainer.max_duration: 'ages' is not a time"),
-        (("electra", "-1ba", "100ba"), "schedule.warmup: '-1ba': expected a count"),
-        (("electra", "30min", "100ba"), "schedule.warmup: '30min'"),
+        (("electra", "10000", "1000000ba"), "schedule.warmup is '10000'; expected a time"),
+        (("electra", "tenba", "100ba"), "schedule.warmup is 'tenba'"),
+        (("electra", "10ba", "ages"), "trainer.max_duration is 'ages'"),
+        (("electra", "-1ba", "100ba"), "schedule.warmup is '-1ba'; expected a time of 0 or more"),
+        (("electra", "30min", "100ba"), "schedule.warmup is '30min'"),
         (("electra", "200ba", "100ba"), "schedule.warmup 200ba: longer than the training, trainer.max_duration 100ba"),
-        (("electra", "1.5dur", "100ba"), "longer than the training"),
+        (("electra", "1.5dur", "100ba"), "schedule.warmup is '1.5dur'"),
         (("electra", "2ep", "1ep"), "longer than the training"),
         (("electra", "10ba", "1000tok"), "give it in tok, or as a fraction"),
-        (("electra", "10ba", "1dur"), "fraction of itself"),
+        (("electra", "10ba", "1dur"), "trainer.max_duration is '1dur'"),
         (("constant", "60ba", "100ba", "50ba"), "schedule.decay 50ba: longer"),
     ],
 )

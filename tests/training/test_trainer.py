@@ -120,7 +120,7 @@ def test_an_interval_in_another_unit_reads_every_loss(arguments: Make) -> None:
 
 
 def test_an_interval_that_is_none() -> None:
-    with pytest.raises(UserError, match=r"trainer\.log_interval: 'often' is not a time"):
+    with pytest.raises(UserError, match=r"trainer\.log_interval is 'often'; expected a time"):
         RunTrainer(log_interval="often")
 
 

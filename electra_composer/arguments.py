@@ -1,0 +1,48 @@
+"""Command-line arguments: numbers within a range, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from electra_composer.errors import UserError
+from electra_composer.ranges import Range, keys
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser` that reports errors as a :class:`UserError` instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def number(allowed: Range, kind: type = int) -> Callable[[str], Any]:
+    """Return the `type` of an argument that is a number within a range.
+
+    Args:
+        kind: `int` or `float`.
+    """
+
+    def convert(text: str) -> Any:
+        if allowed.suffixes and allowed.contains(text):
+            from streaming.base.util import bytes_to_int  # imported here, because Streaming takes seconds
+
+            return bytes_to_int(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if not allowed.contains(value):
+            shown = text if len(text) <= 40 else f"{text[:30]}…"
+            raise argparse.ArgumentTypeError(f"is {shown!r}; expected {allowed.describe(kind is int)}")
+        return value
+
+    return convert
+
+
+def number_of(schema: Any, field: str) -> Callable[[str], Any]:
+    """Return the `type` of an argument for a field of a dataclass, with the field's range."""
+    key = next(key for key in keys(schema) if key.path == field)
+    assert isinstance(key.range, Range)
+    return number(key.range, key.kind)
