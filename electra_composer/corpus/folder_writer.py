@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,12 +23,13 @@ from electra_composer.corpus.workspace import (
     UNFINISHED,
     WHOLE,
     is_workspace,
+    missing_folders,
     open_workspace,
     part_name,
     plain,
     plan_digest,
-    record_file,
     record_files,
+    remove_part,
     write_json,
 )
 from electra_composer.disk import disk_error
@@ -61,9 +61,8 @@ class ShardFolder:
         finished: of `out`, if a conversion with this plan has finished it already.
 
     Raises:
-        UserError: when the block is entered: `out` exists, has another plan and `overwrite` is off, or is not a folder
-            of shards; not writable; disk full; the workspace holds parts of another plan; another conversion is writing
-            the same folder.
+        UserError: when the block is entered: `out` exists and may not be replaced; not writable; disk full; the
+            workspace holds parts of another plan; another conversion is writing the same folder.
     """
 
     def __init__(
@@ -82,39 +81,30 @@ class ShardFolder:
         self._overwrite, self._compression, self._restart = overwrite, compression, restart
         self._plan = None if plan is None else plain(plan)
         self._part: PartWriter | None = None
-        self._created: list[str] = []  # folders around `out`, inner ones first
         # The workers of a killed conversion hold the lock for a moment longer.
         self._lock = FileLock(f"{self.workspace}.lock", timeout=3)
 
     def __enter__(self) -> ShardFolder:
         folder = os.path.dirname(self.workspace)
-        while not os.path.isdir(folder):
-            self._created.append(folder)
-            folder = os.path.dirname(folder)
+        self._created = missing_folders(folder)
         try:
-            os.makedirs(os.path.dirname(self.workspace), exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
             self._lock.acquire()
-        except Timeout as error:
-            raise UserError(
-                f"another conversion is writing {self.out}; wait for it, or choose another --out"
-            ) from error
-        except OSError as error:
-            raise UserError(f"cannot write to {os.path.dirname(self.workspace)}: {error.strerror}") from error
-        try:
             restore(self.workspace)
             if self.remote is None:
                 restore(self.out)
             self.finished = check_output(self.out, self.remote, self._overwrite, self._plan, self.workspace)
             if self.finished is None:
                 self.records = open_workspace(self.workspace, self.remote, self._plan, self._restart)
-        except OSError as error:
+        except BaseException as error:
+            if isinstance(error, Stopped) and self._lock.is_locked:
+                self.__exit__(Stopped, error, None)
             self._unlock()
-            raise UserError(f"cannot write to {os.path.dirname(self.workspace)}: {error.strerror}") from error
-        except Stopped as error:
-            self.__exit__(Stopped, error, None)
-            raise
-        except BaseException:
-            self._unlock()
+            if isinstance(error, Timeout):
+                message = f"another conversion is writing {self.out}; wait for it, or choose another --out"
+                raise UserError(message) from error
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write to {folder}: {error.strerror}") from error
             raise
         return self
 
@@ -145,9 +135,10 @@ class ShardFolder:
             print(outcome, file=sys.stderr)
 
     def _unlock(self) -> None:
-        self._lock.release()
-        with contextlib.suppress(OSError):
-            os.remove(self._lock.lock_file)
+        if self._lock.is_locked:
+            with contextlib.suppress(OSError):
+                os.remove(self._lock.lock_file)
+            self._lock.release()
         with contextlib.suppress(OSError):  # not empty
             for folder in self._created:
                 os.rmdir(folder)
@@ -160,9 +151,7 @@ class ShardFolder:
         """Remove complete parts, so that they can be converted again."""
         for number in numbers:
             del self.records[number]
-            os.remove(record_file(self.workspace, number))
-            for part in Path(self.workspace, WHOLE).glob(f"*/{part_name(number)}"):
-                shutil.rmtree(part)
+            remove_part(self.workspace, number)
 
     def place(self, dtype: str) -> Place:
         """Return where :class:`PartWriter` writes. `dtype`: of the ids, from :func:`id_dtype`."""

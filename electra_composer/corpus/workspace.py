@@ -90,6 +90,18 @@ def record_file(workspace: str, number: int) -> str:
     return os.path.join(workspace, RECORDS, f"{part_name(number)}.json")
 
 
+def remove_part(workspace: str, number: int) -> None:
+    """Remove a complete part: first its record."""
+    os.remove(record_file(workspace, number))
+    for part in Path(workspace, WHOLE).glob(f"*/{part_name(number)}"):
+        shutil.rmtree(part)
+
+
+def missing_folders(path: str) -> list[str]:
+    """Return a folder and those around it that do not exist, inner ones first."""
+    return [] if os.path.isdir(path) else [path, *missing_folders(os.path.dirname(path))]
+
+
 def record_files(workspace: str) -> list[Path]:
     """List the records of all complete parts, including those written by processes that were killed since."""
     return sorted(Path(workspace, RECORDS).glob("[0-9]*.json"))
