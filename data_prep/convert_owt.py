@@ -26,6 +26,7 @@ from dataclasses import fields
 from typing import Any
 
 from electra_composer.arguments import ArgumentParser, number_of
+from electra_composer.atomic_files import write_file
 from electra_composer.corpus.conversion import convert
 from electra_composer.corpus.dry_run import DryRun, dry_run
 from electra_composer.corpus.options import TRAIN, Conversion
@@ -267,8 +268,7 @@ def _check_json_file(path: str) -> None:
 
 def _write_json(path: str, result: Summary | DryRun) -> None:
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(result.to_dict(), file, indent=2)
+        write_file(path, json.dumps(result.to_dict(), indent=2))
     except OSError as error:
         written = f"; the shards in {result.out} are complete" if isinstance(result, Summary) else ""
         raise UserError(f"--json {path}: {error.strerror}{written}") from error

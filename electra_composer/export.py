@@ -7,14 +7,15 @@ if __name__ == "__main__":
 
     begin()
 
+import copy
 import os
-import shutil
 
 import torch
-from transformers import ElectraForMaskedLM, PreTrainedModel
+from transformers import ElectraForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import ElectraForPreTraining as ElectraDiscriminator
 
 from electra_composer.arguments import ArgumentParser
+from electra_composer.atomic_files import replaced_folder
 from electra_composer.checkpoints.weights import Checkpoint, read_checkpoint
 from electra_composer.disk import system_error
 from electra_composer.errors import UserError, report_user_errors
@@ -28,56 +29,64 @@ from electra_composer.model.weight_maps import (
 from electra_composer.next_steps import describe_end, finetune
 from electra_composer.signals import unwind
 
+NETWORKS = {
+    "discriminator": (ElectraDiscriminator, lambda checkpoint: checkpoint.discriminator, discriminator_to_transformers),
+    "generator": (ElectraForMaskedLM, lambda checkpoint: checkpoint.generator, generator_to_transformers),
+}
+
 
 def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None:
     """Write `folder/discriminator` and `folder/generator`: safetensors, config and tokenizer each.
 
     `ElectraForPreTraining.from_pretrained(folder/discriminator)` and `ElectraForMaskedLM.from_pretrained(folder/
-    generator)` load them without missing or unexpected weights. The folder is complete or absent.
+    generator)` load them without missing or unexpected weights, and `AutoTokenizer` truncates to `max_positions`. The
+    folder is complete or absent, even after a kill.
 
     Args:
         checkpoint: A checkpoint of `pretrain.py`.
         folder: Folder to create.
-        overwrite: Replace an existing folder once the new one is complete.
+        overwrite: Replace an existing export once the new one is complete.
 
     Raises:
-        UserError: The folder exists, or cannot be written.
+        UserError: The folder exists, is not an export, or cannot be written.
     """
     folder = os.path.abspath(folder)
-    if os.path.lexists(folder) and not overwrite:
-        raise UserError(f"{folder} exists already; choose another folder, or pass --overwrite to replace it")
-    partial = f"{folder}.partial-{os.getpid()}"
-    discriminator, generator = checkpoint.discriminator, checkpoint.generator
-    states = (
-        discriminator_to_transformers(checkpoint.state, discriminator),
-        generator_to_transformers(checkpoint.state, generator),
-    )
+    if os.path.lexists(folder):
+        if not overwrite:
+            raise UserError(f"{folder} exists already; choose another folder, or pass --overwrite to replace it")
+        if not os.path.isfile(os.path.join(folder, "discriminator", "config.json")):
+            raise UserError(f"{folder} is not an export, so --overwrite does not replace it; choose another folder")
     try:
-        _save(ElectraDiscriminator, discriminator, states[0], checkpoint, f"{partial}/discriminator")
-        _save(ElectraForMaskedLM, generator, states[1], checkpoint, f"{partial}/generator")
-        if os.path.lexists(folder):
-            os.rename(folder, f"{partial}.old")
-        os.rename(partial, folder)
+        with replaced_folder(folder, overwrite) as unfinished:
+            for name, (model_class, config_of, to_transformers) in NETWORKS.items():
+                config = config_of(checkpoint)
+                state = to_transformers(checkpoint.state, config)
+                _save(model_class, config, state, checkpoint.tokenizer, os.path.join(unfinished, name))
+    except FileExistsError as error:  # restored after a kill that left only the former export, under another name
+        raise UserError(f"{folder} exists already; pass --overwrite to replace it") from error
     except Exception as error:  # tokenizers and safetensors raise types of their own for a full disk
         code = system_error(error)
         if code is None:
             raise
         raise UserError(f"cannot write the export to {folder}: {os.strerror(code)}; nothing was kept") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(f"{partial}.old", ignore_errors=True)
 
 
 def _save(
-    model_class: type[PreTrainedModel], config: EncoderConfig, state: State, checkpoint: Checkpoint, folder: str
+    model_class: type[PreTrainedModel],
+    config: EncoderConfig,
+    state: State,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: str,
 ) -> None:
     with torch.device("meta"):
-        model = model_class(transformers_config(config, checkpoint.tokenizer.pad_token_id))
+        model = model_class(transformers_config(config, tokenizer.pad_token_id))
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()  # the generator's output weights are its token embeddings, and are stored once
     os.makedirs(folder)
     model.save_pretrained(folder, safe_serialization=True)
-    checkpoint.tokenizer.save_pretrained(folder)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = config.max_positions  # what `truncation=True` truncates to
+    tokenizer.save_pretrained(folder)
 
 
 def describe_export(checkpoint: Checkpoint, folder: str) -> str:
@@ -101,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python electra_composer/export.py", description=__doc__)
     parser.add_argument("checkpoint", help="a .pt file of pretrain.py, or its run folder (the newest checkpoint)")
     parser.add_argument("folder", help="folder to write discriminator/ and generator/ to")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is an export")
     arguments = parser.parse_args(argv)
     checkpoint = read_checkpoint(arguments.checkpoint)
     unwind()

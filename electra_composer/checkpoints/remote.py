@@ -18,16 +18,11 @@ from collections.abc import Iterator
 from composer.utils import dist
 from tqdm import tqdm
 
+from electra_composer.atomic_files import UNFINISHED, move_into_place, remove, replace_link, with_prefix
 from electra_composer.checkpoints.remote_files import fetch_files, other_files, restore_metrics
 from electra_composer.checkpoints.remote_run import FILES, SINGLE_FILE, RemoteIndex, RemoteRun, StoredCheckpoint
 from electra_composer.checkpoints.resuming import find_corruption
-from electra_composer.checkpoints.saving import (
-    UNFINISHED,
-    checkpoint_batch,
-    move_into_place,
-    replace_link,
-    with_prefix,
-)
+from electra_composer.checkpoints.saving import checkpoint_batch
 from electra_composer.config import CheckpointConfig
 from electra_composer.errors import UserError
 from electra_composer.faults import raise_on_all_ranks
@@ -115,6 +110,7 @@ def _fetch(run: RemoteRun, stored: StoredCheckpoint, folder: str) -> None:
     """
     path = os.path.join(folder, stored.name)
     unfinished = with_prefix(path, UNFINISHED)
+    remove(unfinished)  # of a killed run, perhaps with the files of more ranks
     is_file = list(stored.files) == [SINGLE_FILE]
     total = sum(stored.files.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {run.remote}: {stored.name}") as bar:

@@ -19,9 +19,10 @@ from typing import IO
 
 from composer.utils import dist
 
+from electra_composer.atomic_files import REPLACED, remove, replace_link, restore, with_prefix
 from electra_composer.checkpoints.file_kinds import describe_path
 from electra_composer.checkpoints.safe_loading import METADATA, describe_objects, read_metadata
-from electra_composer.checkpoints.saving import REPLACED, checkpoint_batch, checkpoints_in, replace_link, with_prefix
+from electra_composer.checkpoints.saving import checkpoint_batch, checkpoints_in
 from electra_composer.errors import UserError
 from electra_composer.faults import raise_on_all_ranks
 
@@ -117,11 +118,10 @@ def _repair(link: str, check_only: bool) -> str | None:
     path, others = os.path.realpath(link), checkpoints_in(os.path.dirname(link))
     if os.path.lexists(link):
         replaced = with_prefix(path, REPLACED)
-        if not os.path.exists(path) and os.path.isdir(replaced):  # killed between the two renames of saving.py
-            if check_only:
-                path = replaced
-            else:
-                os.rename(replaced, path)
+        if not check_only:
+            restore(path)
+        elif not os.path.exists(path) and os.path.isdir(replaced):  # killed before its replacement got the name
+            path = replaced
         reason = find_corruption(path)
         if reason is None:
             return path
@@ -144,6 +144,7 @@ def _repair(link: str, check_only: bool) -> str | None:
     before = " before it" if os.path.lexists(link) else ""
     kept = f"; the corrupt one is kept as {os.path.basename(path)}{BROKEN}" if is_there else ""
     if is_there:
+        remove(path + BROKEN)
         os.rename(path, path + BROKEN)
     replace_link(link, candidate)
     log.warning(f"{fault}; resuming from the newest complete one{before}, {candidate}{kept}")

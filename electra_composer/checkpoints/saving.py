@@ -20,12 +20,11 @@ from composer.loggers import Logger
 from composer.utils import checkpoint, dist, format_name_with_dist, format_name_with_dist_and_time
 from torch.distributed.checkpoint import CheckpointException
 
+from electra_composer.atomic_files import UNFINISHED, clean, move_into_place, remove, replace_link, with_prefix
 from electra_composer.checkpoints.safe_loading import cause_of
 from electra_composer.errors import UserError, one_line
 from electra_composer.faults import raise_on_all_ranks
 
-UNFINISHED = ".unfinished-"  # name prefix while a file or folder is being written
-REPLACED = ".replaced-"  # name prefix of a folder that is being replaced
 KINDS = "(?:batch-|milestone-ba)"  # regular expression of the prefixes of checkpoint names
 
 
@@ -55,11 +54,6 @@ def checkpoint_batch(path: str, kind: str = KINDS) -> int | None:
     """Parse the batch number in a checkpoint's name; None if it is not the name of a checkpoint."""
     match = re.fullmatch(rf"{kind}(\d+)(?:-rank0\.pt)?", os.path.basename(path))
     return int(match[1]) if match else None
-
-
-def with_prefix(path: str, prefix: str) -> str:
-    """Put `prefix` before the last component of `path`."""
-    return os.path.join(os.path.dirname(path), prefix + os.path.basename(path))
 
 
 class CheckpointCopy(Protocol):
@@ -126,14 +120,13 @@ class AtomicCheckpointSaver(CheckpointSaver):
         super().fit_start(state, logger)
         folder = format_name_with_dist(self.folder, state.run_name)
         if dist.get_global_rank() == 0:
-            for name in os.listdir(folder):
-                if name.startswith((UNFINISHED + self.kind, REPLACED + self.kind)):
-                    _remove(os.path.join(folder, name))
+            clean(folder, self.kind)
             if self.replace_run:
                 if self.latest_filename is not None:
-                    _remove(self.latest_filename.format(state))
+                    remove(self.latest_filename.format(state))
                 for saved in checkpoints_in(folder, re.escape(self.kind)):
-                    _remove(saved.path)
+                    remove(saved.path)
+            self._remove_old(folder, state.timestamp.batch.value)  # a kill may have come before it
         dist.barrier()
 
     def save(self, state: State, logger: Logger) -> str:
@@ -177,7 +170,7 @@ class AtomicCheckpointSaver(CheckpointSaver):
             return
         present = [saved for saved in checkpoints_in(folder, re.escape(self.kind)) if saved.batch <= newest]
         for saved in present[: -self.num_checkpoints_to_keep]:
-            _remove(saved.path)
+            remove(saved.path)
 
 
 class IntervalSaver(AtomicCheckpointSaver):
@@ -232,48 +225,9 @@ def _explain_write_errors(path: str, unfinished: str) -> Iterator[None]:
         if not os.path.exists(unfinished) and not isinstance(error, OSError):
             raise  # not a failed write of this rank
         with contextlib.suppress(OSError):
-            _remove(unfinished)
+            remove(unfinished)
         raise UserError(
             f"checkpoints.folder: {path} could not be written: {one_line(cause_of(error), 300)}; "
             f"{_describe_newest(os.path.dirname(path))}. Free some space or fix the folder's permissions, and rerun "
             "the same command to resume"
         ) from error
-
-
-def move_into_place(unfinished: str, path: str) -> None:
-    """Sync a written file or folder to disk and rename it to `path`, replacing what is there."""
-    for folder, _, names in os.walk(unfinished):
-        for name in names:
-            _sync(os.path.join(folder, name))
-    _sync(unfinished)
-    replaced = with_prefix(path, REPLACED)
-    if os.path.isdir(path):  # no rename replaces a folder; resuming.py repairs a kill between these two
-        _remove(replaced)
-        os.rename(path, replaced)
-    os.rename(unfinished, path)
-    _sync(os.path.dirname(path))
-    _remove(replaced)
-
-
-def replace_link(link: str, path: str) -> None:
-    """Make `link` a symbolic link to `path` in one step, so that the link exists at every moment."""
-    unfinished = with_prefix(link, UNFINISHED)
-    _remove(unfinished)
-    os.symlink(os.path.relpath(path, os.path.dirname(link)), unfinished)
-    os.replace(unfinished, link)
-    _sync(os.path.dirname(link))
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        os.remove(path)

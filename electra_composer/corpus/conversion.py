@@ -13,11 +13,13 @@ from functools import partial
 
 from tqdm import tqdm
 
+from electra_composer.atomic_files import replaced_file
 from electra_composer.corpus import selection
 from electra_composer.corpus.docstrings import read_docstrings
 from electra_composer.corpus.documents import limit_reached, no_text_error
 from electra_composer.corpus.engines import Processes, Spark
 from electra_composer.corpus.estimate import check_free_space, estimate_text
+from electra_composer.corpus.finished import Finished
 from electra_composer.corpus.folder_writer import ShardFolder
 from electra_composer.corpus.options import TRAIN, Conversion, check_options
 from electra_composer.corpus.part_conversion import Job, PartContext
@@ -43,8 +45,10 @@ def convert(options: Conversion) -> Summary:
     check_options(options)
     sources = options.sources
     given = load_given(options)
-    text_bytes = _estimate_bytes(options)
     with ShardFolder(options.out, options.overwrite, options.compression, options.plan(), options.restart) as folder:
+        if folder.finished is not None:
+            return _summary_of(folder.finished, options, time.monotonic() - start)
+        text_bytes = _estimate_bytes(options)
         engine = Spark(options.master) if options.engine == "spark" else Processes(options.workers)
         jobs = _list_jobs(options, folder.workspace, engine)
         tokenizer = train_or_load(options, jobs, folder.workspace) if given is None else given
@@ -69,6 +73,7 @@ def convert(options: Conversion) -> Summary:
                 "overflow": options.overflow,
                 "val_fraction": options.val_fraction,
                 "compression": options.compression,
+                **({"unreadable": unreadable} if unreadable else {}),
             },
             splits=splits,
             sources=counts,
@@ -84,6 +89,22 @@ def convert(options: Conversion) -> Summary:
         seconds=time.monotonic() - start,
         continued_tokens=sum(counts["tokens"] for counts in resumed),
         filled_split=filled,
+    )
+
+
+def _summary_of(finished: Finished, options: Conversion, seconds: float) -> Summary:
+    """Return the summary of a conversion that an earlier run has finished."""
+    meta = finished.meta
+    return Summary(
+        out=options.out,
+        splits=meta.splits,
+        sources=meta.sources,
+        unreadable=meta.conversion.get("unreadable", []),
+        max_seq_length=meta.max_seq_length,
+        shard_bytes=finished.bytes,
+        seconds=seconds,
+        continued_tokens=sum(counts.tokens for counts in meta.splits.values()),
+        was_complete=True,
     )
 
 
@@ -156,13 +177,11 @@ def _write_docstrings(options: Conversion, workspace: str) -> list[str]:
     # Filters leave out documents later, so that limits cannot be applied here.
     filtered = sources.deduplicate or sources.min_characters or sources.drop_lines or sources.normalize
     if not os.path.isfile(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        with replaced_file(path) as file:
             documents = size = 0
             for text in read_docstrings(options.workers):
                 if not filtered and limit_reached(sources, documents, size):
                     break
-                file.write(json.dumps({column: text}) + "\n")
+                file.write(json.dumps({column: text}).encode() + b"\n")
                 documents, size = documents + 1, size + len(text.encode())
-        os.replace(f"{path}.tmp", path)
     return [path]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from streaming import MDSWriter
 
+from electra_composer.atomic_files import sync
 from electra_composer.corpus.examples import Row
 from electra_composer.corpus.workspace import INDEX, RECORDS, UNFINISHED, WHOLE, part_name, record_file, write_json
 from electra_composer.errors import UserError
@@ -23,7 +24,7 @@ class Place(NamedTuple):
     dtype: str  # of the ids, from `id_dtype`
     compression: str | None = None  # as `MDSWriter` takes it (`zstd`, `zstd:7`)
     remote: str | None = None  # such as s3://bucket/owt
-    durable: bool = True  # fsync the shards before writing the record, so that complete parts survive a power failure
+    plan: str | None = None  # digest of the conversion's plan; with one, complete parts survive a power failure
 
 
 class PartWriter:
@@ -70,7 +71,7 @@ class PartWriter:
             UserError: an upload to the remote failed.
         """
         name, place = part_name(self._number), self._place
-        record = {**record, "shards": {}}
+        record = {**record, "plan": place.plan, "shards": {}}
         for split, writer in self._writers.items():
             try:
                 writer.finish()
@@ -85,8 +86,9 @@ class PartWriter:
             for split in self._writers:
                 folder = os.path.join(self._folder, split)
                 os.remove(os.path.join(folder, INDEX))  # all parts of a split share one index
-                if place.durable:
-                    _sync_files(folder)
+                if place.plan is not None:
+                    for entry in os.scandir(folder):
+                        sync(entry.path)
                 os.makedirs(os.path.join(place.workspace, WHOLE, split), exist_ok=True)
                 os.rename(folder, os.path.join(place.workspace, WHOLE, split, name))
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -100,9 +102,3 @@ class PartWriter:
         for writer in self._writers.values():
             writer.cancel_future_jobs()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _sync_files(folder: str) -> None:
-    for entry in os.scandir(folder):
-        with open(entry.path, "rb") as file:
-            os.fsync(file.fileno())

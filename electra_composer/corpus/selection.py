@@ -9,12 +9,12 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from electra_composer.atomic_files import write_file
 from electra_composer.corpus.documents import ReadStats, limit_reached, part_documents
 from electra_composer.corpus.source_parts import Part
 from electra_composer.corpus.sources import Sources
@@ -99,7 +99,6 @@ def _is_in(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[n
 
 def save(folder: str, selections: list[Selection]) -> None:
     """Save selections atomically, for a resumed conversion."""
-    path = os.path.join(folder, FILE)
     arrays = {f"{index:06}": part.chosen for index, part in enumerate(selections) if part.chosen is not None}
     content = io.BytesIO()  # an archive on a full disk would raise a second error when it is deleted
     np.savez_compressed(
@@ -108,8 +107,7 @@ def save(folder: str, selections: list[Selection]) -> None:
         duplicates=np.array([part.duplicates for part in selections], np.int64),
         **arrays,
     )
-    Path(f"{path}.tmp").write_bytes(content.getbuffer())
-    os.replace(f"{path}.tmp", path)
+    write_file(os.path.join(folder, FILE), content.getvalue())
 
 
 def load(folder: str) -> list[Selection] | None:

@@ -24,6 +24,7 @@ class Summary:
     shard_bytes: int
     seconds: float  # of this run
     continued_tokens: int = 0  # tokens of the total that an interrupted run had converted
+    was_complete: bool = False  # an earlier run had finished the conversion
     filled_split: str | None = None  # it would have been empty, and got one document
 
     @property
@@ -71,6 +72,11 @@ class Summary:
             f"dropped at the ends of segments: {self.total.dropped_tokens:,} tokens, {self.dropped_share:.2%} of all"
         )
         resumed = f" ({self.continued_tokens:,} tokens came from an interrupted run)" if self.continued_tokens else ""
+        if self.was_complete:
+            lines.append(
+                f"{self.out} is complete already (same options and sources); pass --overwrite to convert again"
+            )
+            return "\n".join(lines)
         lines.append(
             f"{self.text.text_bytes:,} bytes of text to {self.shard_bytes:,} bytes in {self.out}: "
             f"{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s{resumed}"

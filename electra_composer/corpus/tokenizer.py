@@ -13,6 +13,7 @@ from typing import TypeVar
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from electra_composer.atomic_files import replaced_folder
 from electra_composer.corpus.chunks import EncodingSettings
 from electra_composer.corpus.documents import ReadStats, no_text_error, part_documents
 from electra_composer.corpus.options import TRAIN, Conversion
@@ -49,8 +50,8 @@ def train_or_load(options: Conversion, jobs: list[Job], workspace: str) -> PreTr
             print(f"training a vocabulary of at most {options.vocab_size:,} entries", flush=True)
         train = partial(train_tokenizer, sample, options.vocab_size, options.cased, options.keep_accents)
         tokenizer = _interruptible(train)
-        tokenizer.save_pretrained(f"{saved}.tmp")
-        os.replace(f"{saved}.tmp", saved)
+        with replaced_folder(saved) as folder:
+            tokenizer.save_pretrained(folder)
     tokenizer = load_tokenizer(saved)
     tokenizer.name_or_path = f"trained-{len(tokenizer)}"
     return tokenizer

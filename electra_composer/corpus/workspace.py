@@ -6,17 +6,21 @@
     <workspace>/records/00003.json         written last: a part with a record is complete
 
 With a remote, shards, records and plan are also uploaded to `<remote>/<split>/00003/`, `<remote>/records/` and
-`<remote>/plan.json`, each as soon as it is written; only records and plan are kept on the local disk.
+`<remote>/plan.json`, each as soon as it is written; only records and plan are kept on the local disk. What the remote
+says of the plan counts: the folder may have been removed there, or started over by another machine.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from electra_composer.atomic_files import remove, write_file
 from electra_composer.errors import UserError
 from electra_composer.storage.remotes import RemoteFolder, upload
 
@@ -35,12 +39,17 @@ def open_workspace(
         restart: remove it even if its plan is the same.
 
     Raises:
-        UserError: the workspace holds parts of another plan.
+        UserError: the workspace holds parts of another plan, or something that no conversion has written.
     """
     plan_file = os.path.join(workspace, PLAN)
-    ours = json.loads(json.dumps(plan))
-    if plan is None or restart or not _has_plan(workspace, remote):
-        shutil.rmtree(workspace, ignore_errors=True)
+    ours = plain(plan)
+    has_plan = plan is not None and not restart and _has_plan(workspace, remote)
+    if not has_plan or (remote is None and has_moved(workspace, remote)):
+        if os.path.lexists(workspace) and not is_workspace(workspace):
+            raise UserError(
+                f"{workspace} exists, and is not of a conversion (no {PLAN}): move it, or choose another --out"
+            )
+        remove(workspace)
         write_json(plan_file, ours)
         if remote is not None:
             upload(workspace, remote, PLAN)
@@ -55,11 +64,25 @@ def open_workspace(
             "its options to resume it, pass --restart to discard it, or choose another --out"
         )
     shutil.rmtree(os.path.join(workspace, UNFINISHED), ignore_errors=True)
-    records = {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in record_files(workspace)}
+    records, digest = {}, plan_digest(ours)
+    for path in record_files(workspace):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("plan", digest) == digest:
+            records[int(path.stem)] = record
+        else:  # left in the remote by a conversion that was started over with another plan
+            path.unlink()
     for folder in list(Path(workspace, WHOLE).glob("*/[0-9]*")):
         if int(folder.name) not in records:  # moved there, but killed before its record was written
             shutil.rmtree(folder)
     return records
+
+
+def is_workspace(path: str) -> bool:
+    """Return whether a conversion has created this folder, so that it may be removed: its first file is the plan."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        return False
+    names = os.listdir(path)
+    return PLAN in names or all(PLAN in name for name in names)  # killed while the plan was written
 
 
 def record_file(workspace: str, number: int) -> str:
@@ -67,20 +90,41 @@ def record_file(workspace: str, number: int) -> str:
     return os.path.join(workspace, RECORDS, f"{part_name(number)}.json")
 
 
+def remove_part(workspace: str, number: int) -> None:
+    """Remove a complete part: first its record."""
+    os.remove(record_file(workspace, number))
+    for part in Path(workspace, WHOLE).glob(f"*/{part_name(number)}"):
+        shutil.rmtree(part)
+
+
+def missing_folders(path: str) -> list[str]:
+    """Return a folder and those around it that do not exist, inner ones first."""
+    return [] if os.path.isdir(path) else [path, *missing_folders(os.path.dirname(path))]
+
+
 def record_files(workspace: str) -> list[Path]:
     """List the records of all complete parts, including those written by processes that were killed since."""
-    return sorted(Path(workspace, RECORDS).glob("*.json"))
+    return sorted(Path(workspace, RECORDS).glob("[0-9]*.json"))
+
+
+def has_moved(workspace: str, remote: str | None) -> bool:
+    """Return whether all parts were complete and moved to the output folder, or belong to one in an object store."""
+    return bool(record_files(workspace)) and (remote is not None or not os.path.isdir(os.path.join(workspace, WHOLE)))
 
 
 def _has_plan(workspace: str, remote: str | None) -> bool:
     """Return whether there is a conversion to resume, after fetching plan and records if only the remote has them."""
-    if os.path.isfile(os.path.join(workspace, PLAN)):
-        return True
+    path = os.path.join(workspace, PLAN)
+    was_here = os.path.isfile(path)
     if remote is None:
-        return False
+        return was_here
     folder = RemoteFolder(remote)
-    if not folder.fetch(PLAN, workspace):
-        return False
+    with tempfile.TemporaryDirectory() as scratch:
+        if not folder.fetch(PLAN, scratch):
+            return False
+        write_file(path, Path(scratch, PLAN).read_bytes())
+    if was_here:
+        return True
     number = misses = 0
     while misses < MAX_MISSES:  # parts finish roughly in the order of their numbers
         found = folder.fetch(f"{RECORDS}/{part_name(number)}.json", workspace)
@@ -93,14 +137,18 @@ def part_name(number: int) -> str:
     return f"{number:05}"
 
 
+def plain(value: Any) -> Any:
+    """Return a value as JSON keeps it: tuples as lists, keys as text and sorted."""
+    return json.loads(json.dumps(value, sort_keys=True))
+
+
+def plan_digest(plan: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def write_json(path: str, value: Any) -> None:
     """Write a JSON file atomically and durably."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    write_file(path, json.dumps(value, sort_keys=True))
 
 
 def _shorten(text: str, length: int = 300) -> str:

@@ -1,7 +1,7 @@
 """Cache of tokenized files, addressed by content.
 
 The name of a cache file is a hash of everything that its content depends on: it is never out of date, and may be
-deleted at any time. Processes need no lock: each writes a temporary file and renames it, and their content is equal.
+deleted at any time. Processes that write the same file write the same content.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import hashlib
 import json
 import logging
 import os
-import uuid
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from electra_composer.atomic_files import replaced_file
 from electra_composer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def read_cache(file: str, names: set[str]) -> Arrays | None:
 
 
 def write_cache(file: str, arrays: Arrays) -> None:
-    """Write a cache file atomically: write a temporary file beside it, then rename.
+    """Write a cache file atomically.
 
     If the file cannot be written, for example on a full disk, only warn: the run does not need it.
 
@@ -70,16 +70,11 @@ def write_cache(file: str, arrays: Arrays) -> None:
         raise UserError(
             f"data.cache {folder}: cannot create this folder ({error.strerror}); set another one, or null for no cache"
         ) from error
-    aside = f"{file}.{uuid.uuid4().hex}.tmp"
     try:
-        with open(aside, "wb") as stream:
+        with replaced_file(file) as stream:
             np.savez(stream, **arrays)
-        os.replace(aside, file)
     except OSError as error:
         log.warning("data.cache %s: not written (%s); the next run tokenizes again", file, error.strerror)
-    finally:
-        if os.path.exists(aside):
-            os.remove(aside)
 
 
 def file_sha256(file: str) -> str:

@@ -17,6 +17,7 @@ from composer.core import Timestamp
 from composer.utils import reproducibility
 from safetensors import SafetensorError
 
+from electra_composer.atomic_files import write_file
 from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueConfig, TaskSettings
 from electra_composer.errors import UserError
@@ -244,10 +245,8 @@ def test_sets(task: Task, tasks: list[Task]) -> dict[str, tuple[Task, str]]:
 
 def _save_weights(path: str, weights: dict[str, Any]) -> None:
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        safetensors.torch.save_file(weights, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    except (OSError, SafetensorError) as error:  # safetensors wraps errors of the system
+        write_file(path, safetensors.torch.save(weights))
+    except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}; free some space or set another results=…") from error
 
 

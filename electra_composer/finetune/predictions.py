@@ -7,7 +7,7 @@ and `prediction`: the label's name for MNLI, QNLI, RTE and AX, 0 or 1 for the ot
 
 from __future__ import annotations
 
-import os
+import io
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from electra_composer.atomic_files import replaced_file, write_file
 from electra_composer.errors import UserError
 from electra_composer.finetune.tasks import TASKS, Task
 
@@ -75,12 +76,9 @@ def save_logits(path: str, logits: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    temporary = f"{path}.tmp"
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replaced_file(path) as file:
             np.savez(file, **{name: tensor.numpy() for name, tensor in logits.items()})
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written: {error.strerror}; free some space or set another results=…"
@@ -185,40 +183,40 @@ def logits_key(task: Task, split: str) -> str:
 
 
 def write_submission(path: str, files: Mapping[str, tuple[Task, list[str]]]) -> None:
-    """Write a submission atomically; before the final rename, check it with :func:`check_submission`.
+    """Write a submission atomically, after a check with :func:`check_submission`.
 
     Raises:
         UserError: the file cannot be written, or fails the check.
     """
-    temporary = f"{path}.tmp"
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, (_, predictions) in files.items():
+            lines = [HEADER, *(f"{index}\t{prediction}" for index, prediction in enumerate(predictions))]
+            # ZipInfo has a fixed modification time, so equal predictions give equal bytes.
+            archive.writestr(zipfile.ZipInfo(name), "\n".join(lines) + "\n", zipfile.ZIP_DEFLATED)
+    check_submission(path, {name: (task, len(predictions)) for name, (task, predictions) in files.items()}, content)
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, (_, predictions) in files.items():
-                lines = [HEADER, *(f"{index}\t{prediction}" for index, prediction in enumerate(predictions))]
-                # ZipInfo has a fixed modification time, so equal predictions give equal bytes.
-                archive.writestr(zipfile.ZipInfo(name), "\n".join(lines) + "\n", zipfile.ZIP_DEFLATED)
-        check_submission(temporary, {name: (task, len(predictions)) for name, (task, predictions) in files.items()})
-        os.replace(temporary, path)
+        write_file(path, content.getvalue())
     except OSError as error:
         raise UserError(
             f"predict.file {path}: cannot be written: {error.strerror}; set another predict.file"
         ) from error
 
 
-def check_submission(path: str, expected: Mapping[str, tuple[Task, int]]) -> None:
+def check_submission(path: str, expected: Mapping[str, tuple[Task, int]], content: io.BytesIO | None = None) -> None:
     """Check a submission against the format that the server requires.
 
     Args:
         path: path of the zip.
         expected: file name → task and number of predictions.
+        content: the zip, if it is not at `path` yet.
 
     Raises:
         UserError: missing or unexpected file, wrong header, wrong number of rows, index out of order, or a prediction
             that is not a label of the task.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path if content is None else content) as archive:
             contents = {name: archive.read(name).decode("utf-8") for name in archive.namelist()}
     except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable submission: {error}") from error

@@ -7,15 +7,14 @@ by 100.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from electra_composer.atomic_files import locked, write_file
 from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import to_dict
@@ -200,7 +199,7 @@ def write_reports(store: RunStore, group: str, path: str, settings: dict[str, An
     try:
         os.makedirs(folder, exist_ok=True)
         # Locked from reading the record to the last replacement; otherwise another process could restore older files.
-        with _locked(folder):
+        with locked(folder):
             every = store.runs()
             runs = [run for run in every if run["group"] == group]
             others = [run for run in every if run["group"] != group]
@@ -208,10 +207,10 @@ def write_reports(store: RunStore, group: str, path: str, settings: dict[str, An
                 settings = runs[0]["settings"]
             results = summary(runs, settings or {}, group, store.failures(group), others)
             if results["tasks"]:
-                _replace(f"{stem}.png", plot(results))
-            _replace(f"{stem}.csv", csv_text(results).encode())
-            _replace(f"{stem}.md", markdown(results).encode())
-            _replace(path, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
+                write_file(f"{stem}.png", plot(results))
+            write_file(f"{stem}.csv", csv_text(results))
+            write_file(f"{stem}.md", markdown(results))
+            write_file(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(
             f"results {path}: cannot be written: {error.strerror}; all finished runs are kept in {store.path}: free "
@@ -268,27 +267,3 @@ def _all_versions(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
         for package, number in run.get("versions", {}).items():
             found.setdefault(package, set()).add(str(number))
     return {package: sorted(numbers) for package, numbers in found.items()}
-
-
-@contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _replace(path: str, content: bytes) -> None:
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # otherwise a crash could leave an empty file under the final name
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

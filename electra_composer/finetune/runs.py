@@ -80,7 +80,7 @@ def claim(path: str) -> Iterator[bool]:
     """
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; set another results=…") from error
     try:

@@ -18,7 +18,6 @@ import json
 import os
 import random
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from electra_composer.arguments import ArgumentParser, number, number_of
+from electra_composer.atomic_files import replaced_folder
 from electra_composer.corpus.documents import ReadStats, read_documents
 from electra_composer.corpus.sources import Sources
 from electra_composer.errors import UserError, report_user_errors
@@ -159,17 +159,14 @@ def write(out: str, train: list[Labelled], dev: list[Labelled], about: dict[str,
     folder = os.path.join(out, TASK.folder)
     if os.path.exists(folder):
         raise UserError(f"{folder}: exists already; remove it, or give another --out")
-    unfinished = f"{folder}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
-    for part, examples in (("train", train), ("dev", dev)):
-        with open(os.path.join(unfinished, TASK.splits[part].file), "w", encoding="utf-8", newline="\n") as file:
-            file.write("sentence\tlabel\n")
-            file.writelines(f"{example.sentence}\t{example.label}\n" for example in examples)
-    with open(os.path.join(unfinished, "about.json"), "w", encoding="utf-8") as file:
-        json.dump({"synthetic": True, **about, "train": len(train), "dev": len(dev)}, file, indent=2)
-        file.write("\n")
-    os.rename(unfinished, folder)
+    with replaced_folder(folder) as unfinished:
+        for part, examples in (("train", train), ("dev", dev)):
+            with open(os.path.join(unfinished, TASK.splits[part].file), "w", encoding="utf-8", newline="\n") as file:
+                file.write("sentence\tlabel\n")
+                file.writelines(f"{example.sentence}\t{example.label}\n" for example in examples)
+        with open(os.path.join(unfinished, "about.json"), "w", encoding="utf-8") as file:
+            json.dump({"synthetic": True, **about, "train": len(train), "dev": len(dev)}, file, indent=2)
+            file.write("\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

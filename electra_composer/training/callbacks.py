@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from electra_composer.atomic_files import replaced_folder, write_file
 from electra_composer.model.pretraining import RATIOS
 from electra_composer.training.times import IntervalCallback
 
@@ -213,28 +213,14 @@ class RunRecord(Callback):
             return
         if self.print_config:
             print(self.config_yaml, flush=True)
-        os.makedirs(self.run_folder, exist_ok=True)
-        path = Path(self.run_folder, "config.yaml")
-        Path(f"{path}.tmp").write_text(self.config_yaml, encoding="utf-8")
-        os.replace(f"{path}.tmp", path)
+        write_file(os.path.join(self.run_folder, "config.yaml"), self.config_yaml)
         if self.tokenizer_files:
-            _write_folder(os.path.join(self.run_folder, "tokenizer"), self.tokenizer_files)
+            with replaced_folder(os.path.join(self.run_folder, "tokenizer")) as folder:
+                for name, text in self.tokenizer_files.items():
+                    Path(folder, name).write_text(text, encoding="utf-8")
 
     def state_dict(self) -> dict[str, Any]:
         return {"config": self.config, "tokenizer_files": self.tokenizer_files}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass  # a resumed run keeps its own record
-
-
-def _write_folder(path: str, files: Mapping[str, str]) -> None:
-    """Write a folder of files under a temporary name, then rename it."""
-    for left_over in (f"{path}.tmp", f"{path}.old"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    os.makedirs(f"{path}.tmp")
-    for name, text in files.items():
-        Path(f"{path}.tmp", name).write_text(text, encoding="utf-8")
-    if os.path.isdir(path):
-        os.rename(path, f"{path}.old")
-    os.rename(f"{path}.tmp", path)
-    shutil.rmtree(f"{path}.old", ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import io
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ from composer.loggers import ConsoleLogger, Logger, LoggerDestination, WandBLogg
 from composer.utils import dist
 from tqdm import tqdm
 
+from electra_composer.atomic_files import write_file
 from electra_composer.errors import UserError
 from electra_composer.ranges import TimeRange
 from electra_composer.training.times import parse_time
@@ -137,7 +139,6 @@ class MetricsFile(IntervalLogger):
                 "where the run resumes; the others are lost"
             )
         self.written = len(rows)
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         self.columns = list(dict.fromkeys(["step", *(column for row in rows for column in row)]))
         self._rewrite(rows)
 
@@ -157,11 +158,11 @@ class MetricsFile(IntervalLogger):
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         if self.file is not None:
             self.file.close()
-        with open(f"{self.path}.tmp", "w", encoding="utf-8", newline="") as file:
-            if self.format == "csv":
-                csv.writer(file, lineterminator="\n").writerow(self.columns)
-            self._write(file, rows)
-        os.replace(f"{self.path}.tmp", self.path)
+        text = io.StringIO(newline="")
+        if self.format == "csv":
+            csv.writer(text, lineterminator="\n").writerow(self.columns)
+        self._write(text, rows)
+        write_file(self.path, text.getvalue())
         self.file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115 (closed in `close`)
 
     def write_kept(self) -> None:

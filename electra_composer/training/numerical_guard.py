@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist, ensure_tuple
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from electra_composer.atomic_files import write_file
 from electra_composer.errors import UserError
 from electra_composer.training.optim import leaves
 from electra_composer.training.spikes import SpikeDetector
@@ -250,10 +251,9 @@ def write_record(folder: str, batch: PendingBatch, model: torch.nn.Module, loss:
     }
     path = os.path.join(folder, f"ba{batch.number}-rank{dist.get_global_rank()}")
     with contextlib.suppress(OSError):
-        os.makedirs(folder, exist_ok=True)
-        with open(f"{path}.json", "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1, allow_nan=False)
-        save_file({name: t.cpu().contiguous().clone() for name, t in batch.tensors.items()}, f"{path}.safetensors")
+        write_file(f"{path}.json", json.dumps(record, indent=1, allow_nan=False))
+        tensors = {name: t.cpu().contiguous().clone() for name, t in batch.tensors.items()}
+        write_file(f"{path}.safetensors", safetensors.torch.save(tensors))
 
 
 def _losses_and_norms(batches: list[PendingBatch]) -> list[list[float]]:

@@ -16,11 +16,16 @@ from electra_composer.errors import UserError
 def test_an_existing_folder_is_left_alone(shards, tmp_path):
     before = sorted(os.listdir(shards))
     with pytest.raises(UserError, match=r"exists already; choose another --out, or pass --overwrite"):
-        ShardFolder(str(shards))
+        ShardFolder(str(shards)).__enter__()
     assert sorted(os.listdir(shards)) == before
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match=r"not a folder of shards .* --overwrite does not replace it"):
-        ShardFolder(str(tmp_path / "mine"), overwrite=True)
+        ShardFolder(str(tmp_path / "mine"), overwrite=True).__enter__()
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial/mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"new.partial exists, and is not of a conversion \(no plan.json\): move it"):
+        ShardFolder(str(tmp_path / "new"), restart=True).__enter__()
+    assert (tmp_path / "new.partial/mine.txt").read_text() == "mine"
 
 
 def test_overwrite_replaces_only_by_what_is_whole(tmp_path):
@@ -46,7 +51,7 @@ def test_nothing_stays_of_what_was_broken_off(tmp_path, monkeypatch, failure, ra
     tokenizer = make_tokenizer(tmp_path)
 
     def fail(*_):
-        assert list(tmp_path.glob("out.partial-*/unfinished/*/train"))
+        assert list(tmp_path.glob("out.partial/unfinished/*/train"))
         raise failure
 
     monkeypatch.setattr("streaming.MDSWriter.finish", fail)

@@ -45,9 +45,9 @@ def objects(s3):
 
 
 def check_same_as_local(s3, options, folder):
-    """Assert that the uploaded files are those of a local conversion, byte for byte, apart from records and plan."""
+    """Assert that the uploaded files are those of a local conversion, byte for byte, apart from records."""
     convert(options(str(folder)))
-    found = {name: data for name, data in objects(s3).items() if not name.startswith(("records/", "plan.json"))}
+    found = {name: data for name, data in objects(s3).items() if not name.startswith("records/")}
     # MDSWriter uploads an index for each part.
     parts = {name for name in found if name.count("/") == 2 and name.endswith("index.json")}
     expected = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
