@@ -80,8 +80,7 @@ class ShardsConfig(DataConfig):
     # Number of parts that the order of rows is divided into, each read by a group of nodes; null: the number of nodes
     # at the run's first start. The order is the same on any number of nodes that divides it or is a multiple of it.
     num_canonical_nodes: Annotated[int, Range(ge=1, le=65536)] | None = None
-    # rows to fetch ahead of the reader from a remote; null: Streaming's default
-    predownload: Annotated[int, Range(ge=0, le=10**9)] | None = None
+    predownload: Annotated[int, Range(ge=0, le=10**9)] | None = None  # rows to fetch ahead; null: Streaming's default
     # such as 50gb; beyond it the least recently used shards of remotes are deleted
     cache_limit: Annotated[str, Range(ge=1, le=2**60, suffixes=BYTES, example="50gb", null="no limit")] | None = None
     # per file of a remote, with growing pauses in between
@@ -106,12 +105,13 @@ class ModelConfig:
     layer_norm_eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-12
     tie_embeddings: bool = True  # share token, position and type embeddings and their LayerNorm between both models
     tie_encoder: bool = False  # share the layers too ("all weights", paper section 3.2); needs generator_size 1.0
-    # Networks to continue pretraining from (docs/continued_pretraining.md); sizes and tying not given here are theirs.
-    # A checkpoint of this project, an export, a Hugging Face folder or a name on the hub; null: random weights
-    init_from: str | None = None
-    # the same for the generator; null: the one that belongs to `init_from`; or layers (the lower ones of `init_from`),
-    # or random
-    init_generator_from: str | None = None
+    # Networks to continue from (docs/continued_pretraining.md): a checkpoint, an export, a Hugging Face folder or hub name
+    init_from: str | None = (
+        None  # null: random weights; sizes and tying that are not given here are those of the source
+    )
+    init_generator_from: str | None = (
+        None  # null: that of `init_from`; or layers (lower ones of `init_from`), or random
+    )
     init_positions: Literal["copy", "interpolate"] = "copy"  # how to reach a larger `max_positions` than theirs
 
 
@@ -141,8 +141,7 @@ class OptimizerConfig:
     eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-6
     weight_decay: Annotated[float, Range(ge=0, le=10)] = 0.01  # not applied to LayerNorm and biases
     bias_correction: bool = False
-    # factor d on the learning rate per layer from the top down (finetuning)
-    layerwise_decay: LayerwiseDecay | None = None
+    layerwise_decay: LayerwiseDecay | None = None  # factor d on lr per layer from the top down (finetuning)
     layerwise_variant: Literal["google", "paper"] = "google"  # last layer at lr × d² (the code) or lr × d (the paper)
 
 
@@ -181,7 +180,6 @@ class TrainerConfig:
     device_train_microbatch_size: BatchSize | Literal["auto"] | None = None  # null: no split; auto (GPU)
     device_eval_batch_size: BatchSize = MISSING
     eval_interval: Interval = "1dur"  # a Composer time
-    # batches per evaluation
     eval_batches: Annotated[int, Range(ge=1, le=10**9, null="the complete validation set")] | None = None
     device: Literal["cpu", "gpu"] | None = None  # null: a GPU if there is one
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"

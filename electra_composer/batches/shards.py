@@ -96,7 +96,6 @@ def build_dataloader(
     """Build a loader whose state resumes in the middle of an epoch. Call it after `torch.distributed` is initialised.
 
     Args:
-        config: paths and number of workers.
         meta: of these shards, from :func:`read_data`.
         batch_size: rows per device.
         shuffle, seed: use a new order in each epoch, derived from the seed.
@@ -111,11 +110,10 @@ def build_dataloader(
     check_split(config, meta, split, evaluation)
     shares = plan_epoch(config, meta, split, seed, evaluation)
     folders = [share.folder for share in shares]
-    world = World.detect()
-    _check_sizes(shares, split, batch_size, world.num_ranks, drop_last)
+    _check_sizes(shares, split, batch_size, World.detect().num_ranks, drop_last)
     _check_order(config, shares, shuffle)
     method = "random" if evaluation else config.batching_method
-    batches = batches_per_epoch(shares, method, batch_size, world)
+    batches = batches_per_epoch(shares, method, batch_size, World.detect())
     try:
         dataset = RowDataset(
             [folder.open(split) for folder in folders],
