@@ -70,7 +70,7 @@ class ShardsConfig(DataConfig):
     # random: rows of any stream in a batch; stratified: the same number of each stream in every batch; per_stream: one
     # stream per batch
     batching_method: Literal["random", "stratified", "per_stream"] = "random"
-    # rows per epoch, such as 10m; null: all rows
+    # rows per epoch
     epoch_size: Annotated[int | str, Range(ge=1, le=10**12, suffixes=ROWS, example="10m", null="all")] | None = None
     remote: str | None = None  # URL to download the shards from (s3://…); `path` is then the local cache
     tokenizer: str | None = None  # null: the tokenizer saved with the shards; any other must be the one that made them
@@ -83,8 +83,7 @@ class ShardsConfig(DataConfig):
     predownload: Annotated[int, Range(ge=0, le=10**9)] | None = None  # rows to fetch ahead; null: Streaming's default
     # such as 50gb; beyond it the least recently used shards of remotes are deleted
     cache_limit: Annotated[str, Range(ge=1, le=2**60, suffixes=BYTES, example="50gb", null="no limit")] | None = None
-    # per file of a remote, with growing pauses in between
-    download_attempts: Annotated[int, Range(ge=1, le=1000)] = 3
+    download_attempts: Annotated[int, Range(ge=1, le=1000)] = 3  # per file of a remote, with growing pauses
     download_timeout: Annotated[float, Range(gt=0, le=86400)] = 60.0  # seconds to wait for a shard
 
 
@@ -105,13 +104,9 @@ class ModelConfig:
     layer_norm_eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-12
     tie_embeddings: bool = True  # share token, position and type embeddings and their LayerNorm between both models
     tie_encoder: bool = False  # share the layers too ("all weights", paper section 3.2); needs generator_size 1.0
-    # Networks to continue from (docs/continued_pretraining.md): a checkpoint, an export, a Hugging Face folder or hub name
-    init_from: str | None = (
-        None  # null: random weights; sizes and tying that are not given here are those of the source
-    )
-    init_generator_from: str | None = (
-        None  # null: that of `init_from`; or layers (lower ones of `init_from`), or random
-    )
+    # Networks to continue from (docs/continued_pretraining.md): a checkpoint, an export, a Hugging Face folder or name
+    init_from: str | None = None  # null: random weights; otherwise sizes and tying that are not given are its own
+    init_generator_from: str | None = None  # null: that of `init_from`; layers: the lower ones of `init_from`; random
     init_positions: Literal["copy", "interpolate"] = "copy"  # how to reach a larger `max_positions` than theirs
 
 
@@ -160,8 +155,7 @@ class ScheduleConfig:
 class FSDPConfig:
     """Fully sharded data parallelism (FSDP2); see docs/distributed.md."""
 
-    # replicas of the shards for hybrid sharding (HSDP), such as one per node
-    data_parallel_replicate_degree: Annotated[int, Range(ge=1, le=65536)] = 1
+    data_parallel_replicate_degree: Annotated[int, Range(ge=1, le=65536)] = 1  # HSDP: replicas, such as one per node
     reshard_after_forward: bool = True  # free the gathered parameters after the forward pass
     activation_checkpointing: bool = False  # the same as trainer.activation_checkpointing
     activation_cpu_offload: bool = False  # keep activations in host memory until the backward pass
@@ -210,8 +204,7 @@ class CheckpointConfig:
     remote: str | None = None  # URL (s3://bucket/folder) to copy the run folder to; a lost folder is restored from it
     interval: Interval | None = None  # time between checkpoints, a Composer time; null: milestones only
     keep: Annotated[int, Range(ge=1, le=10**9, also=((-1, "all"),))] = 2  # newest interval checkpoints
-    # fractions of training; their checkpoints are never deleted
-    milestones: list[Annotated[float, Range(gt=0, le=1)]] = field(default_factory=list)
+    milestones: list[Annotated[float, Range(gt=0, le=1)]] = field(default_factory=list)  # fractions of training; kept
     resume: bool = True  # resume from the newest checkpoint in `folder`, if there is one
     overwrite: bool = False  # start from scratch in a folder that holds another run, and replace its files
     load_path: str | None = None  # checkpoint, or run folder (its newest checkpoint), to load weights and state from
