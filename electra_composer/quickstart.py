@@ -215,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_user_errors(main)()
+    main()

@@ -155,6 +155,8 @@ def load_source(source: str) -> Pretrained:
     has_config, exported = os.path.isfile(os.path.join(source, "config.json")), os.path.join(source, "discriminator")
     if not has_config and os.path.isfile(os.path.join(exported, "config.json")):
         return load_source(exported)
+    if is_reference(source):
+        return _load_reference(source)
     is_file = source.endswith(".pt") or os.path.isfile(source)
     if is_file or is_sharded(source) or os.path.lexists(os.path.join(source, LATEST)):
         checkpoint = read_checkpoint(source)
@@ -162,8 +164,6 @@ def load_source(source: str) -> Pretrained:
         weights |= {f"encoder.{name}": t for name, t in under(checkpoint.state, "discriminator.").items()}
         head = under(checkpoint.state, "rtd_head.")
         return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer, head)
-    if is_reference(source):
-        return _load_reference(source)
     refuse_foreign(source, f"a checkpoint of pretrain.py, or {HF_FOLDER}")
     if not os.path.exists(source) and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: no such file or folder; expected a checkpoint, a Hugging Face folder or a hub name")
