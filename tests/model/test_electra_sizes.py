@@ -198,7 +198,7 @@ def test_initial_weights(make_model: Make, tiny_model_config: Make) -> None:
         ({"embedding_size": 0}, {}, 32, "embedding_size is 0"),
         ({"tie_encoder": True}, {}, 32, r"differ in hidden_size.*generator_size=1\.0.*num_heads=1"),
         ({"tie_encoder": True, "tie_embeddings": False}, {}, 32, r"model\.tie_embeddings is false"),
-        ({"dropout": 1.5}, {}, 32, r"model\.dropout is 1\.5; expected a number in \[0, 1\)"),
+        ({"dropout": 1.5}, {}, 32, r"model\.dropout is 1\.5; expected a number in \[0, 0\.99\]"),
         ({"attention_dropout": -0.1}, {}, 32, r"model\.attention_dropout is -0\.1"),
         ({}, {"temperature": 0.0}, 32, r"objective\.temperature is 0\.0"),
         ({}, {"temperature": math.nan}, 32, r"objective\.temperature is nan"),
