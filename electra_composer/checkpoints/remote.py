@@ -19,8 +19,8 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from electra_composer.atomic_files import UNFINISHED, move_into_place, remove, replace_link, with_prefix
-from electra_composer.checkpoints.remote_files import fetch_files, other_files, restore_metrics
-from electra_composer.checkpoints.remote_run import FILES, SINGLE_FILE, RemoteIndex, RemoteRun, StoredCheckpoint
+from electra_composer.checkpoints.remote_files import fetch_files, restore_metrics, upload_files
+from electra_composer.checkpoints.remote_run import SINGLE_FILE, RemoteIndex, RemoteRun, StoredCheckpoint
 from electra_composer.checkpoints.resuming import find_corruption
 from electra_composer.checkpoints.saving import checkpoint_batch
 from electra_composer.config import CheckpointConfig
@@ -204,7 +204,7 @@ class RemoteCopy:
             # Newer ones are from before this run was resumed from an earlier checkpoint.
             others = [other for other in checkpoints if other.batch <= stored.batch and other.name != stored.name]
             checkpoints = self._kept([stored, *others])
-        self._upload_files()
+        upload_files(self.run, self.folder, self._uploaded)
         self.index = RemoteIndex(
             self.index.run_name, checkpoints, {name: size for name, (_, size) in self._uploaded.items()}
         )
@@ -230,15 +230,6 @@ class RemoteCopy:
         intervals = [stored for stored in checkpoints if not stored.is_milestone]
         dropped = intervals[self.keep :] if self.keep >= 0 else []
         return [stored for stored in checkpoints if stored not in dropped]
-
-    def _upload_files(self) -> None:
-        for name in other_files(self.folder):
-            path = os.path.join(self.folder, name)
-            status = os.stat(path)
-            state = (status.st_mtime_ns, status.st_size)
-            if self._uploaded.get(name) != state:
-                self.run.upload(f"{FILES}/{name}", path)
-                self._uploaded[name] = state
 
 
 @contextlib.contextmanager

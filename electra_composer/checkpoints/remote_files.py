@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 
 from tqdm import tqdm
 
@@ -30,6 +32,29 @@ def other_files(folder: str) -> list[str]:
             if not name.startswith(".") and name not in checkpoints and not os.path.islink(path):
                 found.append(os.path.relpath(path, folder))
     return found
+
+
+def upload_files(run: RemoteRun, folder: str, uploaded: dict[str, tuple[int, int]]) -> None:
+    """Upload the files that have changed. Exceptions of the store's client pass through.
+
+    Copies of them are uploaded: a run that resumes replaces its metrics file by a shorter one, and a store waits for
+    all bytes that were announced.
+
+    Args:
+        uploaded: Name → modification time in nanoseconds and size, when it was uploaded; updated.
+    """
+    with tempfile.TemporaryDirectory() as copies:
+        for name in other_files(folder):
+            path, copy = os.path.join(folder, name), os.path.join(copies, "copy")
+            try:
+                status = os.stat(path)
+                if uploaded.get(name) == (status.st_mtime_ns, status.st_size):
+                    continue
+                shutil.copyfile(path, copy)
+            except FileNotFoundError:  # replaced since it was listed
+                continue
+            run.upload(f"{FILES}/{name}", copy)
+            uploaded[name] = status.st_mtime_ns, os.path.getsize(copy)
 
 
 def fetch_files(run: RemoteRun, index: RemoteIndex, folder: str) -> None:

@@ -18,8 +18,9 @@ from comparison import assert_same_run
 from resumed_runs import run, signal_at
 from tiny import BENCHMARKS
 
+from electra_composer.checkpoints import remote_files
 from electra_composer.checkpoints.remote import RemoteCopy, fetch_newest
-from electra_composer.checkpoints.remote_files import other_files, restore_metrics
+from electra_composer.checkpoints.remote_files import other_files, restore_metrics, upload_files
 from electra_composer.checkpoints.remote_run import RemoteIndex, RemoteRun, StoredCheckpoint
 from electra_composer.checkpoints.saving import checkpoints_in
 from electra_composer.config import CheckpointConfig
@@ -270,6 +271,25 @@ def test_a_copy_that_begins_ends_moves_and_keeps_fewer(s3, tmp_path, tiny_yaml):
     assert start(5, "s3://corpus/other") == [5, 4]
     assert start(6, REMOTE, keep=1) == [6]  # the folder was newer than this copy
     assert [saved.batch for saved in checkpoints_in(str(tmp_path / "run"))] == [6]
+
+
+def test_files_that_change_while_they_are_uploaded(s3, tmp_path, monkeypatch):
+    """As at a start: the metrics file is replaced by a shorter one, and another file is gone since it was listed."""
+    metrics, upload = tmp_path / "metrics.jsonl", RemoteRun.upload
+    metrics.write_text("x" * 1000)
+
+    def replaced(self, name, path):
+        metrics.write_text("short")
+        upload(self, name, path)
+
+    monkeypatch.setattr(RemoteRun, "upload", replaced)
+    monkeypatch.setattr(remote_files, "other_files", lambda folder: ["gone", "metrics.jsonl"])
+    uploaded: dict[str, tuple[int, int]] = {}
+    upload_files(RemoteRun(REMOTE), str(tmp_path), uploaded)
+    assert objects(s3) == {"files/metrics.jsonl": 1000}
+    assert {name: size for name, (_, size) in uploaded.items()} == {"metrics.jsonl": 1000}
+    upload_files(RemoteRun(REMOTE), str(tmp_path), uploaded)
+    assert objects(s3) == {"files/metrics.jsonl": 5}
 
 
 def test_a_metrics_file_that_was_cut_is_restored(copied, s3, tmp_path, caplog):

@@ -17,7 +17,7 @@ from finetuning_runs import SOURCE, glue_config
 from electra_composer.config import GlueConfig, TaskSettings
 from electra_composer.errors import UserError
 from electra_composer.finetune.results import group_of
-from electra_composer.glue import check_config
+from electra_composer.finetune.settings import check_config
 
 # Key → changed value.
 KEPT = {
