@@ -10,7 +10,7 @@ import zipfile
 
 from electra_composer.errors import UserError
 
-START_FROM_IT = "pretraining starts from it by model.init_from (docs/continued_pretraining.md), finetuning by model.source of glue.py"
+START_FROM_IT = "model.init_from of pretrain.py (docs/continued_pretraining.md) and model.source of glue.py take it"
 HF_FOLDER = "a Hugging Face folder (config.json, model.safetensors and a tokenizer)"
 TENSORFLOW = (".index", ".meta", ".data-00000-of-00001")
 # Formats by the name of a file.

@@ -16,12 +16,15 @@ from electra_composer.pretrain import main as pretrain
 from electra_composer.preview import (
     Token,
     annotate_tokens,
+    describe_conversion,
+    describe_meta,
     describe_vocabulary,
     example_lengths,
     histogram,
     main,
     render,
 )
+from electra_composer.storage.shard_folder import SourceCounts
 from electra_composer.vocabulary import load_tokenizer
 
 
@@ -104,3 +107,23 @@ def test_bad_input(shards, tmp_path, capsys):
             main(arguments)
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_conversion_in_readable_lines(shards):
+    meta = read_meta(str(shards))
+    source = {"path": "texts/a.txt", "name": None, "weight": 2.5, "dataset": "Skylion007/openwebtext", "config": None}
+    hub = {"path": "hub", "name": None, "weight": 1.0, "dataset": "my/texts", "revision": "main", "later": 1}
+    meta.conversion = {
+        "sources": [source, hub],
+        "min_characters": 3,
+        "drop_lines": [],
+        "deduplicate": True,
+        "lines": "x",
+    }
+    meta.sources = {"texts/a.txt": SourceCounts(documents=1200, text_bytes=34000)}
+    assert describe_conversion(meta) == [
+        "source texts/a.txt: 1,200 documents, 34,000 bytes, weight 2.5",
+        "source my/texts: revision main",
+        "converted with deduplicate True, lines x, min_characters 3",
+    ]
+    assert "{" not in describe_meta(read_meta(str(shards)))

@@ -150,12 +150,12 @@ def test_interrupted_while_a_split_gets_its_document(tmp_path, vocabulary, monke
     assert_same_files(tmp_path / "out", tmp_path / "undisturbed")
 
 
-def test_pretraining_on_a_small_corpus(tmp_path, vocabulary, write_tiny_yaml):
+def test_pretraining_on_a_small_corpus(tmp_path, vocabulary, tiny_yaml):
     run(write_source(tmp_path / "a.jsonl", 200), tmp_path / "out", vocabulary, max_seq_length=32, val_fraction=1e-9)
     meta = read_meta(str(tmp_path / "out"))
     assert meta.splits["val"].documents == 1
     settings = [f"data.path={tmp_path / 'out'}", "trainer.max_duration=2ba", "schedule.warmup=1ba"]
-    trainer = pretrain(load_config(str(write_tiny_yaml()), settings, PretrainConfig))
+    trainer = pretrain(load_config(str(tiny_yaml), settings, PretrainConfig))
     assert trainer.state.timestamp.batch.value == 2
     assert trainer.state.eval_metric_values
 
