@@ -70,7 +70,7 @@ class ShardsConfig(DataConfig):
     # random: rows of any stream in a batch; stratified: the same number of each stream in every batch; per_stream: one
     # stream per batch
     batching_method: Literal["random", "stratified", "per_stream"] = "random"
-    # rows per epoch, such as 10m; null: all rows
+    # rows per epoch
     epoch_size: Annotated[int | str, Range(ge=1, le=10**12, suffixes=ROWS, example="10m", null="all")] | None = None
     remote: str | None = None  # URL to download the shards from (s3://…); `path` is then the local cache
     tokenizer: str | None = None  # null: the tokenizer saved with the shards; any other must be the one that made them
@@ -80,12 +80,10 @@ class ShardsConfig(DataConfig):
     # Number of parts that the order of rows is divided into, each read by a group of nodes; null: the number of nodes
     # at the run's first start. The order is the same on any number of nodes that divides it or is a multiple of it.
     num_canonical_nodes: Annotated[int, Range(ge=1, le=65536)] | None = None
-    # rows to fetch ahead of the reader from a remote; null: Streaming's default
-    predownload: Annotated[int, Range(ge=0, le=10**9)] | None = None
+    predownload: Annotated[int, Range(ge=0, le=10**9)] | None = None  # rows to fetch ahead; null: Streaming's default
     # such as 50gb; beyond it the least recently used shards of remotes are deleted
     cache_limit: Annotated[str, Range(ge=1, le=2**60, suffixes=BYTES, example="50gb", null="no limit")] | None = None
-    # per file of a remote, with growing pauses in between
-    download_attempts: Annotated[int, Range(ge=1, le=1000)] = 3
+    download_attempts: Annotated[int, Range(ge=1, le=1000)] = 3  # per file of a remote, with growing pauses
     download_timeout: Annotated[float, Range(gt=0, le=86400)] = 60.0  # seconds to wait for a shard
 
 
@@ -106,6 +104,10 @@ class ModelConfig:
     layer_norm_eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-12
     tie_embeddings: bool = True  # share token, position and type embeddings and their LayerNorm between both models
     tie_encoder: bool = False  # share the layers too ("all weights", paper section 3.2); needs generator_size 1.0
+    # Networks to continue from (docs/continued_pretraining.md): a checkpoint, an export, a Hugging Face folder or name
+    init_from: str | None = None  # null: random weights; otherwise sizes and tying that are not given are its own
+    init_generator_from: str | None = None  # null: that of `init_from`; layers: the lower ones of `init_from`; random
+    init_positions: Literal["copy", "interpolate"] = "copy"  # how to reach a larger `max_positions` than theirs
 
 
 @dataclass
@@ -134,8 +136,7 @@ class OptimizerConfig:
     eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-6
     weight_decay: Annotated[float, Range(ge=0, le=10)] = 0.01  # not applied to LayerNorm and biases
     bias_correction: bool = False
-    # factor d on the learning rate per layer from the top down (finetuning)
-    layerwise_decay: LayerwiseDecay | None = None
+    layerwise_decay: LayerwiseDecay | None = None  # factor d on lr per layer from the top down (finetuning)
     layerwise_variant: Literal["google", "paper"] = "google"  # last layer at lr × d² (the code) or lr × d (the paper)
 
 
@@ -154,8 +155,7 @@ class ScheduleConfig:
 class FSDPConfig:
     """Fully sharded data parallelism (FSDP2); see docs/distributed.md."""
 
-    # replicas of the shards for hybrid sharding (HSDP), such as one per node
-    data_parallel_replicate_degree: Annotated[int, Range(ge=1, le=65536)] = 1
+    data_parallel_replicate_degree: Annotated[int, Range(ge=1, le=65536)] = 1  # HSDP: replicas, such as one per node
     reshard_after_forward: bool = True  # free the gathered parameters after the forward pass
     activation_checkpointing: bool = False  # the same as trainer.activation_checkpointing
     activation_cpu_offload: bool = False  # keep activations in host memory until the backward pass
@@ -174,7 +174,6 @@ class TrainerConfig:
     device_train_microbatch_size: BatchSize | Literal["auto"] | None = None  # null: no split; auto (GPU)
     device_eval_batch_size: BatchSize = MISSING
     eval_interval: Interval = "1dur"  # a Composer time
-    # batches per evaluation
     eval_batches: Annotated[int, Range(ge=1, le=10**9, null="the complete validation set")] | None = None
     device: Literal["cpu", "gpu"] | None = None  # null: a GPU if there is one
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
@@ -205,8 +204,7 @@ class CheckpointConfig:
     remote: str | None = None  # URL (s3://bucket/folder) to copy the run folder to; a lost folder is restored from it
     interval: Interval | None = None  # time between checkpoints, a Composer time; null: milestones only
     keep: Annotated[int, Range(ge=1, le=10**9, also=((-1, "all"),))] = 2  # newest interval checkpoints
-    # fractions of training; their checkpoints are never deleted
-    milestones: list[Annotated[float, Range(gt=0, le=1)]] = field(default_factory=list)
+    milestones: list[Annotated[float, Range(gt=0, le=1)]] = field(default_factory=list)  # fractions of training; kept
     resume: bool = True  # resume from the newest checkpoint in `folder`, if there is one
     overwrite: bool = False  # start from scratch in a folder that holds another run, and replace its files
     load_path: str | None = None  # checkpoint, or run folder (its newest checkpoint), to load weights and state from

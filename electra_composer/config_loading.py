@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_origin, get_type_hints
 
@@ -22,13 +23,17 @@ CHECK = "--check"
 COMMAND_LINE = "the command line"  # origin of a value in error messages
 
 
-def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config:
+def load_config(
+    path: str, overrides: list[str], schema: type[Config], derive: Callable[[Any], dict[str, Any]] | None = None
+) -> Config:
     """Read a YAML file, apply `key=value` overrides, check every key and value, and resolve interpolations.
 
     Args:
         path: YAML file.
         overrides: such as `["optimizer.lr=1e-3", "data.path=data/owt"]`; the last override of a key wins.
         schema: :class:`PretrainConfig` or :class:`GlueConfig`.
+        derive: returns values of keys, by their paths, for those that neither the file nor the overrides give; called
+            with the merged configuration, in which values may be missing.
 
     Returns:
         An instance of `schema` with no missing values and no unresolved interpolations.
@@ -53,6 +58,11 @@ def load_config(path: str, overrides: list[str], schema: type[Config]) -> Config
                 full_key = getattr(error, "full_key", None) or key
                 raise UserError(f"{origin}: {full_key}: {_first_line(error)}") from error
         _path_or_streams(config, path)
+        if derive is not None:
+            set_here = {key for _, _, piece in pieces for key in _leaves(OmegaConf.to_container(piece, resolve=False))}
+            for key, value in derive(config).items():
+                if key not in set_here:
+                    OmegaConf.update(config, key, value)
         missing = sorted(key for key in OmegaConf.missing_keys(config))
         if missing:
             raise UserError(
@@ -98,6 +108,12 @@ def _read_pieces(path: str, overrides: list[str]) -> list[tuple[str, str, Any]]:
     return pieces
 
 
+def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+    """Return the paths of all values in nested dictionaries."""
+    for key, value in node.items():
+        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else (f"{prefix}{key}",)
+
+
 def _has_null_path(content: Any) -> bool:
     """Whether a piece of YAML sets `data.path` to null, as a configuration with streams may."""
     data = content.get("data")
@@ -122,7 +138,9 @@ def _path_or_streams(config: Any, origin: str) -> None:
 
 
 @report_user_errors
-def load_config_from_command_line(schema: type[Config], usage: str) -> tuple[Config, bool]:
+def load_config_from_command_line(
+    schema: type[Config], usage: str, derive: Callable[[Any], dict[str, Any]] | None = None
+) -> tuple[Config, bool]:
     """Call :func:`load_config` with `sys.argv`: a YAML file, then any number of `key=value`.
 
     Returns:
@@ -135,7 +153,7 @@ def load_config_from_command_line(schema: type[Config], usage: str) -> tuple[Con
             "everything that a start would refuse, writes nothing and ends."
         )
         sys.exit(0 if arguments else 2)
-    return load_config(arguments[0], arguments[1:], schema), CHECK in sys.argv
+    return load_config(arguments[0], arguments[1:], schema, derive), CHECK in sys.argv
 
 
 def to_yaml(config: RunConfig) -> str:

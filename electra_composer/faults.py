@@ -86,9 +86,12 @@ def check_can_write(key: str, path: str, is_folder: bool = False) -> None:
         if os.path.isfile(path):
             with open(path, "a", encoding="utf-8"):
                 pass
-    except OSError as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # its name may be too long
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in it
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"{key} {path}: cannot be written in {folder}: {error.strerror}; set another, or fix its permissions"
+            f"{key} {path[:200]}: cannot be written in {folder}: {reason}; set another, or fix its permissions"
         ) from error
 
 

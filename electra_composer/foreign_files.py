@@ -10,16 +10,10 @@ import zipfile
 
 from electra_composer.errors import UserError
 
-GUIDE = "docs/finetuning.md, “Weights from elsewhere”, shows how"
+START_FROM_IT = "pretraining starts from it by model.init_from (docs/continued_pretraining.md), finetuning by model.source of glue.py"
 HF_FOLDER = "a Hugging Face folder (config.json, model.safetensors and a tokenizer)"
 TENSORFLOW = (".index", ".meta", ".data-00000-of-00001")
-# By the first bytes of a file.
-MAGIC = {
-    b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras, TensorFlow 2)",
-    b"GGUF": "a GGUF file (llama.cpp)",
-    b"\x1f\x8b": "a gzip archive",
-}
-# By its name.
+# Formats by the name of a file.
 SUFFIXES = {
     ".h5": "an HDF5 file (Keras, TensorFlow 2)",
     ".msgpack": "weights of Flax",
@@ -27,11 +21,12 @@ SUFFIXES = {
     ".onnx": "an ONNX file",
     ".zip": "a zip archive",
     ".tar": "a tar archive",
+    ".gz": "a gzip archive",
     ".tgz": "a gzip archive",
     ".ckpt": "a checkpoint of PyTorch Lightning or TensorFlow",
 }
 # Weights in a folder of transformers that need another library, where there are none of PyTorch.
-FOREIGN_WEIGHTS = {"tf_model.h5": "TensorFlow", "flax_model.msgpack": "Flax"}
+FOREIGN_WEIGHTS = {"tf_model.h5": ("TensorFlow", "from_tf"), "flax_model.msgpack": ("Flax", "from_flax")}
 PICKLE_BYTES = 1 << 24  # of a pickle that are searched for names of weights
 
 
@@ -59,10 +54,7 @@ def describe_foreign(path: str) -> str | None:
     """
     try:
         if _is_tensorflow(path):
-            return (
-                "a TensorFlow checkpoint (google-research/electra?), to be converted to a Hugging Face folder first "
-                f"({GUIDE}); google's own models are on the hub, as google/electra-small-discriminator"
-            )
+            return f"a TensorFlow checkpoint (google-research/electra?); {START_FROM_IT}"
         if os.path.isdir(path):
             return _describe_folder(path)
         return _describe_file(path) if os.path.isfile(path) else None
@@ -86,9 +78,12 @@ def _describe_folder(path: str) -> str | None:
         return "an adapter (PEFT) without the model's own weights; merge it into its model and save that"
     if "config.json" not in names:
         return None
-    for name, library in FOREIGN_WEIGHTS.items():
+    for name, (library, option) in FOREIGN_WEIGHTS.items():
         if name in names and not names & {"model.safetensors", "pytorch_model.bin"} and not _has_index(names):
-            return f"a Hugging Face folder with weights of {library} only; convert them to PyTorch first ({GUIDE})"
+            return (
+                f"a Hugging Face folder with weights of {library} only; load it with transformers' "
+                f"from_pretrained(…, {option}=True), which needs {library}, and save it again by save_pretrained"
+            )
     with contextlib.suppress(ValueError, AttributeError):
         with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
@@ -110,17 +105,10 @@ def _describe_file(path: str) -> str | None:
     names = _names_in_pickle(path)
     if "opt" in names and any(name.startswith("discriminator.") for name in names):
         return (
-            "a checkpoint of richarddwang/electra_pytorch ({'model': {'generator.…', 'discriminator.…'}, 'opt'}), "
-            f"which is not read; save its discriminator as a Hugging Face folder first ({GUIDE})"
+            "a checkpoint of richarddwang/electra_pytorch ({'model': {'generator.…', 'discriminator.…'}, 'opt'}); "
+            f"{START_FROM_IT}"
         )
-    with open(path, "rb") as file:
-        head = file.read(8)
-    kind = next((words for start, words in MAGIC.items() if head.startswith(start)), None)
-    kind = kind or SUFFIXES.get(os.path.splitext(path)[1].lower())
-    if kind is None and head.startswith(b"PK") and not names:
-        kind = "a zip archive"
-    if kind == "a zip archive" and names:
-        return None  # torch.save writes a zip
+    kind = SUFFIXES.get(os.path.splitext(path)[1].lower())
     return None if kind is None else f"{kind}, which is not read here"
 
 

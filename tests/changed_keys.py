@@ -57,6 +57,7 @@ FREE = {
     "data.download_attempts": ["5"],
     "data.download_timeout": ["10.0"],
     "objective.masked_lm": ["chunked"],
+    "model.init_positions": ["interpolate"],  # of weights that a resumed run does not read
 }
 REPORTED = {
     "optimizer.lr": ["1.0e-3"],
@@ -101,6 +102,8 @@ REFUSED = {
     "trainer.global_train_batch_size": ["4", "12", "16"],
     "checkpoints.load_path": ["elsewhere"],
     "checkpoints.load_weights_only": ["true checkpoints.load_path=elsewhere"],
+    "model.init_from": ["elsewhere"],
+    "model.init_generator_from": ["elsewhere"],
     "data.max_seq_length": ["24"],
     "data.batching_method": ["stratified"],
     "data.shuffle": ["false"],

@@ -27,4 +27,4 @@ class FullDisk(Callback):
 CALLBACKS["full_disk"] = FullDisk
 
 if __name__ == "__main__":
-    report_user_errors(main)(load_config_from_command_line(PretrainConfig, "tests/failing_rank.py YAML"))
+    report_user_errors(main)(*load_config_from_command_line(PretrainConfig, "tests/failing_rank.py YAML"))

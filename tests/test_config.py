@@ -102,9 +102,12 @@ def test_callbacks_and_loggers_are_free_here(tmp_path: Path) -> None:
 # Entry points
 
 
-def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", write(tmp_path, COMPLETE), "seed=7"])
-    assert load_config_from_command_line(PretrainConfig, "usage")[0].seed == 7
+@pytest.mark.parametrize(("first", "last"), [([], []), (["--check"], []), ([], ["--check"])])
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: list[str], last: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *first, write(tmp_path, COMPLETE), "seed=7", *last])
+    config, check_only = load_config_from_command_line(PretrainConfig, "usage")
+    assert config.seed == 7
+    assert check_only == bool(first or last)
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])
@@ -156,9 +159,11 @@ def test_saved_keys_are_in_schema_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_yaml_loads(path: Path) -> None:
-    """Each file is complete by itself. Names with `glue` are configurations of glue.py."""
+    """Each file is complete by itself, but for sizes that `model.init_from` gives. Names with `glue` are of glue.py."""
     schema: type[RunConfig] = GlueConfig if "glue" in path.name else PretrainConfig
-    config = load_config(str(path), [], schema)
+    sizes = {"num_layers": 12, "hidden_size": 256, "num_heads": 4, "embedding_size": 128, "generator_size": 1.0}
+    of_source = {f"model.{name}": size for name, size in sizes.items()} if path.name == "continue.yaml" else {}
+    config = load_config(str(path), [], schema, lambda merged: of_source)
     assert isinstance(config, schema)
     assert config.run_name
 

@@ -59,6 +59,7 @@ NOT_RUN = {
     r"python data_prep/convert_owt\.py --source 'texts/\*\.jsonl\.gz' --out data/mine": "its tokenizer is on the hub",
     r"python data_prep/convert_owt\.py --engine spark --master spark://.*": "needs a Spark cluster and a bucket",
     r"composer electra_composer/pretrain\.py yamls/(small|base)\.yaml.*": "needs GPUs, and days",
+    r"composer electra_composer/pretrain\.py yamls/continue\.yaml.*": "needs released weights from the hub, and a GPU",
     r"composer -n 8 electra_composer/pretrain\.py .*": "needs eight GPUs, and days",
     r"composer electra_composer/glue\.py yamls/glue\.yaml.*": "needs a pretrained model, the GLUE files, and hours",
     r"benchmarks/gpu\.sh OUT": "needs a GPU",
@@ -126,6 +127,8 @@ def check_script(script, arguments):
         path, *overrides = arguments
         if path == "my.yaml":  # the reader's own
             path = "yamls/base.yaml"
+        if path == "yamls/continue.yaml":  # without sizes: those of a model on the hub
+            path, overrides = "yamls/small.yaml", [*overrides, "model.init_from=google/electra-small-discriminator"]
         load_config(str(ROOT / path), overrides, PretrainConfig if "pretrain" in script else GlueConfig)
     else:
         check_options(ROOT / script, arguments)

@@ -51,9 +51,9 @@ def file_of(name, content):
 
 
 def zip_archive(folder):
-    with zipfile.ZipFile(folder / "model.bin", "w") as archive:
+    with zipfile.ZipFile(folder / "model.zip", "w") as archive:
         archive.writestr("config.json", "{}")
-    return folder / "model.bin"
+    return folder / "model.zip"
 
 
 def folder_of(config, *names):
@@ -92,16 +92,27 @@ MODELS = [
 ]
 
 
+READ_FOR_FINETUNING = (
+    tensorflow_folder,
+    tensorflow_prefix,
+    tensorflow_file,
+    electra_pytorch,
+    electra_pytorch_of_old_torch,
+)
+
+
 @pytest.mark.parametrize(("write", "words"), MODELS)
 def test_models_of_other_programs_are_named(tmp_path, write, words):
     path = str(write(tmp_path))
-    for read in (load_source, read_checkpoint):
+    readable = write in READ_FOR_FINETUNING
+    for read in (read_checkpoint,) if readable else (load_source, read_checkpoint):
         with pytest.raises(UserError) as caught:
             read(path)
         message = str(caught.value)
         assert message.startswith(f"{path}: ")
         assert words in message
         assert "expected a checkpoint of pretrain.py" in message
+        assert ("model.init_from" in message) == ("TensorFlow checkpoint" in words or "electra_pytorch" in words)
         assert "\n" not in message
 
 
@@ -126,4 +137,4 @@ def test_what_is_read_here_is_not_foreign(tmp_path):
         assert describe_foreign(str(tmp_path / name)) is None
     for content in (b"", b"\x80", b"\x80\x05", b"PK\x03\x04", b"\x80\x02X\xff\xff\xff\x7f", b"\xff" * 100):
         (tmp_path / "x.pt").write_bytes(content)
-        assert describe_foreign(str(tmp_path / "x.pt")) in (None, "a zip archive, which is not read here")
+        assert describe_foreign(str(tmp_path / "x.pt")) is None

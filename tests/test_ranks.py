@@ -39,7 +39,8 @@ FAULTS = {
     "unknown key": Fault(("nonsense.key=1",), "error: the command line: unknown key nonsense"),
     "number out of range": Fault(("optimizer.lr=-1",), "error: optimizer.lr"),
     "no shards": Fault(("data.path=FOLDER/nowhere",), "nowhere does not exist"),
-    "damaged shards": Fault(("data.path=FOLDER/damaged",), "meta.json: not readable as the metadata of shards"),
+    "damaged shards": Fault(("data.path=FOLDER/damaged",), "meta.json is damaged or not the metadata of shards"),
+    "damaged shards, checked": Fault(("data.path=FOLDER/damaged", "--check"), "meta.json is damaged"),
     "damaged checkpoint": Fault(("checkpoints.load_path=FOLDER/checkpoint.pt",), "error: FOLDER/checkpoint.pt"),
     "run folder that is a file": Fault(("checkpoints.folder=FOLDER/checkpoint.pt",), "FOLDER/checkpoint.pt"),
     "disk of rank 1 full": Fault(

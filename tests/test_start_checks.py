@@ -19,6 +19,7 @@ from electra_composer.config import GlueConfig, PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.finetune import start as glue_start
+from electra_composer.training import preparation
 
 PRETRAIN, GLUE = (str(ROOT / "electra_composer" / f"{name}.py") for name in ("pretrain", "glue"))
 
@@ -30,8 +31,8 @@ def files_of(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.lstat().st_size for path in sorted(folder.rglob("*"))}
 
 
-def record(monkeypatch: pytest.MonkeyPatch, module: Any, names: list[str]) -> list[str]:
-    """Return the list to which calls of these functions will be appended, by their names."""
+def record(monkeypatch: pytest.MonkeyPatch, names: list[str], *modules: Any) -> list[str]:
+    """Return the list to which calls of these functions, each in one of the modules, will be appended by name."""
     calls: list[str] = []
 
     def called(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -39,6 +40,7 @@ def record(monkeypatch: pytest.MonkeyPatch, module: Any, names: list[str]) -> li
         return function(*arguments, **options)
 
     for name in names:
+        module = next(each for each in modules if hasattr(each, name))
         monkeypatch.setattr(module, name, functools.partial(called, name, getattr(module, name)))
     return calls
 
@@ -61,6 +63,8 @@ FAULTS = [  # overrides, part of the message, stages that are reached
     (["loggers.tensorboard={flush_interval: -1}"], "loggers.tensorboard.flush_interval is -1", 0),
     (["loggers.metrics_file={path: /dev/full, format: csv}"], "path /dev/full: exists, but is not a regular file", 0),
     (["loggers.tensorboard={log_dir: /proc/logs}"], "loggers.tensorboard.log_dir /proc/logs: cannot be written", 0),
+    ([f"loggers.metrics_file.path=/tmp/{'x' * 300}.csv"], "cannot be written in /tmp: File name too long", 0),
+    (['checkpoints.folder="a\\0b"'], "embedded null byte", 0),
     (["model.num_heads=5"], "5 heads", 0),
     (["model.tie_encoder=true"], "model.tie_encoder", 0),
     (["objective.mask_prob=0.001"], "objective.mask_prob", 0),
@@ -89,7 +93,7 @@ def test_a_start_and_a_check_refuse_the_same_at_the_same_stage(
     monkeypatch: pytest.MonkeyPatch, tiny_yaml: Path, tmp_path: Path, overrides: list[str], message: str, reached: int
 ) -> None:
     overrides = [override.format(folder=tmp_path) if "{folder}" in override else override for override in overrides]
-    calls = record(monkeypatch, pretrain, STAGES)
+    calls = record(monkeypatch, STAGES, preparation, pretrain)
     before = files_of(tmp_path)
     messages = []
     for check_only in (False, True):
@@ -115,7 +119,7 @@ def test_a_folder_in_which_another_run_trains(tiny_yaml: Path, tmp_path: Path, m
     )
     try:
         assert process.stdout.readline() == "held\n"
-        calls = record(monkeypatch, pretrain, STAGES)
+        calls = record(monkeypatch, STAGES, preparation, pretrain)
         for check_only in (False, True):
             with pytest.raises(UserError, match="another process trains in this folder"):
                 pretrain.main(load_config(str(tiny_yaml), [], PretrainConfig), check_only)
@@ -135,13 +139,13 @@ def test_a_check_leaves_a_run_as_it_is(tiny_yaml: Path, tmp_path: Path, capsys: 
     before = files_of(tmp_path)
     capsys.readouterr()
     assert pretrain.main(config, check_only=True) is None
-    names = ", ".join(name for name, _ in pretrain.CHECKS)
+    names = ", ".join(name for name, _ in preparation.CHECKS)
     assert capsys.readouterr().out.endswith(f"everything checked: {names}; nothing was written\n")
     assert files_of(tmp_path) == before
     for other in tmp_path.glob("run/batch-*"):
         other.write_bytes(b"no checkpoint")
     before = files_of(tmp_path)
-    with pytest.raises(UserError, match="no complete one before it"):
+    with pytest.raises(UserError, match="there is no complete checkpoint before it"):
         pretrain.main(config, check_only=True)
     assert files_of(tmp_path) == before
 
@@ -167,12 +171,15 @@ def test_a_check_leaves_no_shared_memory(tiny_yaml: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.distributed
-def test_two_ranks_check(tiny_yaml: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("words", "status"), [([], 0), (["callbacks.speed_monitr={}"], 2)])
+def test_two_ranks_check(tiny_yaml: Path, tmp_path: Path, words: list[str], status: int) -> None:
     before = files_of(tmp_path)
-    command = ["composer", "-n", "2", PRETRAIN, str(tiny_yaml), "--check"]
+    command = ["composer", "-n", "2", PRETRAIN, str(tiny_yaml), *words, "--check"]
     done = programs.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("everything checked: ") == 1
+    assert done.returncode == status, done.stderr
+    assert done.stdout.count("everything checked: ") == (status == 0)
+    assert done.stderr.count("error: ") == (status == 2)
+    assert "Traceback" not in done.stderr
     assert files_of(tmp_path) == before
 
 
@@ -237,7 +244,7 @@ def test_finetuning_and_its_check_refuse_the_same_at_the_same_stage(
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     overrides = [override.format(folder=tmp_path) if "{folder}" in override else override for override in overrides]
-    calls = record(monkeypatch, glue_start, GLUE_STAGES)
+    calls = record(monkeypatch, GLUE_STAGES, glue_start)
     before = files_of(tmp_path)
     messages = []
     for check_only in (False, True):

@@ -69,8 +69,9 @@ def _check_folder(folder: Folder, split: str, evaluation: bool) -> None:
         with open(index, encoding="utf-8") as file:
             shards = parse_index(file.read())
     except (OSError, ValueError) as error:
+        reason = "cannot be read" if isinstance(error, OSError) else "is damaged or not an index of shards"
         raise UserError(
-            f"{index} is damaged or not an index of shards: {error}; copy it again from where the shards were written, "
+            f"{index} {reason}: {getattr(error, 'strerror', error)}; copy it again from where the shards were written, "
             f"or recreate them with {CONVERTER}"
         ) from error
     check_names(path, [file.basename for shard in shards for file in shard.files])

@@ -73,8 +73,9 @@ def read_meta(path: str, remote: str | None = None, timeout: float = 60.0) -> Me
         with open(file_name, encoding="utf-8") as file:
             return Meta.from_json(file.read(), path)
     except (OSError, ValueError) as error:
+        reason = "cannot be read" if isinstance(error, OSError) else "is damaged or not the metadata of shards"
         raise UserError(
-            f"{file_name} is damaged or not the metadata of shards: {error}; copy it again from where the shards were "
+            f"{file_name} {reason}: {getattr(error, 'strerror', error)}; copy it again from where the shards were "
             f"written, or recreate the shards with {CONVERTER}"
         ) from error
 
@@ -95,7 +96,6 @@ def build_dataloader(
     """Build a loader whose state resumes in the middle of an epoch. Call it after `torch.distributed` is initialised.
 
     Args:
-        config: paths and number of workers.
         meta: of these shards, from :func:`read_data`.
         batch_size: rows per device.
         shuffle, seed: use a new order in each epoch, derived from the seed.
@@ -110,11 +110,10 @@ def build_dataloader(
     check_split(config, meta, split, evaluation)
     shares = plan_epoch(config, meta, split, seed, evaluation)
     folders = [share.folder for share in shares]
-    world = World.detect()
-    _check_sizes(shares, split, batch_size, world.num_ranks, drop_last)
+    _check_sizes(shares, split, batch_size, World.detect().num_ranks, drop_last)
     _check_order(config, shares, shuffle)
     method = "random" if evaluation else config.batching_method
-    batches = batches_per_epoch(shares, method, batch_size, world)
+    batches = batches_per_epoch(shares, method, batch_size, World.detect())
     try:
         dataset = RowDataset(
             [folder.open(split) for folder in folders],

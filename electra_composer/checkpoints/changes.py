@@ -17,7 +17,7 @@ from electra_composer.config import FSDPConfig
 from electra_composer.errors import UserError
 
 WEIGHTS = "its weights are of that model"
-ORDER = "its position in the data is one in that order of the rows"
+ORDER = "its position in the data refers to that order of the rows"
 FIRST_START = "it applies to the first start of a run"
 OPTIMIZER = "the optimizer's state is of that kind"
 
@@ -41,6 +41,7 @@ REFUSED: dict[str, str] = {
     "trainer.global_train_batch_size": ORDER,
     **dict.fromkeys(_keys("optimizer", "bias_correction layerwise_decay"), OPTIMIZER),
     **dict.fromkeys(_keys("checkpoints", "load_path load_weights_only"), FIRST_START),
+    **dict.fromkeys(_keys("model", "init_from init_generator_from"), FIRST_START),
 }
 
 REPORTED: list[str] = [
@@ -88,8 +89,13 @@ def check_changes(written: dict[str, Any], config: dict[str, Any], checkpoint: s
         UserError: A key has changed that must stay.
     """
     first_start = [key for key, reason in REFUSED.items() if reason == FIRST_START]
-    # The checkpoint that another run has started from, and one that is not given any more, do not matter.
-    ignored = first_start if not own or config["checkpoints"]["load_path"] is None else []
+    # What another run has started from, and what is not given any more, does not matter.
+    model = config["model"]
+    given = {
+        "checkpoints": config["checkpoints"]["load_path"],
+        "model": model["init_from"] or model["init_generator_from"],
+    }
+    ignored = [key for key in first_start if not own or given[key.partition(".")[0]] is None]
     refused = find_changes(written, config, [key for key in REFUSED if key not in ignored])
     if refused:
         raise UserError(_refusal(refused, checkpoint, config["checkpoints"]["folder"], own))

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers import ElectraForPreTraining as TransformersElectraForPreTraining
+from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from electra_composer.checkpoints.file_kinds import EXPECTED, describe_content
+from electra_composer.checkpoints.reference_formats import TOKENIZER, infer_config, is_reference, read_reference
 from electra_composer.checkpoints.safe_loading import read_file
 from electra_composer.checkpoints.sharded import is_sharded, read_sharded
 from electra_composer.config import ModelConfig, ObjectiveConfig
@@ -36,6 +36,7 @@ from electra_composer.model.weight_maps import (
     rtd_head_from_transformers,
     under,
 )
+from electra_composer.vocabulary import load_tokenizer
 
 LATEST = "latest-rank0.pt"  # link in a run's folder to its newest checkpoint
 
@@ -144,8 +145,9 @@ def load_source(source: str) -> Pretrained:
 
     Args:
         source: A checkpoint of pretrain.py (a .pt, the folder of a sharded one, or the run folder of either), a folder
-            of `export.py`, a folder of transformers' `ElectraForPreTraining` or `ElectraModel`, or the name of one on
-            the hub. Weights are safetensors, or a pickle that `torch.load(weights_only=True)` reads.
+            of `export.py`, a checkpoint of the reference repositories (reference_formats.py), a folder of
+            transformers' `ElectraForPreTraining` or `ElectraModel`, or the name of one on the hub. Weights are
+            safetensors, or a pickle that `torch.load(weights_only=True)` reads.
 
     Raises:
         UserError: Not found, or not an ELECTRA discriminator: missing or unexpected weights other than the head's.
@@ -153,6 +155,8 @@ def load_source(source: str) -> Pretrained:
     has_config, exported = os.path.isfile(os.path.join(source, "config.json")), os.path.join(source, "discriminator")
     if not has_config and os.path.isfile(os.path.join(exported, "config.json")):
         return load_source(exported)
+    if is_reference(source):
+        return _load_reference(source)
     is_file = source.endswith(".pt") or os.path.isfile(source)
     if is_file or is_sharded(source) or os.path.lexists(os.path.join(source, LATEST)):
         checkpoint = read_checkpoint(source)
@@ -170,6 +174,16 @@ def load_source(source: str) -> Pretrained:
     return _load_transformers(source)
 
 
+def _load_reference(source: str) -> Pretrained:
+    reference = read_reference(source)
+    state, config = reference.discriminator, encoder_config_of(infer_config(reference.discriminator, source))
+    embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
+    weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
+    weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    tokenizer = reference.tokenizer or load_tokenizer(TOKENIZER)
+    return Pretrained(source, config, weights, tokenizer, rtd_head_from_transformers(state))
+
+
 # Workaround (transformers 4.57): from_pretrained logs a warning about missing and unexpected weights and has no option
 # against it; goes when it has one.
 @contextlib.contextmanager
@@ -183,11 +197,31 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _load_transformers(source: str) -> Pretrained:
+    config, state, tokenizer, missing = load_transformers(source, ElectraForPreTraining)
+    embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
+    weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
+    weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    head = None if missing else rtd_head_from_transformers(state)
+    return Pretrained(source, config, weights, tokenizer, head)
+
+
+def load_transformers(
+    source: str, model_class: type[ElectraForPreTraining] | type[ElectraForMaskedLM]
+) -> tuple[EncoderConfig, State, PreTrainedTokenizerFast, list[str]]:
+    """Load a network of transformers from a folder or the hub.
+
+    Returns:
+        Its sizes; its fp32 weights by transformers' names; its tokenizer; the names of the weights that are missing,
+        which can only be those of the head.
+
+    Raises:
+        UserError: not found, or not this network: missing or unexpected weights other than the head's.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         # transformers also loads an `ElectraModel`, the weights of which lack the prefix `electra.`.
         with _quiet_transformers():  # missing and unexpected weights are checked below
-            model, loading = TransformersElectraForPreTraining.from_pretrained(source, output_loading_info=True)
+            model, loading = model_class.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{source}: neither a checkpoint, nor a Hugging Face folder, nor a model on the hub: {one_line(error, 300)}"
@@ -196,9 +230,10 @@ def _load_transformers(source: str) -> Pretrained:
     unexpected = sorted(name for name in loading["unexpected_keys"] if not name.endswith("embeddings.position_ids"))
     missing = sorted(name for name in loading["missing_keys"] if name.startswith("electra."))
     if missing or unexpected:
+        network = "discriminator" if model_class is ElectraForPreTraining else "generator"
         raise UserError(
-            f"{source}: not an ELECTRA discriminator (weights: {_describe(missing, unexpected)}); expected an "
-            "ElectraForPreTraining or ElectraModel"
+            f"{source}: not an ELECTRA {network} (weights: {_describe(missing, unexpected)}); expected an "
+            f"{model_class.__name__} or ElectraModel"
         )
     config = encoder_config_of(model.config)
     if len(tokenizer) > config.vocab_size:
@@ -207,11 +242,7 @@ def _load_transformers(source: str) -> Pretrained:
             "give a folder with a model and its own tokenizer"
         )
     state = {name: tensor.float() for name, tensor in model.state_dict().items()}  # some are stored in fp16
-    embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
-    weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
-    weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
-    head = None if loading["missing_keys"] else rtd_head_from_transformers(state)
-    return Pretrained(source, config, weights, tokenizer, head)
+    return config, state, tokenizer, sorted(loading["missing_keys"])
 
 
 def check_state_fits(state: State, expected: State, origin: str) -> None:

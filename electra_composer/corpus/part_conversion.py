@@ -96,16 +96,9 @@ def convert_part(
             write(split, packers[split].finish())
         counts.tokens = sum(split.tokens for split in splits.values())
         counts.invalid_documents, counts.short_documents, counts.dropped_lines = stats.invalid, stats.short, stats.lines
-        return writer.finish(
-            {
-                "source": job.part.source,
-                "counts": asdict(counts),
-                "splits": {name: asdict(split) for name, split in splits.items()},
-                "unreadable": stats.unreadable,
-                "val_fraction": settings.val_fraction,
-                "split_hashes": hashes,
-            }
-        )
+        record = {"source": job.part.source, "counts": asdict(counts), "unreadable": stats.unreadable}
+        record["splits"] = {name: asdict(split) for name, split in splits.items()}
+        return writer.finish({**record, "val_fraction": settings.val_fraction, "split_hashes": hashes})
     except BaseException:
         writer.cancel()
         raise

@@ -175,11 +175,17 @@ def pretraining_from_transformers(discriminator: State, generator: State, model:
         result |= {f"generator.{name}": tensor for name, tensor in generator_encoder.items()}
     elif any(not torch.equal(encoder[name], tensor) for name, tensor in generator_encoder.items()):
         raise UserError("generator and discriminator have different layers; set model.tie_encoder=false")
-    for kind in ("weight", "bias"):
-        result |= {f"mlm_head.{ours}.{kind}": _take(generator, f"{theirs}.{kind}") for ours, theirs in _MLM_HEAD}
+    result |= {f"mlm_head.{name}": tensor for name, tensor in mlm_head_from_transformers(generator, sizes[1]).items()}
     result |= {f"rtd_head.{name}": tensor for name, tensor in rtd_head_from_transformers(discriminator).items()}
-    result["mlm_head.bias"] = _pad_rows(_take(generator, "generator_lm_head.bias"), sizes[1])
     return result
+
+
+def mlm_head_from_transformers(state: State, config: EncoderConfig) -> State:
+    """Convert the head of an `ElectraForMaskedLM` to the state of our `MaskedLMHead`."""
+    head = {
+        f"{ours}.{kind}": _take(state, f"{theirs}.{kind}") for ours, theirs in _MLM_HEAD for kind in ("weight", "bias")
+    }
+    return {**head, "bias": _pad_rows(_take(state, "generator_lm_head.bias"), config)}
 
 
 def rtd_head_from_transformers(state: State) -> State:

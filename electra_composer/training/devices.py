@@ -75,14 +75,14 @@ def hide_unused_gpus(entry_point: Callable[..., Result]) -> Callable[..., Result
     # GPU, not whether the run uses it: every run starts CUDA to log the GPU's name, and under FSDP on the CPU a step
     # fails, since it reads statistics of CUDA. Goes when they ask for the device of the run.
     @functools.wraps(entry_point)
-    def wrapper(config: RunConfig, *options: Any) -> Result:
+    def wrapper(config: RunConfig, *arguments: Any, **options: Any) -> Result:
         if config.trainer.device != "cpu":
-            return entry_point(config, *options)
+            return entry_point(config, *arguments, **options)
         with (
             mock.patch.object(torch.cuda, "is_available", return_value=False),
             mock.patch.object(collect_env, "cuda_available", return_value=False),  # the same, imported by name
         ):
-            return entry_point(config, *options)
+            return entry_point(config, *arguments, **options)
 
     return wrapper
 

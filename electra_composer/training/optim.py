@@ -86,16 +86,11 @@ class AdamW(torch.optim.AdamW):
             self.flat.zero_grad()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of the parameters, also one that was saved without flat buffers.
-
-        The groups keep their settings, such as `lr` and `weight_decay`: those of the configuration apply.
-        """
-        settings = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        """Load moments and counts, also saved without flat buffers. Settings such as `lr` stay as configured."""
+        configured = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, settings, strict=True):
-            parameters = group["params"]
-            group.clear()
-            group.update(params=parameters, **own)
+        for group, own in zip(self.param_groups, configured, strict=True):
+            group.update(own, params=group["params"])
         if self.flat is None:
             return
         for buffers, moments in zip(self.flat.buffers, self._moments, strict=True):

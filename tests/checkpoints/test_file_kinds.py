@@ -21,7 +21,7 @@ from electra_composer.checkpoints.weights import load_source, read_checkpoint
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
-from electra_composer.pretrain import read_initial_checkpoint
+from electra_composer.training.preparation import read_initial_checkpoint
 
 GOOD = ROOT / "tests" / "data" / "v0.1" / "run" / "batch-4-rank0.pt"
 OBJECTS = "it was not loaded, since that could run code in"

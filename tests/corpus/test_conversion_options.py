@@ -9,9 +9,11 @@ import os
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from converter import WORDS, assert_same_files, jsonl, rows_of, write_vocabulary
+from transformers import PreTrainedTokenizerFast
 
 from electra_composer.batches.shards import read_meta
 from electra_composer.corpus import engines, part_conversion, source_parts
@@ -220,6 +222,48 @@ def test_a_full_disk_loses_nothing(tmp_path, vocabulary, monkeypatch):
     assert run(sources, tmp_path / "out", vocabulary).continued_tokens > 0
     run(sources, tmp_path / "whole", vocabulary)
     assert_same_files(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("tokenizer", ["given", "train"])
+def test_a_full_disk_while_the_tokenizer_is_saved(tmp_path, vocabulary, monkeypatch, tokenizer):
+    """tokenizers raises an exception of its own for it."""
+    write_source(tmp_path / "a.jsonl", 100, "word1")
+    sources = Sources.of(str(tmp_path / "a.jsonl"))
+    options = (vocabulary, {}) if tokenizer == "given" else ("train", {"vocab_size": 300})
+
+    def full(*_, **__):
+        raise Exception("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+        with pytest.raises(UserError, match=r"cannot write the shards to .*: No space left on device"):
+            run(sources, tmp_path / "out", options[0], **options[1])
+    assert not (tmp_path / "out").exists()
+    assert run(sources, tmp_path / "out", options[0], **options[1]).total.documents == 100
+
+
+def test_a_full_disk_while_the_selection_is_saved(tmp_path, vocabulary, monkeypatch, capfd):
+    write_source(tmp_path / "a.jsonl", 10, "word1")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left on device; nothing was kept"):
+        run(Sources.of(str(tmp_path / "a.jsonl"), deduplicate=True), tmp_path / "out", vocabulary)
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk_of_temporary_files(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("word1 word2 " * 50)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("electra_composer.vocabulary.TemporaryDirectory", full)
+    with pytest.raises(UserError, match=r"folder for temporary files: No space left on device; .* set TMPDIR"):
+        run(Sources.of(str(tmp_path / "a.txt")), tmp_path / "out", "train", vocab_size=100)
 
 
 def test_a_worker_that_dies_is_told(tmp_path, vocabulary, monkeypatch):

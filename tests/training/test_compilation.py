@@ -11,11 +11,12 @@ import torch
 from tiny_trainer import make_trainer
 from torch._inductor import exc
 
-from electra_composer import compilers, pretrain
+from electra_composer import compilers
 from electra_composer.batches.shards import read_data
 from electra_composer.config import PretrainConfig, TrainerConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
+from electra_composer.training import preparation
 from electra_composer.training.compilation import CompileReport, check_compile, choose_compile, compile_config
 from electra_composer.training.trainer import RunTrainer
 from electra_composer.vocabulary import load_tokenizer
@@ -85,13 +86,13 @@ def test_a_machine_that_cannot_compile_does_without_triton(
     settings = ["trainer.attention=sdpa", "trainer.precision=amp_bf16"]
     config = load_config(str(tiny_yaml), settings, PretrainConfig)
     meta = read_data(config.data)
-    model = pretrain.build_model(config, load_tokenizer(meta.tokenizer_folder), False)
-    pretrain.choose_kernels(config, model, meta)
+    model = preparation.build_model(config, load_tokenizer(meta.tokenizer_folder), False)
+    preparation.choose_kernels(config, model, meta)
     assert model.model.objective.masked_lm == "chunked"
     assert "masked_lm: chunked (the machine lacks a C compiler" in capsys.readouterr().out
     config.objective.masked_lm = "triton"
     with pytest.raises(UserError, match=r"objective\.masked_lm is triton and the machine lacks a C compiler"):
-        pretrain.choose_kernels(config, model, meta)
+        preparation.choose_kernels(config, model, meta)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ from launcher import launch
 from tiny import ROOT
 from without_cuda import TouchedCUDA, fake_gpu
 
-from electra_composer import glue, pretrain, quickstart
+from electra_composer import glue, quickstart
 from electra_composer.batches.shards import read_data
 from electra_composer.config import GlueConfig, PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.finetune import one_run
 from electra_composer.finetune.loader import split_ranked
+from electra_composer.training import preparation
 
 WITHOUT_CUDA, YAML = str(ROOT / "tests/without_cuda.py"), str(ROOT / "yamls/glue.yaml")
 TWO_TASKS = ["tasks=[sst2, wnli]", "wnli=coreference", "data.max_seq_length=32", "trainer.max_duration=2ba"]
@@ -72,9 +73,9 @@ def test_finetuning_on_the_cpu_of_a_gpu_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("device", "pinned"), [("gpu", True), ("cpu", False)])
 def test_loaders_of_pretraining(tiny_yaml: Path, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool) -> None:
     config = load_config(str(tiny_yaml), [], PretrainConfig)
-    monkeypatch.setattr(pretrain, "resolve_device", lambda _: (device, "fp32", False))
+    monkeypatch.setattr(preparation, "resolve_device", lambda _: (device, "fp32", False))
     model: Any = SimpleNamespace(count_batch=lambda batch: batch)
-    specs = pretrain.build_data(config, read_data(config.data), model)
+    specs = preparation.build_data(config, read_data(config.data), model)
     assert [spec.dataloader.pin_memory for spec in specs] == [pinned, pinned]
 
 
