@@ -237,7 +237,7 @@ def test_records_of_another_plan_in_the_store_are_not_used(options, store, tmp_p
 
 def test_a_folder_that_appears_during_the_conversion_is_not_replaced(options, tmp_path, monkeypatch):
     def convert_slowly(self, context, jobs, bar):
-        (tmp_path / "out").mkdir()
+        (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out/mine.txt").write_text("mine")
         return converted(self, context, jobs, bar)
 
