@@ -20,6 +20,9 @@ FULL = [
     SafetensorError('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left" })'),
 ]
 
+NETWORKS = {"discriminator": (None, lambda checkpoint: None, lambda state, config: {})}
+CHECKPOINT = SimpleNamespace(state={}, tokenizer=None)
+
 
 @pytest.mark.parametrize("error", FULL)
 def test_a_full_disk(error):
@@ -39,17 +42,14 @@ def test_an_export_to_a_full_disk(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(export, "_save", full)
-    for name in ("discriminator_to_transformers", "generator_to_transformers"):
-        monkeypatch.setattr(export, name, lambda *_: {})
-    checkpoint = SimpleNamespace(state={}, discriminator=None, generator=None)
+    monkeypatch.setattr(export, "NETWORKS", NETWORKS)
     with pytest.raises(UserError, match=r"cannot write the export to .*(No space left|denied).*; nothing was kept"):
-        export.export(checkpoint, str(tmp_path / "out"))
+        export.export(CHECKPOINT, str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["before"]
 
 
 def test_a_bug_in_an_export_keeps_its_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "discriminator_to_transformers", lambda *_: {})
-    monkeypatch.setattr(export, "generator_to_transformers", lambda *_: {})
+    monkeypatch.setattr(export, "NETWORKS", NETWORKS)
     monkeypatch.setattr(export, "_save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export.export(SimpleNamespace(state={}, discriminator=None, generator=None), str(tmp_path / "out"))
+        export.export(CHECKPOINT, str(tmp_path / "out"))
