@@ -51,6 +51,7 @@ RUN_BY = {
     r"composer -n 3 electra_composer/pretrain\.py .*": "test_to_three_shards",
     r"composer --world_size 16 --node_rank [01] .*": "test_two_nodes",
     r"python electra_composer/pretrain\.py my\.yaml .*": "test_from_two_shards_to_one_process",
+    r"python electra_composer/pretrain\.py my\.yaml": "test_a_run_between_its_data_and_its_first_batch",
     r"python electra_composer/export\.py runs/my exported": "test_export_from_both_forms",
 }
 # Commands (full match) that no test runs, and why.
