@@ -43,8 +43,10 @@ def report_user_errors(entry_point: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a locale may lack characters such as ü or …
         status = None
-        signals.end_with(status)
+        signals.end_with(status, exits=False)
         try:
+            if signals.received():  # between two entry points
+                signals.finish()
             with _output_may_end():
                 result = entry_point(*args, **kwargs)
             status = 0

@@ -42,6 +42,7 @@ class _Program:
         self.pid = os.getpid()
         self.is_main_rank = os.environ.get("RANK", "0") == "0"  # glue.py changes RANK later
         self.unwinds = False
+        self.exits = False
         self.received: signal.Signals | None = None
         self.outcome = ""
         self.status: int | None = None  # see end_with
@@ -53,6 +54,8 @@ class _Program:
         """Handle a signal in the main thread."""
         if self.received is None:
             self.received = signal.Signals(number)
+            if self.exits:
+                return  # exit handlers release shared memory; the line is printed after them
             if self.unwinds:
                 raise Stopped(128 + number)
             self.end_at_once(number)
@@ -69,7 +72,7 @@ class _Program:
             if signal.getsignal(number) != self.handle:
                 continue
             self.seen += 1
-            if self.unwinds:
+            if self.unwinds or self.exits:
                 time.sleep(BLOCKED_SECONDS)
             if not self.unwinds or self.received is None or (self.seen > 1 and number == signal.SIGINT):
                 self.end_at_once(number)
@@ -194,10 +197,14 @@ def unwind() -> None:
         _program.unwinds = True
 
 
-def end_with(status: int | None) -> None:
-    """Set the status with which this program ends if no signal does; None: Python's. A signal then ends it at once."""
+def end_with(status: int | None, exits: bool = True) -> None:
+    """Set the status with which this program ends if no signal does; None: Python's.
+
+    Args:
+        exits: whether it exits now. A signal then ends it after the exit handlers, or after :data:`BLOCKED_SECONDS`.
+    """
     if _program is not None:
-        _program.status, _program.unwinds = status, False
+        _program.status, _program.unwinds, _program.exits = status, False, exits
 
 
 def installed() -> bool:
