@@ -37,7 +37,7 @@ class Fault:
 
 FAULTS = {
     "unknown key": Fault(("nonsense.key=1",), "error: the command line: unknown key nonsense"),
-    "number out of range": Fault(("optimizer.lr=-1",), "error: optimizer.lr"),
+    "number out of range": Fault(("optimizer.lr=-1",), "optimizer.lr is -1.0; expected"),
     "no shards": Fault(("data.path=FOLDER/nowhere",), "nowhere does not exist"),
     "damaged shards": Fault(("data.path=FOLDER/damaged",), "meta.json is damaged or not the metadata of shards"),
     "damaged shards, checked": Fault(("data.path=FOLDER/damaged", "--check"), "meta.json is damaged"),
