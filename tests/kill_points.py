@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
+
 CALLS = ("rename", "replace", "link", "symlink", "unlink", "remove", "rmdir", "mkdir", "truncate", "ftruncate")
 WITH_TARGET = ("rename", "replace", "link", "symlink")
 CREATE = os.O_CREAT | os.O_TRUNC
@@ -126,6 +128,8 @@ def in_child(tmp_path: Path, work: Callable[[], object]) -> None:
     if process == 0:
         try:
             _refuse_outside(tmp_path)
+            # The threads of a process group that an earlier test has initialised are not in this process.
+            torch.distributed.is_initialized = lambda: False
             os.fsync = lambda descriptor: None  # makes no difference without a power failure
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 work()
