@@ -186,7 +186,7 @@ def adapt(trainer: TrainerSteps, seconds: float) -> dict[str, Any]:
             while (now := time.monotonic() - begin) < seconds:
                 steps += [(now, step) for step in trainer.block(WARMUP)]
                 counts[int(now // 2)] = torch.get_num_threads()
-        last = [step for since, step in steps if since >= seconds * 2 / 3]
+        last = [step for since, step in steps if since >= seconds * 2 / 3] or [steps[-1][1]]  # steps may be slow
         phases[phase] = {
             "settled": round(len(last) / sum(last), 2),
             "complete": round(len(steps) / sum(step for _, step in steps), 2),

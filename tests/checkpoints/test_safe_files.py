@@ -228,7 +228,9 @@ def test_an_index_that_leads_out_of_its_folder(shards: Path, tmp_path: Path, nam
     if remote:
         config = ShardsConfig(str(cache), 32, num_workers=0, remote=str(folder))
     meta = read_meta(config.path, config.remote)
-    with pytest.raises(UserError, match=r"outside the folder|cannot be opened"):
+    with pytest.raises(
+        UserError, match=r"outside the folder|cannot be opened|basename is (7|None); expected a JSON text"
+    ):
         build_dataloader(config, meta, "train", 4, shuffle=False, drop_last=True, seed=0)
     assert [path for path in sorted(tmp_path.rglob("*")) if not {"cache", "b"} & set(path.parts)] == before
     assert not list(cache.rglob("*.mds"))

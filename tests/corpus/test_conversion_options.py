@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 from converter import WORDS, assert_same_files, jsonl, rows_of, write_vocabulary
@@ -248,7 +247,7 @@ def test_a_full_disk_while_the_selection_is_saved(tmp_path, vocabulary, monkeypa
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("electra_composer.corpus.selection.write_file", full)
     with pytest.raises(UserError, match="No space left on device; nothing was kept"):
         run(Sources.of(str(tmp_path / "a.jsonl"), deduplicate=True), tmp_path / "out", vocabulary)
     assert os.listdir(tmp_path) == ["a.jsonl"]

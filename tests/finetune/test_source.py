@@ -101,9 +101,21 @@ def test_missing_and_unexpected_weights(tmp_path: Path, spoil: Callable[[Any], N
         load_source(str(folder))
 
 
-@pytest.mark.parametrize("model", [ElectraForMaskedLM, ElectraForSequenceClassification])
-def test_a_generator_or_a_finetuned_model_is_no_discriminator(tmp_path: Path, model: type) -> None:
-    with pytest.raises(UserError, match=r"unexpected, such as .*\); expected an ElectraForPreTraining or ElectraModel"):
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            ElectraForMaskedLM,
+            r"an ELECTRA generator \(ElectraForMaskedLM\), not a discriminator; expected a checkpoint",
+        ),
+        (
+            ElectraForSequenceClassification,
+            r"unexpected, such as .*\); expected an ElectraForPreTraining or ElectraModel",
+        ),
+    ],
+)
+def test_a_generator_or_a_finetuned_model_is_no_discriminator(tmp_path: Path, model: type, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load_source(write_source(tmp_path / "a", model))
 
 
