@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from electra_composer.errors import UserError
+from electra_composer.errors import LostRankError, UserError
 from electra_composer.finetune.store import RunStore
 from electra_composer.finetune.tasks import Task
 from electra_composer.training.devices import run_device
@@ -276,14 +276,20 @@ class Processes:
         """Run the block on rank 0 before the other ranks, so that they find its files.
 
         If rank 0 fails, the launcher ends the others.
+
+        Raises:
+            LostRankError: On another rank: rank 0 has ended.
         """
         if self.store is not None and self.rank > 0:
-            # Workaround (torch 2.7): `get` blocks without running Python's signal handlers and times out after five
-            # minutes; goes when it can be interrupted.
-            while not self.store.check(["since"]):
-                time.sleep(POLL_SECONDS)
-            self.since = self.store.get("since").decode()
-            self.store.add("told", 1)
+            try:
+                # Workaround (torch 2.7): `get` blocks without running Python's signal handlers and times out after five
+                # minutes; goes when it can be interrupted.
+                while not self.store.check(["since"]):
+                    time.sleep(POLL_SECONDS)
+                self.since = self.store.get("since").decode()
+                self.store.add("told", 1)
+            except RuntimeError as error:  # rank 0 is the store's server
+                raise LostRankError("rank 0 has ended before it had read the data; its error is the cause") from error
         yield
         if self.store is not None and self.rank == 0:
             self.store.set("since", self.since)

@@ -124,7 +124,7 @@ def test_bad_input_on_two_processes_is_one_line(tiny: tuple[str, str], tmp_path:
     done = composer(*settings(*tiny, tmp_path), "tasks=[sst2, cola]")
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("error: ") == 1
-    assert "Begin global rank" not in done.stdout
+    assert "Begin global rank" not in done.stdout, done.stdout + done.stderr
     assert "CoLA/train.tsv: no such file" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
