@@ -126,6 +126,8 @@ def _add_example_options(add: Callable[..., object]) -> None:
         f"{TRAIN}: train a WordPiece vocabulary on the sources (default: %(default)s)"
     )
     add("--tokenizer", help=text)
+    text = "append the N most frequent words that the vocabulary splits, to continue pretraining a model of it"
+    add("--add-vocabulary", type=number_of(Conversion, "add_vocabulary"), metavar="N", help=text)
     text = "number of entries of a vocabulary to train (default: %(default)s)"
     add("--vocab-size", type=number_of(Conversion, "vocab_size"), metavar="N", help=text)
     text = f"keep upper case and accents; for a vocab.txt or --tokenizer {TRAIN}"
@@ -249,13 +251,9 @@ def report(conversion: Conversion, summary: Summary) -> None:
 def describe_shards(summary: Summary) -> str:
     """Describe where the shards are, and the commands that come next."""
     out, stored = summary.out, is_remote(summary.out)
-    return describe_end(
-        {"shards": out},
-        {
-            "look at them": None if stored else preview(out),
-            "pretrain on them": pretrain(out, summary.max_seq_length, stored),
-        },
-    )
+    commands = {"look at them": None if stored else preview(out)}
+    commands["pretrain on them"] = pretrain(out, summary.max_seq_length, stored)
+    return describe_end({"shards": out}, commands)
 
 
 def _check_json_file(path: str) -> None:

@@ -21,7 +21,7 @@ from electra_composer.corpus.engines import Processes, Spark
 from electra_composer.corpus.estimate import check_free_space, estimate_text
 from electra_composer.corpus.finished import Finished
 from electra_composer.corpus.folder_writer import ShardFolder
-from electra_composer.corpus.options import TRAIN, Conversion, check_options
+from electra_composer.corpus.options import Conversion, check_options
 from electra_composer.corpus.part_conversion import Job, PartContext
 from electra_composer.corpus.progress import progress_bar
 from electra_composer.corpus.source_parts import interleave, list_parts
@@ -51,7 +51,9 @@ def convert(options: Conversion) -> Summary:
         text_bytes = _estimate_bytes(options)
         engine = Spark(options.master) if options.engine == "spark" else Processes(options.workers)
         jobs = _list_jobs(options, folder.workspace, engine)
-        tokenizer = train_or_load(options, jobs, folder.workspace) if given is None else given
+        tokenizer = given
+        if tokenizer is None or options.add_vocabulary is not None:
+            tokenizer = train_or_load(options, jobs, folder.workspace, given)
         settings = encoding_settings(options, tokenizer)
         resumed = [record["counts"] for record in folder.records.values()]
         context = PartContext(settings, sources, options.packing, folder.place(settings.dtype))
@@ -61,7 +63,7 @@ def convert(options: Conversion) -> Summary:
             _convert_parts(folder, engine, context, jobs, bar)
         filled = _fill_splits(folder, engine, context, jobs)
         splits, counts, unreadable = total_counts(folder.records, settings.splits, sources)
-        name = tokenizer.name_or_path if options.tokenizer == TRAIN else options.tokenizer
+        name = options.tokenizer if tokenizer is given else tokenizer.name_or_path
         meta = Meta(
             tokenizer=describe_tokenizer(tokenizer, name),
             max_seq_length=options.max_seq_length,

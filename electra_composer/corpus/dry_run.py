@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from electra_composer.corpus.added_words import add_words
 from electra_composer.corpus.chunks import group_documents
 from electra_composer.corpus.documents import ReadStats, filter_documents
 from electra_composer.corpus.engines import tokenize_sample
@@ -62,6 +63,8 @@ def dry_run(options: Conversion) -> DryRun:
         tokenizer = train_tokenizer(text.sample, options.vocab_size, options.cased, options.keep_accents)
     else:
         tokenizer = load_tokenizer(options.tokenizer, options.cased, options.keep_accents)
+        if options.add_vocabulary is not None:
+            tokenizer = add_words(tokenizer, text.sample, options.add_vocabulary)
     sampled = sum(len(document.encode("utf-8", "replace")) for document in text.sample)
     settings = encoding_settings(options, tokenizer)
     chunks = group_documents(filter_documents(text.sample, options.sources, ReadStats()))

@@ -24,6 +24,7 @@ class Conversion:
     out: str = "data/owt"
     tokenizer: str = "google/electra-small-discriminator"
     vocab_size: Annotated[int, Range(ge=7, le=1_000_000)] = 30522  # special tokens, and a character twice, at least
+    add_vocabulary: Annotated[int, Range(ge=1, le=1_000_000, null="none")] | None = None
     cased: bool = False
     keep_accents: bool = False
     max_seq_length: Annotated[int, Range(ge=MIN_SEQ_LENGTH, le=MAX_SEQ_LENGTH)] = 128
@@ -46,6 +47,8 @@ class Conversion:
         values = asdict(self)
         for name in ("out", "workers", "engine", "master", "overwrite", "ignore_disk", "restart", "progress"):
             del values[name]
+        if self.add_vocabulary is None:  # as in plans from before it existed
+            del values["add_vocabulary"]
         return {**values, "files": fingerprint_files(self.sources)}
 
 
@@ -67,6 +70,10 @@ def check_options(options: Conversion) -> None:
         raise UserError(
             f"--vocab-size {options.vocab_size} has no effect with --tokenizer {options.tokenizer}; it is for "
             f"--tokenizer {TRAIN}"
+        )
+    if options.tokenizer == TRAIN and options.add_vocabulary is not None:
+        raise UserError(
+            f"--add-vocabulary {options.add_vocabulary} has no effect with --tokenizer {TRAIN}; set --vocab-size"
         )
     if options.cased and options.keep_accents:
         raise UserError("--cased keeps accents already; give --keep-accents alone for lower case with accents")

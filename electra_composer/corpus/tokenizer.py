@@ -1,4 +1,4 @@
-"""Load the tokenizer of a conversion, or train its vocabulary on a sample of the sources."""
+"""Load the tokenizer of a conversion, and train or extend its vocabulary on a sample of the sources."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.atomic_files import replaced_folder
+from electra_composer.corpus.added_words import add_words
 from electra_composer.corpus.chunks import EncodingSettings
 from electra_composer.corpus.documents import ReadStats, no_text_error, part_documents
 from electra_composer.corpus.options import TRAIN, Conversion
@@ -36,8 +37,10 @@ def load_given(options: Conversion) -> PreTrainedTokenizerFast | None:
     )
 
 
-def train_or_load(options: Conversion, jobs: list[Job], workspace: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with a vocabulary trained on the sources.
+def train_or_load(
+    options: Conversion, jobs: list[Job], workspace: str, given: PreTrainedTokenizerFast | None
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with a vocabulary trained on the sources, or with that of `given` extended by their words.
 
     It is saved in the workspace, so that a resumed conversion uses the same.
     """
@@ -46,14 +49,21 @@ def train_or_load(options: Conversion, jobs: list[Job], workspace: str) -> PreTr
         sample = list(_sample(options, jobs))
         if not sample:
             raise no_text_error(options.sources)
+        count = options.add_vocabulary
+        if given is None or count is None:
+            work = f"training a vocabulary of at most {options.vocab_size:,} entries"
+            make = partial(train_tokenizer, sample, options.vocab_size, options.cased, options.keep_accents)
+        else:
+            work = f"choosing at most {count:,} words to add to the vocabulary"
+            make = partial(add_words, given, sample, count)
         if options.progress:
-            print(f"training a vocabulary of at most {options.vocab_size:,} entries", flush=True)
-        train = partial(train_tokenizer, sample, options.vocab_size, options.cased, options.keep_accents)
-        tokenizer = _interruptible(train)
+            print(work, flush=True)
+        tokenizer = _interruptible(make)
         with replaced_folder(saved) as folder:
             tokenizer.save_pretrained(folder)
     tokenizer = load_tokenizer(saved)
-    tokenizer.name_or_path = f"trained-{len(tokenizer)}"
+    added = 0 if given is None else len(tokenizer) - len(given)
+    tokenizer.name_or_path = f"trained-{len(tokenizer)}" if given is None else f"{options.tokenizer}+{added}"
     return tokenizer
 
 

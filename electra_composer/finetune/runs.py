@@ -275,10 +275,7 @@ class Processes:
     def rank_zero_first(self) -> Iterator[None]:
         """Run the block on rank 0 before the other ranks, so that they find its files.
 
-        If rank 0 fails, the launcher ends the others.
-
-        Raises:
-            LostRankError: On another rank: rank 0 has ended.
+        If rank 0 fails, the others raise LostRankError, and the launcher ends them.
         """
         if self.store is not None and self.rank > 0:
             try:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from converter import assert_same_files, jsonl, rows_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from electra_composer.corpus.added_words import add_words
+from electra_composer.corpus.conversion import convert
+from electra_composer.corpus.dry_run import dry_run
+from electra_composer.corpus.options import Conversion
+from electra_composer.corpus.sources import Sources
 from electra_composer.errors import UserError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -52,3 +57,25 @@ def test_nothing_to_add_and_other_kinds_are_refused(tokenizer: BertTokenizerFast
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(UserError, match="is no WordPiece vocabulary"):
         add_words(PreTrainedTokenizerFast(tokenizer_object=backend), ["the of"], 5)
+
+
+def test_a_conversion_uses_the_words_that_it_adds(tokenizer: BertTokenizerFast, tmp_path: Path) -> None:
+    """With any number of workers, and in the estimate of --dry-run too."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl([TEXT + " of" * number for number in range(8)]))
+    vocabulary = str(tmp_path / "vocab.txt")
+
+    def options(out: str, workers: int) -> Conversion:
+        sources = Sources.of(str(tmp_path / "a.jsonl"))
+        place = str(tmp_path / out)
+        return Conversion(
+            sources, place, vocabulary, add_vocabulary=2, max_seq_length=32, workers=workers, progress=False
+        )
+
+    for out, workers in (("one", 1), ("two", 2)):
+        convert(options(out, workers))
+    assert_same_files(tmp_path / "one", tmp_path / "two")
+    entries = (tmp_path / "one/tokenizer/vocab.txt").read_text(encoding="utf-8").split()
+    assert entries == [*WORDS, "cardio", "cardia"]
+    used = {int(token) for row in rows_of(tmp_path / "one") for token in row["input_ids"]}
+    assert {len(WORDS), len(WORDS) + 1} <= used
+    assert dry_run(options("three", 1)).tokens > 0

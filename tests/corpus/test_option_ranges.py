@@ -52,7 +52,8 @@ def options_of(program, monkeypatch_class=pytest.MonkeyPatch):
 
 
 NUMBERS = {
-    "convert": "weight min-characters max-documents max-bytes vocab-size max-seq-length val-fraction seed workers",
+    "convert": "weight min-characters max-documents max-bytes vocab-size add-vocabulary max-seq-length val-fraction "
+    "seed workers",
     "preview": "rows seed",
     "synthetic": "train dev max-documents seed",
 }
@@ -182,6 +183,7 @@ WITHOUT_EFFECT = [
     ("--source {txt} --revision main", r"--revision main has no effect on"),
     ("--mixture {yaml} --text-column body", r"--text-column has no effect with --mixture; put it into its file"),
     ("--mixture {yaml} --revision main", r"--revision has no effect with --mixture"),
+    ("--source {txt} --tokenizer train --add-vocabulary 9", r"--add-vocabulary 9 has no effect with --tokenizer train"),
     ("--source {txt} --tokenizer {txt} --vocab-size 99", r"--vocab-size 99 has no effect with --tokenizer .*train"),
     ("--source {txt} --tokenizer train --cased --keep-accents", r"--cased keeps accents already"),
     ("--source {txt} --tokenizer a/b --cased", r"--cased and --keep-accents are only for a vocab\.txt"),
