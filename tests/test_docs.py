@@ -58,7 +58,7 @@ RUN_BY = {
 NOT_RUN = {
     r"python data_prep/convert_owt\.py": "needs the hub, and hours",
     r"python data_prep/convert_owt\.py --source 'texts/\*\.jsonl\.gz' --out data/mine": "its tokenizer is on the hub",
-    r"python data_prep/convert_owt\.py --source 'texts/\*\.jsonl\.gz' --add-vocabulary .*": "its tokenizer is on the hub",
+    r"python data_prep/convert_owt\.py --source 'texts/\*\.jsonl\.gz' --add-vocabulary .*": "the same",
     r"python data_prep/convert_owt\.py --engine spark --master spark://.*": "needs a Spark cluster and a bucket",
     r"composer electra_composer/pretrain\.py yamls/(small|base)\.yaml.*": "needs GPUs, and days",
     r"composer electra_composer/pretrain\.py yamls/continue\.yaml.*": "needs released weights from the hub, and a GPU",
