@@ -19,6 +19,7 @@ from electra_composer.storage.shard_folder import (
     describe_tokenizer,
     is_inside,
     parse_index,
+    read_description,
 )
 
 
@@ -65,15 +66,7 @@ def _check_folder(folder: Folder, split: str, evaluation: bool) -> None:
         return  # Streaming downloads its files later and checks their hashes
     path = os.path.join(folder.path, split)
     index = os.path.join(path, "index.json")
-    try:
-        with open(index, encoding="utf-8") as file:
-            shards = parse_index(file.read())
-    except (OSError, ValueError) as error:
-        reason = "cannot be read" if isinstance(error, OSError) else "is damaged or not an index of shards"
-        raise UserError(
-            f"{index} {reason}: {getattr(error, 'strerror', error)}; copy it again from where the shards were written, "
-            f"or recreate them with {CONVERTER}"
-        ) from error
+    shards = read_description(index, parse_index, "an index of shards")
     check_names(path, [file.basename for shard in shards for file in shard.files])
     rows = sum(shard.samples for shard in shards)
     broken = [message for shard in shards if (message := _broken_shard(path, shard))]

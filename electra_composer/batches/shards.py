@@ -27,7 +27,7 @@ from electra_composer.batches.workers import loader_workers
 from electra_composer.config import ShardsConfig
 from electra_composer.errors import UserError
 from electra_composer.storage.object_store import explain, fetch_meta, wait_for_leader
-from electra_composer.storage.shard_folder import CONVERTER, META, Meta
+from electra_composer.storage.shard_folder import CONVERTER, META, Meta, read_description
 
 
 def read_data(config: ShardsConfig) -> Meta:
@@ -69,15 +69,7 @@ def read_meta(path: str, remote: str | None = None, timeout: float = 60.0) -> Me
     if not os.path.isfile(file_name):
         found = "is not a folder of shards" if os.path.isdir(path) else "does not exist"
         raise UserError(f"{path} {found} (no {META}); create it with: python {CONVERTER} --out {path}")
-    try:
-        with open(file_name, encoding="utf-8") as file:
-            return Meta.from_json(file.read(), path)
-    except (OSError, ValueError) as error:
-        reason = "cannot be read" if isinstance(error, OSError) else "is damaged or not the metadata of shards"
-        raise UserError(
-            f"{file_name} {reason}: {getattr(error, 'strerror', error)}; copy it again from where the shards were "
-            f"written, or recreate the shards with {CONVERTER}"
-        ) from error
+    return read_description(file_name, lambda text: Meta.from_json(text, path), "the metadata of shards")
 
 
 def build_dataloader(

@@ -177,11 +177,17 @@ def load_source(source: str) -> Pretrained:
 def _load_reference(source: str) -> Pretrained:
     reference = read_reference(source)
     state, config = reference.discriminator, encoder_config_of(infer_config(reference.discriminator, source))
+    return _pretrained(source, config, state, reference.tokenizer or load_tokenizer(TOKENIZER), has_head=True)
+
+
+def _pretrained(
+    source: str, config: EncoderConfig, state: State, tokenizer: PreTrainedTokenizerFast, has_head: bool
+) -> Pretrained:
+    """Convert the state of an `ElectraForPreTraining`."""
     embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
     weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
     weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
-    tokenizer = reference.tokenizer or load_tokenizer(TOKENIZER)
-    return Pretrained(source, config, weights, tokenizer, rtd_head_from_transformers(state))
+    return Pretrained(source, config, weights, tokenizer, rtd_head_from_transformers(state) if has_head else None)
 
 
 # Workaround (transformers 4.57): from_pretrained logs a warning about missing and unexpected weights and has no option
@@ -198,11 +204,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _load_transformers(source: str) -> Pretrained:
     config, state, tokenizer, missing = load_transformers(source, ElectraForPreTraining)
-    embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
-    weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
-    weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
-    head = None if missing else rtd_head_from_transformers(state)
-    return Pretrained(source, config, weights, tokenizer, head)
+    return _pretrained(source, config, state, tokenizer, has_head=not missing)
 
 
 def load_transformers(

@@ -14,14 +14,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from electra_composer.errors import UserError
 from electra_composer.ranges import Range
 from electra_composer.vocabulary import special_ids, vocabulary_sha256
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 CONVERTER = "data_prep/convert_owt.py"  # writes such folders
@@ -223,6 +227,27 @@ def parse_index(text: str) -> list[Shard]:
             raise ValueError(f"shards.{number} has neither raw_data nor zip_data")
         shards.append(shard)
     return shards
+
+
+def read_description(path: str, parse: Callable[[str], T], what: str) -> T:
+    """Read `meta.json` or an index of a folder of shards.
+
+    Args:
+        parse: raises a ValueError that says what is wrong.
+        what: the file is, for the message.
+
+    Raises:
+        UserError: it cannot be read, or is damaged.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return parse(file.read())
+    except (OSError, ValueError) as error:
+        reason = "cannot be read" if isinstance(error, OSError) else f"is damaged or not {what}"
+        raise UserError(
+            f"{path} {reason}: {getattr(error, 'strerror', error)}; copy it again from where the shards were written, "
+            f"or recreate the shards with {CONVERTER}"
+        ) from error
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str) -> TokenizerMeta:

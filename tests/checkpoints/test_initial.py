@@ -16,7 +16,6 @@ from shared_fixtures import SPECIAL
 from transformers import BertTokenizerFast, ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
 
 from electra_composer.checkpoints.initial import Initial, initialise, read_initial
-from electra_composer.checkpoints.networks import matching_generator
 from electra_composer.checkpoints.weights import Checkpoint
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError
@@ -197,12 +196,6 @@ def test_another_vocabulary_is_refused(pair: Path, make_tokenizer: Make, words: 
 
 
 def test_more_and_fewer_positions(pair: Path, make_tokenizer: Make) -> None:
-    table = torch.randn(40, 16)
-    assert torch.equal(resize_positions(table, 30, "copy"), table[:30])
-    assert torch.equal(resize_positions(table, 90, "copy"), torch.cat([table, table, table[:10]]))
-    stretched = resize_positions(table, 79, "interpolate")
-    torch.testing.assert_close(stretched[::2], table)
-    torch.testing.assert_close(stretched[1::2], (table[:-1] + table[1:]) / 2)
     initial = read_initial(str(pair), None)
     assert initial is not None
     model, config = build(initial, max_positions=64, init_positions="interpolate")
@@ -294,19 +287,6 @@ def test_exports_and_checkpoints_of_ours_hold_both(
         initialise(again, config, tokenizer, initial)
         for name, tensor in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
-
-
-@pytest.mark.parametrize(
-    ("source", "generator"),
-    [
-        ("google/electra-small-discriminator", "google/electra-small-generator"),
-        ("google/electra-large-discriminator", "google/electra-large-generator"),
-        ("somebody/medical-electra", None),
-        ("runs/one/latest-rank0.pt", "runs/one/latest-rank0.pt"),
-    ],
-)
-def test_where_the_generator_of_a_discriminator_is(source: str, generator: str | None) -> None:
-    assert matching_generator(source) == generator
 
 
 def test_a_generator_that_cannot_be_read(pair: Path, tmp_path: Path) -> None:

@@ -188,3 +188,16 @@ def test_a_checkpoint_without_a_generator(tmp_path: Path) -> None:
     assert matching_generator(str(path)) == str(path)
     assert matching_generator(str(TENSORFLOW)) == str(TENSORFLOW)
     assert read_generator(str(TENSORFLOW)).config.hidden_size == 8
+
+
+@pytest.mark.parametrize(
+    ("source", "generator"),
+    [
+        ("google/electra-small-discriminator", "google/electra-small-generator"),
+        ("google/electra-large-discriminator", "google/electra-large-generator"),
+        ("somebody/medical-electra", None),
+        ("runs/one/latest-rank0.pt", "runs/one/latest-rank0.pt"),
+    ],
+)
+def test_where_the_generator_of_a_discriminator_is(source: str, generator: str | None) -> None:
+    assert matching_generator(source) == generator
