@@ -30,9 +30,9 @@ from electra_composer.checkpoints.weights import load_source
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.finetune.data import training_examples
-from electra_composer.finetune.files import Example, read_examples
-from electra_composer.finetune.tasks import Task, find_task
+from electra_composer.finetuning.data import training_examples
+from electra_composer.finetuning.files import Example, read_examples
+from electra_composer.finetuning.tasks import Task, find_task
 from electra_composer.training.startup import start
 from electra_composer.vocabulary import load_tokenizer
 

@@ -203,7 +203,7 @@ def glue(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     shutil.rmtree(results.parent, ignore_errors=True)
     if data is None:
         tasks, data = "[synthetic-words]", options.folder / "synthetic_glue"
-        command = [sys.executable, "-m", "electra_composer.finetune.synthetic", "--source", "docstrings"]
+        command = [sys.executable, "-m", "electra_composer.finetuning.synthetic", "--source", "docstrings"]
         command += ["--out", str(data), *(SMOKE["synthetic"] if options.smoke else ())]
         if not data.exists() and run(command, options.limit)[0] != 0:
             raise UserError("the synthetic task could not be made; see the output above")

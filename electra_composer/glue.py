@@ -14,12 +14,12 @@ from typing import Any
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config_from_command_line
 from electra_composer.errors import report_user_errors
-from electra_composer.finetune.one_run import finetune
-from electra_composer.finetune.predictions import submission_files, submission_problems, write_submission
-from electra_composer.finetune.report import markdown
-from electra_composer.finetune.results import summary, write_reports
-from electra_composer.finetune.runs import PlannedRun, duration, run_all
-from electra_composer.finetune.start import CHECKS, CHECKS_OF_FILES, Job
+from electra_composer.finetuning.one_run import finetune
+from electra_composer.finetuning.predictions import submission_files, submission_problems, write_submission
+from electra_composer.finetuning.report import markdown
+from electra_composer.finetuning.results import summary, write_reports
+from electra_composer.finetuning.runs import PlannedRun, duration, run_all
+from electra_composer.finetuning.start import CHECKS, CHECKS_OF_FILES, Job
 from electra_composer.next_steps import describe_scores
 from electra_composer.signals import unwind
 from electra_composer.training.devices import hide_unused_gpus
@@ -30,14 +30,14 @@ from electra_composer.training.startup import run_checks
 def main(config: GlueConfig, check_only: bool = False) -> dict[str, Any]:
     """Finetune one model per task and seed, score each on the task's dev set, report, and predict the test sets.
 
-    Under `composer -n N` every process does complete runs on its own (see `finetune/runs.py`).
+    Under `composer -n N` every process does complete runs on its own (see `finetuning/runs.py`).
 
     Args:
         config: see `config.py`.
         check_only: whether to end after the checks.
 
     Returns:
-        Content of the results file; see :func:`electra_composer.finetune.results.summary`. Scores are multiplied by
+        Content of the results file; see :func:`electra_composer.finetuning.results.summary`. Scores are multiplied by
         100.
 
     Raises:

@@ -109,7 +109,7 @@ def describe_scores(results: str, record: str, predictions: str | None, source: 
         },
         {
             "statistics over models, with the results of each": [
-                *("python", "-m", "electra_composer.finetune.report", results)
+                *("python", "-m", "electra_composer.finetuning.report", results)
             ],
             "export for transformers": ours and export(ours, os.path.basename(os.path.normpath(ours))),
         },

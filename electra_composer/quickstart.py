@@ -74,7 +74,7 @@ def commands(size: Size) -> list[tuple[str, list[str]]]:
     convert = [python, "data_prep/convert_owt.py", "--source", "docstrings", "--tokenizer", "train", "--out", SHARDS]
     convert += ["--max-seq-length", "32", "--lines", "sentence", *size.convert]
     train = [python, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *pretrain, *size.pretrain]
-    synthetic = [python, "-m", "electra_composer.finetune.synthetic", "--source", "docstrings", "--out", GLUE_DATA]
+    synthetic = [python, "-m", "electra_composer.finetuning.synthetic", "--source", "docstrings", "--out", GLUE_DATA]
     synthetic += size.synthetic
     finetune = [python, "electra_composer/glue.py", "yamls/quickstart_glue.yaml", *size.finetune]
     baseline = [f"checkpoints.folder={FOLDER}/glue-random", "model.random_init=true"]

@@ -8,7 +8,7 @@ from tiny import ROOT
 
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config
-from electra_composer.finetune.results import group_of
+from electra_composer.finetuning.results import group_of
 
 SOURCE: dict[str, Any] = {
     "name": "a model",

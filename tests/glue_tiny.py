@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import ElectraConfig, ElectraForPreTraining, ElectraTokenizerFast
 
-from electra_composer.finetune.data import EncodedExamples
+from electra_composer.finetuning.data import EncodedExamples
 
 WORDS = ["good", "bad", "film", "the", "a", "dull", "fine", "plot", "is", "was", "very", "and"]
 ENTRIES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]

@@ -16,12 +16,12 @@ from composer.core import Timestamp
 from finetuning_runs import make_run, settings_of
 from kill_points import interrupt_everywhere
 
-from electra_composer.finetune import results, store, synthetic
-from electra_composer.finetune.cache import write_cache
-from electra_composer.finetune.one_run import _save_weights
-from electra_composer.finetune.predictions import load_logits, save_logits, write_submission
-from electra_composer.finetune.store import RunStore
-from electra_composer.finetune.tasks import TASKS
+from electra_composer.finetuning import results, store, synthetic
+from electra_composer.finetuning.cache import write_cache
+from electra_composer.finetuning.one_run import _save_weights
+from electra_composer.finetuning.predictions import load_logits, save_logits, write_submission
+from electra_composer.finetuning.store import RunStore
+from electra_composer.finetuning.tasks import TASKS
 from electra_composer.training.callbacks import RunRecord
 from electra_composer.training.loggers import MetricsFile
 from electra_composer.training.numerical_guard import PendingBatch, write_record

@@ -11,7 +11,7 @@ from converter import load_main
 from tiny import ROOT
 
 from electra_composer import export, glue, pretrain, preview, quickstart
-from electra_composer.finetune import report
+from electra_composer.finetuning import report
 
 PRINT = """
 import sys

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from electra_composer.batches.row_loader import RowLoader
 from electra_composer.batches.workers import WorkerLoader, leave_signals_to_parent, loader_workers
-from electra_composer.finetune.data import EncodedExamples
-from electra_composer.finetune.loader import build_loader
+from electra_composer.finetuning.data import EncodedExamples
+from electra_composer.finetuning.loader import build_loader
 
 
 def squares_that_take_long(index: int) -> int:

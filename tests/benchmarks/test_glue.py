@@ -18,10 +18,10 @@ import glue as benchmark
 import glue_runs
 
 from electra_composer.errors import UserError
-from electra_composer.finetune.data import encode
-from electra_composer.finetune.files import Example
-from electra_composer.finetune.loader import collate
-from electra_composer.finetune.tasks import TASKS
+from electra_composer.finetuning.data import encode
+from electra_composer.finetuning.files import Example
+from electra_composer.finetuning.loader import collate
+from electra_composer.finetuning.tasks import TASKS
 from electra_composer.vocabulary import load_tokenizer
 
 WORDS = ["good", "bad", "film", "the", "a", "dull", "fine", "plot"]

@@ -1,7 +1,7 @@
 """Untrusted files (checkpoints, weights, YAML, indices, tokenizers) never run code.
 
 Weights of transformers (`pytorch_model.bin`) are tested in checkpoints/test_weights.py, sharded checkpoints for export
-in finetune/test_source.py.
+in finetuning/test_source.py.
 """
 
 from __future__ import annotations

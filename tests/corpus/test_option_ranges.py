@@ -16,7 +16,7 @@ from electra_composer.arguments import ArgumentParser, number
 from electra_composer.corpus.options import Conversion, check_options
 from electra_composer.corpus.sources import Source, Sources, read_mixture
 from electra_composer.errors import UserError
-from electra_composer.finetune import synthetic
+from electra_composer.finetuning import synthetic
 from electra_composer.ranges import Range, keys
 
 spec = importlib.util.spec_from_file_location("convert_owt", SCRIPT)

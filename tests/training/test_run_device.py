@@ -21,8 +21,8 @@ from electra_composer import glue, quickstart
 from electra_composer.batches.shards import read_data
 from electra_composer.config import GlueConfig, PretrainConfig
 from electra_composer.config_loading import load_config
-from electra_composer.finetune import one_run
-from electra_composer.finetune.loader import split_ranked
+from electra_composer.finetuning import one_run
+from electra_composer.finetuning.loader import split_ranked
 from electra_composer.training import preparation
 
 WITHOUT_CUDA, YAML = str(ROOT / "tests/without_cuda.py"), str(ROOT / "yamls/glue.yaml")
