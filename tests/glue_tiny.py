@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import ElectraConfig, ElectraForPreTraining, ElectraTokenizerFast
 
-from electra_composer.finetuning.data import EncodedExamples
+from electra_composer.tasks.encoded import EncodedRows
 
 WORDS = ["good", "bad", "film", "the", "a", "dull", "fine", "plot", "is", "was", "very", "and"]
 ENTRIES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -20,7 +20,7 @@ PAD, CLS, SEP, A = 0, 2, 3, 5  # ids in LETTERS; A: the letter a
 MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\ta b c\td\n0\t3\t4\te\tf g\n"
 
 
-def ids(encoded: EncodedExamples) -> list[list[int]]:
+def ids(encoded: EncodedRows) -> list[list[int]]:
     """Return the token ids of each example."""
     return [encoded[i].input_ids.tolist() for i in range(len(encoded))]
 

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_composer.errors import UserError
 from electra_composer.finetuning.coreference import Blank, find_blank
-from electra_composer.finetuning.data import training_examples, truncated_lengths
+from electra_composer.finetuning.data import training_examples
 from electra_composer.finetuning.files import Example, read_examples
 from electra_composer.finetuning.tasks import Task
+from electra_composer.tasks.tokenization import truncated_lengths
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +55,12 @@ class RankedExamples(Dataset):
 
     Attributes:
         labels: int64 `[examples]`, 1 if the candidate of the hypothesis is right; None for a test set.
-        indices: int64 `[examples]`: the examples' numbers on the server; None except for a test set.
+        source: int64 `[examples]`: the examples' numbers on the server; None except for a test set.
     """
 
     rows: list[tuple[Row, ...]]
     labels: Tensor | None
-    indices: NDArray[np.int64] | None = None
+    source: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

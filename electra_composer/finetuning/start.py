@@ -176,7 +176,7 @@ def read_task(job: Job, task: Task) -> TaskData:
     if config.predict.enabled:
         for name, (of, split) in test_sets(task, job.tasks).items():
             test[name] = read(of, split)
-            indices = test[name].indices
+            indices = test[name].source
             assert indices is not None
             check_indices(indices, f"{of.folder} {split}")
     return TaskData(read(task, "train"), {split: read(task, split) for split in task.dev_splits}, test)

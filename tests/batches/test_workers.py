@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from electra_composer.batches.row_loader import RowLoader
 from electra_composer.batches.workers import WorkerLoader, leave_signals_to_parent, loader_workers
-from electra_composer.finetuning.data import EncodedExamples
 from electra_composer.finetuning.loader import build_loader
+from electra_composer.tasks.encoded import EncodedRows
 
 
 def squares_that_take_long(index: int) -> int:
@@ -105,7 +105,7 @@ def test_nobody_waits_for_workers_at_exit(arguments):
 
 def test_every_loader_with_workers_ends_them():
     assert issubclass(RowLoader, WorkerLoader)
-    examples = EncodedExamples(np.zeros(4, np.int32), np.arange(3), np.ones(2, np.int64), None)
+    examples = EncodedRows(np.zeros(4, np.int32), np.arange(3), np.ones(2, np.int64), None)
     assert isinstance(build_loader(examples, 0, 1, 2, None).dataloader, WorkerLoader)
 
 

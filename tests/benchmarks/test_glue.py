@@ -20,8 +20,8 @@ import glue_runs
 from electra_composer.errors import UserError
 from electra_composer.finetuning.data import encode
 from electra_composer.finetuning.files import Example
-from electra_composer.finetuning.loader import collate
 from electra_composer.finetuning.tasks import TASKS
+from electra_composer.tasks.encoded import collate
 from electra_composer.vocabulary import load_tokenizer
 
 WORDS = ["good", "bad", "film", "the", "a", "dull", "fine", "plot"]

@@ -15,15 +15,21 @@ from transformers import ElectraTokenizerFast
 
 from electra_composer.errors import UserError
 from electra_composer.finetuning import data
-from electra_composer.finetuning.data import EncodedExamples, encode, encode_split
+from electra_composer.finetuning.data import encode, encode_split
 from electra_composer.finetuning.files import Example
-from electra_composer.finetuning.loader import collate
 from electra_composer.finetuning.tasks import TASKS
+from electra_composer.tasks.encoded import EncodedRows, collate
 
 
-def same(first: EncodedExamples, second: EncodedExamples) -> bool:
-    pairs = [(getattr(first, field.name), getattr(second, field.name)) for field in dataclasses.fields(first)]
-    return all((a is None and b is None) or (a.dtype == b.dtype and a.tolist() == b.tolist()) for a, b in pairs)
+def same(first: EncodedRows, second: EncodedRows) -> bool:
+    return {name: (a.dtype, a.tolist()) for name, a in arrays_of(first).items()} == {
+        name: (b.dtype, b.tolist()) for name, b in arrays_of(second).items()
+    }
+
+
+def arrays_of(rows: EncodedRows) -> dict[str, Any]:
+    found = {**{name: getattr(rows, name) for name in data.ROW_ARRAYS}, **rows.per_row}
+    return found if rows.source is None else {**found, "source": rows.source}
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     @functools.wraps(data.encode)
-    def counted(task: Any, *rest: Any) -> EncodedExamples:
+    def counted(task: Any, *rest: Any) -> EncodedRows:
         names.append(task.name)
         return encode(task, *rest)
 

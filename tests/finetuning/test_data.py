@@ -6,14 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 from glue_tiny import CLS, SEP, A, ids
 from transformers import ElectraTokenizerFast
 
 from electra_composer.errors import UserError
-from electra_composer.finetuning.data import encode, encode_split, training_examples, truncated_lengths
+from electra_composer.finetuning.data import encode, encode_split, training_examples
 from electra_composer.finetuning.files import Example
 from electra_composer.finetuning.tasks import TASKS
+from electra_composer.tasks.tokenization import truncated_lengths
 
 
 @pytest.mark.parametrize(
@@ -38,9 +38,8 @@ def test_encoding_of_pairs_single_sentences_and_an_empty_second(tokenizer: Elect
     encoded = encode(mrpc, pairs, tokenizer, max_seq_length=8)
     assert ids(encoded) == [[CLS, A, A + 1, A + 2, SEP, A, A + 1, SEP], [CLS, A, A + 1, SEP]]
     assert encoded.first_lengths.tolist() == [5, 4]
-    assert encoded.labels is not None
-    assert encoded.labels.tolist() == [1, 0]
-    assert encoded.labels.dtype == torch.int64
+    assert encoded.per_row["labels"].tolist() == [1, 0]
+    assert encoded.per_row["labels"].dtype == "int64"
     single = encode(sst2, [Example(("a b c d ",), 0)], tokenizer, max_seq_length=5)
     assert ids(single) == [[CLS, A, A + 1, A + 2, SEP]]
     with pytest.raises(UserError, match=r"max_seq_length is 4; MRPC needs at least 5"):
@@ -50,8 +49,7 @@ def test_encoding_of_pairs_single_sentences_and_an_empty_second(tokenizer: Elect
 def test_stsb_targets_are_scaled_to_one(tokenizer: ElectraTokenizerFast) -> None:
     examples = [Example(("a", "b"), score) for score in (0.0, 2.5, 5.0)]
     encoded = encode(TASKS["stsb"], examples, tokenizer, max_seq_length=16)
-    assert encoded.labels is not None
-    assert torch.equal(encoded.labels, torch.tensor([0.0, 0.5, 1.0]))
+    assert encoded.per_row["labels"].tolist() == [0.0, 0.5, 1.0]
 
 
 def test_swapped_pairs_double_the_training_examples_of_mrpc_and_stsb_alone() -> None:
@@ -76,8 +74,7 @@ def test_pairs_are_swapped_in_training_alone(files: Path, tokenizer: ElectraToke
     train, dev, test = (encode_split(TASKS["mrpc"], s, str(files), tokenizer, 16) for s in ("train", "dev", "test"))
     assert ids(train)[:2] == ids(dev) == ids(test)
     assert ids(train)[2] == [CLS, A + 3, SEP, A, A + 1, A + 2, SEP]
-    assert train.labels is not None
-    assert train.labels.tolist() == [1, 0, 1, 0]
+    assert train.per_row["labels"].tolist() == [1, 0, 1, 0]
     assert len(dev) == len(test) == 2
     assert len(encode_split(TASKS["mrpc"], "train", str(files), tokenizer, 16, limit=1, seed=3)) == 2
     assert len(encode_split(TASKS["mrpc"], "dev", str(files), tokenizer, 16, limit=1, seed=3)) == 2

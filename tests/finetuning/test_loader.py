@@ -11,8 +11,9 @@ from transformers import ElectraTokenizerFast
 from electra_composer.batches.collation import split_batch
 from electra_composer.finetuning.data import encode
 from electra_composer.finetuning.files import Example
-from electra_composer.finetuning.loader import build_loader, collate
+from electra_composer.finetuning.loader import build_loader
 from electra_composer.finetuning.tasks import TASKS
+from electra_composer.tasks.encoded import collate
 
 
 def test_a_batch_is_padded_to_a_multiple_of_eight(tokenizer: ElectraTokenizerFast) -> None:
@@ -45,9 +46,8 @@ def test_a_batch_is_what_transformers_pads(tokenizer: ElectraTokenizerFast) -> N
 def test_a_test_set_has_no_labels_and_keeps_its_index(tokenizer: ElectraTokenizerFast) -> None:
     examples = [Example(("a b",), None, 17), Example(("a b c d e f g h i",), None, 4), Example(("a b c d",), None, 9)]
     encoded = encode(TASKS["sst2"], examples, tokenizer, max_seq_length=16)
-    assert encoded.labels is None
-    assert encoded.indices is not None
-    assert encoded.indices.tolist() == [17, 4, 9]
+    assert not encoded.per_row
+    assert encoded.source.tolist() == [17, 4, 9]
     batches = list(build_loader(encoded, PAD, 2, num_workers=0, shuffle_seed=None).dataloader)
     assert [batch["indices"].tolist() for batch in batches] == [[1, 2], [0]]  # from the longest to the shortest example
     assert [batch["input_ids"].shape for batch in batches] == [(2, 16), (1, 8)]
@@ -66,7 +66,9 @@ def test_evaluation_sees_each_example_once_and_order_is_restored_by_index(
     batches = list(build_loader(encoded, PAD, 16, workers, shuffle_seed=None).dataloader)
     places = torch.cat([batch["indices"] for batch in batches])
     assert places.sort().values.tolist() == list(range(101))
-    assert torch.equal(torch.cat([batch["labels"] for batch in batches])[places.argsort()], encoded.labels)
+    assert torch.equal(
+        torch.cat([batch["labels"] for batch in batches])[places.argsort()], torch.from_numpy(encoded.per_row["labels"])
+    )
     rows = [row[row != PAD].tolist() for batch in batches for row in batch["input_ids"]]
     assert [rows[i] for i in places.argsort()] == ids(encoded)
     assert [batch["input_ids"].shape[1] for batch in batches] == sorted(

@@ -22,11 +22,11 @@ from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.finetuning import one_run
 from electra_composer.finetuning.data import encode_split
-from electra_composer.finetuning.loader import collate
 from electra_composer.finetuning.one_run import RunFiles, TaskData, finetune
 from electra_composer.finetuning.predictions import format_predictions, load_logits
 from electra_composer.finetuning.runs import PlannedRun
 from electra_composer.finetuning.tasks import TASKS
+from electra_composer.tasks.encoded import collate
 from electra_composer.training.startup import start
 
 

@@ -1,0 +1,1 @@
+"""Tasks of one's own: reading, heads, losses, scores, predictions and saved models of each kind."""

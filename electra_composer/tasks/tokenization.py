@@ -1,0 +1,119 @@
+"""Texts to token ids, and pairs of texts to rows `[CLS] A [SEP] B [SEP]`."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Iterable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from electra_composer.tasks.encoded import EncodedRows
+
+TOKENIZER_CHUNK = 4096  # texts per call of the tokenizer, and per step of the progress bar
+JOIN_CHUNK = 65536  # rows
+
+Length = TypeVar("Length", int, NDArray[np.int64])
+
+
+class Pieces(NamedTuple):
+    """Token ids of texts, without special tokens: text i is `tokens[offsets[i]:offsets[i + 1]]`.
+
+    Attributes:
+        tokens: int32 `[all tokens]`.
+        offsets: int64 `[texts + 1]`.
+    """
+
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of tokens of each text, int64 `[texts]`."""
+        return np.diff(self.offsets)
+
+
+def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, title: str, progress: bool = False) -> Pieces:
+    """Tokenize texts without truncation. The texts are read as they are needed, and not kept.
+
+    Args:
+        title: of the progress bar.
+        progress: show a progress bar if the output is a terminal.
+    """
+    flat, lengths = array("i"), array("q")
+    rest = iter(texts)
+    with tqdm(desc=f"tokenizing {title}", unit="ex", leave=False, disable=None if progress else True) as bar:
+        while chunk := list(itertools.islice(rest, TOKENIZER_CHUNK)):
+            # verbose=False: no warning of texts longer than the position table, which are truncated later.
+            encoded = tokenizer(
+                chunk,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
+            for ids in encoded:
+                flat.extend(ids)
+            lengths.extend(map(len, encoded))
+            bar.update(len(chunk))
+    return Pieces(np.array(flat, dtype=np.int32), offsets_of(np.array(lengths, dtype=np.int64)))
+
+
+def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return 0 and the cumulative sum of lengths, int64 `[rows + 1]`."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+
+
+def truncated_lengths(first: Length, second: Length, budget: int) -> tuple[Length, Length]:
+    """Return the lengths of A and B truncated to `budget` tokens: pop from the longer, from B if equal.
+
+    Source: `_truncate_seq_pair` of google-research/electra `finetune/classification/classification_tasks.py`, here in
+    closed form.
+    """
+    kept = (
+        np.minimum(first, np.maximum(budget - second, budget - budget // 2)),
+        np.minimum(second, np.maximum(budget - first, budget // 2)),
+    )
+    return kept if isinstance(first, np.ndarray) else (int(kept[0]), int(kept[1]))  # type: ignore[return-value]
+
+
+def full_lengths(first: Pieces, second: Pieces | None) -> NDArray[np.int64]:
+    """Return the number of tokens of each row of :func:`join` without truncation, int64 `[rows]`."""
+    if second is None:
+        return first.lengths + 2
+    return first.lengths + 2 + second.lengths + (second.lengths > 0)
+
+
+def join(first: Pieces, second: Pieces | None, max_seq_length: int, cls: int, sep: int) -> EncodedRows:
+    """Truncate texts to `max_seq_length` tokens in all, and add the special tokens.
+
+    An empty B gives a row with two special tokens, as in google-research/electra.
+    """
+    before = first.lengths
+    after = np.zeros_like(before) if second is None else second.lengths
+    # Two special tokens without B, three with it.
+    specials = 2 + (after > 0)
+    singles = np.minimum(before, max_seq_length - 2)
+    pairs = truncated_lengths(before, after, max_seq_length - 3)
+    before, after = np.where(after > 0, pairs[0], singles), np.where(after > 0, pairs[1], 0)
+    offsets = offsets_of(before + after + specials)
+    tokens = np.full(offsets[-1], sep, dtype=np.int32)
+    tokens[offsets[:-1]] = cls
+    for start in range(0, len(before), JOIN_CHUNK):
+        rows = slice(start, start + JOIN_CHUNK)
+        places = offsets[:-1][rows] + 1
+        tokens[_indices(places, before[rows])] = first.tokens[_indices(first.offsets[:-1][rows], before[rows])]
+        if second is not None:
+            places = places + before[rows] + 1
+            tokens[_indices(places, after[rows])] = second.tokens[_indices(second.offsets[:-1][rows], after[rows])]
+    return EncodedRows(tokens, offsets, before + 2)
+
+
+def _indices(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Concatenate `starts[i], starts[i] + 1, …`, of `lengths[i]` each."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
