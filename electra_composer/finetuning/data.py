@@ -121,10 +121,7 @@ def encode(
             f"data.max_seq_length is {max_seq_length}; {task.folder} needs at least {2 * columns + 1}: "
             "the special tokens and one token of each sentence"
         )
-    pieces = [
-        tokenize((example.texts[column] for example in examples), tokenizer, task.folder, progress)
-        for column in range(columns)
-    ]
+    pieces = tokenize((example.texts for example in examples), columns, tokenizer, task.folder, progress)
     second = pieces[1] if columns == 2 else None
     rows = join(pieces[0], second, max_seq_length, tokenizer.cls_token_id, tokenizer.sep_token_id)
     if examples[0].label is None:

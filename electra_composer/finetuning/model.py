@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import math
 from typing import Any
 
@@ -11,23 +9,18 @@ import torch
 import torch.nn.functional as F
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.models import ComposerModel
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueModelConfig
-from electra_composer.errors import UserError
 from electra_composer.finetuning.metrics import build_metrics
 from electra_composer.finetuning.tasks import Task
-from electra_composer.model.encoder import EncoderConfig
-from electra_composer.model.finetuning import ElectraForClassification, ElectraForReplacedTokens
+from electra_composer.model.finetuning import ElectraForClassification, linear_head
 from electra_composer.model.weight_maps import State as Weights
+from electra_composer.tasks.model import COLLAPSED, HEAD, FinetunedModel, encoder_config, load_body
 
-MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")
-HEAD = "head."  # prefix of the weights that a pretrained discriminator does not have
 EVAL_LABEL = "eval"  # evaluator label of the dev set; a second dev set appends the suffix of its metrics
-COLLAPSED = "collapsed"
 CONSTANT_REGRESSION = 1e-3  # fraction of the target range within which predictions count as equal
 
 
@@ -57,28 +50,8 @@ class Collapsed(Metric):
         return (self.highest - self.lowest <= self.tolerance).float()
 
 
-class ElectraClassifier(ComposerModel):
-    """`ComposerModel` with the loss and metrics of a task.
-
-    Args:
-        model: the only child module, named `model`: parameter names are `model.embeddings.…` (see optim.py).
-        task: the task.
-        cpu_autocast: run the forward pass under bfloat16 autocast on the CPU (see devices.py).
-    """
-
-    def __init__(
-        self, model: ElectraForClassification | ElectraForReplacedTokens, task: Task, cpu_autocast: bool = False
-    ):
-        super().__init__()
-        self.model = model
-        self.task = task
-        self.cpu_autocast = cpu_autocast
-
-    def forward(self, batch: dict[str, Any]) -> Tensor:
-        """Return the logits of a batch of loader.py, fp32 `[rows, num_outputs]`."""
-        autocast = torch.autocast("cpu", torch.bfloat16) if self.cpu_autocast else contextlib.nullcontext()
-        with autocast:
-            return self.model(*(batch[name] for name in MODEL_INPUTS))
+class ElectraClassifier(FinetunedModel):
+    """Model with the loss and metrics of a GLUE task. Its outputs are logits, fp32 `[rows, num_outputs]`."""
 
     def loss(self, outputs: Tensor, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the mean cross-entropy of the rows, or the mean squared error for regression, fp32."""
@@ -164,43 +137,15 @@ def build_classifier(
     Raises:
         UserError: the weights of the source do not fit; only those of the head may be missing.
     """
-    sizes = encoder_config(source, config)
+    sizes = encoder_config(source, config.dropout)
     if config.random_init:
         model = ElectraForClassification(sizes, task.num_outputs, config.classifier_dropout)
         return ElectraClassifier(model, task, cpu_autocast)
     with torch.device("meta"):  # draws no random numbers for weights that `source` replaces
         model = ElectraForClassification(sizes, task.num_outputs, config.classifier_dropout)
-    head = nn.Linear(sizes.hidden_size, task.num_outputs)
-    nn.init.xavier_uniform_(head.weight)
-    nn.init.zeros_(head.bias)
+    head = linear_head(sizes.hidden_size, task.num_outputs)
     load_body(model, source, {f"{HEAD}{name}": tensor for name, tensor in head.state_dict().items()})
     return ElectraClassifier(model, task, cpu_autocast)
-
-
-def encoder_config(source: Pretrained, config: GlueModelConfig) -> EncoderConfig:
-    """Return the sizes of the source, with the dropout of the configuration if set."""
-    if config.dropout is None:
-        return source.encoder
-    return dataclasses.replace(source.encoder, dropout=config.dropout, attention_dropout=config.dropout)
-
-
-def load_body(model: nn.Module, source: Pretrained, head: Weights) -> None:
-    """Load copies of the weights of `source`, and `head`, into a model on the meta device.
-
-    Args:
-        head: weights of the head by full name, not copied.
-
-    Raises:
-        UserError: missing or unexpected weights, or other shapes.
-    """
-    weights: Weights = {**{name: tensor.clone() for name, tensor in source.weights.items()}, **head}
-    try:
-        model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:  # wrong names or shapes
-        raise UserError(
-            f"model.source {source.name}: its weights do not fit an ELECTRA discriminator of its configuration: "
-            f"{' '.join(str(error).split())[:500]}; use another source"
-        ) from error
 
 
 def body_weights(classifier: ElectraClassifier) -> Weights:

@@ -14,9 +14,10 @@ from torch import Tensor
 from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueModelConfig
 from electra_composer.errors import UserError
-from electra_composer.finetuning.model import ElectraClassifier, encoder_config, load_body
+from electra_composer.finetuning.model import ElectraClassifier
 from electra_composer.finetuning.tasks import Task
 from electra_composer.model.finetuning import ElectraForReplacedTokens
+from electra_composer.tasks.model import encoder_config, load_body
 
 
 def is_first(example_ids: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def build_ranker(source: Pretrained, task: Task, config: GlueModelConfig, cpu_au
     Raises:
         UserError: the source has no discriminator head, or its weights do not fit.
     """
-    sizes = encoder_config(source, config)
+    sizes = encoder_config(source, config.dropout)
     if config.random_init:
         return ElectraRanker(ElectraForReplacedTokens(sizes), task, cpu_autocast)
     if source.rtd_head is None:

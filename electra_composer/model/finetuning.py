@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from electra_composer.model.encoder import Embeddings, Encoder, EncoderConfig, init_weights
@@ -29,6 +31,44 @@ class ElectraForReplacedTokens(nn.Module):
         """Integers `[rows, length]` → logits, fp32 `[rows, length]`; positive means replaced."""
         embedded = self.embeddings(input_ids, token_type_ids, position_ids)
         return self.rtd_head(self.encoder(embedded, pattern_of(sequence_ids, self.attention_path))).float()
+
+
+class ElectraWithHead(nn.Module):
+    """Discriminator encoder with dropout and a head.
+
+    Args:
+        config: sizes of the discriminator.
+        head: last hidden states → outputs; it keeps its initial weights.
+        dropout: dropout probability before the head.
+        per_token: whether the head reads the states of all tokens, `[rows, length, hidden]`, instead of those of
+            `[CLS]`, `[rows, hidden]`.
+    """
+
+    def __init__(self, config: EncoderConfig, head: nn.Module, dropout: float = 0.1, per_token: bool = False):
+        super().__init__()
+        self.attention_path = "sdpa"
+        self.per_token = per_token
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.dropout = Dropout(dropout)
+        init_weights(self, config.initializer_range)
+        self.head = head
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, sequence_ids: Tensor, *more: Tensor
+    ) -> Any:
+        """Integers `[rows, length]`, one example per row → what the head returns; it receives `more` too."""
+        embedded = self.embeddings(input_ids, token_type_ids, position_ids)
+        hidden = self.encoder(embedded, pattern_of(sequence_ids, self.attention_path))
+        return self.head(self.dropout(hidden if self.per_token else hidden[:, 0]), *more)
+
+
+def linear_head(hidden_size: int, outputs: int) -> nn.Linear:
+    """Build a linear head as google-research/electra does: weight Xavier-uniform, bias zero."""
+    head = nn.Linear(hidden_size, outputs)
+    nn.init.xavier_uniform_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 class ElectraForClassification(nn.Module):

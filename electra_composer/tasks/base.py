@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,6 @@ from electra_composer.finetune_config import TaskConfig, TaskModelConfig
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.tasks.encoded import EncodedRows
 from electra_composer.tasks.rows import LeftOut, Row
-from electra_composer.tasks.tables import Table
 
 Output = NDArray[np.float32]
 """What is kept of the model's output for one row: an array whose mean over models is an ensemble."""
@@ -38,7 +37,7 @@ class Split:
     """
 
     name: str
-    table: Table
+    table: Iterable[Row]
     columns: Columns
     left_out: LeftOut
     chosen: NDArray[np.bool_] | None = None

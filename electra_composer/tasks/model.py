@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,18 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from electra_composer.checkpoints.weights import Pretrained
+from electra_composer.errors import UserError
+from electra_composer.finetune_config import TaskModelConfig
+from electra_composer.model.encoder import EncoderConfig
+from electra_composer.model.finetuning import ElectraWithHead
+from electra_composer.model.weight_maps import State as Weights
 from electra_composer.tasks.base import Output, Task
 from electra_composer.tasks.encoded import EncodedRows
 
 MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")
-COLLAPSED = "collapsed"
+HEAD = "head."  # prefix of the weights that a pretrained discriminator does not have
+COLLAPSED = "collapsed"  # name of the score that is 1 if all predictions are equal
 
 
 class Evaluation:
@@ -82,30 +90,49 @@ class Score(Metric):
             self.evaluation.clear()
 
 
-class TaskModel(ComposerModel):
-    """`ComposerModel` with the loss and scores of a task.
+class FinetunedModel(ComposerModel):
+    """`ComposerModel` of an encoder with a head.
 
     Args:
         model: the only child module, named `model`: parameter names are `model.embeddings.…` (see optim.py).
         task: the task.
-        validation: rows that are evaluated; None: there is no evaluation.
         cpu_autocast: run the forward pass under bfloat16 autocast on the CPU (see devices.py).
     """
 
-    def __init__(
-        self, model: nn.Module, task: Task, validation: EncodedRows | None = None, cpu_autocast: bool = False
-    ):
+    def __init__(self, model: nn.Module, task: Any, cpu_autocast: bool = False):
         super().__init__()
         self.model = model
         self.task = task
-        self.validation = validation
         self.cpu_autocast = cpu_autocast
 
     def forward(self, batch: dict[str, Any]) -> Any:
-        """Return the outputs of the head, fp32."""
+        """Return the outputs of the head for a batch of loader.py."""
         autocast = torch.autocast("cpu", torch.bfloat16) if self.cpu_autocast else contextlib.nullcontext()
         with autocast:
-            return self.task.forward(self.model, [batch[name] for name in MODEL_INPUTS], batch)
+            return self.run([batch[name] for name in MODEL_INPUTS], batch)
+
+    def run(self, inputs: list[Tensor], batch: dict[str, Any]) -> Any:
+        """Run the model on the inputs of its encoder."""
+        return self.model(*inputs)
+
+
+class TaskModel(FinetunedModel):
+    """Model with the loss and scores of a task.
+
+    Args:
+        model, task, cpu_autocast: see :class:`FinetunedModel`.
+        validation: rows that are evaluated; None: there is no evaluation.
+    """
+
+    task: Task
+
+    def __init__(self, model: nn.Module, task: Task, validation: EncodedRows | None = None, cpu_autocast: bool = False):
+        super().__init__(model, task, cpu_autocast)
+        self.validation = validation
+
+    def run(self, inputs: list[Tensor], batch: dict[str, Any]) -> Any:
+        """Run the model as the task does."""
+        return self.task.forward(self.model, inputs, batch)
 
     def loss(self, outputs: Any, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of the task, fp32."""
@@ -121,3 +148,55 @@ class TaskModel(ComposerModel):
 
     def update_metric(self, batch: dict[str, Any], outputs: Any, metric: Metric) -> None:
         metric.update(outputs, batch)
+
+
+def build_task_model(
+    source: Pretrained,
+    task: Task,
+    config: TaskModelConfig,
+    validation: EncodedRows | None = None,
+    cpu_autocast: bool = False,
+) -> TaskModel:
+    """Build a model for `task` with copies of the weights of `source` and a randomly initialized head.
+
+    With `config.random_init` all weights are random. Random numbers are drawn from torch's global generator.
+
+    Raises:
+        UserError: the weights of the source do not fit.
+    """
+    sizes = encoder_config(source, config.dropout)
+    head = task.build_head(sizes)
+    if config.random_init:
+        model = ElectraWithHead(sizes, head, config.classifier_dropout, task.per_token)
+    else:
+        with torch.device("meta"):  # draws no random numbers for weights that `source` replaces
+            model = ElectraWithHead(sizes, nn.Identity(), config.classifier_dropout, task.per_token)
+        load_body(model, source, {})
+        model.head = head
+    return TaskModel(model, task, validation, cpu_autocast)
+
+
+def encoder_config(source: Pretrained, dropout: float | None) -> EncoderConfig:
+    """Return the sizes of the source, with another dropout if it is not None."""
+    if dropout is None:
+        return source.encoder
+    return dataclasses.replace(source.encoder, dropout=dropout, attention_dropout=dropout)
+
+
+def load_body(model: nn.Module, source: Pretrained, head: Weights) -> None:
+    """Load copies of the weights of `source`, and `head`, into a model on the meta device.
+
+    Args:
+        head: weights of the head by full name, not copied.
+
+    Raises:
+        UserError: missing or unexpected weights, or other shapes.
+    """
+    weights: Weights = {**{name: tensor.clone() for name, tensor in source.weights.items()}, **head}
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:  # wrong names or shapes
+        raise UserError(
+            f"model.source {source.name}: its weights do not fit an ELECTRA discriminator of its configuration: "
+            f"{' '.join(str(error).split())[:500]}; use another source"
+        ) from error

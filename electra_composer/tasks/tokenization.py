@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -37,30 +37,41 @@ class Pieces(NamedTuple):
         return np.diff(self.offsets)
 
 
-def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, title: str, progress: bool = False) -> Pieces:
-    """Tokenize texts without truncation. The texts are read as they are needed, and not kept.
+def tokenize(
+    texts: Iterable[Sequence[str]], columns: int, tokenizer: PreTrainedTokenizerFast, title: str, progress: bool = False
+) -> list[Pieces]:
+    """Tokenize texts without truncation. They are read as they are needed, and not kept.
 
     Args:
+        texts: the texts of each example.
+        columns: number of texts per example.
         title: of the progress bar.
         progress: show a progress bar if the output is a terminal.
+
+    Returns:
+        The first texts of all examples, then the second ones.
     """
-    flat, lengths = array("i"), array("q")
+    flat, lengths = [array("i") for _ in range(columns)], [array("q") for _ in range(columns)]
     rest = iter(texts)
     with tqdm(desc=f"tokenizing {title}", unit="ex", leave=False, disable=None if progress else True) as bar:
         while chunk := list(itertools.islice(rest, TOKENIZER_CHUNK)):
-            # verbose=False: no warning of texts longer than the position table, which are truncated later.
-            encoded = tokenizer(
-                chunk,
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-            for ids in encoded:
-                flat.extend(ids)
-            lengths.extend(map(len, encoded))
+            for column in range(columns):
+                # verbose=False: no warning of texts longer than the position table, which are truncated later.
+                encoded = tokenizer(
+                    [each[column] for each in chunk],
+                    add_special_tokens=False,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                    verbose=False,
+                )["input_ids"]
+                for ids in encoded:
+                    flat[column].extend(ids)
+                lengths[column].extend(map(len, encoded))
             bar.update(len(chunk))
-    return Pieces(np.array(flat, dtype=np.int32), offsets_of(np.array(lengths, dtype=np.int64)))
+    return [
+        Pieces(np.array(tokens, dtype=np.int32), offsets_of(np.array(counts, dtype=np.int64)))
+        for tokens, counts in zip(flat, lengths, strict=True)
+    ]
 
 
 def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
