@@ -36,7 +36,8 @@ def training_examples(task: Task, examples: list[Example], limit: int | None, se
 def _rows(arrays: Arrays) -> EncodedRows:
     """Return the rows of the arrays of a cache file."""
     per_row = {"labels": arrays["labels"]} if "labels" in arrays else {}
-    return EncodedRows(*(arrays[name] for name in ROW_ARRAYS), per_row, source=arrays.get("indices"))
+    tokens, offsets, first_lengths = (arrays[name] for name in ROW_ARRAYS)
+    return EncodedRows(tokens, offsets, first_lengths, per_row, source=arrays.get("indices"))
 
 
 def encode_split(

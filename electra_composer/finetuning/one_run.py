@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import gc
 import math
 import os
 import time
@@ -12,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
-from composer import Evaluator
 from composer.core import Timestamp
 from composer.utils import reproducibility
 from safetensors import SafetensorError
@@ -21,9 +18,9 @@ from electra_composer.atomic_files import write_file
 from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueConfig, TaskSettings
 from electra_composer.errors import UserError
-from electra_composer.finetuning.loader import Encoded, build_loader
+from electra_composer.finetuning.fit import collect_garbage, fitted, own_folder
+from electra_composer.finetuning.loader import Encoded
 from electra_composer.finetuning.model import (
-    EVAL_LABEL,
     ElectraClassifier,
     EpochScores,
     KeepLogits,
@@ -34,13 +31,7 @@ from electra_composer.finetuning.predictions import logits_key, save_logits
 from electra_composer.finetuning.ranker import build_ranker
 from electra_composer.finetuning.runs import PlannedRun, now
 from electra_composer.finetuning.tasks import Task
-from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
-from electra_composer.training.compilation import explain_compile_errors
-from electra_composer.training.determinism import explain_nondeterministic_operators
-from electra_composer.training.devices import resolve_device
-from electra_composer.training.startup import device_batch_size
 from electra_composer.training.times import parse_time
-from electra_composer.training.trainer import build_trainer
 
 
 @dataclass
@@ -143,17 +134,12 @@ def finetune(
     if run.starts_from is not None:
         source = dataclasses.replace(source, weights=_load_weights(files.weights(run.starts_from.name)))
     reproducibility.seed_all(run.seed)  # determines the head, and random weights
-    model = build_model(source, task, config, cpu_autocast)
-    model.model.attention_path = attention_path
-    device_type = "cuda" if resolve_device(config.trainer)[0] == "gpu" else "cpu"
-    use_layer_kernels(model, resolve_layer_kernels(config.trainer.layer_kernels, device_type))
-    try:
-        scores, timestamp = _train_and_predict(mine, model, run, data, files, source.tokenizer.pad_token_id)
-    finally:
-        # Workaround (composer 0.32): trainers are in reference cycles, and their models accumulate on the device until
-        # a garbage collection; goes when closing a trainer breaks the cycles.
+    with collect_garbage():
+        model = build_model(source, task, config, cpu_autocast)
+        scores, timestamp = _train_and_predict(
+            mine, model, run, data, files, source.tokenizer.pad_token_id, attention_path
+        )
         del model
-        gc.collect()
     metrics = scores.epochs[-1]["metrics"]
     train_seconds = timestamp.total_wct.total_seconds()
     return {
@@ -176,60 +162,31 @@ def finetune(
 
 def config_of_run(config: GlueConfig, run: PlannedRun, files: RunFiles) -> GlueConfig:
     """Apply the settings of the run's task, and give the run its own name, seed and checkpoint folder."""
-    group = os.path.basename(files.folder)
-    return dataclasses.replace(
-        config_of_task(config, run.task),
-        run_name=f"{config.run_name}-{run.name}",
-        seed=run.seed,
-        checkpoints=dataclasses.replace(
-            config.checkpoints,
-            folder=os.path.join(config.checkpoints.folder, group, run.name),
-            # A run takes minutes: an interrupted run starts from the beginning and overwrites its checkpoints.
-            resume=False,
-            overwrite=True,
-        ),
-    )
+    return own_folder(config_of_task(config, run.task), run.name, run.seed, os.path.basename(files.folder))
 
 
 def _train_and_predict(
-    config: GlueConfig, model: ElectraClassifier, run: PlannedRun, data: TaskData, files: RunFiles, pad_id: int
+    config: GlueConfig,
+    model: ElectraClassifier,
+    run: PlannedRun,
+    data: TaskData,
+    files: RunFiles,
+    pad_id: int,
+    attention_path: str,
 ) -> tuple[EpochScores, Timestamp]:
     """Train and evaluate; predict the test sets; save logits, and the weights of an intermediate task."""
-    pin_memory = resolve_device(config.trainer)[0] == "gpu"
-    load = functools.partial(build_loader, pad_id=pad_id, num_workers=config.data.num_workers, pin_memory=pin_memory)
-    load_eval = functools.partial(load, device_batch_size=config.trainer.device_eval_batch_size, shuffle_seed=None)
     scores, keep = EpochScores(), KeepLogits()
-    assert config.trainer.max_duration is not None
-    trainer = build_trainer(
-        config,
-        model,
-        load(data.train, device_batch_size=device_batch_size(config.trainer), shuffle_seed=run.seed),
-        load_eval(data.dev["dev"]),
-        config.trainer.max_duration,
-        callbacks=[scores, keep],
-        static_shapes=False,  # a batch is as long as its longest example
-    )
-    try:
-        with explain_compile_errors(), explain_nondeterministic_operators():
-            if len(data.dev) == 1:
-                trainer.fit()
-            else:
-                evaluators = [
-                    Evaluator(label=EVAL_LABEL + run.task.dev_splits[name], dataloader=load_eval(part))
-                    for name, part in data.dev.items()
-                ]
-                trainer.fit(eval_dataloader=evaluators, eval_interval=config.trainer.eval_interval)
+    dev = {run.task.dev_splits[name]: part for name, part in data.dev.items()}
+    with fitted(config, model, data.train, dev, pad_id, attention_path, [scores, keep]) as (trainer, load):
         timestamp = trainer.state.timestamp
         if data.test:
             logits = {}
             for name, part in data.test.items():
-                trainer.predict(load_eval(part), return_outputs=False)
+                trainer.predict(load(part), return_outputs=False)
                 logits[name] = keep.logits()
             save_logits(files.logits(run.name), logits)
         if config.intermediate and run.task.name == "mnli":
             _save_weights(files.weights(run.name), body_weights(model))
-    finally:
-        trainer.close()
     return scores, timestamp
 
 

@@ -19,6 +19,7 @@ from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import to_dict
 from electra_composer.errors import UserError
+from electra_composer.finetune_config import FinetuneConfig
 from electra_composer.finetuning.plot import plot
 from electra_composer.finetuning.published import published_rows
 from electra_composer.finetuning.report import AVERAGED, csv_text, markdown
@@ -28,7 +29,7 @@ from electra_composer.training.compilation import choose_compile
 from electra_composer.vocabulary import vocabulary_sha256
 
 # Settings that may differ within a group because they do not affect scores.
-IGNORED_KEYS = ("run_name", "tasks", "seeds", "results", "checkpoints", "callbacks", "loggers", "predict")
+IGNORED_KEYS = ("run_name", "tasks", "seeds", "results", "checkpoints", "callbacks", "loggers", "predict", "save")
 IGNORED_SUBKEYS = (
     ("trainer", "progress_bar"),
     ("trainer", "log_interval"),
@@ -38,6 +39,7 @@ IGNORED_SUBKEYS = (
     ("trainer", "device_eval_batch_size"),
     ("data", "num_workers"),
     ("data", "cache"),
+    ("data", "test"),
 )
 
 # Callbacks that end a run early; others do not affect scores.
@@ -61,7 +63,7 @@ def describe_source(source: Pretrained, random_init: bool) -> dict[str, Any]:
     }
 
 
-def group_of(config: GlueConfig, source: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def group_of(config: GlueConfig | FinetuneConfig, source: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the group of a configuration; only runs of one group are summarized together.
 
     Args:
@@ -86,7 +88,7 @@ def group_of(config: GlueConfig, source: dict[str, Any]) -> tuple[str, dict[str,
     return hashlib.sha256(text.encode()).hexdigest()[:12], json.loads(text)
 
 
-def open_store(config: GlueConfig, group: str, check_only: bool = False) -> RunStore:
+def open_store(config: GlueConfig | FinetuneConfig, group: str, check_only: bool = False) -> RunStore:
     """Open the record of `config.results` for runs of `group`; call on rank 0, before other ranks read the record.
 
     Args:
@@ -164,7 +166,7 @@ def summary(
     tasks = {}
     for name in TASKS:
         if mine := [run for run in runs if run["task"] == name]:
-            tasks[name] = _task_summary(name, sorted(mine, key=lambda run: run["seed"]))
+            tasks[name] = over_seeds(TASKS[name].folder, TASKS[name].metrics[0], mine)
     averaged = [name for name in AVERAGED if name in tasks]
     average = {key: _mean([tasks[name][key] for name in averaged]) for key in ("mean", "median", "best")}
     return {
@@ -176,7 +178,7 @@ def summary(
         "published": published_rows(settings.get("hidden_size of model.source")),
         "failures": list(failures),
         "other_groups": _other_groups(settings, others),
-        "versions": _all_versions(runs),
+        "versions": all_versions(runs),
         "settings": settings,
     }
 
@@ -219,21 +221,27 @@ def write_reports(store: RunStore, group: str, path: str, settings: dict[str, An
     return results
 
 
-def _task_summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def over_seeds(title: str, metric: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Summarize the runs of one task.
+
+    Returns:
+        An entry of `tasks` in :func:`summary`.
+    """
+    runs = sorted(runs, key=lambda run: run["seed"])
     scores = [run["score"] for run in runs]
     known = [score for score in scores if score is not None]
     defined = len(known) == len(scores)
-    metrics = list(dict.fromkeys(metric for run in runs for metric in run["metrics"]))
+    metrics = list(dict.fromkeys(name for run in runs for name in run["metrics"]))
     return {
-        "task": TASKS[name].folder,
-        "metric": TASKS[name].metrics[0],
+        "task": title,
+        "metric": metric,
         "mean": statistics.fmean(known) if defined else None,
         "std": statistics.stdev(known) if defined and len(known) > 1 else None,
         "median": statistics.median(known) if defined else None,
         "best": max(known, default=None),
         "n": len(runs),
         "collapsed": sum(run["collapsed"] for run in runs),
-        "metrics": {metric: _mean([run["metrics"].get(metric) for run in runs]) for metric in metrics},
+        "metrics": {name: _mean([run["metrics"].get(name) for run in runs]) for name in metrics},
         "runs": [{key: value for key, value in run.items() if key not in GROUP_KEYS} for run in runs],
     }
 
@@ -260,7 +268,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def _all_versions(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+def all_versions(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """Return the library versions of the runs: package → versions."""
     found: dict[str, set[str]] = {}
     for run in runs:

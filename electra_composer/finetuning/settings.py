@@ -10,6 +10,7 @@ from typing import Any
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
+from electra_composer.finetune_config import FinetuneConfig
 from electra_composer.finetuning.one_run import config_of_task
 from electra_composer.finetuning.predictions import check_select
 from electra_composer.finetuning.tasks import TASKS, Task, find_task
@@ -25,16 +26,7 @@ def check_config(config: GlueConfig) -> tuple[list[Task], GlueConfig]:
     names = list(dict.fromkeys(find_task(name).name for name in config.tasks))
     if not names:
         raise UserError("tasks is empty; expected names such as [cola, sst2]")
-    if len(set(config.seeds)) < len(config.seeds):
-        raise UserError(f"seeds is {config.seeds}; expected different integers, one per run")
-    if config.checkpoints.load_path is not None:
-        raise UserError("checkpoints.load_path applies to pretraining only; set model.source instead")
-    if config.checkpoints.remote is not None:
-        raise UserError("checkpoints.remote applies to pretraining only; copy checkpoints.folder after the runs")
-    if config.trainer.eval_batches is not None:
-        raise UserError("trainer.eval_batches applies to pretraining only; all dev examples are scored: set it to null")
-    if config.trainer.fsdp is not None:
-        raise UserError("trainer.fsdp applies to pretraining only; a finetuning run has one device: set it to null")
+    check_shared(config)
     for name in names:
         if (other := TASKS[name].trained_by) is not None and other not in names:
             raise UserError(f"tasks: {name} is predicted by the runs of {other}; add {other}, or remove {name}")
@@ -47,6 +39,24 @@ def check_config(config: GlueConfig) -> tuple[list[Task], GlueConfig]:
     settings = {name_of_task(name): own for name, own in config.task_settings.items()}
     found = [dataclasses.replace(task, **_protocol(config, task)) for task in map(TASKS.__getitem__, names)]
     return found, dataclasses.replace(config, task_settings=settings)
+
+
+def check_shared(config: GlueConfig | FinetuneConfig) -> None:
+    """Refuse equal seeds and the settings that apply to pretraining only.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"seeds is {config.seeds}; expected different integers, one per run")
+    if config.checkpoints.load_path is not None:
+        raise UserError("checkpoints.load_path applies to pretraining only; set model.source instead")
+    if config.checkpoints.remote is not None:
+        raise UserError("checkpoints.remote applies to pretraining only; copy checkpoints.folder after the runs")
+    if config.trainer.eval_batches is not None:
+        raise UserError("trainer.eval_batches applies to pretraining only; all examples are scored: set it to null")
+    if config.trainer.fsdp is not None:
+        raise UserError("trainer.fsdp applies to pretraining only; a finetuning run has one device: set it to null")
 
 
 def name_of_task(name: str) -> str:

@@ -14,7 +14,7 @@ from electra_composer.errors import UserError
 from electra_composer.faults import check_can_write
 from electra_composer.finetuning.data import encode_split
 from electra_composer.finetuning.files import HUB, find_file
-from electra_composer.finetuning.model import EVAL_LABEL
+from electra_composer.finetuning.fit import EVAL_LABEL
 from electra_composer.finetuning.one_run import (
     Encoded,
     RunFiles,

@@ -89,7 +89,7 @@ def truncated_lengths(first: Length, second: Length, budget: int) -> tuple[Lengt
         np.minimum(first, np.maximum(budget - second, budget - budget // 2)),
         np.minimum(second, np.maximum(budget - first, budget // 2)),
     )
-    return kept if isinstance(first, np.ndarray) else (int(kept[0]), int(kept[1]))  # type: ignore[return-value]
+    return kept if isinstance(first, np.ndarray) else (int(kept[0]), int(kept[1]))
 
 
 def full_lengths(first: Pieces, second: Pieces | None) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ from electra_composer import glue, quickstart
 from electra_composer.batches.shards import read_data
 from electra_composer.config import GlueConfig, PretrainConfig
 from electra_composer.config_loading import load_config
-from electra_composer.finetuning import one_run
+from electra_composer.finetuning import fit
 from electra_composer.finetuning.loader import split_ranked
 from electra_composer.training import preparation
 
@@ -95,10 +95,10 @@ def test_loaders_of_finetuning(
     def build(config: GlueConfig, model: Any, train: Any, dev: Any, *_: Any, **__: Any) -> None:
         raise Built(train.dataloader, dev.dataloader)
 
-    monkeypatch.setattr(one_run, "build_trainer", build)
-    monkeypatch.setattr(one_run, "resolve_device", lambda _: (device, "fp32", False))
-    monkeypatch.setattr(one_run, "use_layer_kernels", lambda *_: None)
-    monkeypatch.setattr(one_run, "resolve_layer_kernels", lambda *_: "torch")
+    monkeypatch.setattr(fit, "build_trainer", build)
+    monkeypatch.setattr(fit, "resolve_device", lambda _: (device, "fp32", False))
+    monkeypatch.setattr(fit, "use_layer_kernels", lambda *_: None)
+    monkeypatch.setattr(fit, "resolve_layer_kernels", lambda *_: "torch")
     monkeypatch.setattr(glue, "run_all", lambda plan, *rest: rest[3](plan[0]))
     with pytest.raises(Built) as built:
         glue.main(load_config(YAML, overrides, GlueConfig))
