@@ -10,7 +10,7 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,11 +83,7 @@ def slice_lines(piece: Slice, by_blank_lines: bool) -> Iterator[bytes]:
         for line in file:
             start, position = position, position + len(line)
             if start == 0:
-                if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise UnreadableFile(
-                        f"{piece.path}: is UTF-16; expected UTF-8: convert it, for example with iconv -f UTF-16"
-                    )
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = without_mark(line, piece.path)
             if inside:
                 yield line
             blank = by_blank_lines and not line.strip()
@@ -95,6 +91,17 @@ def slice_lines(piece: Slice, by_blank_lines: bool) -> Iterator[bytes]:
                 inside = True
             if piece.end is not None and _is_border(piece.end, start, position, by_blank_lines, blank):
                 return
+
+
+def without_mark(begin: bytes, path: str) -> bytes:
+    """Return the first bytes of a text file without UTF-8's byte-order mark.
+
+    Raises:
+        UnreadableFile: the mark is that of UTF-16.
+    """
+    if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UnreadableFile(f"{path}: is UTF-16; expected UTF-8: convert it, for example with iconv -f UTF-16")
+    return begin.removeprefix(b"\xef\xbb\xbf")
 
 
 def _is_border(place: int, start: int, end: int, by_blank_lines: bool, blank: bool) -> bool:
@@ -145,18 +152,32 @@ def _read_json_lines(path: str, begin: int, lines: Iterable[bytes], column: str)
             continue
         text, invalid = _decode(line)
         where = f"{path}, line {number}{after}"
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise UnreadableFile(f"{where}: not JSON ({error}); expected one object per line") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: expected an object, found a {type(record).__name__}")
+        record = parse_object(text, where)
         if column not in record:
             raise missing_column(where, column, list(record))
         value = record[column]
         if not isinstance(value, str | None):
             raise UserError(f"{where}: {column!r} is a {type(value).__name__}; expected text")
         yield value or "", invalid
+
+
+def parse_object(text: str, where: str) -> dict[str, Any]:
+    """Parse a line of a JSON Lines file.
+
+    Args:
+        where: file and line, for messages.
+
+    Raises:
+        UnreadableFile: it is not JSON.
+        UserError: it is not an object.
+    """
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFile(f"{where}: not JSON ({error}); expected one object per line") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object, found a {type(record).__name__}")
+    return record
 
 
 def _read_parquet(piece: Slice, column: str) -> Texts:

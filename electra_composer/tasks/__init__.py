@@ -1,1 +1,1 @@
-"""Tasks of one's own: reading, heads, losses, scores, predictions and saved models of each kind."""
+"""Finetuning on the user's own data: readers of files and of data sets of the hub."""

@@ -1,0 +1,154 @@
+"""Find the files of a split, and recognize their format by name and content."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from typing import Any
+
+from electra_composer.corpus.sources import COMPRESSIONS
+from electra_composer.errors import UserError
+from electra_composer.tasks.conll import looks_like_conll
+from electra_composer.tasks.texts import read_pieces
+
+AUTO = "auto"
+# Formats by suffix. Those of `json`, `jsonl` and `text` depend on the content.
+SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    **dict.fromkeys((".conll", ".conllu", ".conllx", ".conllup", ".conll2003", ".conll03"), "conll"),
+    **dict.fromkeys((".iob", ".iob1", ".iob2", ".bio", ".bioes", ".iobes", ".bilou", ".ner"), "conll"),
+}
+FORMATS = ("csv", "tsv", "jsonl", "json", "parquet", "conll", "squad", "mrqa")
+_BEGIN = 1 << 20  # bytes of a file that are looked at
+
+
+def find_table_files(key: str, source: str, format: str = AUTO) -> tuple[str, list[str]]:
+    """Find the files of a path, a folder (not those below it) or a glob, and their format.
+
+    Args:
+        key: of the configuration, for messages.
+        format: one of :data:`FORMATS`, or `auto`.
+
+    Returns:
+        The format, and the files in the order of their names.
+
+    Raises:
+        UserError: no files, files of several formats, an unknown format.
+    """
+    if format not in (AUTO, *FORMATS):
+        raise UserError(f"data.format {format}: unknown; expected {AUTO}, {', '.join(FORMATS)}")
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):
+        found = [path]
+    elif os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if not name.startswith((".", "_")))  # _SUCCESS of Spark
+        found = [file for name in names if os.path.isfile(file := os.path.join(path, name))]
+        if format == AUTO:
+            found = [file for file in found if _format_by_suffix(file)] or found
+        if not found:
+            raise UserError(f"{key} {source}: the folder has no files; expected files of one format in it")
+    else:
+        found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+        if not found:
+            raise UserError(f"{key} {source}: no such file or folder, and no file matches it as a glob; check the path")
+    if format != AUTO:
+        return format, found
+    formats = {file: format_of(file) for file in found}
+    if os.path.isdir(path):  # texts such as README.txt may lie beside the data
+        formats = {file: kind for file, kind in formats.items() if kind} or formats
+    return _one_format(key, source, formats), list(formats)
+
+
+def _one_format(key: str, source: str, formats: dict[str, str | None]) -> str:
+    first = {kind: file for file, kind in reversed(formats.items())}
+    if None in first:
+        raise UserError(
+            f"{first[None]}: the format cannot be told by its name; expected {_suffixes()}, or set data.format to one "
+            f"of {', '.join(FORMATS)}"
+        )
+    if len(first) > 1:
+        shown = ", ".join(f"{kind} ({os.path.basename(file)})" for kind, file in first.items())
+        raise UserError(
+            f"{key} {source}: files of several formats: {shown}; expected one: give a glob such as "
+            f"{os.path.join(os.path.dirname(next(iter(formats))), '*' + _suffix(next(iter(formats))))}"
+        )
+    return next(kind for kind in first if kind)
+
+
+def format_of(path: str) -> str | None:
+    """Return the format of a file, by its name and, where that does not tell, by its begin; None if it is unknown.
+
+    Raises:
+        UserError: a file that has to be looked at cannot be read, or is JSON of another layout.
+    """
+    kind = _format_by_suffix(path)
+    if kind not in ("json", "jsonl", "text"):
+        return kind
+    begin = next(read_pieces(path, _BEGIN), "")
+    if kind == "text":
+        return "conll" if looks_like_conll(begin) else None
+    return _json_format(path, begin, kind)
+
+
+def _json_format(path: str, begin: str, kind: str) -> str:
+    """Tell apart JSON Lines, MRQA's lines, an array, and SQuAD's layout."""
+    begin = begin.lstrip()
+    first = _parse(begin.partition("\n")[0])
+    if isinstance(first, dict):
+        if _is_mrqa(first):
+            return "mrqa"
+        data = first.get("data")
+        return "squad" if isinstance(data, list) and data and _has(data[0], "paragraphs") else "jsonl"
+    if kind == "jsonl" or not begin.startswith(("[", "{")):
+        return kind
+    if begin.startswith("["):
+        return "json"
+    if re.search(r'"data"\s*:\s*\[', begin) and re.search(r'"(paragraphs|title)"\s*:', begin):
+        return "squad"
+    if "\n" not in begin:  # the first line is longer than what was looked at
+        return "jsonl"
+    raise UserError(
+        f"{path}: one JSON object of an unknown layout; expected an array of objects, an object a line, or SQuAD's "
+        "layout (data[].paragraphs[].qas[]): convert it, with pandas by to_json(orient='records', lines=True)"
+    )
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # a part of a longer value, or broken: the reader says where
+        return None
+
+
+def _has(value: Any, key: str) -> bool:
+    return isinstance(value, dict) and key in value
+
+
+def _is_mrqa(first: dict[str, Any]) -> bool:
+    return first.keys() == {"header"} or {"context", "qas"} <= first.keys()
+
+
+def _format_by_suffix(path: str) -> str | None:
+    suffix = _suffix(path).lower()
+    stem, _, last = suffix[1:].partition(".")
+    if last and stem == "parquet":
+        return None
+    return SUFFIXES.get(f".{stem}")
+
+
+def _suffix(path: str) -> str:
+    """Return the suffix of a file's name, with that of its compression."""
+    stem, suffix = os.path.splitext(os.path.basename(path))
+    return os.path.splitext(stem)[1] + suffix if suffix.lower() in COMPRESSIONS else suffix
+
+
+def _suffixes() -> str:
+    return f"{', '.join(SUFFIXES)}, all but .parquet also with {' or '.join(COMPRESSIONS)}"
