@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -77,13 +78,17 @@ class ElectraClassifier(FinetunedModel):
 class EpochScores(Callback):
     """Keep the dev scores of every evaluation.
 
+    Args:
+        unscaled: names of scores that are not multiplied by 100.
+
     Attributes:
         epochs: one entry per evaluation: `epoch` (completed epochs), `step` and `metrics`, name → score × 100 or None
             if undefined. Metrics of a second dev set have its suffix (`accuracy_mm`).
         collapsed: whether all predictions on the first dev set were equal at the last evaluation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unscaled: Collection[str] = ()) -> None:
+        self.unscaled = unscaled
         self.epochs: list[dict[str, Any]] = []
         self.collapsed = False
 
@@ -100,9 +105,8 @@ class EpochScores(Callback):
                 if label == EVAL_LABEL:
                     self.collapsed = bool(value)
                 continue
-            self.epochs[-1]["metrics"][name + label.removeprefix(EVAL_LABEL)] = (
-                100.0 * value if math.isfinite(value) else None
-            )
+            value *= 1.0 if name in self.unscaled else 100.0
+            self.epochs[-1]["metrics"][name + label.removeprefix(EVAL_LABEL)] = value if math.isfinite(value) else None
 
 
 class KeepLogits(Callback):

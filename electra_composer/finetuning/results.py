@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from electra_composer.atomic_files import locked, write_file
@@ -63,11 +63,14 @@ def describe_source(source: Pretrained, random_init: bool) -> dict[str, Any]:
     }
 
 
-def group_of(config: GlueConfig | FinetuneConfig, source: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def group_of(
+    config: GlueConfig | FinetuneConfig, source: dict[str, Any], more: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
     """Return the group of a configuration; only runs of one group are summarized together.
 
     Args:
         source: from :func:`describe_source`.
+        more: further settings.
 
     Returns:
         The group's key, 12 hexadecimal digits, and the flat settings that it is a hash of: `optimizer.lr`, …,
@@ -84,6 +87,7 @@ def group_of(config: GlueConfig | FinetuneConfig, source: dict[str, Any]) -> tup
     # Includes the sizes because random weights have no hash, and because they include dropout.
     described = {**source["sizes"], **{key: source[key] for key in ("weights_sha256", "vocabulary_sha256")}}
     flat.update({f"{key} of model.source": value for key, value in described.items()})
+    flat.update(more or {})
     text = json.dumps(flat, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12], json.loads(text)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_composer.finetune_config import TaskConfig, TaskModelConfig
 from electra_composer.model.encoder import EncoderConfig
+from electra_composer.tasks.analysis import Analysis
 from electra_composer.tasks.encoded import EncodedRows
 from electra_composer.tasks.rows import LeftOut, Row
 
@@ -79,10 +80,14 @@ class Task(abc.ABC):
         self.config = config
         self.model_config = model
 
+    unscaled: ClassVar[frozenset[str]] = frozenset()
+    """Scores that are reported as they are, not × 100."""
+    lower_is_better: ClassVar[frozenset[str]] = frozenset()
+
     @property
     @abc.abstractmethod
     def metrics(self) -> tuple[str, ...]:
-        """Names of the scores; the first is the default of `task.metric`. Larger is better, except `mse`."""
+        """Names of the scores; the first is the default of `task.metric`."""
 
     @property
     def score(self) -> str:
@@ -144,6 +149,13 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def predictions(self, rows: EncodedRows, outputs: Sequence[Output]) -> Iterator[dict[str, Any]]:
         """Yield the prediction of each example, in the order of the file, as JSON values."""
+
+    def analysis(self, rows: EncodedRows, outputs: Sequence[Output]) -> Analysis:
+        """Describe the errors on labelled rows."""
+        return Analysis()
+
+    def tune(self, rows: EncodedRows, outputs: Sequence[Output]) -> None:  # noqa: B027
+        """Choose thresholds on the validation rows, after training. They become part of :meth:`state`."""
 
     def collapsed(self, rows: EncodedRows, outputs: Sequence[Output]) -> bool:
         """Return whether all predictions are equal: a run that failed."""
