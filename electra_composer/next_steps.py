@@ -109,7 +109,7 @@ def describe_scores(results: str, record: str, predictions: str | None, source: 
         },
         {
             "statistics over models, with the results of each": [
-                *("python", "-m", "electra_composer.finetuning.report", results)
+                *("python", in_repository("electra_composer/glue_report.py"), results)
             ],
             "export for transformers": ours and export(ours, os.path.basename(os.path.normpath(ours))),
         },

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tiny import ROOT
 
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config
-from electra_composer.finetuning.results import group_of
+from electra_composer.finetuning.results import group_of, summary
+from electra_composer.finetuning.tasks import TASKS
+
+EIGHT = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
+Scores = Mapping[str, list[float | None]]
 
 SOURCE: dict[str, Any] = {
     "name": "a model",
@@ -45,3 +50,20 @@ def make_run(task: str, seed: int, score: float | None, group: str = "g", **chan
         "settings": {"optimizer.lr": 1e-4},
     }
     return {**run, **changes}
+
+
+def make_results(scores: Scores, settings: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """Summarize runs with seeds 1, 2, …; a run without a score or with a score of 0 counts as collapsed."""
+    settings = settings or settings_of()
+    runs = []
+    for name, values in scores.items():
+        for seed, score in enumerate(values, 1):
+            run = make_run(name, seed, score, settings=settings, metrics=dict.fromkeys(TASKS[name].metrics, score))
+            runs.append(
+                {**run, "collapsed": not score, "versions": {"torch": "2.7.0"}, "started_from": None, **changes}
+            )
+    return summary(runs, settings, "g")
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("|")]

@@ -94,7 +94,7 @@ def test_each_program_prints_the_next_commands_and_nothing_foreign(tmp_path, col
     load_config(command(exported, "glue.py")[2], command(exported, "glue.py")[3:], GlueConfig)
     printed = run(command(printed, "glue.py"), *SMALL_GLUE, f"data.path={write_data(folder / 'glue')}")
     assert "data.max_seq_length=100" in command(exported, "glue.py")
-    run(command(printed, "electra_composer.finetuning.report"))
+    run(command(printed, "glue_report.py"))
     assert command(printed, "export.py")[2:] == ["runs/electra-small-my shards", "exports/electra-small-my shards"]
 
 

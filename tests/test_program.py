@@ -16,7 +16,7 @@ from transformers.utils import import_utils
 
 PROGRAMS = [
     path
-    for folder in ("electra_composer", "electra_composer/finetune", "data_prep")
+    for folder in ("electra_composer", "electra_composer/finetuning", "data_prep")
     for path in sorted((ROOT / folder).glob("*.py"))
     if "__main__" in path.read_text(encoding="utf-8") and path.name != "program.py"
 ]
@@ -56,7 +56,7 @@ def optional_imports() -> set[str]:
 def test_the_names_are_found():
     assert {"kernels", "flash_attn", "accelerate", "peft", "sklearn"} <= optional_imports()
     assert {"model", "config", "storage", "pretrain"} <= names_beside(ROOT / "electra_composer/pretrain.py")
-    assert len(PROGRAMS) == 8
+    assert len(PROGRAMS) == 9
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)

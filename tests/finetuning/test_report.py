@@ -4,53 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 import struct
-import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import pytest
-from finetuning_runs import make_run, settings_of
+from finetuning_runs import EIGHT, cells, make_results, settings_of
 
-from electra_composer.errors import UserError
-from electra_composer.finetuning import report as glue_report
 from electra_composer.finetuning.plot import plot
-from electra_composer.finetuning.published import PUBLISHED, PUBLISHED_MODELS, published_rows
+from electra_composer.finetuning.published import PUBLISHED, published_rows
 from electra_composer.finetuning.report import (
     csv_text,
     headline,
     markdown,
-    models_report,
-    over_models,
     published_table,
     table,
 )
-from electra_composer.finetuning.results import summary
-from electra_composer.finetuning.tasks import TASKS
-
-EIGHT = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
-Scores = Mapping[str, list[float | None]]
-
-
-def make_results(scores: Scores, settings: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """Summarize runs with seeds 1, 2, …; a run without a score or with a score of 0 counts as collapsed."""
-    settings = settings or settings_of()
-    runs = []
-    for name, values in scores.items():
-        for seed, score in enumerate(values, 1):
-            run = make_run(name, seed, score, settings=settings, metrics=dict.fromkeys(TASKS[name].metrics, score))
-            runs.append(
-                {**run, "collapsed": not score, "versions": {"torch": "2.7.0"}, "started_from": None, **changes}
-            )
-    return summary(runs, settings, "g")
-
-
-def cells(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("|")]
 
 
 def test_table_rows_and_average() -> None:
@@ -194,75 +164,3 @@ def test_the_picture_grows_with_the_tasks(count: int) -> None:
     width, height = struct.unpack(">II", plot(make_results({name: [80.0, 81.0] for name in names}))[16:24])
     assert 800 <= width <= 2000
     assert 400 <= height <= 1200
-
-
-def test_statistics_over_models_are_the_papers() -> None:
-    """The best of the runs that all models have: the 99 of the second model's third run does not count."""
-    scores: dict[str, Scores] = {
-        "a": {"cola": [50.0, 60.0], "sst2": [90.0, 80.0]},
-        "b": {"cola": [40.0, 44.0, 99.0], "sst2": [88.0, None]},
-        "c": {"cola": [62.0, 10.0], "sst2": [91.0, 92.0]},
-    }
-    models = {name: make_results(each, settings_of(weights=name * 64)) for name, each in scores.items()}
-    found = over_models(models)
-    averages = [75.0, 66.0, 77.0]
-    assert found["best_of"] == 2
-    assert [row["average"] for row in found["models"].values()] == averages
-    assert found["models"]["b"]["best"] == {"cola": 44.0, "sst2": 88.0}
-    assert (found["mean"], found["max"], found["min"]) == (statistics.mean(averages), 77.0, 66.0)
-    assert found["std"] == pytest.approx(statistics.stdev(averages))
-    text = models_report(found)
-    assert "the best of 2 runs per task" in text
-    assert ["these", "72.67", "5.86", "77.00", "66.00", "3"] in cells(text)
-    assert "81.38" not in text  # the published statistics are of all eight tasks
-    assert over_models({"a": models["a"]})["std"] is None
-
-
-def test_over_models_of_all_eight_the_published_statistics_stand_beside() -> None:
-    models = {
-        name: make_results({task: [80.0] for task in EIGHT}, settings_of(weights=name * 64)) for name in ("a", "b")
-    }
-    rows = cells(models_report(over_models(models)))
-    assert ["ELECTRA-Small, best of 10", "81.38", "0.57", "82.23", "80.42", "14"] in rows
-    assert PUBLISHED_MODELS["models"] == 14
-
-
-def test_models_that_do_not_compare_are_refused() -> None:
-    one = make_results({"cola": [50.0]}, settings_of(weights="a" * 64))
-    fewer = make_results({"sst2": [50.0]}, settings_of(weights="b" * 64))
-    other = make_results({"cola": [50.0]}, settings_of("optimizer.lr=1e-3", weights="b" * 64))
-    undefined = make_results({"cola": [None]}, settings_of(weights="b" * 64))
-    synthetic = make_results({"synthetic-words": [50.0]}, settings_of(weights="b" * 64))
-    for second, message in (
-        (fewer, "y: has the tasks sst2, but x has cola"),
-        (other, "y: was finetuned with optimizer.lr = 0.001, but x with 0.0003"),
-        (undefined, "y: CoLA has no defined score in 1 runs"),
-        (one, "y and x have the same weights"),
-        (synthetic, "y: has the tasks none, but x has cola"),
-    ):
-        with pytest.raises(UserError, match=message):
-            over_models({"x": one, "y": second})
-    with pytest.raises(UserError, match="no run of any GLUE task"):
-        over_models({"x": synthetic})
-
-
-def test_the_command_prints_the_statistics(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths = []
-    for name, score in (("a", 50.0), ("b", 60.0)):
-        paths.append(str(tmp_path / f"{name}.json"))
-        Path(paths[-1]).write_text(json.dumps(make_results({"cola": [score]}, settings_of(weights=name * 64))))
-    monkeypatch.setattr(sys, "argv", ["glue_report", *paths])
-    glue_report.main()
-    assert ["these", "55.00", "7.07", "60.00", "50.00", "2"] in cells(capsys.readouterr().out)
-    Path(paths[1]).write_text('{"tasks": {}}')
-    for wrong, message in (
-        (paths, "b.json: not a results file"),
-        ([str(tmp_path / "none.json")], "No such file"),
-        ([paths[0], paths[0]], "given twice"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            glue_report.main(wrong)
-        assert end.value.code == 2
-        assert message in capsys.readouterr().err
