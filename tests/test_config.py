@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 from complete_config import COMPLETE, load, write
-from tiny import ROOT
+from tiny import ROOT, schema_of
 
-from electra_composer.config import FSDPConfig, GlueConfig, PretrainConfig, RunConfig
+from electra_composer.config import FSDPConfig, PretrainConfig
 from electra_composer.config_loading import load_config, load_config_from_command_line, to_dict, to_yaml
 from electra_composer.errors import UserError, report_user_errors
 
@@ -159,8 +159,8 @@ def test_saved_keys_are_in_schema_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_yaml_loads(path: Path) -> None:
-    """Each file is complete by itself, but for sizes that `model.init_from` gives. Names with `glue` are of glue.py."""
-    schema: type[RunConfig] = GlueConfig if "glue" in path.name else PretrainConfig
+    """Each file is complete by itself, but for sizes that `model.init_from` gives."""
+    schema = schema_of(path)
     sizes = {"num_layers": 12, "hidden_size": 256, "num_heads": 4, "embedding_size": 128, "generator_size": 1.0}
     of_source = {f"model.{name}": size for name, size in sizes.items()} if path.name == "continue.yaml" else {}
     config = load_config(str(path), [], schema, lambda merged: of_source)

@@ -18,9 +18,8 @@ import programs
 import pytest
 from composer.cli.launcher import _get_parser
 from doc_pages import DOCS, PAGES, blocks, functions_of_tests, load_script
-from tiny import ROOT
+from tiny import ROOT, schema_of
 
-from electra_composer.config import GlueConfig, PretrainConfig
 from electra_composer.config_loading import load_config
 
 # Commands (full match) and the test that runs them as they stand, or the same program at a small size.
@@ -125,13 +124,16 @@ def check_script(script, arguments):
     if script == "data_prep/convert_owt.py":
         # the files that the page asks for are not here
         load_script(script).parse_arguments([w for w in arguments if w != "--mixture" and not w.endswith(".yaml")])
-    elif script in ("electra_composer/pretrain.py", "electra_composer/glue.py"):
+    elif script in ("electra_composer/pretrain.py", "electra_composer/glue.py", "electra_composer/finetune.py"):
         path, *overrides = arguments
         if path == "my.yaml":  # the reader's own
             path = "yamls/base.yaml"
         if path == "yamls/continue.yaml":  # without sizes: those of a model on the hub
             path, overrides = "yamls/small.yaml", [*overrides, "model.init_from=google/electra-small-discriminator"]
-        load_config(str(ROOT / path), overrides, PretrainConfig if "pretrain" in script else GlueConfig)
+        schema = schema_of(ROOT / path)
+        assert schema.__doc__
+        assert f"`{script}`" in schema.__doc__
+        load_config(str(ROOT / path), overrides, schema)
     else:
         check_options(ROOT / script, arguments)
 

@@ -19,9 +19,10 @@ from tiny import ROOT
 from electra_composer.config import GlueConfig, PretrainConfig, RunConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
+from electra_composer.finetune_config import FinetuneConfig
 from electra_composer.ranges import UNITS, Key, Range, TimeRange, check_ranges, keys
 
-SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "glue": GlueConfig}
+SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "glue": GlueConfig, "finetune": FinetuneConfig}
 KEYS = {f"{name}:{key.path}": (name, key) for name, schema in SCHEMAS.items() for key in keys(schema)}
 RANGED = {name: pair for name, pair in KEYS.items() if pair[1].range is not None}
 ONCE = list({key.path: name for name, (_, key) in reversed(RANGED.items())}.values())  # shared keys in one schema
@@ -34,7 +35,8 @@ def load(folder: Path, kind: str, overrides: list[str]) -> RunConfig:
     if kind == "pretrain":
         return load_config(write(folder, COMPLETE), overrides, PretrainConfig)
     given = ["model.source=x", "optimizer.lr=1e-4"]
-    return load_config(str(ROOT / "yamls" / "glue.yaml"), [*given, *overrides], GlueConfig)
+    file = {"glue": "glue.yaml", "finetune": "classification.yaml"}[kind]
+    return load_config(str(ROOT / "yamls" / file), [*given, *overrides], SCHEMAS[kind])
 
 
 def override(key: Key, text: str) -> list[str]:
@@ -110,10 +112,10 @@ def outside(key: Key) -> st.SearchStrategy[Any]:
 def test_every_number_and_every_time_has_a_finite_range(name: str) -> None:
     _, key = KEYS[name]
     if key.kind in (int, float):
-        assert isinstance(key.range, Range), "a number without a range: annotate it in config.py"
+        assert isinstance(key.range, Range), "a number without a range: annotate it in the schema"
         assert all(math.isfinite(bound) for bound in bounds(key.range, key.kind is int))
     if key.kind is str and not key.words and IS_TIME.search(key.path):
-        assert isinstance(key.range, TimeRange), "a time without a range: annotate it in config.py"
+        assert isinstance(key.range, TimeRange), "a time without a range: annotate it in the schema"
 
 
 @pytest.mark.parametrize("name", ONCE)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from electra_composer.config import GlueConfig, PretrainConfig, RunConfig
+from electra_composer.finetune_config import FinetuneConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real text and GLUE files, if available
@@ -23,3 +26,11 @@ checkpoints: {folder: FOLDER, interval: 4ba, keep: 1, milestones: [0.0625, 0.125
 callbacks: {speed_monitor: {window_size: 2}, runtime_estimator: {}, lr_monitor: {}}
 loggers: {metrics_file: {}}
 """
+
+
+def schema_of(path: Path) -> type[RunConfig]:
+    """Return the schema of a shipped YAML file: of pretrain.py, glue.py or finetune.py."""
+    content = path.read_text(encoding="utf-8")
+    if "\ntask:" in content:
+        return FinetuneConfig
+    return GlueConfig if "\ntasks:" in content else PretrainConfig
