@@ -84,6 +84,7 @@ def _guess(table: Table, key: str, names: Sequence[str | None], taken: set[str])
     raise UserError(
         f"{table.files[0]}: which column is {role} cannot be told by the names ({_listed(table)}); expected "
         f"{' or '.join(known)}: set it, as in {key}={free[0] if free else '…'}"
+        + (", or data.header=false if the file has no header" if table.format in ("csv", "tsv") else "")
     )
 
 

@@ -71,7 +71,7 @@ def looks_like_conll(text: str) -> bool:
     """Tell whether the begin of a file has lines of the same number of columns, at least two, and blank lines."""
     lines = text.split("\n")[:_LOOK_AT]
     lines = lines[:-1] if len(lines) > 1 else lines  # the last one may be cut
-    columns = [None if _COMMENT.match(line) or line.startswith(DOCUMENT_BEGIN) else _split(line) for line in lines]
+    columns = [_split(line) for line in lines if not line.startswith(("#", DOCUMENT_BEGIN))]
     widths = {len(values) for values in columns if values is not None}
     return len(widths) == 1 and widths.pop() >= 2 and None in columns
 

@@ -70,7 +70,9 @@ def _csv_records(path: str, lines: Iterator[str], delimiter: str) -> Iterator[Re
 
 def _explain(error: str, line: int) -> str:
     """Explain an error of the csv module in the record that was read up to `line`."""
-    if "unexpected end of data" in error or "field larger" in error:
+    if "field larger" in error:
+        return f'a field of more than {MAX_FIELD:,} characters; a quote (") in this record may not be closed'
+    if "unexpected end of data" in error:
         return 'a field that begins with a quote (") in this record is not closed; close it, or double quotes in fields'
     if "expected after" in error:
         return (

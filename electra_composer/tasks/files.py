@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -14,7 +15,7 @@ from electra_composer.tasks.conll import looks_like_conll
 from electra_composer.tasks.texts import read_pieces
 
 AUTO = "auto"
-# Formats by suffix. Those of `json`, `jsonl` and `text` depend on the content.
+# Formats by suffix. Those of `json`, `jsonl`, and of any other suffix, such as `.txt`, depend on the content.
 SUFFIXES = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -22,7 +23,6 @@ SUFFIXES = {
     ".ndjson": "jsonl",
     ".json": "json",
     ".parquet": "parquet",
-    ".txt": "text",
     **dict.fromkeys((".conll", ".conllu", ".conllx", ".conllup", ".conll2003", ".conll03"), "conll"),
     **dict.fromkeys((".iob", ".iob1", ".iob2", ".bio", ".bioes", ".iobes", ".bilou", ".ner"), "conll"),
 }
@@ -51,8 +51,6 @@ def find_table_files(key: str, source: str, format: str = AUTO) -> tuple[str, li
     elif os.path.isdir(path):
         names = sorted(name for name in os.listdir(path) if not name.startswith((".", "_")))  # _SUCCESS of Spark
         found = [file for name in names if os.path.isfile(file := os.path.join(path, name))]
-        if format == AUTO:
-            found = [file for file in found if _format_by_suffix(file)] or found
         if not found:
             raise UserError(f"{key} {source}: the folder has no files; expected files of one format in it")
     else:
@@ -68,17 +66,18 @@ def find_table_files(key: str, source: str, format: str = AUTO) -> tuple[str, li
 
 
 def _one_format(key: str, source: str, formats: dict[str, str | None]) -> str:
-    first = {kind: file for file, kind in reversed(formats.items())}
+    first = {kind: file for file, kind in reversed(formats.items())}  # of each format
+    file = next(iter(formats))
     if None in first:
         raise UserError(
-            f"{first[None]}: the format cannot be told by its name; expected {_suffixes()}, or set data.format to one "
-            f"of {', '.join(FORMATS)}"
+            f"{first[None]}: the format cannot be told by its name; expected {_suffixes()}, or a CoNLL file with blank "
+            f"lines between sentences: rename it, or set data.format to one of {', '.join(FORMATS)}"
         )
     if len(first) > 1:
-        shown = ", ".join(f"{kind} ({os.path.basename(file)})" for kind, file in first.items())
+        shown = ", ".join(f"{kind} ({os.path.basename(path)})" for kind, path in first.items())
         raise UserError(
             f"{key} {source}: files of several formats: {shown}; expected one: give a glob such as "
-            f"{os.path.join(os.path.dirname(next(iter(formats))), '*' + _suffix(next(iter(formats))))}"
+            f"{os.path.join(os.path.dirname(file), '*' + os.path.splitext(file)[1])}"
         )
     return next(kind for kind in first if kind)
 
@@ -89,13 +88,13 @@ def format_of(path: str) -> str | None:
     Raises:
         UserError: a file that has to be looked at cannot be read, or is JSON of another layout.
     """
-    kind = _format_by_suffix(path)
-    if kind not in ("json", "jsonl", "text"):
-        return kind
-    begin = next(read_pieces(path, _BEGIN), "")
-    if kind == "text":
-        return "conll" if looks_like_conll(begin) else None
-    return _json_format(path, begin, kind)
+    kind = SUFFIXES.get(os.path.splitext(_name(path))[1].lower())
+    if kind in ("json", "jsonl"):
+        return _json_format(path, next(read_pieces(path, _BEGIN), ""), kind)
+    if kind is None:
+        with contextlib.suppress(UserError):  # it may be anything, such as an image
+            return "conll" if looks_like_conll(next(read_pieces(path, _BEGIN), "")) else None
+    return kind
 
 
 def _json_format(path: str, begin: str, kind: str) -> str:
@@ -136,19 +135,12 @@ def _is_mrqa(first: dict[str, Any]) -> bool:
     return first.keys() == {"header"} or {"context", "qas"} <= first.keys()
 
 
-def _format_by_suffix(path: str) -> str | None:
-    suffix = _suffix(path).lower()
-    stem, _, last = suffix[1:].partition(".")
-    if last and stem == "parquet":
-        return None
-    return SUFFIXES.get(f".{stem}")
-
-
-def _suffix(path: str) -> str:
-    """Return the suffix of a file's name, with that of its compression."""
+def _name(path: str) -> str:
+    """Return the name of a file without the suffix of its compression. Parquet has a compression of its own."""
     stem, suffix = os.path.splitext(os.path.basename(path))
-    return os.path.splitext(stem)[1] + suffix if suffix.lower() in COMPRESSIONS else suffix
+    return stem if suffix.lower() in COMPRESSIONS and not stem.endswith(".parquet") else stem + suffix
 
 
 def _suffixes() -> str:
-    return f"{', '.join(SUFFIXES)}, all but .parquet also with {' or '.join(COMPRESSIONS)}"
+    short = [suffix for suffix, kind in SUFFIXES.items() if kind != "conll"]
+    return f"{', '.join(short)} (all but .parquet also with {' or '.join(COMPRESSIONS)})"

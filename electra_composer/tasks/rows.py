@@ -73,9 +73,10 @@ class LeftOut:
         if not self.reasons:
             return None
         of = f" of {self.total:,}" if self.total else ""
+        rows = "row" if (self.total or len(self)) == 1 else "rows"
         most_first = sorted(self.reasons.items(), key=lambda item: -item[1][0])
         parts = (f"{number:,} {_agree(reason, number)} (first: {first})" for reason, (number, first) in most_first)
-        return f"{self.split}: {len(self):,}{of} row{'s'[: len(self) != 1]} left out: {', '.join(parts)}"
+        return f"{self.split}: {len(self):,}{of} {rows} left out: {', '.join(parts)}"
 
     def check(self) -> None:
         """Refuse a split of which nothing or less than half is left.
