@@ -15,6 +15,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from electra_composer import signals
 from electra_composer.config import RunConfig
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.ranges import container, expected, faults, is_optional, shown
@@ -136,7 +137,6 @@ def _path_or_streams(config: Any, origin: str) -> None:
         config.data.path = ""
 
 
-@report_user_errors
 def load_config_from_command_line(
     schema: type[Config], usage: str, derive: Callable[[Any], dict[str, Any]] | None = None
 ) -> tuple[Config, bool]:
@@ -152,7 +152,9 @@ def load_config_from_command_line(
             "everything that a start would refuse, writes nothing and ends."
         )
         sys.exit(0 if arguments else 2)
-    return load_config(arguments[0], arguments[1:], schema, derive), CHECK in sys.argv
+    config = report_user_errors(load_config)(arguments[0], arguments[1:], schema, derive)
+    signals.end_with(None, exits=False)  # the program goes on
+    return config, CHECK in sys.argv
 
 
 def to_yaml(config: RunConfig) -> str:

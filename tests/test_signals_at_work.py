@@ -121,16 +121,18 @@ def test_twenty_moments(tmp_path, tiny_yaml, text, shards, name):
     begun = time.monotonic()
     start(command, tmp_path).communicate()
     total = time.monotonic() - begun
-    for moment in range(20):
+    moment = 0
+    while moment < 20:
         clean()
         number, group = (SIGINT, SIGTERM)[moment % 2], moment % 4 > 1
         begun, process = time.monotonic(), start(command, tmp_path)
         wait_until(process, catches_sigterm)
         time.sleep(max(0, begun + total * moment / 20 - time.monotonic()))
-        if process.poll() == 0:  # faster than the first
-            assert moment > 15
+        if process.poll() == 0:  # faster than those before, which shared the machine with others
+            total *= moment / 20
             process.communicate()
             continue
+        moment += 1
         status, lines = stop(process, number, group)
         lines = [line for line in lines if not line.startswith("the ")]  # advice on tiny models
         if lines and "stopping after this batch" in lines[0]:
