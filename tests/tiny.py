@@ -1,4 +1,4 @@
-"""Paths and the tiny pretraining configuration shared by the tests."""
+"""Paths, the tiny pretraining configuration and a listing of files, shared by the tests."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ checkpoints: {folder: FOLDER, interval: 4ba, keep: 1, milestones: [0.0625, 0.125
 callbacks: {speed_monitor: {window_size: 2}, runtime_estimator: {}, lr_monitor: {}}
 loggers: {metrics_file: {}}
 """
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Every file and folder with its size."""
+    return {str(path.relative_to(folder)): path.lstat().st_size for path in sorted(folder.rglob("*"))}
