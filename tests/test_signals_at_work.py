@@ -16,7 +16,7 @@ import programs
 import psutil
 import pytest
 from glue_tiny import settings, write_data, write_source
-from signalled import PACKAGE, catches_sigterm, start, stop, wait_until
+from signalled import PACKAGE, catches_sigterm, has_exited, start, stop, wait_until
 from tiny import ROOT
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -128,9 +128,10 @@ def test_twenty_moments(tmp_path, tiny_yaml, text, shards, name):
         begun, process = time.monotonic(), start(command, tmp_path)
         wait_until(process, catches_sigterm)
         time.sleep(max(0, begun + total * moment / 20 - time.monotonic()))
-        if process.poll() == 0:  # faster than those before, which shared the machine with others
-            total *= moment / 20
+        if has_exited(process):  # faster than those before, which shared the machine with others
             process.communicate()
+            assert process.returncode == 0
+            total *= moment / 20
             continue
         moment += 1
         status, lines = stop(process, number, group)
