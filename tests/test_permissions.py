@@ -14,7 +14,7 @@ from electra_composer import export, glue, pretrain
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 
-# The default, a private one, and one that distinguishes 0o640 from 0o644, of the default, and 0o600, of temporary files.
+# The default, a private one, and one that tells 0o640 from 0o644, of the default, and from 0o600, of temporary files.
 UMASKS = (0o022, 0o077, 0o027)
 # Some of the files that each program writes.
 WRITTEN = {
