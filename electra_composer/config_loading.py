@@ -34,7 +34,7 @@ def load_config(
     Args:
         path: YAML file.
         overrides: such as `["optimizer.lr=1e-3", "data.path=data/owt"]`; the last override of a key wins.
-        schema: :class:`PretrainConfig` or :class:`GlueConfig`.
+        schema: such as :class:`PretrainConfig`.
         derive: returns values of keys, by their paths, for those that neither the file nor the overrides give; called
             with the merged configuration, in which values may be missing.
 

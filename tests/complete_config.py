@@ -1,4 +1,4 @@
-"""Complete configurations of both schemas, their keys, and how the tests load them."""
+"""Complete configurations of all schemas, their keys, and how the tests load them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from tiny import ROOT
 
 from electra_composer.config import GlueConfig, PretrainConfig, RunConfig
 from electra_composer.config_loading import load_config
+from electra_composer.finetune_config import FinetuneConfig
 from electra_composer.ranges import Key, keys
 
-SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "glue": GlueConfig}
+SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "glue": GlueConfig, "finetune": FinetuneConfig}
 KEYS = {f"{name}:{key.path}": (name, key) for name, schema in SCHEMAS.items() for key in keys(schema)}
 
 COMPLETE = """
@@ -35,11 +36,11 @@ def load(folder: Path, *overrides: str, text: str = COMPLETE) -> PretrainConfig:
 
 
 def load_kind(folder: Path, kind: str, overrides: list[str]) -> RunConfig:
-    """Load a complete configuration of either schema."""
+    """Load a complete configuration of one of the schemas."""
     if kind == "pretrain":
         return load(folder, *overrides)
-    given = ["model.source=x", "optimizer.lr=1e-4"]
-    return load_config(str(ROOT / "yamls" / "glue.yaml"), [*given, *overrides], GlueConfig)
+    yaml, given = {"glue": ("glue", "model.source=x"), "finetune": ("classification", "data.train=x.csv")}[kind]
+    return load_config(str(ROOT / "yamls" / f"{yaml}.yaml"), ["optimizer.lr=1e-4", given, *overrides], SCHEMAS[kind])
 
 
 def override(key: Key, text: str) -> list[str]:

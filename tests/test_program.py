@@ -89,6 +89,7 @@ def test_only_a_program_takes_its_first_steps(program):
         ("pretrain", "small", "optimizer.lr=1e400", "optimizer.lr is inf; expected a number in (0, 10]"),
         ("pretrain", "small", "trainer.cuda_graph=always", "expected true, false or auto"),
         ("glue", "glue", "seeds=3", "seeds is 3; expected a list of 1 to 10,000 values"),
+        ("finetune", "classification", "task.kind=ner", "expected classification, regression, tagging or qa"),
     ],
 )
 def test_a_wrong_configuration_is_refused_before_libraries_are_imported(program, yaml, words, message):
