@@ -180,8 +180,8 @@ class TrainerConfig:
     gradient_clip: Annotated[float, Range(gt=0, le=1e6, null="no clipping")] | None = 1.0  # maximum gradient norm
     # on a NaN or infinite loss or gradient: end the run, or skip and count the update (docs/reliability.md)
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    # torch.compile: true, false, or its mode such as reduce-overhead; auto: true on a GPU for batches of one length
-    compile: bool | str = "auto"
+    # torch.compile: true, false, or its mode; auto: true on a GPU for batches of one length
+    compile: bool | Literal["auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "auto"
     # auto, true or false: record the training step as one CUDA graph; auto: where that is possible (docs/speed.md)
     cuda_graph: bool | Literal["auto"] = "auto"
     attention: Literal["auto", "sdpa", "varlen", "triton"] = "auto"  # auto: on CUDA the fastest, timed at start

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_origin, get_type_hints
+from dataclasses import is_dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from electra_composer import signals
 from electra_composer.config import RunConfig
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.ranges import faults
+from electra_composer.ranges import container, expected, faults, is_optional, shown
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -31,7 +34,7 @@ def load_config(
     Args:
         path: YAML file.
         overrides: such as `["optimizer.lr=1e-3", "data.path=data/owt"]`; the last override of a key wins.
-        schema: :class:`PretrainConfig` or :class:`GlueConfig`.
+        schema: such as :class:`PretrainConfig`.
         derive: returns values of keys, by their paths, for those that neither the file nor the overrides give; called
             with the merged configuration, in which values may be missing.
 
@@ -48,15 +51,13 @@ def load_config(
         # Interpolations are resolved after the last merge, so that they see overrides of the keys they refer to.
         for origin, key, piece in pieces:
             content = OmegaConf.to_container(piece, resolve=False)
-            _refuse_unknown_keys(content, schema, origin)
+            _check_structure(content, schema, origin, schema)
             if key.split(".")[0] == "data" and "streams" in config.data and _has_null_path(content):
                 piece.data.path = ""
             try:
                 config = OmegaConf.unsafe_merge(config, piece)  # which does not copy it for each key
-            except (OmegaConfBaseException, TypeError, OverflowError) as error:
-                # TypeError: a list instead of a dictionary; OverflowError: an integer too large for a float.
-                full_key = getattr(error, "full_key", None) or key
-                raise UserError(f"{origin}: {full_key}: {_first_line(error)}") from error
+            except (OmegaConfBaseException, OverflowError) as error:  # OverflowError: an integer too large for a float
+                raise UserError(f"{origin}: {_explain(error, schema, content, key)}") from error
         _path_or_streams(config, path)
         if derive is not None:
             set_here = {key for _, _, piece in pieces for key in _leaves(OmegaConf.to_container(piece, resolve=False))}
@@ -70,8 +71,7 @@ def load_config(
             )
         checked: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
     except (OmegaConfBaseException, OverflowError) as error:
-        full_key = getattr(error, "full_key", None)
-        raise UserError(f"{path}: {f'{full_key}: ' if full_key else ''}{_first_line(error)}") from error
+        raise UserError(f"{path}: {_explain(error, schema, OmegaConf.to_container(config, resolve=False))}") from error
     for key, fault in faults(checked):
         given = [word.split("=")[0] for word in overrides]
         is_given = any(key == word or key.startswith((f"{word}.", f"{word}[")) for word in given)
@@ -137,7 +137,6 @@ def _path_or_streams(config: Any, origin: str) -> None:
         config.data.path = ""
 
 
-@report_user_errors
 def load_config_from_command_line(
     schema: type[Config], usage: str, derive: Callable[[Any], dict[str, Any]] | None = None
 ) -> tuple[Config, bool]:
@@ -153,7 +152,9 @@ def load_config_from_command_line(
             "everything that a start would refuse, writes nothing and ends."
         )
         sys.exit(0 if arguments else 2)
-    return load_config(arguments[0], arguments[1:], schema, derive), CHECK in sys.argv
+    config = report_user_errors(load_config)(arguments[0], arguments[1:], schema, derive)
+    signals.end_with(None, exits=False)  # the program goes on
+    return config, CHECK in sys.argv
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -177,26 +178,43 @@ def nearest(name: str, valid: list[str], prefix: str = "") -> str:
     return f"did you mean {prefix}{close[0]}?" if close else f"valid are {', '.join(prefix + v for v in sorted(valid))}"
 
 
-def _refuse_unknown_keys(node: Any, schema: type, origin: str, prefix: str = "", root: type | None = None) -> None:
-    """Compare the YAML with the schema recursively. Callbacks and loggers are checked later, by their builders."""
-    if not isinstance(node, dict):
+def _check_structure(value: Any, hint: Any, origin: str, root: type, path: str = "") -> None:
+    """Compare the keys, sections and lists of the YAML with the schema recursively.
+
+    Callbacks and loggers are checked later, by their builders.
+    """
+    inner, is_reference = container(hint), isinstance(value, str) and "${" in value
+    if inner is None or is_reference or (value is None and is_optional(hint)):
         return
-    types = get_type_hints(schema)
-    valid = [f.name for f in fields(schema)]
-    for key, value in node.items():
-        full_key = f"{prefix}{key}"
-        if key not in valid:
-            raise UserError(
-                f"{origin}: unknown key {full_key}; {_nearest_key(str(key), prefix, valid, root or schema)}"
-            )
-        for candidate in (types[key], *getattr(types[key], "__args__", ())):
-            if not is_dataclass(candidate):
-                continue
-            parts = {f"{full_key}.": value}
-            if get_origin(types[key]) is dict:  # such as data.streams: any names, values of one dataclass
-                parts = {f"{full_key}.{name}.": part for name, part in value.items()} if isinstance(value, dict) else {}
-            for path, part in parts.items():
-                _refuse_unknown_keys(part, candidate, origin, path, root or schema)  # type: ignore[arg-type]
+    if not isinstance(value, list if get_origin(inner) is list else dict):
+        raise UserError(f"{origin}: {path} is {shown(value)}; expected {expected(root, _names(path))}")
+    if isinstance(value, list):
+        return
+    # Of a dictionary, such as data.streams: any names, values of one type.
+    hints = get_type_hints(inner) if is_dataclass(inner) else dict.fromkeys(value, get_args(inner)[-1])
+    for key, part in value.items():
+        prefix = f"{path}." if path else ""
+        if key not in hints:
+            nearest_key = _nearest_key(str(key), prefix, list(hints), root)
+            raise UserError(f"{origin}: unknown key {prefix}{key}; {nearest_key}")
+        _check_structure(part, hints[key], origin, root, f"{prefix}{key}")
+
+
+def _names(path: str) -> list[str]:
+    """Return the names and the indices in a path: `optimizer`, `betas`, `0`."""
+    return re.findall(r"[^.\[\]]+", path)
+
+
+def _explain(error: Exception, schema: type, node: Any, key: str = "") -> str:
+    """Describe an error of OmegaConf: the value in `node` and what is expected there, if it is of a wrong type."""
+    path = getattr(error, "full_key", None) or key
+    if path and isinstance(error, ValidationError):
+        with contextlib.suppress(LookupError, TypeError, ValueError):  # a name with a dot in it
+            for name in _names(path):
+                node = node[int(name) if isinstance(node, list) else name]
+            return f"{path} is {shown(node)}; expected {expected(schema, _names(path))}"
+    first_line = str(error).split("\n")[0][:300]
+    return f"{path}: {first_line}" if path else first_line
 
 
 def _nearest_key(key: str, prefix: str, valid: list[str], root: type) -> str:
@@ -217,7 +235,3 @@ def _paths(schema: type, prefix: str = "") -> list[str]:
             if is_dataclass(candidate):
                 found += _paths(candidate, below)  # type: ignore[arg-type]
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:300]

@@ -12,8 +12,13 @@ import sys
 from typing import Any
 
 from electra_composer.config_loading import load_config_from_command_line
-from electra_composer.errors import report_user_errors
 from electra_composer.finetune_config import FinetuneConfig
+
+if __name__ == "__main__":  # before the imports that take seconds
+    USAGE = "composer electra_composer/finetune.py yamls/classification.yaml [key=value …]"
+    ARGUMENTS = load_config_from_command_line(FinetuneConfig, USAGE)
+
+from electra_composer.errors import report_user_errors
 from electra_composer.finetuning.runs import PlannedRun, run_all
 from electra_composer.finetuning.task_models import Models
 from electra_composer.finetuning.task_results import task_markdown, write_task_reports
@@ -98,5 +103,4 @@ if __name__ == "__main__":
     # Workaround (tokenizers 0.22): warns in loader workers forked after the tokenizer has run, though they never use
     # it; goes when the warning waits for a use.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    usage = "composer electra_composer/finetune.py yamls/classification.yaml [key=value …]"
-    report_user_errors(main)(*load_config_from_command_line(FinetuneConfig, usage))
+    report_user_errors(main)(*ARGUMENTS)

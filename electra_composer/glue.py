@@ -13,6 +13,11 @@ from typing import Any
 
 from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config_from_command_line
+
+if __name__ == "__main__":  # before the imports that take seconds
+    USAGE = "composer electra_composer/glue.py yamls/glue.yaml [key=value …]"
+    ARGUMENTS = load_config_from_command_line(GlueConfig, USAGE)
+
 from electra_composer.errors import report_user_errors
 from electra_composer.finetuning.one_run import finetune
 from electra_composer.finetuning.predictions import submission_files, submission_problems, write_submission
@@ -105,6 +110,4 @@ if __name__ == "__main__":
     # Workaround (tokenizers 0.22): warns in loader workers forked after the tokenizer has run, though they never use
     # it; goes when the warning waits for a use.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    report_user_errors(main)(
-        *load_config_from_command_line(GlueConfig, "composer electra_composer/glue.py yamls/glue.yaml [key=value …]")
-    )
+    report_user_errors(main)(*ARGUMENTS)

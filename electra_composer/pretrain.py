@@ -8,14 +8,29 @@ if __name__ == "__main__":
     begin()
 
 import os
+from typing import Any
+
+from electra_composer.config import PretrainConfig
+from electra_composer.config_loading import load_config_from_command_line, to_dict, to_yaml
+
+if __name__ == "__main__":  # before the imports that take seconds
+
+    def sizes_of_source(config: Any) -> dict[str, Any]:
+        """Return the sizes that follow from `model.init_from`, by the paths of their keys."""
+        if config.model.init_from is None and config.model.init_generator_from is None:
+            return {}
+        from electra_composer.training.preparation import initial_sizes
+
+        return initial_sizes(config)
+
+    USAGE = "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]"
+    ARGUMENTS = load_config_from_command_line(PretrainConfig, USAGE, sizes_of_source)
 
 from composer import Trainer
 
 from electra_composer.checkpoints.remote import remote_copy
 from electra_composer.checkpoints.resuming import exclusive_lock
 from electra_composer.checkpoints.weights import tokenizer_files
-from electra_composer.config import PretrainConfig
-from electra_composer.config_loading import load_config_from_command_line, to_dict, to_yaml
 from electra_composer.errors import report_user_errors
 from electra_composer.faults import explain_failures
 from electra_composer.next_steps import describe_end, export, finetune, preview
@@ -25,7 +40,7 @@ from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.determinism import explain_nondeterministic_operators
 from electra_composer.training.devices import hide_unused_gpus
 from electra_composer.training.learning_watch import LearningWatch
-from electra_composer.training.preparation import CHECKS, Prepared, duration_of, initial_sizes, print_once
+from electra_composer.training.preparation import CHECKS, Prepared, duration_of, print_once
 from electra_composer.training.startup import run_checks
 from electra_composer.training.trainer import build_trainer
 
@@ -99,8 +114,4 @@ def describe_run(config: PretrainConfig) -> str:
 
 
 if __name__ == "__main__":
-    report_user_errors(main)(
-        *load_config_from_command_line(
-            PretrainConfig, "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]", initial_sizes
-        )
-    )
+    report_user_errors(main)(*ARGUMENTS)

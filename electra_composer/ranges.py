@@ -20,6 +20,9 @@ UNITS = ("ba", "ep", "sp", "tok", "dur")
 
 LONGEST = 1e15  # of a Composer time other than a fraction
 
+KINDS = {bool: ("true", "false"), str: ("text",)}
+"""Names of types without a range in messages."""
+
 ROWS = (("k", 10**3), ("m", 10**6), ("b", 10**9), ("t", 10**12))  # suffixes as in Streaming's `number_abbrev_to_int`
 BYTES = (("kb", 2**10), ("mb", 2**20), ("gb", 2**30), ("tb", 2**40), ("b", 1))  # as in its `bytes_to_int`
 
@@ -123,6 +126,10 @@ class Length:
     ge: int = 0
     le: int = 10_000
 
+    def describe(self) -> str:
+        """Describe the number for messages: ` of 2 values`."""
+        return f" of {self.ge if self.ge == self.le else f'{self.ge} to {self.le:,}'} values"
+
 
 @dataclass(frozen=True)
 class Key:
@@ -130,7 +137,7 @@ class Key:
 
     Attributes:
         path: such as `optimizer.lr`, `optimizer.betas[]`, `data.streams.<name>.repeat`.
-        kind: type of the value: `int`, `float`, `str`, `bool`, or `Any`.
+        kinds: types of the value: `int`, `float`, `str`, `bool`, or `Any`; none for choices.
         words: values in place of a number, such as `auto`; or all values, of a choice.
         optional: whether it may be null.
         range: None for choices, flags and text.
@@ -138,21 +145,29 @@ class Key:
     """
 
     path: str
-    kind: Any
+    kinds: tuple[Any, ...]
     words: tuple[Any, ...]
     optional: bool
     range: Range | TimeRange | None
     default: Any
 
+    @property
+    def kind(self) -> Any:
+        """The first of `kinds`."""
+        return self.kinds[0] if self.kinds else str
+
     def expected(self) -> str:
         """Describe the valid values for messages."""
-        assert self.range is not None
-        parts = [self.range.describe(self.kind is int), *self.words]
+        if self.range is not None:
+            parts = [self.range.describe(self.kind is int), *self.words]
+        else:
+            parts = [name for kind in self.kinds for name in KINDS.get(kind, ())] + [*self.words]
         if isinstance(self.range, Range):
             parts += [f"{value:g} for {meaning}" for value, meaning in self.range.also]
         if self.optional:
-            parts.append(f"null for {self.range.null}" if self.range.null else "null")
-        return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, or {parts[-1]}"
+            parts.append(f"null for {self.range.null}" if self.range is not None and self.range.null else "null")
+        comma = "," if self.range is not None else ""
+        return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}{comma} or {parts[-1]}"
 
 
 def _unpack(hint: Any) -> tuple[list[Any], list[Any]]:
@@ -170,8 +185,39 @@ def _key(path: str, kinds: list[Any], notes: list[Any], default: Any) -> Key:
     words = tuple(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
     scalars = [kind for kind in kinds if kind is not types.NoneType and get_origin(kind) is not Literal]
     ranges = [note for note in notes if isinstance(note, Range | TimeRange)]
-    kind = scalars[0] if scalars else str
-    return Key(path, kind, words, types.NoneType in kinds, ranges[0] if ranges else None, default)
+    return Key(path, tuple(scalars), words, types.NoneType in kinds, ranges[0] if ranges else None, default)
+
+
+def container(hint: Any) -> Any:
+    """Return the dataclass, or the `dict[…]` or `list[…]`, of a type; None for one value."""
+    return next((kind for kind in _unpack(hint)[0] if is_dataclass(kind) or get_origin(kind) in (dict, list)), None)
+
+
+def is_optional(hint: Any) -> bool:
+    """Return whether a value of a type may be null."""
+    return types.NoneType in _unpack(hint)[0]
+
+
+def expected(hint: Any, names: list[str]) -> str:
+    """Describe the valid values of a key, a list or a section for messages.
+
+    Args:
+        hint: a schema.
+        names: the path, such as `["optimizer", "betas", "0"]`.
+
+    Raises:
+        KeyError: there is no such key.
+    """
+    for name in names:
+        inner = container(hint)
+        hint = get_type_hints(inner, include_extras=True)[name] if is_dataclass(inner) else get_args(inner)[-1]
+    kinds, notes = _unpack(hint)
+    inner = container(hint)
+    if inner is None:
+        return _key("", kinds, notes, MISSING).expected()
+    count = next((note.describe() for note in notes if isinstance(note, Length)), "")
+    text = f"a list{count}" if get_origin(inner) is list else "keys and values"
+    return f"{text} or null" if is_optional(hint) else text
 
 
 def keys(schema: Any, prefix: str = "") -> Iterator[Key]:
@@ -183,7 +229,7 @@ def keys(schema: Any, prefix: str = "") -> Iterator[Key]:
 
 def _keys_of(hint: Any, path: str, default: Any) -> Iterator[Key]:
     kinds, notes = _unpack(hint)
-    inner = next((kind for kind in kinds if is_dataclass(kind) or get_origin(kind) in (dict, list)), None)
+    inner = container(hint)
     if inner is None:
         yield _key(path, kinds, notes, default)
     elif is_dataclass(inner):
@@ -212,14 +258,13 @@ def _faults_of(value: Any, hint: Any, path: str) -> Iterator[tuple[str, str]]:
         inner = next((get_args(kind)[-1] for kind in kinds if get_origin(kind) in (dict, list)), Any)
         for note in notes:
             if isinstance(note, Length) and not note.ge <= len(value) <= note.le:
-                count = note.ge if note.ge == note.le else f"{note.ge} to {note.le:,}"
-                yield path, f"{path} is {_shown(value)}; expected a list of {count} values"
+                yield path, f"{path} is {shown(value)}; expected a list{note.describe()}"
         for name, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _faults_of(part, inner, f"{path}.{name}" if isinstance(value, dict) else f"{path}[{name}]")
     elif value is not None:
         key = _key(path, kinds, notes, MISSING)
         if key.range is not None and value not in key.words and not key.range.contains(value):
-            yield path, f"{path} is {_shown(value)}; expected {key.expected()}"
+            yield path, f"{path} is {shown(value)}; expected {key.expected()}"
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
@@ -243,12 +288,13 @@ def check_range(key: str, value: Any, allowed: Range | TimeRange) -> None:
     """
     if not allowed.contains(value):
         integer = isinstance(allowed, Range) and isinstance(allowed.le, int) and isinstance(allowed.ge, int)
-        raise UserError(f"{key} is {_shown(value)}; expected {allowed.describe(integer)}")
+        raise UserError(f"{key} is {shown(value)}; expected {allowed.describe(integer)}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value as text for messages, as YAML writes it and at most 60 characters long."""
     try:
-        text = repr(value)
+        text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
     except ValueError:  # Python writes no integers of more than 4300 digits
         text = "an integer of thousands of digits"
     return text if len(text) <= 60 else f"{text[:50]}…"

@@ -7,6 +7,17 @@ from typing import Any, get_origin, get_type_hints
 
 from electra_composer.config import PretrainConfig
 
+# Of the run whose keys are changed.
+LENGTH = 5  # batches
+SETTINGS = [
+    f"trainer.max_duration={LENGTH}ba",
+    "schedule.warmup=1ba",
+    "trainer.eval_interval=1dur",
+    "trainer.device_eval_batch_size=32",
+    "checkpoints.interval=2ba",
+    "checkpoints.milestones=[]",
+]
+
 # Key → overrides, each in a start of its own. A value may need other overrides, after a space.
 FREE = {
     "run_name": ["other"],

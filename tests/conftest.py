@@ -36,6 +36,7 @@ SLOW_MODULES = {
     "checkpoints/test_exact_resume.py",
     "checkpoints/test_remote.py",
     "corpus/test_conversion.py",
+    "corpus/test_conversion_failures.py",
     "corpus/test_conversion_kills.py",
     "corpus/test_conversion_options.py",
     "corpus/test_estimate.py",

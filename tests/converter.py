@@ -6,11 +6,15 @@ import filecmp
 import importlib.util
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
 from streaming import LocalDataset
 from tiny import ROOT
+
+from electra_composer.corpus.conversion import Conversion, convert
+from electra_composer.vocabulary import load_tokenizer
 
 SCRIPT = ROOT / "data_prep/convert_owt.py"
 WORDS = [f"word{i}" for i in range(300)]
@@ -69,3 +73,29 @@ def assert_same_files(a, b):
 def rows_of(out, split="train"):
     dataset = LocalDataset(local=str(out), split=split)
     return [dataset[index] for index in range(len(dataset))]
+
+
+def write_source(path, count, word, seed=0):
+    """Write documents of distinct texts that begin with the given word; return the texts."""
+    rng = random.Random(seed)
+    texts = [f"{word} {' '.join(rng.choices(WORDS[100:], k=rng.randint(8, 30)))}." for _ in range(count)]
+    path.write_bytes(jsonl(texts))
+    return texts
+
+
+def convert_sources(sources, out, vocabulary, **options):
+    options = {"val_fraction": 0.0, "max_seq_length": 64, "progress": False, "overflow": "carry", **options}
+    return convert(Conversion(sources, str(out), vocabulary, **options))
+
+
+def documents_of(out, vocabulary, split="train"):
+    """Return the decoded examples of a folder of shards."""
+    tokenizer = load_tokenizer(vocabulary)
+    found = []
+    for row in rows_of(out, split):
+        start = 0
+        for a, b in row["segment_lengths"].reshape(-1, 2).tolist():
+            ids = row["input_ids"][start : start + a + b].tolist()
+            found.append(tokenizer.decode(ids, skip_special_tokens=True))
+            start += a + b
+    return found

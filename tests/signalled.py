@@ -29,6 +29,11 @@ def has_loaded(library: str) -> Callable[[int], bool]:
     return lambda pid: library in Path(f"/proc/{pid}/maps").read_text()
 
 
+def has_exited(process: subprocess.Popen) -> bool:
+    """Whether a process has ended, or the kernel is releasing its memory, when a signal has no effect any more."""
+    return process.poll() is not None or not Path(f"/proc/{process.pid}/cmdline").read_bytes()
+
+
 def wait_until(process: subprocess.Popen, reached: Callable[[int], bool]) -> None:
     while not reached(process.pid):
         assert process.poll() is None, process.communicate()

@@ -17,17 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, TINY_YAML
+from tiny import ROOT, TINY_YAML, files_of
 
 PRETRAIN, GLUE, EXPORT = (f"electra_composer/{name}.py" for name in ("pretrain", "glue", "export"))
 CONVERT = "data_prep/convert_owt.py"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def files_of(folder: Path) -> dict[str, int]:
-    """Every file and folder with its size."""
-    return {str(path.relative_to(folder)): path.lstat().st_size for path in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture
@@ -239,7 +234,7 @@ def test_tsv_files_with_missing_columns(finetune, tmp_path, text, words):
         (["data.path=nowhere"], ("nowhere", "no such folder")),
         (["tasks=[sst3]"], ("sst3", "did you mean sst2?")),
         (["tasks=[sst2, cola]"], ("CoLA/train.tsv",)),
-        (["tasks=sst2"], ("tasks:", "list")),
+        (["tasks=sst2"], ("tasks is 'sst2'", "list")),
         (["seeds=[one]"], ("seeds", "one")),
         (["model.source=nowhere"], ("nowhere", "checkpoint", "Hugging Face")),
         (["model.hidden_size=64"], ("model.hidden_size",)),

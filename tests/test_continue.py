@@ -18,6 +18,7 @@ from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.export import export
 from electra_composer.training import trainer as trainer_module
+from electra_composer.training.preparation import initial_sizes
 
 Load = Callable[..., PretrainConfig]
 
@@ -40,7 +41,7 @@ def load(released: Path, tiny_yaml: Path) -> Load:
     tiny_yaml.write_text(yaml.safe_dump(content), encoding="utf-8")
 
     def make(*overrides: str) -> PretrainConfig:
-        return load_config(str(tiny_yaml), list(overrides), PretrainConfig, pretrain.initial_sizes)
+        return load_config(str(tiny_yaml), list(overrides), PretrainConfig, initial_sizes)
 
     return make
 

@@ -98,6 +98,18 @@ def test_each_program_prints_the_next_commands_and_nothing_foreign(tmp_path, col
     assert command(printed, "export.py")[2:] == ["runs/electra-small-my shards", "exports/electra-small-my shards"]
 
 
+def test_a_sharded_run_prints_nothing_foreign(tiny_yaml):
+    """Nor when it resumes with the other format of checkpoints."""
+    command = [sys.executable, ROOT / "electra_composer/pretrain.py", tiny_yaml, "trainer.device=cpu"]
+    for kind, duration in (("sharded", 2), ("full", 4)):
+        overrides = [f"trainer.fsdp={{state_dict_type: {kind}}}", f"trainer.max_duration={duration}ba"]
+        words = [*command, *overrides, "checkpoints.interval=2ba", "checkpoints.milestones=[]"]
+        done = programs.run(words, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert foreign(done.stderr) == []
+        assert (tiny_yaml.parent / f"run/batch-{duration}").is_dir() == (kind == "sharded")
+
+
 VALUES = ["data/owt", "/a", "a b", "1e-3", "null", "nan", "yes", "[x", "a: b", "~", "'", "007", ".5", "ü", "{a}", "#a"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from converter import main as convert
 from finetuning_runs import glue_config
 from glue_tiny import settings, write_data, write_source
@@ -13,7 +14,8 @@ from electra_composer import export, glue, pretrain
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 
-UMASK = 0o027  # distinguishes 0o640 from 0o644, of a default umask, and from 0o600, of temporary files
+# The default, a private one, and one that tells 0o640 from 0o644, of the default, and from 0o600, of temporary files.
+UMASKS = (0o022, 0o077, 0o027)
 # Some of the files that each program writes.
 WRITTEN = {
     "shards": ("index.json", "shard.00000.mds", "meta.json", "plan.json", "tokenizer.json", "vocab.txt"),
@@ -47,13 +49,14 @@ def write_everything(folder):
     )
 
 
-def test_permissions_follow_the_umask(tmp_path):
+@pytest.mark.parametrize("umask", UMASKS, ids=oct)
+def test_permissions_follow_the_umask(tmp_path, umask):
     words = [f"w{number}" for number in range(20)]
     lines = [" ".join(words[(start + i) % 20] for i in range(15)) for start in range(60)]
     (tmp_path / "texts.txt").write_text("\n\n".join(lines))
     written = tmp_path / "written"
     written.mkdir()
-    former = os.umask(UMASK)
+    former = os.umask(umask)
     try:
         write_everything(tmp_path)
     finally:
@@ -62,7 +65,7 @@ def test_permissions_follow_the_umask(tmp_path):
     wrong = {
         str(path.relative_to(written)): oct(path.stat().st_mode)
         for path in paths
-        if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~UMASK
+        if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~umask
     }
     assert wrong == {}
     for place, names in WRITTEN.items():

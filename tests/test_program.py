@@ -83,6 +83,27 @@ def test_only_a_program_takes_its_first_steps(program):
     assert ast.unparse(condition.test) == "__name__ == '__main__'"
 
 
+@pytest.mark.parametrize(
+    ("program", "yaml", "words", "message"),
+    [
+        ("pretrain", "small", "optimizer.lr=1e400", "optimizer.lr is inf; expected a number in (0, 10]"),
+        ("pretrain", "small", "trainer.cuda_graph=always", "expected true, false or auto"),
+        ("glue", "glue", "seeds=3", "seeds is 3; expected a list of 1 to 10,000 values"),
+        ("finetune", "classification", "task.kind=ner", "expected classification, regression, tagging or qa"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_before_libraries_are_imported(program, yaml, words, message):
+    command = [sys.executable, "-X", "importtime", ROOT / f"electra_composer/{program}.py", ROOT / f"yamls/{yaml}.yaml"]
+    done = subprocess.run([*command, words], capture_output=True, text=True, check=False)
+    *imports, error = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert error.startswith("error: the command line: ")
+    assert message in error
+    names = {line.rpartition("|")[2].strip() for line in imports}
+    assert "omegaconf" in names
+    assert not {"torch", "composer", "transformers", "numpy"} & names
+
+
 SPAWNS = """
 if __name__ == "__main__":
     from electra_composer.program import begin

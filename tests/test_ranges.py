@@ -10,42 +10,21 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from complete_config import COMPLETE, write
+from complete_config import COMPLETE, KEYS, SCHEMAS, load_kind, override, write
 from composer.core import Time
 from hypothesis import HealthCheck, given, settings
 from omegaconf import OmegaConf
-from tiny import ROOT
 
-from electra_composer.config import GlueConfig, PretrainConfig, RunConfig
+from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
-from electra_composer.finetune_config import FinetuneConfig
-from electra_composer.ranges import UNITS, Key, Range, TimeRange, check_ranges, keys
+from electra_composer.ranges import UNITS, Key, Range, TimeRange, check_ranges
 
-SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "glue": GlueConfig, "finetune": FinetuneConfig}
-KEYS = {f"{name}:{key.path}": (name, key) for name, schema in SCHEMAS.items() for key in keys(schema)}
 RANGED = {name: pair for name, pair in KEYS.items() if pair[1].range is not None}
 ONCE = list({key.path: name for name, (_, key) in reversed(RANGED.items())}.values())  # shared keys in one schema
 IS_TIME = re.compile(r"(interval|duration|warmup|decay)$")
 
 no_fixture_check = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def load(folder: Path, kind: str, overrides: list[str]) -> RunConfig:
-    if kind == "pretrain":
-        return load_config(write(folder, COMPLETE), overrides, PretrainConfig)
-    given = ["model.source=x", "optimizer.lr=1e-4"]
-    file = {"glue": "glue.yaml", "finetune": "classification.yaml"}[kind]
-    return load_config(str(ROOT / "yamls" / file), [*given, *overrides], SCHEMAS[kind])
-
-
-def override(key: Key, text: str) -> list[str]:
-    """Return the words of a command line that set a key, such as `data.streams.a.repeat=2`."""
-    path = key.path.replace("<name>", "a")
-    overrides = ["data.path=", "data.streams.a.path=x"] if path.startswith("data.streams") else []
-    if path == "optimizer.betas[]":
-        text = f"{text}, 0.5"
-    return [*overrides, f"{path[:-2]}=[{text}]" if path.endswith("[]") else f"{path}={text}"]
 
 
 def as_yaml(value: Any) -> str:
@@ -112,10 +91,10 @@ def outside(key: Key) -> st.SearchStrategy[Any]:
 def test_every_number_and_every_time_has_a_finite_range(name: str) -> None:
     _, key = KEYS[name]
     if key.kind in (int, float):
-        assert isinstance(key.range, Range), "a number without a range: annotate it in the schema"
+        assert isinstance(key.range, Range), "a number without a range: annotate it in config.py"
         assert all(math.isfinite(bound) for bound in bounds(key.range, key.kind is int))
     if key.kind is str and not key.words and IS_TIME.search(key.path):
-        assert isinstance(key.range, TimeRange), "a time without a range: annotate it in the schema"
+        assert isinstance(key.range, TimeRange), "a time without a range: annotate it in config.py"
 
 
 @pytest.mark.parametrize("name", ONCE)
@@ -137,7 +116,7 @@ def test_a_value_just_outside_is_refused_by_its_key(name: str, tmp_path: Path) -
 
 def refuse(folder: Path, kind: str, key: Key, text: str) -> None:
     with pytest.raises(UserError) as caught:
-        load(folder, kind, override(key, text))
+        load_kind(folder, kind, override(key, text))
     message = str(caught.value)
     assert key.path.replace("<name>", "a").removesuffix("[]") in message
     assert message.startswith("the command line: ")
@@ -161,7 +140,7 @@ def test_values_inside_are_accepted_all_at_once(kind: str, data: st.DataObject, 
     for of, key in RANGED.values():
         if of == kind and (streams or not key.path.startswith("data.streams")):
             overrides += override(key, as_yaml(data.draw(inside(key), label=key.path)))
-    config = load(tmp_path, kind, list(dict.fromkeys(overrides)))
+    config = load_kind(tmp_path, kind, list(dict.fromkeys(overrides)))
     check_ranges(config)
 
 
@@ -203,9 +182,6 @@ def test_ranges_in_words(limits: Range | TimeRange, integer: bool, text: str) ->
         ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]; expected a list of 2 values"),
         ("trainer.eval_batches=0", "or null for the complete validation set"),
         ("data.num_workers=100000", "data.num_workers is 100000; expected an integer from 0 to 256, or auto"),
-        ("data.num_workers=true", "data.num_workers: Value 'True' of type 'bool'"),
-        ("seed=true", "seed: Value 'True' of type 'bool'"),
-        ("optimizer.lr=true", "optimizer.lr: Value 'True' of type 'bool'"),
         (f"optimizer.lr={'9' * 400}", "optimizer.lr: int too large to convert to float"),
         (f"seed={'9' * 400}", "seed is 9999"),
         (f"seed={'9' * 5000}", "the value cannot be read"),
@@ -217,7 +193,7 @@ def test_ranges_in_words(limits: Range | TimeRange, integer: bool, text: str) ->
 )
 def test_messages(tmp_path: Path, words: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        load(tmp_path, "pretrain", [words])
+        load_kind(tmp_path, "pretrain", [words])
     assert len(str(caught.value)) < 500
 
 

@@ -10,16 +10,11 @@ from pathlib import Path
 import glue_tiny
 import programs
 import pytest
-from tiny import ROOT
+from tiny import ROOT, files_of
 
 PRETRAIN, GLUE = (str(ROOT / "electra_composer" / f"{name}.py") for name in ("pretrain", "glue"))
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def files_of(folder: Path) -> dict[str, int]:
-    """Every file and folder with its size."""
-    return {str(path.relative_to(folder)): path.lstat().st_size for path in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 
 
 COLD = {
-    "pretrain": ([PACKAGE / "pretrain.py", "no.yaml"], has_loaded("_xxhash."), SIGINT, False),
-    "glue": ([PACKAGE / "glue.py", "no.yaml"], has_loaded("ft2font"), SIGTERM, False),
+    "pretrain": ([PACKAGE / "pretrain.py", ROOT / "yamls/small.yaml"], has_loaded("_xxhash."), SIGINT, False),
+    "glue": ([PACKAGE / "glue.py", ROOT / "yamls/glue.yaml"], has_loaded("ft2font"), SIGTERM, False),
     "convert": ([ROOT / "data_prep/convert_owt.py", "--source", "no"], catches_sigterm, SIGINT, True),
     "export": ([PACKAGE / "export.py", "no", "out"], has_loaded("libtorch_python.so"), SIGTERM, True),
     "preview": (["-m", "electra_composer.preview", "no"], has_loaded("libtorch_cpu.so"), SIGINT, False),

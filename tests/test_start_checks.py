@@ -12,7 +12,7 @@ from typing import Any
 import glue_tiny
 import programs
 import pytest
-from tiny import ROOT
+from tiny import ROOT, files_of
 
 from electra_composer import glue, pretrain
 from electra_composer.config import GlueConfig, PretrainConfig
@@ -24,11 +24,6 @@ from electra_composer.training import preparation
 PRETRAIN, GLUE = (str(ROOT / "electra_composer" / f"{name}.py") for name in ("pretrain", "glue"))
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def files_of(folder: Path) -> dict[str, int]:
-    """Every file and folder with its size."""
-    return {str(path.relative_to(folder)): path.lstat().st_size for path in sorted(folder.rglob("*"))}
 
 
 def record(monkeypatch: pytest.MonkeyPatch, names: list[str], *modules: Any) -> list[str]:

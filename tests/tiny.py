@@ -1,4 +1,4 @@
-"""Paths and the tiny pretraining configuration shared by the tests."""
+"""Paths, the tiny pretraining configuration and a listing of files, shared by the tests."""
 
 from __future__ import annotations
 
@@ -34,3 +34,8 @@ def schema_of(path: Path) -> type[RunConfig]:
     if "\ntask:" in content:
         return FinetuneConfig
     return GlueConfig if "\ntasks:" in content else PretrainConfig
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Every file and folder with its size."""
+    return {str(path.relative_to(folder)): path.lstat().st_size for path in sorted(folder.rglob("*"))}

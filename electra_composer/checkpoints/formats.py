@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from electra_composer.checkpoints.safe_loading import (
     cause_of,
-    no_dist_warning_ignored,
+    dcp_warnings_ignored,
     read_file,
     safe_composer_loading,
 )
@@ -112,7 +112,7 @@ def _convert(path: str, copy: str) -> str | None:
         if is_sharded(path):
             torch.save(read_all(path), copy)
         else:
-            with no_dist_warning_ignored():
+            with dcp_warnings_ignored():
                 dcp.save(read_file(path), storage_writer=dcp.FileSystemWriter(copy), no_dist=True)
     except UserError as error:
         return str(error)

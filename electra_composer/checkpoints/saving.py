@@ -21,7 +21,7 @@ from composer.utils import checkpoint, dist, format_name_with_dist, format_name_
 from torch.distributed.checkpoint import CheckpointException
 
 from electra_composer.atomic_files import UNFINISHED, clean, move_into_place, remove, replace_link, with_prefix
-from electra_composer.checkpoints.safe_loading import cause_of
+from electra_composer.checkpoints.safe_loading import cause_of, dcp_warnings_ignored
 from electra_composer.errors import UserError, one_line
 from electra_composer.faults import raise_on_all_ranks
 
@@ -150,7 +150,9 @@ class AtomicCheckpointSaver(CheckpointSaver):
         _check_free_space(state, path)
         with _explain_write_errors(path, unfinished):
             # Composer puts a sharded checkpoint into a folder that it names itself, beside this file name.
-            written = checkpoint.save_checkpoint(state, os.path.join(unfinished, "shard") if sharded else unfinished)
+            with dcp_warnings_ignored():
+                file = os.path.join(unfinished, "shard") if sharded else unfinished
+                written = checkpoint.save_checkpoint(state, file)
             dist.barrier()  # all ranks have written
             if dist.get_global_rank() == 0:
                 assert written is not None

@@ -20,8 +20,8 @@ from electra_composer.checkpoints.safe_loading import (
     SafeLoadPlanner,
     SafeReader,
     cause_of,
+    dcp_warnings_ignored,
     describe_objects,
-    no_dist_warning_ignored,
 )
 from electra_composer.errors import UserError, one_line
 
@@ -61,7 +61,7 @@ def _read(folder: str, prefixes: list[tuple[str, ...]]) -> dict[str, Any]:
             if any(path[: len(prefix)] == prefix for prefix in prefixes)
         }
         values = {name: _placeholder(metadata.state_dict_metadata[name]) for name in paths}
-        with no_dist_warning_ignored():
+        with dcp_warnings_ignored():
             dcp.load(values, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
         tree: dict[Any, Any] = {"state": {}}
         for name, value in values.items():

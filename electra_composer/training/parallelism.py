@@ -6,6 +6,8 @@ checkpointing, which must precede the wrapping.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from composer.distributed.activation_checkpointing import apply_ac
 from composer.models import ComposerModel
@@ -65,7 +67,10 @@ def fsdp_config(config: FSDPConfig | None, device: str) -> RunFSDP2Config | None
             f"trainer.fsdp.data_parallel_replicate_degree is {replicas}, and PyTorch's FSDP2 cannot reduce the "
             "gradients of replicas on a CPU; set it to 1 (shards over all ranks), or trainer.fsdp=null"
         )
-    composer_config = RunFSDP2Config(**settings)
+    # Workaround (composer 0.32): its settings of FSDP2 warn that they are experimental; goes when they do not.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
+        composer_config = RunFSDP2Config(**settings)
     composer_config.replicas = replicas
     return composer_config
 

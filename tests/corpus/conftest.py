@@ -17,3 +17,8 @@ def corpus(tmp_path_factory):
     (folder / "corpus.jsonl").write_bytes(jsonl(documents))
     write_vocabulary(folder, "[", "]", "mask", "sep", *WORDS)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory):
+    return write_vocabulary(tmp_path_factory.mktemp("vocabulary"), *WORDS)

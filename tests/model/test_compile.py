@@ -108,7 +108,11 @@ def test_batches_of_one_shape_are_one_compilation(make_model: Make, make_batch: 
 def test_the_code_generator_takes_it(
     make_model: Make, make_batch: Make, tiny_model_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With flat parameters. A second start finds the code in the cache; so does another process (docs/log.md)."""
+    """With flat parameters. A second start finds the code in the cache; so does another process (docs/log.md).
+
+    Autograd's part is traced again: torch 2.7 caches none of a graph with a `torch.autograd.Function` in it, as the
+    flat parameters have one.
+    """
     try:
         compilation.check_compile(TrainerConfig(compile=True, precision="fp32", device="cpu"))
     except UserError as error:
@@ -132,12 +136,7 @@ def test_the_code_generator_takes_it(
         compile_as_composer_does(model, "inductor")
         torch.testing.assert_close(losses_and_gradients(model, batch), expected, rtol=1e-4, atol=1e-4)
         assert counters["inductor"]["fxgraph_cache_miss"] == misses
-    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
-
-
-def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(UserError, match=r"trainer\.compile is 'fast'; expected auto, true, false or one of default, "):
-        compilation.check_compile(TrainerConfig(compile="fast"))
+    assert counters["inductor"]["fxgraph_cache_hit"] == 2
 
 
 def test_a_cpu_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
