@@ -88,27 +88,28 @@ def scores_with_null(
     f1: NDArray[np.float64],
     null_scores: NDArray[np.float64],
     answerable: NDArray[np.bool_],
-    threshold: float,
+    threshold: float | None,
 ) -> dict[str, float]:
     """Compute the scores of SQuAD 2.0, where questions may have no answer.
 
     Args:
         exact, f1: of the best answers, `[questions]`.
         null_scores, answerable: see :func:`best_threshold`.
-        threshold: questions with a greater null score get no answer.
+        threshold: questions with a greater null score get no answer; None: the threshold with the best F1.
 
     Returns:
         `f1`, `exact_match`; `has_answer_f1` and `no_answer_f1`, the F1 of the questions with and without an answer, NaN
         if there are none; `best_f1` and `best_exact_match`, at the best threshold for each.
     """
-    no_answer = null_scores > threshold
+    best_f1, best = best_threshold(f1, null_scores, answerable)
+    no_answer = null_scores > (best if threshold is None else threshold)
     f1_here, exact_here = np.where(no_answer, ~answerable, f1), np.where(no_answer, ~answerable, exact)
     return {
         "f1": _mean(f1_here),
         "exact_match": _mean(exact_here),
         "has_answer_f1": _mean(f1_here[answerable]),
         "no_answer_f1": _mean(f1_here[~answerable]),
-        "best_f1": best_threshold(f1, null_scores, answerable)[0],
+        "best_f1": best_f1,
         "best_exact_match": best_threshold(exact, null_scores, answerable)[0],
     }
 

@@ -41,23 +41,26 @@ class JointHead(nn.Module):
         self.no_answer = linear_head(HIDDEN, 1) if classifies else None
 
     def forward(
-        self, hidden: Tensor, answer_mask: Tensor, start_positions: Tensor | None, may_start: Tensor | None
+        self, hidden: Tensor, token_type_ids: Tensor, start_positions: Tensor | None, may_start: Tensor | None
     ) -> dict[str, Tensor]:
         """Compute the logits for training, or search for answers.
 
+        Logits are limited to `[CLS]`, the context and its `[SEP]`; those of other tokens are -inf.
+
         Args:
             hidden: floats `[rows, length, hidden_size]`.
-            answer_mask: bool `[rows, length]`: `[CLS]`, the context and its `[SEP]`.
+            token_type_ids: `[rows, length]`, 1 for the context and its `[SEP]`.
             start_positions: int64 `[rows]`, the right start; None: search.
-            may_start: bool `[rows, length]`, tokens at which an answer may start; read if there are no
-                `start_positions`.
+            may_start: bool `[rows, length]`, tokens at which an answer may start; read by a search.
 
         Returns:
-            In training `start` and `end`, fp32 `[rows, length]`, the logits, -inf outside of the mask. Of a search
-            `starts`, int64 `[rows, beam]`; `start_log_probs`, fp32 `[rows, beam]`; `ends`, int64 `[rows, beam, beam]`;
-            `end_log_probs`, fp32 `[rows, beam, beam]`: -inf for invalid ones. `no_answer`, fp32 `[rows]`, the logit of
-            having no answer, if the head classifies.
+            In training `start` and `end`, fp32 `[rows, length]`, the logits. Of a search `starts`, int64 `[rows, beam]`;
+            `start_log_probs`, fp32 `[rows, beam]`; `ends`, int64 `[rows, beam, beam]`; `end_log_probs`, fp32
+            `[rows, beam, beam]`: -inf for invalid ones. If the head classifies, `no_answer`, fp32 `[rows]`, the logit
+            of having no answer.
         """
+        answer_mask = token_type_ids == 1
+        answer_mask[:, 0] = True
         start_logits = self.start(hidden).squeeze(-1).float().masked_fill(~answer_mask, -torch.inf)
         if start_positions is None:
             assert may_start is not None

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +29,16 @@ class QuestionTexts:
 
     Attributes:
         ids: None for a table without ids.
+        where: the place of each example, for messages.
+        questions: of each example.
         answers: right answers of each example; None where they are not known.
         contexts: the distinct contexts.
         places: int32 `[all tokens of the contexts, 2]`, first character of each token and the one after its last.
     """
 
     ids: list[str | None]
+    where: list[str]
+    questions: list[str]
     answers: list[Answers | None]
     contexts: list[str]
     places: NDArray[np.int32]
@@ -135,14 +139,6 @@ class _Contexts:
         return Pieces(np.array(self._tokens, dtype=np.int32), offsets_of(lengths)), places
 
 
-@dataclass
-class _Collected:
-    context_of: array = field(default_factory=lambda: array("q"))
-    spans: array = field(default_factory=lambda: array("q"))  # first character of the answer, one after its last
-    ids: list[str | None] = field(default_factory=list)
-    answers: list[Answers | None] = field(default_factory=list)
-
-
 def tokenize_questions(
     examples: Iterable[Question], split: str, tokenizer: PreTrainedTokenizerFast, progress: bool = False
 ) -> Questions:
@@ -153,23 +149,26 @@ def tokenize_questions(
         split: name of the split.
     """
     keep = split != "train"
-    contexts, collected = _Contexts(tokenizer, keep), _Collected()
+    contexts = _Contexts(tokenizer, keep)
+    kept = QuestionTexts([], [], [], [], contexts.texts, np.zeros((0, 2), dtype=np.int32))
+    context_of, spans = array("q"), array("q")
 
     def texts() -> Iterator[tuple[str]]:
         for example in examples:
-            collected.context_of.append(contexts.add(example.context))
-            collected.spans.extend(example.span or (-1, -1))
+            context_of.append(contexts.add(example.context))
+            spans.extend(example.span or (-1, -1))
             if keep:
-                collected.ids.append(example.id)
-                collected.answers.append(example.answers)
+                kept.ids.append(example.id)
+                kept.where.append(example.where)
+                kept.questions.append(example.question)
+                kept.answers.append(example.answers)
             yield (example.question,)
 
     questions = tokenize(texts(), 1, tokenizer, split, progress)[0]
-    pieces, places = contexts.finish()
-    context_of = np.array(collected.context_of, dtype=np.int64)
-    spans = np.array(collected.spans, dtype=np.int64).reshape(-1, 2)
-    kept = QuestionTexts(collected.ids, collected.answers, contexts.texts, places) if keep else None
-    return Questions(split, questions, pieces, context_of, _tokens_of(spans, context_of, pieces, places), kept)
+    pieces, kept.places = contexts.finish()
+    of = np.array(context_of, dtype=np.int64)
+    answers = _tokens_of(np.array(spans, dtype=np.int64).reshape(-1, 2), of, pieces, kept.places)
+    return Questions(split, questions, pieces, of, answers, kept if keep else None)
 
 
 def _tokens_of(

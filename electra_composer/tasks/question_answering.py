@@ -15,9 +15,11 @@ from electra_composer.errors import UserError
 from electra_composer.finetune_config import TaskConfig, TaskModelConfig
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.finetuning import linear_head
+from electra_composer.tasks.analysis import Analysis
 from electra_composer.tasks.answers import best_threshold, score_answers, scores_with_null
 from electra_composer.tasks.base import Output, Split, Task, Tokenized
 from electra_composer.tasks.encoded import EncodedRows
+from electra_composer.tasks.qa_analysis import analyse_answers
 from electra_composer.tasks.qa_decoding import (
     Candidates,
     decode_beams,
@@ -42,7 +44,8 @@ class QuestionAnswering(Task):
 
     Attributes:
         unanswerable: whether questions may have no answer.
-        null_threshold: 0, unless :meth:`tune` has chosen another.
+        joint: whether the head is google-research/electra's.
+        null_threshold: chosen by :meth:`tune`; None: 0 for predictions, the best one for scores.
     """
 
     kind = "qa"
@@ -64,12 +67,8 @@ class QuestionAnswering(Task):
                 "ElectraForQuestionAnswering: expected linear or joint"
             )
         self.unanswerable = config.unanswerable is True
-        self.null_threshold = 0.0
-
-    @property
-    def joint(self) -> bool:
-        """Whether the head is google-research/electra's."""
-        return self.model_config.head == "joint"
+        self.joint = model.head == "joint"
+        self.null_threshold: float | None = None
 
     @property
     def averages(self) -> bool:
@@ -109,11 +108,9 @@ class QuestionAnswering(Task):
     def forward(self, model: nn.Module, inputs: Sequence[Tensor], batch: Mapping[str, Any]) -> Any:
         if not self.joint:
             return model(*inputs)
-        answer_mask = batch["token_type_ids"] == 1
-        answer_mask[:, 0] = True
         if model.training:
-            return model(*inputs, answer_mask, batch["start_positions"], None)
-        return model(*inputs, answer_mask, None, batch["may_start"] == 1)
+            return model(*inputs, batch["token_type_ids"], batch["start_positions"], None)
+        return model(*inputs, batch["token_type_ids"], None, batch["may_start"] == 1)
 
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
         positions = batch["start_positions"], batch["end_positions"]
@@ -135,15 +132,16 @@ class QuestionAnswering(Task):
         """Choose the threshold with the best F1, as SQuAD's `evaluate-v2.0.py` does."""
         if self.unanswerable:
             candidates = self._decode(rows, outputs)
-            golds, answerable = _golds(rows)
-            f1 = score_answers(_best(rows, candidates), golds).f1
+            _, f1, answerable = _scored(rows, candidates)
             self.null_threshold = best_threshold(f1, candidates.null_scores, answerable)[1]
 
     def scores(self, rows: EncodedRows, outputs: Sequence[Output]) -> dict[str, float]:
-        """Compute the scores at the threshold of no answer; `best_…` are those at the best threshold for each."""
+        """Compute the scores at the threshold of no answer; `best_…` are those at the best threshold for each.
+
+        Until :meth:`tune` has chosen the threshold, it is the one that it would choose: with the best F1 on these rows.
+        """
         candidates = self._decode(rows, outputs)
-        golds, answerable = _golds(rows)
-        exact, f1 = score_answers(_best(rows, candidates), golds)
+        exact, f1, answerable = _scored(rows, candidates)
         if not self.unanswerable:
             return {"f1": float(f1.mean()), "exact_match": float(exact.mean())}
         return scores_with_null(exact, f1, candidates.null_scores, answerable, self.null_threshold)
@@ -171,6 +169,9 @@ class QuestionAnswering(Task):
                 "candidates": listed,
             }
 
+    def analysis(self, rows: EncodedRows, outputs: Sequence[Output]) -> Analysis:
+        return analyse_answers(rows.source.examples.texts, list(self.predictions(rows, outputs)))
+
     def collapsed(self, rows: EncodedRows, outputs: Sequence[Output]) -> bool:
         candidates = self._decode(rows, outputs)
         pairs = zip(_best(rows, candidates), self._no_answer(candidates), strict=True)
@@ -185,7 +186,7 @@ class QuestionAnswering(Task):
         """Return the questions that are predicted to have no answer, bool `[questions]`."""
         if not self.unanswerable:
             return ~candidates.has_any
-        return candidates.null_scores > self.null_threshold
+        return candidates.null_scores > (self.null_threshold or 0.0)
 
 
 def _best(rows: EncodedRows, candidates: Candidates) -> list[str]:
@@ -193,7 +194,10 @@ def _best(rows: EncodedRows, candidates: Candidates) -> list[str]:
     return [spans[0].answer if spans else "" for spans in spans_of(rows, candidates.best())]
 
 
-def _golds(rows: EncodedRows) -> tuple[list[Sequence[str]], NDArray[np.bool_]]:
-    """Return the right answers of each question, and whether it has one."""
+def _scored(
+    rows: EncodedRows, candidates: Candidates
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Return exact match and F1 of the best candidate of each question, and whether it has an answer."""
     golds = [answers.texts for answers in rows.source.examples.texts.answers]
-    return golds, np.array([len(texts) > 0 for texts in golds])
+    exact, f1 = score_answers(_best(rows, candidates), golds)
+    return exact, f1, np.array([len(texts) > 0 for texts in golds])
