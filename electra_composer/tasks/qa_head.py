@@ -54,10 +54,9 @@ class JointHead(nn.Module):
             may_start: bool `[rows, length]`, tokens at which an answer may start; read by a search.
 
         Returns:
-            In training `start` and `end`, fp32 `[rows, length]`, the logits. Of a search `starts`, int64 `[rows, beam]`;
-            `start_log_probs`, fp32 `[rows, beam]`; `ends`, int64 `[rows, beam, beam]`; `end_log_probs`, fp32
-            `[rows, beam, beam]`: -inf for invalid ones. If the head classifies, `no_answer`, fp32 `[rows]`, the logit
-            of having no answer.
+            In training `start` and `end`, fp32 `[rows, length]`: the logits. Of a search `starts`, int64, and
+            `start_log_probs`, fp32 `[rows, beam]`; `ends`, int64, and `end_log_probs`, fp32 `[rows, beam, beam]`: -inf
+            for invalid ones. If the head classifies, `no_answer`, fp32 `[rows]`: the logit of having no answer.
         """
         answer_mask = token_type_ids == 1
         answer_mask[:, 0] = True

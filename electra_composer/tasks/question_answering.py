@@ -32,6 +32,8 @@ from electra_composer.tasks.qa_head import JointHead, joint_loss, span_loss
 from electra_composer.tasks.qa_windows import Questions, build_windows, tokenize_questions
 from electra_composer.tasks.questions import answers_of, read_questions
 
+SCORES = ("f1", "exact_match")
+SCORES_WITH_NULL = ("has_answer_f1", "no_answer_f1", "best_f1", "best_exact_match")
 NO_ANSWER = {"answer": "", "start": None, "end": None}
 
 
@@ -76,9 +78,7 @@ class QuestionAnswering(Task):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        if not self.unanswerable:
-            return ("f1", "exact_match")
-        return ("f1", "exact_match", "has_answer_f1", "no_answer_f1", "best_f1", "best_exact_match")
+        return (*SCORES, *SCORES_WITH_NULL) if self.unanswerable else SCORES
 
     def learn(self, train: Split) -> None:
         if self.config.unanswerable == "auto":
