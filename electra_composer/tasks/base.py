@@ -85,6 +85,11 @@ class Task(abc.ABC):
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
 
     @property
+    def averages(self) -> bool:
+        """Whether the mean over models of what :meth:`keep` returns is an ensemble."""
+        return True
+
+    @property
     @abc.abstractmethod
     def metrics(self) -> tuple[str, ...]:
         """Names of the scores; the first is the default of `task.metric`."""

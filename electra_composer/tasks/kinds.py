@@ -5,8 +5,9 @@ from __future__ import annotations
 from electra_composer.finetune_config import TaskConfig, TaskModelConfig
 from electra_composer.tasks.base import Task
 from electra_composer.tasks.classification import Classification
+from electra_composer.tasks.question_answering import QuestionAnswering
 
-KINDS: dict[str, type[Task]] = {"classification": Classification}
+KINDS: dict[str, type[Task]] = {"classification": Classification, "qa": QuestionAnswering}
 
 
 def build_task(config: TaskConfig, model: TaskModelConfig) -> Task:

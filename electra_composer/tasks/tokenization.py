@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from electra_composer.tasks.encoded import EncodedRows
 
 TOKENIZER_CHUNK = 4096  # texts per call of the tokenizer, and per step of the progress bar
-JOIN_CHUNK = 65536  # rows
+JOIN_CHUNK = 16384  # rows: index arrays of 64 MiB for rows of 512 tokens
 
 Length = TypeVar("Length", int, NDArray[np.int64])
 
@@ -35,6 +35,19 @@ class Pieces(NamedTuple):
     def lengths(self) -> NDArray[np.int64]:
         """Number of tokens of each text, int64 `[texts]`."""
         return np.diff(self.offsets)
+
+
+class Spans(NamedTuple):
+    """Parts of token ids: span i is `tokens[starts[i]:starts[i] + lengths[i]]`. They may overlap.
+
+    Attributes:
+        tokens: int32 `[all tokens]`.
+        starts, lengths: int64 `[spans]`.
+    """
+
+    tokens: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
 
 
 def tokenize(
@@ -106,21 +119,27 @@ def join(first: Pieces, second: Pieces | None, max_seq_length: int, cls: int, se
     """
     before = first.lengths
     after = np.zeros_like(before) if second is None else second.lengths
-    # Two special tokens without B, three with it.
-    specials = 2 + (after > 0)
     singles = np.minimum(before, max_seq_length - 2)
     pairs = truncated_lengths(before, after, max_seq_length - 3)
     before, after = np.where(after > 0, pairs[0], singles), np.where(after > 0, pairs[1], 0)
-    offsets = offsets_of(before + after + specials)
+    spans = None if second is None else Spans(second.tokens, second.offsets[:-1], after)
+    return join_spans(Spans(first.tokens, first.offsets[:-1], before), spans, cls, sep)
+
+
+def join_spans(first: Spans, second: Spans | None, cls: int, sep: int) -> EncodedRows:
+    """Build the rows `[CLS] A [SEP] B [SEP]` of spans of A and B; without B, or where it is empty, `[CLS] A [SEP]`."""
+    before = first.lengths
+    after = np.zeros_like(before) if second is None else second.lengths
+    offsets = offsets_of(before + after + 2 + (after > 0))
     tokens = np.full(offsets[-1], sep, dtype=np.int32)
     tokens[offsets[:-1]] = cls
     for start in range(0, len(before), JOIN_CHUNK):
         rows = slice(start, start + JOIN_CHUNK)
         places = offsets[:-1][rows] + 1
-        tokens[_indices(places, before[rows])] = first.tokens[_indices(first.offsets[:-1][rows], before[rows])]
+        tokens[_indices(places, before[rows])] = first.tokens[_indices(first.starts[rows], before[rows])]
         if second is not None:
             places = places + before[rows] + 1
-            tokens[_indices(places, after[rows])] = second.tokens[_indices(second.offsets[:-1][rows], after[rows])]
+            tokens[_indices(places, after[rows])] = second.tokens[_indices(second.starts[rows], after[rows])]
     return EncodedRows(tokens, offsets, before + 2)
 
 
