@@ -47,7 +47,9 @@ class TaskConfig:
     # tagging: how spans are marked; none: a tag per word, such as parts of speech
     scheme: Literal["auto", "iob1", "iob2", "bioes", "none"] = "auto"
     context: bool = False  # tagging: fill the window with neighbouring sentences of the same document
-    stride: Annotated[int, Range(ge=1, le=65535)] = 128  # tagging, qa: tokens between windows of a longer text
+    # tagging: tokens that the rows of a longer sentence share, at most half of a row; qa: tokens between windows of a
+    # longer text
+    stride: Annotated[int, Range(ge=1, le=65535)] = 128
     max_answer_length: Annotated[int, Range(ge=1, le=65535)] = 30  # qa: tokens
     n_best: Annotated[int, Range(ge=1, le=1000)] = 20  # qa: candidates for the start and for the end of an answer
     unanswerable: bool | Literal["auto"] = "auto"  # qa: whether questions may have no answer; auto: if some have none

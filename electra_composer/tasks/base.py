@@ -66,6 +66,9 @@ class Task(abc.ABC):
 
     The order of calls: :meth:`learn`, :meth:`tokenize`, :meth:`encode`, :meth:`build_head`; then :meth:`loss` in
     training, and :meth:`keep` in evaluation, whose results :meth:`scores` and :meth:`predictions` read.
+
+    Attributes:
+        notes: what :meth:`learn` guessed, a line each, to be said.
     """
 
     kind: ClassVar[str]
@@ -79,6 +82,7 @@ class Task(abc.ABC):
     def __init__(self, config: TaskConfig, model: TaskModelConfig):
         self.config = config
         self.model_config = model
+        self.notes: list[str] = []
 
     unscaled: ClassVar[frozenset[str]] = frozenset()
     """Scores that are reported as they are, not × 100."""

@@ -136,14 +136,14 @@ def join_spans(first: Spans, second: Spans | None, cls: int, sep: int) -> Encode
     for start in range(0, len(before), JOIN_CHUNK):
         rows = slice(start, start + JOIN_CHUNK)
         places = offsets[:-1][rows] + 1
-        tokens[_indices(places, before[rows])] = first.tokens[_indices(first.starts[rows], before[rows])]
+        tokens[indices(places, before[rows])] = first.tokens[indices(first.starts[rows], before[rows])]
         if second is not None:
             places = places + before[rows] + 1
-            tokens[_indices(places, after[rows])] = second.tokens[_indices(second.starts[rows], after[rows])]
+            tokens[indices(places, after[rows])] = second.tokens[indices(second.starts[rows], after[rows])]
     return EncodedRows(tokens, offsets, before + 2)
 
 
-def _indices(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def indices(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Concatenate `starts[i], starts[i] + 1, …`, of `lengths[i]` each."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
