@@ -114,6 +114,8 @@ def read_rows(
     """
     train, validation = draw_rows(splits, config, say)
     task.learn(train)
+    for note in task.notes:
+        say(note)
     examples = task.tokenize(train, tokenizer, progress)
     length = choose_length(config.data.max_seq_length, examples, positions, say)
     rows = task.encode(examples, tokenizer, length)
