@@ -22,6 +22,8 @@ from electra_composer.tasks.labels import check_counts, label_name, sort_labels,
 from electra_composer.tasks.rows import Row
 from electra_composer.tasks.text_pairs import TextTask
 
+SINGLE_LABEL = ("accuracy", "macro_f1", "matthews", "auc")
+MULTI_LABEL = ("micro_f1", "macro_f1", "accuracy", "auc")
 CHUNK = 4096  # rows whose probabilities are computed together
 MAX_PROBABILITIES = 20  # labels whose probability a prediction names
 NONE = -1  # fills up the labels of an example, where others have more
@@ -51,9 +53,9 @@ class Classification(TextTask):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        if self.multi_label:
-            return ("micro_f1", "macro_f1", "accuracy", "auc")
-        return ("accuracy", "macro_f1", "matthews", "auc")
+        if not self.labels and self.config.multi_label == "auto":  # either, until the labels are known
+            return tuple(dict.fromkeys((*SINGLE_LABEL, *MULTI_LABEL)))
+        return MULTI_LABEL if self.multi_label else SINGLE_LABEL
 
     @property
     def num_outputs(self) -> int:
@@ -78,6 +80,11 @@ class Classification(TextTask):
         else:
             check_counts(counts, f"column {column}")
             self._set_labels(sort_labels(list(counts)))
+        if self.score not in self.metrics:
+            several = "several labels" if self.multi_label else "one label"
+            raise UserError(
+                f"task.metric is {self.score}, but examples have {several}; expected one of {', '.join(self.metrics)}"
+            )
         if self.config.class_weights == "balanced":
             each = torch.tensor([counts[name] for name in self.labels], dtype=torch.float64)
             # As scikit-learn's `balanced`; of several labels, positive and negative examples get equal weight.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
 from electra_composer.finetune_config import TaskConfig, TaskModelConfig
 from electra_composer.tasks.base import Task
@@ -41,13 +40,3 @@ def build_task(config: TaskConfig, model: TaskModelConfig) -> Task:
     if model.head == "joint" and config.kind != "qa":
         raise UserError(f"model.head is joint, which only qa has, and task.kind is {config.kind}; set another")
     return KINDS[config.kind](config, model)
-
-
-def check_score(task: Task) -> None:
-    """Check `task.metric` once the task has learned, since its metrics may depend on the labels.
-
-    Raises:
-        UserError: the task has no such metric.
-    """
-    if task.score not in task.metrics:
-        raise UserError(f"task.metric is {task.score}; {nearest(task.score, list(task.metrics))}")

@@ -30,6 +30,7 @@ class Regression(TextTask):
     """
 
     kind = "regression"
+    unscaled = lower_is_better = frozenset({"mse"})
 
     def __init__(self, config: TaskConfig, model: TaskModelConfig):
         super().__init__(config, model)

@@ -95,20 +95,23 @@ class SavedModel:
     max_seq_length: int
 
 
-def save_model(model: ElectraWithHead, task: Task, source: Pretrained, max_seq_length: int, folder: str) -> None:
+def save_model(
+    model: nn.Module, task: Task, source: Pretrained, max_seq_length: int, folder: str, overwrite: bool = False
+) -> None:
     """Write a folder that transformers and :func:`load_model` read; it is complete or absent, even after a kill.
 
-    A saved model that is there already is replaced.
-
     Args:
+        model: an :class:`ElectraWithHead` on any device; not modified.
         source: its sizes and its tokenizer are used.
         max_seq_length: tokens to which the saved tokenizer truncates.
+        overwrite: replace a saved model once the new one is complete.
 
     Raises:
-        UserError: the folder is something else, or cannot be written.
+        UserError: the folder exists, is something else than a saved model, or cannot be written.
     """
-    if os.path.lexists(folder) and not os.path.isfile(os.path.join(folder, "config.json")):
-        raise UserError(f"{folder} exists and is not a saved model; choose another folder")
+    if os.path.lexists(folder) and not (overwrite and is_saved_model(folder)):
+        found = "exists already" if is_saved_model(folder) else "exists and is not a saved model"
+        raise UserError(f"{folder} {found}; choose another folder")
     # Workaround (torch 2.7): torch.compile puts `_orig_mod.` before parameter names; goes when state_dict omits it.
     state = {name.replace("_orig_mod.", ""): tensor.float().cpu() for name, tensor in model.state_dict().items()}
     sizes = encoder_config(source, task.model_config.dropout)
@@ -124,8 +127,8 @@ def save_model(model: ElectraWithHead, task: Task, source: Pretrained, max_seq_l
         "max_seq_length": max_seq_length,
     }
     try:
-        with replaced_folder(folder) as unfinished:
-            if is_of_transformers(model.head):
+        with replaced_folder(folder, overwrite) as unfinished:
+            if is_of_transformers(model.get_submodule("head")):
                 weights |= _head_weights(task, state)
                 _describe(config, task, record)
                 _write_transformers(config, weights, FORMS[task.kind].model_class, unfinished)
@@ -140,6 +143,15 @@ def save_model(model: ElectraWithHead, task: Task, source: Pretrained, max_seq_l
         if code is None:
             raise
         raise UserError(f"cannot write the model to {folder}: {os.strerror(code)}; nothing was kept") from error
+
+
+def is_saved_model(folder: str) -> bool:
+    """Return whether a folder has a model that :func:`save_model` wrote."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            return KEY in json.load(file)
+    except (OSError, ValueError):
+        return False
 
 
 def is_of_transformers(head: nn.Module) -> bool:

@@ -171,10 +171,12 @@ def test_a_saved_model_is_replaced_as_a_whole(source, tmp_path, monkeypatch):
     save_model(random_model(task, source), task, source, 16, str(folder))
     monkeypatch.setattr(type(source.tokenizer), "save_pretrained", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_model(random_model(other, source), other, source, 16, str(folder))
+        save_model(random_model(other, source), other, source, 16, str(folder), overwrite=True)
     assert load_model(str(folder)).task.labels == ["a", "b"]
     monkeypatch.undo()
-    save_model(random_model(other, source), other, source, 16, str(folder))
+    with pytest.raises(UserError, match="exists already"):
+        save_model(random_model(other, source), other, source, 16, str(folder))
+    save_model(random_model(other, source), other, source, 16, str(folder), overwrite=True)
     assert load_model(str(folder)).task.labels == ["c", "d"]
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.id2label == {0: "c", 1: "d"}
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 16
