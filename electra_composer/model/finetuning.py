@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -91,8 +92,9 @@ class TransformersHead(nn.Module):
         init_weights(self, config.initializer_range)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Last hidden states `[rows, hidden]` → `[rows, outputs]`."""
-        return self.out_proj(self.dropout(F.gelu(self.dense(hidden))))
+        """Last hidden states `[rows, hidden]` → fp32 `[rows, outputs]`, without autocast: head_maps.py needs fp32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.out_proj(self.dropout(F.gelu(self.dense(hidden.float()))))
 
 
 class ElectraForClassification(nn.Module):
