@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    ElectraForMaskedLM,
+    ElectraForPreTraining,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from electra_composer.checkpoints.file_kinds import EXPECTED, describe_content
@@ -208,7 +214,7 @@ def _load_transformers(source: str) -> Pretrained:
 
 
 def load_transformers(
-    source: str, model_class: type[ElectraForPreTraining] | type[ElectraForMaskedLM]
+    source: str, model_class: type[PreTrainedModel]
 ) -> tuple[EncoderConfig, State, PreTrainedTokenizerFast, list[str]]:
     """Load a network of transformers from a folder or the hub.
 
@@ -232,7 +238,7 @@ def load_transformers(
     unexpected = sorted(name for name in loading["unexpected_keys"] if not name.endswith("embeddings.position_ids"))
     missing = sorted(name for name in loading["missing_keys"] if name.startswith("electra."))
     if missing or unexpected:
-        network = "discriminator" if model_class is ElectraForPreTraining else "generator"
+        network = "generator" if model_class is ElectraForMaskedLM else "discriminator"
         raise UserError(
             f"{source}: not an ELECTRA {network} (weights: {_describe(missing, unexpected)}); expected an "
             f"{model_class.__name__} or ElectraModel"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from electra_composer.model.encoder import Embeddings, Encoder, EncoderConfig, init_weights
@@ -69,6 +71,30 @@ def linear_head(hidden_size: int, outputs: int) -> nn.Linear:
     nn.init.xavier_uniform_(head.weight)
     nn.init.zeros_(head.bias)
     return head
+
+
+class TransformersHead(nn.Module):
+    """Head of transformers' `ElectraForSequenceClassification`, with its names: dense, GELU (erf), dropout, out_proj.
+
+    Weights are drawn as those of the encoder, as transformers does.
+
+    Args:
+        config: sizes of the discriminator.
+        outputs: number of outputs.
+        dropout: dropout probability before the last layer.
+    """
+
+    def __init__(self, config: EncoderConfig, outputs: int, dropout: float = 0.1):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = Dropout(dropout)
+        self.out_proj = nn.Linear(config.hidden_size, outputs)
+        init_weights(self, config.initializer_range)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Last hidden states `[rows, hidden]` → fp32 `[rows, outputs]`, without autocast: head_maps.py needs fp32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.out_proj(self.dropout(F.gelu(self.dense(hidden.float()))))
 
 
 class ElectraForClassification(nn.Module):

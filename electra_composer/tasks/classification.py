@@ -9,76 +9,203 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from electra_composer.errors import UserError
+from electra_composer.finetune_config import TaskConfig, TaskModelConfig
 from electra_composer.tasks.base import Output, Split
+from electra_composer.tasks.calibration import fit_temperature
+from electra_composer.tasks.classification_scores import multi_label_scores, single_label_scores
 from electra_composer.tasks.encoded import EncodedRows
+from electra_composer.tasks.labels import check_counts, label_name, sort_labels, unknown_label
 from electra_composer.tasks.rows import Row
-from electra_composer.tasks.text_pairs import Texts, TextTask
+from electra_composer.tasks.text_pairs import TextTask
+
+SINGLE_LABEL = ("accuracy", "macro_f1", "matthews", "auc")
+MULTI_LABEL = ("micro_f1", "macro_f1", "accuracy", "auc")
+CHUNK = 4096  # rows whose probabilities are computed together
+MAX_PROBABILITIES = 20  # labels whose probability a prediction names
+NONE = -1  # fills up the labels of an example, where others have more
+BOOLEANS = {"0": False, "1": True, "false": False, "true": True, "": False}
 
 
 class Classification(TextTask):
-    """One of the labels found in the training examples.
+    """One or several of the labels found in the training examples.
+
+    With several labels per example, their probabilities are independent, and those of at least 0.5 are predicted.
 
     Attributes:
         labels: names, in the order of the class numbers.
+        multi_label: whether an example may have several labels, or none.
+        temperature: what logits are divided by; see calibration.py.
     """
 
     kind = "classification"
-    labels: list[str]
+
+    def __init__(self, config: TaskConfig, model: TaskModelConfig):
+        super().__init__(config, model)
+        self.labels: list[str] = []
+        self.multi_label = config.multi_label is True
+        self.temperature = 1.0
+        self._numbers: dict[str, int] = {}  # of the labels
+        self._weights: Tensor | None = None  # of class_weights, fp32 [labels]
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return ("accuracy", "macro_f1")
+        if not self.labels and self.config.multi_label == "auto":  # either, until the labels are known
+            return tuple(dict.fromkeys((*SINGLE_LABEL, *MULTI_LABEL)))
+        return MULTI_LABEL if self.multi_label else SINGLE_LABEL
 
     @property
     def num_outputs(self) -> int:
         return len(self.labels)
 
     def learn(self, train: Split) -> None:
-        counts = Counter(name for row in train if (name := _name(row, train)) is not None)
-        if len(counts) < 2:
+        column = train.columns["label"]
+        counts: Counter[str] = Counter()
+        rows, lists = 0, False
+        for row in train:
+            names = self._names(row, train)
+            lists = lists or isinstance(row.values.get(column) if isinstance(column, str) else None, list)
+            if names is not None:
+                rows += 1
+                counts.update(names)
+        if self.config.multi_label == "auto":
+            self.multi_label = lists or isinstance(column, list) or self.config.label_separator is not None
+        if isinstance(column, list):
+            if empty := [name for name in column if not counts[name]]:
+                raise UserError(f"data.train: no row has 1 in column {empty[0]}; leave it out of data.columns.label")
+            self._set_labels([str(name) for name in column])
+        else:
+            check_counts(counts, f"column {column}")
+            self._set_labels(sort_labels(list(counts)))
+        if self.score not in self.metrics:
+            several = "several labels" if self.multi_label else "one label"
             raise UserError(
-                f"data.train: {len(counts)} labels in column {train.columns['label']!r}; expected at least two"
+                f"task.metric is {self.score}, but examples have {several}; expected one of {', '.join(self.metrics)}"
             )
-        self.labels = sorted(counts)
+        if self.config.class_weights == "balanced":
+            each = torch.tensor([counts[name] for name in self.labels], dtype=torch.float64)
+            # As scikit-learn's `balanced`; of several labels, positive and negative examples get equal weight.
+            weights = (rows - each) / each if self.multi_label else rows / (len(each) * each)
+            self._weights = weights.float()
+
+    def _set_labels(self, labels: list[str]) -> None:
+        self.labels = labels
+        self._numbers = {name: number for number, name in enumerate(labels)}
 
     def state(self) -> dict[str, Any]:
-        return {"labels": self.labels}
+        return {"labels": self.labels, "multi_label": self.multi_label, "temperature": self.temperature}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.labels = state["labels"]
+        self._set_labels(state["labels"])
+        self.multi_label, self.temperature = state["multi_label"], state["temperature"]
 
-    def label_of(self, row: Row, split: Split) -> int | None:
-        name = _name(row, split)
-        if name is None:
+    def output_scale(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return np.full(self.num_outputs, 1 / self.temperature), np.zeros(self.num_outputs)
+
+    def scaled_state(self) -> dict[str, Any]:
+        return {**self.state(), "temperature": 1.0}
+
+    def label_of(self, row: Row, split: Split) -> Any:
+        names = self._names(row, split)
+        if names is None:
             return None
-        if name not in self.labels:
-            raise UserError(f"{row.where}: label {name!r} is not in data.train; expected one of {self.labels}")
-        return self.labels.index(name)
+        if unknown := [name for name in names if name not in self._numbers]:
+            raise unknown_label(unknown[0], self.labels, row.where)
+        numbers = [self._numbers[name] for name in names]
+        if self.multi_label:
+            return numbers
+        if len(numbers) > 1:
+            raise UserError(f"{row.where}: {len(names)} labels; expected one: set task.multi_label=true for several")
+        return numbers[0] if numbers else None
+
+    def stack(self, labels: list[Any]) -> NDArray[Any]:
+        """Return class numbers, int64 `[rows]`, or with several labels `[rows, most of a row]`, filled with NONE."""
+        if not self.multi_label:
+            return np.array(labels, dtype=np.int64)
+        stacked = np.full((len(labels), max(1, *map(len, labels), 0)), NONE, dtype=np.int64)
+        for row, numbers in zip(stacked, labels, strict=True):
+            row[: len(numbers)] = numbers
+        return stacked
 
     def loss(self, outputs: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        return F.cross_entropy(outputs.float(), batch["labels"])
+        logits, labels = outputs.float(), batch["labels"]
+        if self._weights is not None and self._weights.device != logits.device:
+            self._weights = self._weights.to(logits.device)
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits, self.targets(labels).float(), pos_weight=self._weights)
+        if self._weights is None:
+            return F.cross_entropy(logits, labels)
+        # Divided by the number of examples, not by the sum of their weights, whose mean over all examples is 1: so
+        # microbatches average to the batch.
+        return F.cross_entropy(logits, labels, self._weights, reduction="sum") / len(labels)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Class numbers of :meth:`stack`, `[rows, most of a row]` → bool `[rows, labels]`."""
+        count = self.num_outputs
+        targets = torch.zeros(len(labels), count + 1, dtype=torch.bool, device=labels.device)
+        return targets.scatter_(1, torch.where(labels == NONE, count, labels), True)[:, :count]
 
     def scores(self, rows: EncodedRows, outputs: Sequence[Output]) -> dict[str, float]:
         logits, labels = torch.from_numpy(np.stack(outputs)), torch.from_numpy(rows.per_row["labels"])
-        count = len(self.labels)
-        return {
-            "accuracy": float(multiclass_accuracy(logits, labels, count, average="micro")),
-            "macro_f1": float(multiclass_f1_score(logits, labels, count, average="macro")),
-        }
+        if self.multi_label:
+            return multi_label_scores(logits, self.targets(labels))
+        return single_label_scores(logits, labels)
+
+    def calibrate(self, rows: EncodedRows, outputs: Sequence[Output]) -> None:
+        """Set :attr:`temperature` to the best one for labelled examples, such as those of validation."""
+        labels = torch.from_numpy(rows.per_row["labels"])
+        targets = self.targets(labels) if self.multi_label else labels
+        self.temperature = fit_temperature(torch.from_numpy(np.stack(outputs)), targets)
 
     def predictions(self, rows: EncodedRows, outputs: Sequence[Output]) -> Iterator[dict[str, Any]]:
-        assert isinstance(rows.source, Texts)
-        for logits in outputs:
-            probabilities = torch.from_numpy(logits).softmax(0).tolist()
-            best = int(np.argmax(logits))
-            yield {"label": self.labels[best], "probabilities": dict(zip(self.labels, probabilities, strict=True))}
+        """Yield `label` or a list of `labels`, and `probabilities` of the most probable ones, in descending order."""
+        for start in range(0, len(outputs), CHUNK):
+            logits = torch.from_numpy(np.stack(outputs[start : start + CHUNK])).double() / self.temperature
+            probabilities = logits.sigmoid() if self.multi_label else logits.softmax(1)
+            values, numbers = probabilities.topk(min(MAX_PROBABILITIES, self.num_outputs))
+            for row, chances, best in zip(logits.numpy(), values.tolist(), numbers.tolist(), strict=True):
+                named = {self.labels[i]: float(f"{chance:.7g}") for i, chance in zip(best, chances, strict=True)}
+                if self.multi_label:
+                    yield {"labels": [self.labels[i] for i in np.flatnonzero(row >= 0)], "probabilities": named}
+                else:
+                    yield {"label": self.labels[best[0]], "probabilities": named}
+
+    def collapsed(self, rows: EncodedRows, outputs: Sequence[Output]) -> bool:
+        logits = np.stack(outputs)
+        chosen = logits >= 0 if self.multi_label else logits.argmax(1)
+        return bool((chosen == chosen[0]).all())
+
+    def _names(self, row: Row, split: Split) -> list[str] | None:
+        """Return the names of a row's labels; None if it is not labelled."""
+        column = split.columns.get("label")
+        if column is None:
+            return None
+        if isinstance(column, list):
+            return _columns_of_booleans(row, column)
+        value = row.values[column]
+        if isinstance(value, list):
+            names = [label_name(each) for each in value]
+        elif self.config.label_separator is not None and isinstance(value, str):
+            names = [label_name(each) for each in value.split(self.config.label_separator)]
+        elif isinstance(value, dict):
+            raise UserError(f"{row.where}: {column} is an object; expected a label, or a list of labels")
+        else:
+            name = label_name(value)
+            return None if name is None else [name]
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
-def _name(row: Row, split: Split) -> str | None:
-    column = split.columns.get("label")
-    value = None if column is None else row.values[column]  # type: ignore[index]
-    return None if value is None or value == "" else str(value)
+def _columns_of_booleans(row: Row, columns: Sequence[str]) -> list[str] | None:
+    names = []
+    for column in columns:
+        text = str(label_name(row.values[column]) or "").lower()
+        if text not in BOOLEANS:
+            raise UserError(
+                f"{row.where}: {column} is {text!r}; expected 0 or 1 in each of the columns of data.columns.label"
+            )
+        if BOOLEANS[text]:
+            names.append(column)
+    return None if all(row.values[column] in (None, "") for column in columns) else names

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_composer.errors import UserError
 from electra_composer.model.encoder import EncoderConfig
-from electra_composer.model.finetuning import linear_head
+from electra_composer.model.finetuning import TransformersHead, linear_head
 from electra_composer.tasks.base import Output, Split, Task, Tokenized
 from electra_composer.tasks.encoded import EncodedRows
 from electra_composer.tasks.rows import Row
@@ -63,11 +63,26 @@ class TextTask(Task):
 
     @abc.abstractmethod
     def label_of(self, row: Row, split: Split) -> Any:
-        """Return the label of a row, of a type that NumPy stacks; None if it has none.
+        """Return the label of a row, as :meth:`stack` takes it; None if it has none.
 
         Raises:
             UserError: the label is not valid, with file and line.
         """
+
+    def stack(self, labels: list[Any]) -> NDArray[Any]:
+        """Return the labels of all rows as an array `[rows, …]`."""
+        return np.array(labels)
+
+    def output_scale(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return factor and offset, `[outputs]`, that a saved model applies to the outputs of the head.
+
+        A saved model then gives calibrated logits, or predictions in the units of the data, in transformers too.
+        """
+        return np.ones(self.num_outputs), np.zeros(self.num_outputs)
+
+    def scaled_state(self) -> dict[str, Any]:
+        """Return what :meth:`state` returns, for a model that applies :meth:`output_scale` itself."""
+        return self.state()
 
     def tokenize(self, split: Split, tokenizer: PreTrainedTokenizerFast, progress: bool = False) -> Texts:
         keep = split.name != "train"
@@ -98,7 +113,7 @@ class TextTask(Task):
             split.name,
             pieces[0],
             pieces[1] if columns == 2 else None,
-            np.array(labels) if known else None,
+            self.stack(labels) if known else None,
             texts if keep else None,
             where if keep else None,
         )
@@ -112,6 +127,8 @@ class TextTask(Task):
         return rows
 
     def build_head(self, config: EncoderConfig) -> nn.Module:
+        if self.model_config.head == "transformers":
+            return TransformersHead(config, self.num_outputs, self.model_config.classifier_dropout)
         return linear_head(config.hidden_size, self.num_outputs)
 
     def keep(self, outputs: Tensor, batch: Mapping[str, Any]) -> list[Output]:

@@ -1,0 +1,78 @@
+"""Labels of classification: their names in the data, and their order."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from electra_composer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MAX_DISTINCT = 0.8  # fraction of the rows: with more different values the column is more likely text than labels
+FEW_ROWS = 20  # below this number of rows that is not checked
+
+
+def label_name(value: Any) -> str | None:
+    """Return the name of a label: text without spaces around it, 3 for 3.0, True for true; None if there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() or None
+
+
+def sort_labels(names: Sequence[str]) -> list[str]:
+    """Sort the names of labels: by value if all are numbers, else by text."""
+    return sorted(names, key=float) if all(map(_is_number, names)) else sorted(names)
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
+
+
+def check_counts(counts: Counter[str], where: str) -> None:
+    """Check the labels of the training examples, and warn of those with a single example.
+
+    Args:
+        counts: name → number of examples.
+        where: column, for messages.
+
+    Raises:
+        UserError: fewer than two labels, or nearly as many as examples.
+    """
+    if len(counts) < 2:
+        found = f"only the label {next(iter(counts))!r}" if counts else "no labels"
+        raise UserError(f"data.train: {found} in {where}; expected at least two: set data.columns.label to another")
+    rows = sum(counts.values())
+    if rows >= FEW_ROWS and len(counts) > MAX_DISTINCT * rows:
+        raise UserError(
+            f"data.train: {where} has {len(counts):,} different values for {rows:,} examples, such as "
+            f"{next(iter(counts))[:40]!r}: text or numbers, not labels; set data.columns.label to another column, or "
+            "task.kind=regression for numbers"
+        )
+    once = [name for name, count in counts.items() if count == 1]
+    if once:
+        log.warning(
+            "data.train: %d of the %d labels %s a single example, such as %r", len(once), len(counts),
+            "have" if len(once) > 1 else "has", once[0],
+        )  # fmt: skip
+
+
+def unknown_label(name: str, labels: Sequence[str], where: str) -> UserError:
+    """Return the error of a label that no training example has."""
+    close = difflib.get_close_matches(name, labels, n=1, cutoff=0.5)
+    if close:
+        expected = f"did you mean {close[0]!r}?"
+    elif len(labels) <= 20:
+        expected = f"expected one of {', '.join(labels)}"
+    else:
+        expected = f"expected one of its {len(labels):,} labels, such as {', '.join(labels[:3])}"
+    return UserError(f"{where}: no training example has the label {name!r}; {expected}")
