@@ -91,7 +91,7 @@ def main(config: FinetuneConfig, check_only: bool = False) -> dict[str, Any]:
     if processes.rank > 0:
         return {}
     results = report()
-    processes.print(f"\n{task_markdown(results)}")
+    processes.print(f"\n{task_markdown(results, errors=False)}")
     if failed:
         lines = "\n".join(f"  seed {failure['seed']}: {failure['error']}" for failure in failed)
         print(f"{len(failed)} runs failed; rerun the same command to retry them:\n{lines}", file=sys.stderr, flush=True)

@@ -117,7 +117,7 @@ def read_rows(
     for note in task.notes:
         say(note)
     examples = task.tokenize(train, tokenizer, progress)
-    length = choose_length(config.data.max_seq_length, examples, positions, say)
+    length = choose_length(config.data.max_seq_length, examples, positions, task.per_token, say)
     rows = task.encode(examples, tokenizer, length)
     rows.source = None  # the texts of the training examples are not needed again
     held_out = task.encode(task.tokenize(validation, tokenizer, progress), tokenizer, length)
@@ -127,12 +127,13 @@ def read_rows(
     return Rows(rows, held_out, length)
 
 
-def choose_length(wanted: int | str, examples: Tokenized, positions: int, say: Say) -> int:
+def choose_length(wanted: int | str, examples: Tokenized, positions: int, divides: bool, say: Say) -> int:
     """Return the maximum number of tokens of a row, and say how many examples are longer.
 
     Args:
         wanted: `data.max_seq_length`.
         positions: of the model.
+        divides: whether a longer example becomes several rows, instead of being cut.
 
     Raises:
         UserError: it is larger than the number of positions.
@@ -142,10 +143,14 @@ def choose_length(wanted: int | str, examples: Tokenized, positions: int, say: S
         raise UserError(
             f"data.max_seq_length is {wanted}, but the model has {positions} positions; expected at most that"
         )
-    length = (
-        wanted if isinstance(wanted, int) else min(int(np.quantile(lengths, PERCENTILE, method="higher")), positions)
-    )
+    quantile = int(np.quantile(lengths, PERCENTILE, method="higher"))
+    if isinstance(wanted, int):
+        length, reason = wanted, ""
+    elif quantile <= positions:
+        length, reason = quantile, f" (auto: {PERCENTILE:.0%} of the training examples are not longer)"
+    else:
+        length, reason = positions, " (auto: the positions of the model)"
     longer = int((lengths > length).sum())
-    reason = "" if isinstance(wanted, int) else f" (auto: {PERCENTILE:.0%} of the training examples are not longer)"
-    say(f"data.max_seq_length: {length}{reason}; {longer:,} of {len(lengths):,} training examples are longer")
+    what = "are longer and divided into rows" if divides else "are longer and cut"
+    say(f"data.max_seq_length: {length}{reason}; {longer:,} of {len(lengths):,} training examples {what}")
     return length

@@ -107,8 +107,8 @@ def write_task_reports(
     return results
 
 
-def task_markdown(results: Mapping[str, Any]) -> str:
-    """Render the table over seeds, one row per score."""
+def task_markdown(results: Mapping[str, Any], errors: bool = True) -> str:
+    """Render the table over seeds, one row per score; with `errors` also those of the best run."""
     parts = ["# No finished run yet"]
     for kind, row in results["tasks"].items():
         names = list(row["metrics"])
@@ -126,12 +126,13 @@ def task_markdown(results: Mapping[str, Any]) -> str:
             for name in names
         ]
         parts = [*lines[:2], "\n".join(lines[2:])]
-        parts += _errors(results.get("analysis"))
         if row["collapsed"]:
             parts.append(f"{row['collapsed']} of {row['n']} runs collapsed: all their predictions are equal.")
-    parts += [f"- {note}" for note in results.get("notes", ())]
-    parts += [f"- failed: seed {each['seed']}, {each['at']}: {each['error']}" for each in results["failures"]]
-    return "\n\n".join(parts) + "\n"
+    if errors:
+        parts += _errors(results.get("analysis"))
+    notes = [f"- {note}" for note in results.get("notes", ())]
+    notes += [f"- failed: seed {each['seed']}, {each['at']}: {each['error']}" for each in results["failures"]]
+    return "\n\n".join([*parts, "\n".join(notes)]).rstrip() + "\n"
 
 
 def _errors(analysis: Mapping[str, Any] | None) -> list[str]:
