@@ -9,9 +9,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from electra_composer.errors import UserError
+from electra_composer.tasks.rows import Row
 
 log = logging.getLogger(__name__)
+
+BOOLEANS = {"0": False, "1": True, "false": False, "true": True, "": False}
 
 MAX_DISTINCT = 0.8  # fraction of the rows: with more different values the column is more likely text than labels
 FEW_ROWS = 20  # below this number of rows that is not checked
@@ -76,3 +82,51 @@ def unknown_label(name: str, labels: Sequence[str], where: str) -> UserError:
     else:
         expected = f"expected one of its {len(labels):,} labels, such as {', '.join(labels[:3])}"
     return UserError(f"{where}: no training example has the label {name!r}; {expected}")
+
+
+def names_of(row: Row, column: str | list[str] | None, separator: str | None) -> list[str] | None:
+    """Return the names of a row's labels; None if it is not labelled.
+
+    Args:
+        column: one with a label or a list of labels, or several with 0 or 1 each, which are the names.
+        separator: between the labels of a text.
+
+    Raises:
+        UserError: the column holds something else.
+    """
+    if column is None:
+        return None
+    if isinstance(column, list):
+        return _columns_of_booleans(row, column)
+    value = row.values[column]
+    if isinstance(value, list):
+        names = [label_name(each) for each in value]
+    elif separator is not None and isinstance(value, str):
+        names = [label_name(each) for each in value.split(separator)]
+    elif isinstance(value, dict):
+        raise UserError(f"{row.where}: {column} is an object; expected a label, or a list of labels")
+    else:
+        name = label_name(value)
+        return None if name is None else [name]
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def stack_lists(lists: Sequence[Sequence[int]], fill: int) -> NDArray[np.int64]:
+    """Stack lists of different lengths as rows, int64 `[lists, longest]`, filled up with `fill`."""
+    stacked = np.full((len(lists), max(1, *map(len, lists), 0)), fill, dtype=np.int64)
+    for row, numbers in zip(stacked, lists, strict=True):
+        row[: len(numbers)] = numbers
+    return stacked
+
+
+def _columns_of_booleans(row: Row, columns: Sequence[str]) -> list[str] | None:
+    names = []
+    for column in columns:
+        text = str(label_name(row.values[column]) or "").lower()
+        if text not in BOOLEANS:
+            raise UserError(
+                f"{row.where}: {column} is {text!r}; expected 0 or 1 in each of the columns of data.columns.label"
+            )
+        if BOOLEANS[text]:
+            names.append(column)
+    return None if all(row.values[column] in (None, "") for column in columns) else names

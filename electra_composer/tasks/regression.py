@@ -15,9 +15,11 @@ from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrco
 
 from electra_composer.errors import UserError
 from electra_composer.finetune_config import TaskConfig, TaskModelConfig
+from electra_composer.tasks.analysis import Analysis
 from electra_composer.tasks.base import Output, Split
 from electra_composer.tasks.encoded import EncodedRows
 from electra_composer.tasks.rows import Row
+from electra_composer.tasks.text_analysis import analyse_numbers
 from electra_composer.tasks.text_pairs import TextTask
 
 
@@ -112,6 +114,13 @@ class Regression(TextTask):
                 yield {"label": values[0]}
             else:
                 yield {"labels": dict(zip(self.names, values, strict=True))}
+
+    def analysis(self, rows: EncodedRows, outputs: Sequence[Output]) -> Analysis:
+        predicted, expected = (
+            np.asarray(values, dtype=np.float64) * self.std + self.mean
+            for values in (np.stack(outputs), rows.per_row["labels"])
+        )
+        return analyse_numbers(rows.source, predicted, expected, self.names)
 
     def _targets(self, row: Row, split: Split) -> NDArray[np.float64] | None:
         """Return the numbers of a row, fp64 `[targets]`; None if one is missing."""
