@@ -174,7 +174,9 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UnreadableFile(f"{where}: not JSON ({error}); expected one object per line") from error
+        # the message of a JSONDecodeError has a line number, which is not that of the file
+        reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        raise UnreadableFile(f"{where}: not JSON ({reason}); expected one object per line") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object, found a {type(record).__name__}")
     return record

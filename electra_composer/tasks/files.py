@@ -27,6 +27,8 @@ SUFFIXES = {
     **dict.fromkeys((".iob", ".iob1", ".iob2", ".bio", ".bioes", ".iobes", ".bilou", ".ner"), "conll"),
 }
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet", "conll", "squad", "mrqa")
+_SUFFIXES_OF = {"squad": ("json",), "mrqa": ("jsonl", "json")}  # formats of :data:`SUFFIXES`; others are their own
+_SPLITS = {"train": "train", "test": "test", **dict.fromkeys(("dev", "val", "valid", "validation"), "validation")}
 _BEGIN = 1 << 20  # bytes of a file that are looked at
 
 
@@ -41,7 +43,7 @@ def find_table_files(key: str, source: str, format: str = AUTO) -> tuple[str, li
         The format, and the files in the order of their names.
 
     Raises:
-        UserError: no files, files of several formats, an unknown format.
+        UserError: no files, files of several formats or, in a folder, of several splits; an unknown format.
     """
     if format not in (AUTO, *FORMATS):
         raise UserError(f"data.format {format}: unknown; expected {AUTO}, {', '.join(FORMATS)}")
@@ -49,20 +51,44 @@ def find_table_files(key: str, source: str, format: str = AUTO) -> tuple[str, li
     if os.path.isfile(path):
         found = [path]
     elif os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if not name.startswith((".", "_")))  # _SUCCESS of Spark
-        found = [file for name in names if os.path.isfile(file := os.path.join(path, name))]
-        if not found:
-            raise UserError(f"{key} {source}: the folder has no files; expected files of one format in it")
+        found = _files_in(key, path, format)
     else:
         found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
         if not found:
             raise UserError(f"{key} {source}: no such file or folder, and no file matches it as a glob; check the path")
     if format != AUTO:
+        if os.path.isdir(path):
+            _check_splits(key, path, found)
         return format, found
     formats = {file: format_of(file) for file in found}
     if os.path.isdir(path):  # texts such as README.txt may lie beside the data
         formats = {file: kind for file, kind in formats.items() if kind} or formats
+        _check_splits(key, path, list(formats))
     return _one_format(key, source, formats), list(formats)
+
+
+def _files_in(key: str, folder: str, format: str) -> list[str]:
+    """Return the files of a folder but for hidden ones, and for others than those of the format if it has any."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith((".", "_")))  # _SUCCESS of Spark
+    found = [file for name in names if os.path.isfile(file := os.path.join(folder, name))]
+    if not found:
+        raise UserError(f"{key} {folder}: the folder has no files; expected files of one format in it")
+    wanted = _SUFFIXES_OF.get(format, (format,))
+    return [file for file in found if format != AUTO and _format_by_suffix(file) in wanted] or found
+
+
+def _check_splits(key: str, folder: str, files: list[str]) -> None:
+    """Refuse a folder with `train.csv` and `test.csv`: all of its files would be one split."""
+    splits: dict[str, str] = {}
+    for name in map(os.path.basename, files):
+        for word in re.split(r"[^a-z]+", name.lower()):
+            if word in _SPLITS:
+                splits.setdefault(_SPLITS[word], name)
+    if len(splits) > 1:
+        raise UserError(
+            f"{key} {folder}: files of several splits: {', '.join(splits.values())}; expected one: give the file, or a "
+            f"glob such as {os.path.join(folder, '*train*')}"
+        )
 
 
 def _one_format(key: str, source: str, formats: dict[str, str | None]) -> str:
@@ -88,7 +114,7 @@ def format_of(path: str) -> str | None:
     Raises:
         UserError: a file that has to be looked at cannot be read, or is JSON of another layout.
     """
-    kind = SUFFIXES.get(os.path.splitext(_name(path))[1].lower())
+    kind = _format_by_suffix(path)
     if kind in ("json", "jsonl"):
         return _json_format(path, next(read_pieces(path, _BEGIN), ""), kind)
     if kind is None:
@@ -133,6 +159,10 @@ def _has(value: Any, key: str) -> bool:
 
 def _is_mrqa(first: dict[str, Any]) -> bool:
     return first.keys() == {"header"} or {"context", "qas"} <= first.keys()
+
+
+def _format_by_suffix(path: str) -> str | None:
+    return SUFFIXES.get(os.path.splitext(_name(path))[1].lower())
 
 
 def _name(path: str) -> str:

@@ -80,7 +80,7 @@ def read_mrqa(path: str) -> Iterator[Row]:
             continue
         context = _get(record, "context", str, where, MRQA)
         for question in _get(record, "qas", list, where, MRQA):
-            name = str(_get(question, "qid", str | int, where, MRQA, None) or _get(question, "id", str, where, MRQA))
+            name = str(_get(question, "qid", str | int, where, MRQA))
             place = f"{where}, question {name!r}"
             detected = _get(question, "detected_answers", list | None, place, MRQA, None)
             values = {

@@ -69,7 +69,7 @@ def test_jsonl_equals_pandas(tmp_path: Path) -> None:
 
 
 LINES = {
-    "broken": ('{"a": 1}\n\n{"a": }\n', r"a\.json:3: not JSON \(Expecting value.*one object per line"),
+    "broken": ('{"a": 1}\n\n{"a": }\n', r"a\.json:3: not JSON \(Expecting value at character 7\); expected one"),
     "no object": ('{"a": 1}\n[1]\n', r"a\.json:2: expected an object, found a list"),
     "half a character": ('{"a": "\\ud83d"}\n', r"a\.json:1: an unpaired surrogate \(\\ud83d\)"),
     "deep": ("[" * 100_000, r"a\.json:1: not JSON \(maximum recursion"),

@@ -72,6 +72,9 @@ def test_a_format_can_be_set_and_a_header_be_absent(tmp_path: Path) -> None:
     table = open_table("data.validation", path, format="csv", header=False)
     assert (table.split, table.columns) == ("validation", ("0", "1"))
     assert [row.values for row in table] == [{"0": "x", "1": "1"}, {"0": "y", "1": "2"}]
+    write(tmp_path, "README.md", "about them")
+    write(tmp_path, "a.jsonl", json.dumps(MRQA))
+    assert open_table("data.train", str(tmp_path), format="mrqa").files == (f"{tmp_path}/a.jsonl",)
 
 
 def test_objects_that_leave_out_keys(tmp_path: Path) -> None:
@@ -116,6 +119,11 @@ ERRORS: dict[str, tuple[dict[str, str], str, str]] = {
         {"a.csv": "a\n1\n", "b.jsonl": '{"a": 1}'},
         "",
         r"files of several formats: jsonl \(b\.jsonl\), csv \(a\.csv\); expected one: give a glob such as .*/\*\.csv",
+    ),
+    "several splits": (
+        {"train-0.csv": "a\n1\n", "en_dev.csv": "a\n1\n"},
+        "",
+        r"files of several splits: en_dev\.csv, train-0\.csv; expected one: give the file, or a glob such as",
     ),
     "unknown suffix": ({"a.xlsx": "x"}, "a.xlsx", r"a\.xlsx: the format cannot be told by its name; expected \.csv, "),
     "compression": ({"a.csv.xz": "x"}, "a.csv.xz", r"the format cannot .*all but \.parquet also with \.gz or \.zst"),
