@@ -14,12 +14,14 @@ from torch import Tensor
 
 from electra_composer.errors import UserError
 from electra_composer.finetune_config import TaskConfig, TaskModelConfig
+from electra_composer.tasks.analysis import Analysis
 from electra_composer.tasks.base import Output, Split
 from electra_composer.tasks.calibration import fit_temperature
 from electra_composer.tasks.classification_scores import multi_label_scores, single_label_scores
 from electra_composer.tasks.encoded import EncodedRows
-from electra_composer.tasks.labels import check_counts, label_name, sort_labels, unknown_label
+from electra_composer.tasks.labels import check_counts, label_names, sort_labels, unknown_label
 from electra_composer.tasks.rows import Row
+from electra_composer.tasks.text_analysis import analyse_label_sets, analyse_labels
 from electra_composer.tasks.text_pairs import TextTask
 
 SINGLE_LABEL = ("accuracy", "macro_f1", "matthews", "auc")
@@ -27,7 +29,6 @@ MULTI_LABEL = ("micro_f1", "macro_f1", "accuracy", "auc")
 CHUNK = 4096  # rows whose probabilities are computed together
 MAX_PROBABILITIES = 20  # labels whose probability a prediction names
 NONE = -1  # fills up the labels of an example, where others have more
-BOOLEANS = {"0": False, "1": True, "false": False, "true": True, "": False}
 
 
 class Classification(TextTask):
@@ -154,6 +155,12 @@ class Classification(TextTask):
             return multi_label_scores(logits, self.targets(labels))
         return single_label_scores(logits, labels)
 
+    def analysis(self, rows: EncodedRows, outputs: Sequence[Output]) -> Analysis:
+        logits, labels = torch.from_numpy(np.stack(outputs)), torch.from_numpy(rows.per_row["labels"])
+        if self.multi_label:
+            return analyse_label_sets(rows.source, self.labels, logits, self.targets(labels))
+        return analyse_labels(rows.source, self.labels, logits, labels)
+
     def calibrate(self, rows: EncodedRows, outputs: Sequence[Output]) -> None:
         """Set :attr:`temperature` to the best one for labelled examples, such as those of validation."""
         labels = torch.from_numpy(rows.per_row["labels"])
@@ -179,33 +186,4 @@ class Classification(TextTask):
         return bool((chosen == chosen[0]).all())
 
     def _names(self, row: Row, split: Split) -> list[str] | None:
-        """Return the names of a row's labels; None if it is not labelled."""
-        column = split.columns.get("label")
-        if column is None:
-            return None
-        if isinstance(column, list):
-            return _columns_of_booleans(row, column)
-        value = row.values[column]
-        if isinstance(value, list):
-            names = [label_name(each) for each in value]
-        elif self.config.label_separator is not None and isinstance(value, str):
-            names = [label_name(each) for each in value.split(self.config.label_separator)]
-        elif isinstance(value, dict):
-            raise UserError(f"{row.where}: {column} is an object; expected a label, or a list of labels")
-        else:
-            name = label_name(value)
-            return None if name is None else [name]
-        return list(dict.fromkeys(name for name in names if name is not None))
-
-
-def _columns_of_booleans(row: Row, columns: Sequence[str]) -> list[str] | None:
-    names = []
-    for column in columns:
-        text = str(label_name(row.values[column]) or "").lower()
-        if text not in BOOLEANS:
-            raise UserError(
-                f"{row.where}: {column} is {text!r}; expected 0 or 1 in each of the columns of data.columns.label"
-            )
-        if BOOLEANS[text]:
-            names.append(column)
-    return None if all(row.values[column] in (None, "") for column in columns) else names
+        return label_names(row, split.columns.get("label"), self.config.label_separator)

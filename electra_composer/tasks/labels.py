@@ -10,11 +10,53 @@ from collections.abc import Sequence
 from typing import Any
 
 from electra_composer.errors import UserError
+from electra_composer.tasks.rows import Row
 
 log = logging.getLogger(__name__)
 
 MAX_DISTINCT = 0.8  # fraction of the rows: with more different values the column is more likely text than labels
 FEW_ROWS = 20  # below this number of rows that is not checked
+
+BOOLEANS = {"0": False, "1": True, "false": False, "true": True, "": False}  # values of a column per label
+
+
+def label_names(row: Row, column: str | list[str] | None, separator: str | None) -> list[str] | None:
+    """Return the names of a row's labels, each once; None if it is not labelled.
+
+    Args:
+        column: that of the label, or of a list of labels; a list: columns of 0 and 1, one per label.
+        separator: between the labels of a text.
+
+    Raises:
+        UserError: a value is no label, with file and line.
+    """
+    if column is None:
+        return None
+    if isinstance(column, list):
+        flags = [_flag(row, name) for name in column]
+        if all(row.values[name] in (None, "") for name in column):
+            return None
+        return [name for name, flag in zip(column, flags, strict=True) if flag]
+    value = row.values[column]
+    if isinstance(value, dict):
+        raise UserError(f"{row.where}: {column} is an object; expected a label, or a list of labels")
+    if isinstance(value, list):
+        names = [label_name(each) for each in value]
+    elif separator is not None and isinstance(value, str):
+        names = [label_name(each) for each in value.split(separator)]
+    else:
+        name = label_name(value)
+        return None if name is None else [name]
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def _flag(row: Row, column: str) -> bool:
+    text = (label_name(row.values[column]) or "").lower()
+    if text not in BOOLEANS:
+        raise UserError(
+            f"{row.where}: {column} is {text!r}; expected 0 or 1 in each of the columns of data.columns.label"
+        )
+    return BOOLEANS[text]
 
 
 def label_name(value: Any) -> str | None:
