@@ -79,7 +79,8 @@ class Classification(TextTask):
                 raise UserError(f"data.train: no row has 1 in column {empty[0]}; leave it out of data.columns.label")
             self._set_labels([str(name) for name in column])
         else:
-            check_counts(counts, f"column {column}")
+            if note := check_counts(counts, f"column {column}"):
+                self.notes.append(note)
             self._set_labels(sort_labels(list(counts)))
         if self.score not in self.metrics:
             several = "several labels" if self.multi_label else "one label"

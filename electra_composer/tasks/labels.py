@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -11,8 +10,6 @@ from typing import Any
 
 from electra_composer.errors import UserError
 from electra_composer.tasks.rows import Row
-
-log = logging.getLogger(__name__)
 
 MAX_DISTINCT = 0.8  # fraction of the rows: with more different values the column is more likely text than labels
 FEW_ROWS = 20  # below this number of rows that is not checked
@@ -80,12 +77,15 @@ def _is_number(name: str) -> bool:
         return False
 
 
-def check_counts(counts: Counter[str], where: str) -> None:
-    """Check the labels of the training examples, and warn of those with a single example.
+def check_counts(counts: Counter[str], where: str) -> str | None:
+    """Check the labels of the training examples, and describe those with a single example.
 
     Args:
         counts: name → number of examples.
         where: column, for messages.
+
+    Returns:
+        A line, or None.
 
     Raises:
         UserError: fewer than two labels, or nearly as many as examples.
@@ -101,11 +101,10 @@ def check_counts(counts: Counter[str], where: str) -> None:
             "task.kind=regression for numbers"
         )
     once = [name for name, count in counts.items() if count == 1]
-    if once:
-        log.warning(
-            "data.train: %d of the %d labels %s a single example, such as %r", len(once), len(counts),
-            "have" if len(once) > 1 else "has", once[0],
-        )  # fmt: skip
+    if not once:
+        return None
+    has = "have" if len(once) > 1 else "has"
+    return f"data.train: {len(once):,} of the {len(counts):,} labels {has} a single example, such as {once[0]!r}"
 
 
 def unknown_label(name: str, labels: Sequence[str], where: str) -> UserError:
