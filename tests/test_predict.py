@@ -161,3 +161,25 @@ def test_what_cannot_be(run, refused, tmp_path, monkeypatch):
     assert "--format=csv of stdin; expected jsonl or text" in refused(run, "--format", "csv")
     (tmp_path / "run/results.json").write_text('{"models": [], "select": "best"}')
     assert "no saved models; finetune with save=best or save=all" in refused(run, *new)
+
+
+def test_other_kinds_of_tasks(source, call, tmp_path, monkeypatch):
+    """Sentences and questions, without their labels; documents are not divided between blocks."""
+    monkeypatch.setattr(predict, "BLOCK", 1)
+    tagging = task_of("tagging", context=True)
+    learned = [{"tokens": ["w1", "w2"], "tags": ["B-X", "O"], "document": 1}]
+    tagging.learn(split_of(learned, tokens="tokens", tags="tags", document="document"))
+    save_model(random_model(tagging, source), tagging, source, 16, str(tmp_path / "tagging"))
+    rows = [{"tokens": ["w1"], "document": 1}, {"tokens": ["w3", "w4"], "document": 1}, {"tokens": [], "document": 2}]
+    feed(monkeypatch, "".join(json.dumps(row) + "\n" for row in rows))
+    found = call(tmp_path / "tagging")
+    assert [len(row["tags"]) for row in found] == [1, 2, 0]
+    feed(monkeypatch, "".join(json.dumps(row) + "\n" for row in rows[1:2]))
+    assert found[1]["scores"] != call(tmp_path / "tagging")[0]["scores"]  # with its neighbour as context, and without
+
+    answering = task_of("qa")
+    save_model(random_model(answering, source), answering, source, 24, str(tmp_path / "qa"))
+    feed(monkeypatch, '{"id": "q7", "question": "w1", "context": "w5 w6 w7"}\n{"question": "w1", "context": "w8"}')
+    first, second = call(tmp_path / "qa")
+    assert (first["id"], second["answer"]) == ("q7", "w8")
+    assert first["answer"] == "w5 w6 w7"[first["start"] : first["end"]]

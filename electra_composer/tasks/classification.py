@@ -19,9 +19,9 @@ from electra_composer.tasks.base import Output, Split
 from electra_composer.tasks.calibration import fit_temperature
 from electra_composer.tasks.classification_scores import multi_label_scores, single_label_scores
 from electra_composer.tasks.encoded import EncodedRows
-from electra_composer.tasks.labels import check_counts, names_of, sort_labels, stack_lists, unknown_label
+from electra_composer.tasks.labels import check_counts, label_names, sort_labels, unknown_label
 from electra_composer.tasks.rows import Row
-from electra_composer.tasks.text_analysis import analyse_classes, analyse_label_sets
+from electra_composer.tasks.text_analysis import analyse_label_sets, analyse_labels
 from electra_composer.tasks.text_pairs import TextTask
 
 SINGLE_LABEL = ("accuracy", "macro_f1", "matthews", "auc")
@@ -63,11 +63,11 @@ class Classification(TextTask):
         return len(self.labels)
 
     def learn(self, train: Split) -> None:
-        column, separator = train.columns["label"], self.config.label_separator
+        column = train.columns["label"]
         counts: Counter[str] = Counter()
         rows, lists = 0, False
         for row in train:
-            names = names_of(row, column, separator)
+            names = self._names(row, train)
             lists = lists or isinstance(row.values.get(column) if isinstance(column, str) else None, list)
             if names is not None:
                 rows += 1
@@ -79,7 +79,8 @@ class Classification(TextTask):
                 raise UserError(f"data.train: no row has 1 in column {empty[0]}; leave it out of data.columns.label")
             self._set_labels([str(name) for name in column])
         else:
-            check_counts(counts, f"column {column}")
+            if note := check_counts(counts, f"column {column}"):
+                self.notes.append(note)
             self._set_labels(sort_labels(list(counts)))
         if self.score not in self.metrics:
             several = "several labels" if self.multi_label else "one label"
@@ -110,7 +111,7 @@ class Classification(TextTask):
         return {**self.state(), "temperature": 1.0}
 
     def label_of(self, row: Row, split: Split) -> Any:
-        names = names_of(row, split.columns.get("label"), self.config.label_separator)
+        names = self._names(row, split)
         if names is None:
             return None
         if unknown := [name for name in names if name not in self._numbers]:
@@ -124,7 +125,12 @@ class Classification(TextTask):
 
     def stack(self, labels: list[Any]) -> NDArray[Any]:
         """Return class numbers, int64 `[rows]`, or with several labels `[rows, most of a row]`, filled with NONE."""
-        return stack_lists(labels, NONE) if self.multi_label else np.array(labels, dtype=np.int64)
+        if not self.multi_label:
+            return np.array(labels, dtype=np.int64)
+        stacked = np.full((len(labels), max(1, *map(len, labels), 0)), NONE, dtype=np.int64)
+        for row, numbers in zip(stacked, labels, strict=True):
+            row[: len(numbers)] = numbers
+        return stacked
 
     def loss(self, outputs: Tensor, batch: Mapping[str, Any]) -> Tensor:
         logits, labels = outputs.float(), batch["labels"]
@@ -150,6 +156,12 @@ class Classification(TextTask):
             return multi_label_scores(logits, self.targets(labels))
         return single_label_scores(logits, labels)
 
+    def analysis(self, rows: EncodedRows, outputs: Sequence[Output]) -> Analysis:
+        logits, labels = torch.from_numpy(np.stack(outputs)), torch.from_numpy(rows.per_row["labels"])
+        if self.multi_label:
+            return analyse_label_sets(rows.source, self.labels, logits, self.targets(labels))
+        return analyse_labels(rows.source, self.labels, logits, labels)
+
     def calibrate(self, rows: EncodedRows, outputs: Sequence[Output]) -> None:
         """Set :attr:`temperature` to the best one for labelled examples, such as those of validation."""
         labels = torch.from_numpy(rows.per_row["labels"])
@@ -169,13 +181,10 @@ class Classification(TextTask):
                 else:
                     yield {"label": self.labels[best[0]], "probabilities": named}
 
-    def analysis(self, rows: EncodedRows, outputs: Sequence[Output]) -> Analysis:
-        logits, labels = torch.from_numpy(np.stack(outputs)), torch.from_numpy(rows.per_row["labels"])
-        if self.multi_label:
-            return analyse_label_sets(rows.source, logits, self.targets(labels), self.labels)
-        return analyse_classes(rows.source, logits, labels, self.labels)
-
     def collapsed(self, rows: EncodedRows, outputs: Sequence[Output]) -> bool:
         logits = np.stack(outputs)
         chosen = logits >= 0 if self.multi_label else logits.argmax(1)
         return bool((chosen == chosen[0]).all())
+
+    def _names(self, row: Row, split: Split) -> list[str] | None:
+        return label_names(row, split.columns.get("label"), self.config.label_separator)

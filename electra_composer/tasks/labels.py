@@ -3,24 +3,57 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from electra_composer.errors import UserError
 from electra_composer.tasks.rows import Row
 
-log = logging.getLogger(__name__)
-
-BOOLEANS = {"0": False, "1": True, "false": False, "true": True, "": False}
-
 MAX_DISTINCT = 0.8  # fraction of the rows: with more different values the column is more likely text than labels
 FEW_ROWS = 20  # below this number of rows that is not checked
+
+BOOLEANS = {"0": False, "1": True, "false": False, "true": True, "": False}  # values of a column per label
+
+
+def label_names(row: Row, column: str | list[str] | None, separator: str | None) -> list[str] | None:
+    """Return the names of a row's labels, each once; None if it is not labelled.
+
+    Args:
+        column: that of the label, or of a list of labels; a list: columns of 0 and 1, one per label.
+        separator: between the labels of a text.
+
+    Raises:
+        UserError: a value is no label, with file and line.
+    """
+    if column is None:
+        return None
+    if isinstance(column, list):
+        flags = [_flag(row, name) for name in column]
+        if all(row.values[name] in (None, "") for name in column):
+            return None
+        return [name for name, flag in zip(column, flags, strict=True) if flag]
+    value = row.values[column]
+    if isinstance(value, dict):
+        raise UserError(f"{row.where}: {column} is an object; expected a label, or a list of labels")
+    if isinstance(value, list):
+        names = [label_name(each) for each in value]
+    elif separator is not None and isinstance(value, str):
+        names = [label_name(each) for each in value.split(separator)]
+    else:
+        name = label_name(value)
+        return None if name is None else [name]
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def _flag(row: Row, column: str) -> bool:
+    text = (label_name(row.values[column]) or "").lower()
+    if text not in BOOLEANS:
+        raise UserError(
+            f"{row.where}: {column} is {text!r}; expected 0 or 1 in each of the columns of data.columns.label"
+        )
+    return BOOLEANS[text]
 
 
 def label_name(value: Any) -> str | None:
@@ -44,12 +77,15 @@ def _is_number(name: str) -> bool:
         return False
 
 
-def check_counts(counts: Counter[str], where: str) -> None:
-    """Check the labels of the training examples, and warn of those with a single example.
+def check_counts(counts: Counter[str], where: str) -> str | None:
+    """Check the labels of the training examples, and describe those with a single example.
 
     Args:
         counts: name → number of examples.
         where: column, for messages.
+
+    Returns:
+        A line, or None.
 
     Raises:
         UserError: fewer than two labels, or nearly as many as examples.
@@ -65,11 +101,10 @@ def check_counts(counts: Counter[str], where: str) -> None:
             "task.kind=regression for numbers"
         )
     once = [name for name, count in counts.items() if count == 1]
-    if once:
-        log.warning(
-            "data.train: %d of the %d labels %s a single example, such as %r", len(once), len(counts),
-            "have" if len(once) > 1 else "has", once[0],
-        )  # fmt: skip
+    if not once:
+        return None
+    has = "have" if len(once) > 1 else "has"
+    return f"data.train: {len(once):,} of the {len(counts):,} labels {has} a single example, such as {once[0]!r}"
 
 
 def unknown_label(name: str, labels: Sequence[str], where: str) -> UserError:
@@ -82,51 +117,3 @@ def unknown_label(name: str, labels: Sequence[str], where: str) -> UserError:
     else:
         expected = f"expected one of its {len(labels):,} labels, such as {', '.join(labels[:3])}"
     return UserError(f"{where}: no training example has the label {name!r}; {expected}")
-
-
-def names_of(row: Row, column: str | list[str] | None, separator: str | None) -> list[str] | None:
-    """Return the names of a row's labels; None if it is not labelled.
-
-    Args:
-        column: one with a label or a list of labels, or several with 0 or 1 each, which are the names.
-        separator: between the labels of a text.
-
-    Raises:
-        UserError: the column holds something else.
-    """
-    if column is None:
-        return None
-    if isinstance(column, list):
-        return _columns_of_booleans(row, column)
-    value = row.values[column]
-    if isinstance(value, list):
-        names = [label_name(each) for each in value]
-    elif separator is not None and isinstance(value, str):
-        names = [label_name(each) for each in value.split(separator)]
-    elif isinstance(value, dict):
-        raise UserError(f"{row.where}: {column} is an object; expected a label, or a list of labels")
-    else:
-        name = label_name(value)
-        return None if name is None else [name]
-    return list(dict.fromkeys(name for name in names if name is not None))
-
-
-def stack_lists(lists: Sequence[Sequence[int]], fill: int) -> NDArray[np.int64]:
-    """Stack lists of different lengths as rows, int64 `[lists, longest]`, filled up with `fill`."""
-    stacked = np.full((len(lists), max(1, *map(len, lists), 0)), fill, dtype=np.int64)
-    for row, numbers in zip(stacked, lists, strict=True):
-        row[: len(numbers)] = numbers
-    return stacked
-
-
-def _columns_of_booleans(row: Row, columns: Sequence[str]) -> list[str] | None:
-    names = []
-    for column in columns:
-        text = str(label_name(row.values[column]) or "").lower()
-        if text not in BOOLEANS:
-            raise UserError(
-                f"{row.where}: {column} is {text!r}; expected 0 or 1 in each of the columns of data.columns.label"
-            )
-        if BOOLEANS[text]:
-            names.append(column)
-    return None if all(row.values[column] in (None, "") for column in columns) else names

@@ -19,7 +19,7 @@ from electra_composer.tasks.analysis import Analysis
 from electra_composer.tasks.base import Output, Split
 from electra_composer.tasks.encoded import EncodedRows
 from electra_composer.tasks.rows import Row
-from electra_composer.tasks.text_analysis import analyse_numbers
+from electra_composer.tasks.text_analysis import analyse_targets
 from electra_composer.tasks.text_pairs import TextTask
 
 
@@ -98,13 +98,34 @@ class Regression(TextTask):
         return F.mse_loss(outputs.float(), batch["labels"])
 
     def scores(self, rows: EncodedRows, outputs: Sequence[Output]) -> dict[str, float]:
+        """Compute the mean over targets of each score; `mse` is in the units of the data."""
+        each = self._scores(*self._in_units(rows, outputs))
+        return {name: float(np.mean([scores[name] for scores in each])) for name in self.metrics}
+
+    def analysis(self, rows: EncodedRows, outputs: Sequence[Output]) -> Analysis:
+        predicted, targets = self._in_units(rows, outputs)
+        return analyse_targets(rows.source, self.names, predicted, targets, self.std, self._scores(predicted, targets))
+
+    def collapsed(self, rows: EncodedRows, outputs: Sequence[Output]) -> bool:
+        values = np.stack(outputs)
+        return bool((values == values[0]).all())
+
+    def _in_units(self, rows: EncodedRows, outputs: Sequence[Output]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return predictions and targets in the units of the data, fp64 `[rows, targets]`."""
         predicted, targets = np.stack(outputs).astype(np.float64), rows.per_row["labels"].astype(np.float64)
-        pairs = list(zip(torch.from_numpy(predicted.T), torch.from_numpy(targets.T), strict=True))
-        return {
-            "pearson": float(np.mean([_correlation(pearson_corrcoef, *pair) for pair in pairs])),
-            "spearman": float(np.mean([_correlation(spearman_corrcoef, *pair) for pair in pairs])),
-            "mse": float(np.mean(((predicted - targets) * self.std) ** 2)),
-        }
+        return predicted * self.std + self.mean, targets * self.std + self.mean
+
+    def _scores(self, predicted: NDArray[Any], targets: NDArray[Any]) -> list[dict[str, float]]:
+        """Return the scores of each target."""
+        pairs = zip(torch.from_numpy(predicted.T), torch.from_numpy(targets.T), strict=True)
+        return [
+            {
+                "pearson": _correlation(pearson_corrcoef, *pair),
+                "spearman": _correlation(spearman_corrcoef, *pair),
+                "mse": float(F.mse_loss(*pair)),
+            }
+            for pair in pairs
+        ]
 
     def predictions(self, rows: EncodedRows, outputs: Sequence[Output]) -> Iterator[dict[str, Any]]:
         """Yield a number as `label`, or several as `labels` by their names, in the units of the data."""
@@ -114,13 +135,6 @@ class Regression(TextTask):
                 yield {"label": values[0]}
             else:
                 yield {"labels": dict(zip(self.names, values, strict=True))}
-
-    def analysis(self, rows: EncodedRows, outputs: Sequence[Output]) -> Analysis:
-        predicted, expected = (
-            np.asarray(values, dtype=np.float64) * self.std + self.mean
-            for values in (np.stack(outputs), rows.per_row["labels"])
-        )
-        return analyse_numbers(rows.source, predicted, expected, self.names)
 
     def _targets(self, row: Row, split: Split) -> NDArray[np.float64] | None:
         """Return the numbers of a row, fp64 `[targets]`; None if one is missing."""

@@ -52,8 +52,9 @@ from electra_composer.model.weight_maps import (
     under,
 )
 from electra_composer.tasks.base import Task
-from electra_composer.tasks.kinds import KINDS, build_task
+from electra_composer.tasks.kinds import build_task
 from electra_composer.tasks.model import encoder_config
+from electra_composer.tasks.other_models import learned_by_others
 from electra_composer.tasks.text_pairs import TextTask
 
 KEY = "electra_composer"
@@ -216,7 +217,7 @@ def load_model(source: str) -> SavedModel:
     else:
         sizes, weights, tokenizer, missing = load_transformers(source, FORMS[task.kind].model_class)
         if missing:
-            raise UserError(f"{source}: the weights of the head are missing, such as {missing[0]}; finetune it first")
+            raise UserError(f"{source}: weights of the head are missing, such as {missing[0]}; finetune it first")
         head = under(weights, f"{FORMS[task.kind].head}.")
         weights = {**weights, **{f"head.{name}": tensor for name, tensor in head.items()}}
     embeddings, encoder = encoder_from_transformers(under(weights, "electra."), sizes)
@@ -258,7 +259,11 @@ def task_of(source: str, content: Mapping[str, Any]) -> Task:
     if record is not None and record["version"] > VERSION:
         raise UserError(f"{source}: saved by a later version of electra_composer; update this one")
     if record is None:
-        config, state = _task_of_others(source, content)
+        classes = content.get("architectures") or ["no class"]
+        kind = next((kind for kind, form in FORMS.items() if form.model_class.__name__ in classes), None)
+        if kind is None:
+            raise UserError(f"{source}: {', '.join(classes)} in its config.json; expected {_expected()}")
+        config, state = learned_by_others(kind, ElectraConfig.from_dict(dict(content)))
         model = TaskModelConfig(source=source)
     else:
         config, model, state = TaskConfig(**record["task"]), TaskModelConfig(**record["model"]), record["state"]
@@ -267,26 +272,6 @@ def task_of(source: str, content: Mapping[str, Any]) -> Task:
     task = build_task(config, model)
     task.load_state(state)
     return task
-
-
-def _task_of_others(source: str, content: Mapping[str, Any]) -> tuple[TaskConfig, dict[str, Any]]:
-    """Return the task of a model that we have not saved, by its class and its labels."""
-    classes = content.get("architectures") or []
-    kinds = [kind for kind, form in FORMS.items() if form.model_class.__name__ in classes and kind in KINDS]
-    if not kinds:
-        raise UserError(f"{source}: {', '.join(classes) or 'no architecture'} in its config; expected {_expected()}")
-    config = ElectraConfig.from_dict(dict(content))
-    labels = [config.id2label[index] for index in range(config.num_labels)]
-    if kinds[0] == "classification":
-        if config.problem_type == "regression" or (config.problem_type is None and len(labels) == 1):
-            return TaskConfig(kind="regression"), {
-                "names": labels,
-                "mean": [0.0] * len(labels),
-                "std": [1.0] * len(labels),
-            }
-        several = config.problem_type == "multi_label_classification"
-        return TaskConfig(kind="classification"), {"labels": labels, "multi_label": several, "temperature": 1.0}
-    return TaskConfig(kind=kinds[0]), {"labels": labels}  # type: ignore[arg-type]
 
 
 def _read_own(source: str, content: Mapping[str, Any]) -> tuple[Any, State, PreTrainedTokenizerFast]:

@@ -157,7 +157,7 @@ def test_what_is_no_finetuned_model(source, tmp_path):
     with pytest.raises(UserError, match="no finetuned model"):
         load_model(str(tmp_path / "absent"))
     Discriminator(ElectraConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1)).save_pretrained(tmp_path / "rtd")
-    with pytest.raises(UserError, match="ElectraForPreTraining in its config; expected"):
+    with pytest.raises(UserError, match=r"ElectraForPreTraining in its config\.json; expected"):
         load_model(str(tmp_path / "rtd"))
     (tmp_path / "notes").mkdir()
     with pytest.raises(UserError, match="notes exists and is not a saved model"):
