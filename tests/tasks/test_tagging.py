@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import ElectraConfig, ElectraForTokenClassification, ElectraTokenizerFast
+from transformers import ElectraConfig, ElectraForTokenClassification, ElectraModel, ElectraTokenizerFast
 
 from electra_composer.checkpoints.weights import load_source
 from electra_composer.errors import UserError
@@ -45,7 +45,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ElectraTokenizerFast:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: ElectraTokenizerFast) -> Path:
-    """A token classifier of transformers, whose body is the model to finetune."""
+    """A tiny discriminator."""
     folder = tmp_path_factory.mktemp("source")
     torch.manual_seed(0)
     config = ElectraConfig(
@@ -59,7 +59,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: ElectraTokenizer
         initializer_range=0.2,
         num_labels=5,
     )
-    ElectraForTokenClassification(config).save_pretrained(folder)
+    ElectraModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -188,9 +188,9 @@ def test_context_is_of_the_same_document_and_on_both_sides(tokenizer: ElectraTok
     encodings = encoded(task, split, tokenizer, 9)
     assert (encodings.per_token["labels"] != IGNORED).sum() == 10
     # Of a sample of the rows only these are labelled; the others remain their context.
-    split.chosen = np.array([False, False, True, False, True])
+    split.chosen, split.left_out = np.array([False, False, True, False, True]), LeftOut("train")
     assert texts(9) == ["abbbbcd", "ee"]
-    assert split.left_out.total == 2 * 2
+    assert split.left_out.total == 2
     task.config.context = False
     assert texts(9) == ["c", "ee"]
 
@@ -429,3 +429,35 @@ def test_spans_are_learned(source: Path, tokenizer: ElectraTokenizerFast) -> Non
     assert before["f1"] < 0.5
     assert after["f1"] > 0.9
     assert after["collapsed"] == 0.0
+
+
+def test_the_analysis_shows_labels_confusions_and_the_worst_sentences(tokenizer: ElectraTokenizerFast) -> None:
+    task = learned()
+    rows = encoded(task, make_split(SENTENCES, "validation"), tokenizer)
+    outputs = outputs_of(rows, lambda label: {2: 1}.get(label, label), 5)  # Y is taken for X
+    analysis = task.analysis(rows, outputs)
+    assert analysis.labels == ["O", "X", "Y"]
+    assert analysis.confusion == [[0, 0, 5], [1, 1, 2], [2, 1, 1]]
+    assert analysis.per_label == [
+        {"label": "X", "precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "examples": 1},
+        {"label": "Y", "precision": 0.0, "recall": 0.0, "f1": 0.0, "examples": 1},
+    ]
+    (worst,) = analysis.worst
+    right, wrong = (math.log(math.exp(9) + 4) - logit for logit in (9, 0))
+    assert worst == {
+        "where": "a.conll:2",
+        "text": f"a-b {INVISIBLE} c ",
+        "expected": "c (Y)",
+        "predicted": "c (X)",
+        "loss": pytest.approx(right + wrong, rel=1e-5),
+    }
+    plain = learned(scheme="none")
+    rows = encoded(plain, make_split(SENTENCES, "validation"), tokenizer)
+    analysis = plain.analysis(rows, outputs_of(rows, lambda label: 0, 4))
+    assert analysis.labels == ["O", "B-X", "B-Y", "I-X"]
+    assert analysis.confusion == [[0, 0, 5], [1, 0, 1], [2, 0, 1], [3, 0, 1]]
+    assert [each["examples"] for each in analysis.per_label] == [5, 1, 1, 1]
+    assert [(each["expected"], each["predicted"]) for each in analysis.worst] == [
+        ("abc (B-X), d (I-X)", "abc (O), d (O)"),
+        ("c (B-Y)", "c (O)"),
+    ]
