@@ -29,12 +29,14 @@ class Sentence(NamedTuple):
         labels: number of the tag of each word; None if they are unknown.
         document: equal for neighbouring sentences of one document.
         is_example: False: it only is context of others.
+        where: its place, for messages.
     """
 
     words: list[str] | str
     labels: list[int] | None
     document: object
     is_example: bool
+    where: str
 
 
 class Words(NamedTuple):
@@ -44,11 +46,13 @@ class Words(NamedTuple):
         words: the words.
         text: the text that they are from; None if words were given.
         places: begin and end of each word in the text, in characters.
+        where: place of the example, for messages.
     """
 
     words: list[str]
     text: str | None
     places: list[tuple[int, int]]
+    where: str
 
 
 @dataclass
@@ -121,7 +125,7 @@ def tokenize_sentences(
                 else:
                     labels.extend(sentence.labels)
                 if keep_words:
-                    words.append(_words_of(sentence.words, encoding, firsts))
+                    words.append(_words_of(sentence, encoding, firsts))
             bar.update(len(chunk))
     document_bounds.append(len(tokens))
     pairs = np.stack([np.array(document_bounds[:-1]), np.array(document_bounds[1:])], axis=1)
@@ -159,17 +163,18 @@ def _first_of_words(words: list[str] | str, encoding: Encoding) -> list[int]:
     firsts = [-1] * (len(words) if isinstance(words, list) else max(ids, default=-1) + 1)
     for position in range(len(ids) - 1, -1, -1):
         firsts[ids[position]] = position
-    return firsts
+    return firsts if isinstance(words, list) else [first for first in firsts if first >= 0]
 
 
-def _words_of(words: list[str] | str, encoding: Encoding, firsts: Sequence[int]) -> Words:
+def _words_of(sentence: Sentence, encoding: Encoding, firsts: Sequence[int]) -> Words:
+    words = sentence.words
     if isinstance(words, list):
-        return Words(words, None, [])
+        return Words(words, None, [], sentence.where)
     places = [
         (encoding.offsets[first][0], encoding.offsets[end - 1][1])
-        for first, end in zip(firsts, [*firsts[1:], len(encoding.ids)], strict=True)
+        for first, end in zip(firsts, [*firsts, len(encoding.ids)][1:], strict=True)
     ]
-    return Words([words[begin:end] for begin, end in places], words, places)
+    return Words([words[begin:end] for begin, end in places], words, places, sentence.where)
 
 
 def divide(sentences: Sentences, max_seq_length: int, overlap: int, cls: int, sep: int) -> EncodedRows:

@@ -86,18 +86,31 @@ class SpanTags:
             spans[number].append((start, end, self.kinds[kind]))
         return spans
 
-    def scores(self, predicted: Spans, true: Spans) -> dict[str, float]:
-        """Return `precision`, `recall`, `f1` over all spans, and `macro_f1`, the mean of the F1 of each label.
+    def kind_numbers(self, tags: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Return the index in :attr:`kinds` of the label of each tag, -1 for `O`."""
+        return self._kinds[tags]
 
-        A span is right if start, end and label are. A score whose denominator is zero is 0, as in seqeval and
-        conlleval. The mean is over the labels that have predicted or true spans.
+    def counts(self, predicted: Spans, true: Spans) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the number of right, true and predicted spans of each label, int64 `[kinds]`.
+
+        A span is right if start, end and label are.
         """
         size = 1 + max(int(spans.ends.max(initial=0)) for spans in (predicted, true))
         keys = [(spans.starts * size + spans.ends) * len(self.kinds) + spans.kinds for spans in (predicted, true)]
-        right, given, wanted = (
-            np.bincount(kinds, minlength=len(self.kinds))
-            for kinds in (predicted.kinds[np.isin(keys[0], keys[1])], predicted.kinds, true.kinds)
+        right = predicted.kinds[np.isin(keys[0], keys[1])]
+        right, wanted, given = (
+            np.bincount(each, minlength=len(self.kinds)).astype(np.int64)
+            for each in (right, true.kinds, predicted.kinds)
         )
+        return right, wanted, given
+
+    def scores(self, predicted: Spans, true: Spans) -> dict[str, float]:
+        """Return `precision`, `recall`, `f1` over all spans, and `macro_f1`, the mean of the F1 of each label.
+
+        A score whose denominator is zero is 0, as in seqeval and conlleval. The mean is over the labels that have
+        predicted or true spans.
+        """
+        right, wanted, given = self.counts(predicted, true)
         occurs = given + wanted > 0
         return {
             "f1": _ratio(2 * right.sum(), given.sum() + wanted.sum()),

@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.finetuning import linear_head
+from electra_composer.tasks.analysis import Analysis
 from electra_composer.tasks.base import Output, Split, Task, Tokenized
 from electra_composer.tasks.encoded import IGNORED, EncodedRows
 from electra_composer.tasks.sentences import Sentence, Sentences, Words, divide, tokenize_sentences
 from electra_composer.tasks.spans import SpanTags
 from electra_composer.tasks.tag_sets import NO_SPANS, TagSet, learn_tags
 from electra_composer.tasks.tagged_rows import check_lengths, tags_of, value_of, words_of
+from electra_composer.tasks.tagging_analysis import analyse_tags
 from electra_composer.tasks.text_pairs import TRAINED
 
 
@@ -78,7 +80,7 @@ class Tagging(Task):
                 continue
             words, document = words_of(row, split), value_of(row, split, "document")
             if not is_example:
-                yield Sentence(words, None, document, False)
+                yield Sentence(words, None, document, False, row.where)
                 continue
             split.left_out.total += 1
             tags = tags_of(row, split)
@@ -91,7 +93,7 @@ class Tagging(Task):
                 if tags is not None:
                     check_lengths(words, tags, row)
                     labels = self.tags.numbers(tags, row)
-                yield Sentence(words, labels, document, True)
+                yield Sentence(words, labels, document, True, row.where)
 
     def encode(self, examples: Tokenized, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> EncodedRows:
         assert isinstance(examples, Sentences)
@@ -128,6 +130,10 @@ class Tagging(Task):
         )
         return {**strict, "conlleval_f1": lenient["f1"], "accuracy": accuracy}
 
+    def analysis(self, rows: EncodedRows, outputs: Sequence[Output]) -> Analysis:
+        predicted, _ = predicted_labels(rows.source, outputs, self.tags.fallback)
+        return analyse_tags(self.tags, rows.source, outputs, predicted)
+
     def collapsed(self, rows: EncodedRows, outputs: Sequence[Output]) -> bool:
         """Return whether all words have the same tag."""
         predicted, _ = predicted_labels(rows.source, outputs, self.tags.fallback)
@@ -161,10 +167,9 @@ def predicted_labels(
     examples: Sentences, outputs: Sequence[Output], fallback: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the predicted number of each word of all examples and its probability, NaN if the word has no token."""
-    logits = torch.from_numpy(np.concatenate(outputs))
     has_token = examples.first_tokens >= 0
     labels, scores = np.full(len(has_token), fallback), np.full(len(has_token), np.nan)
-    probabilities, best = logits.softmax(1).max(1)
+    probabilities, best = torch.from_numpy(np.concatenate(outputs)).softmax(1).max(1)
     labels[has_token], scores[has_token] = best.numpy(), probabilities.numpy()
     return labels, scores
 
