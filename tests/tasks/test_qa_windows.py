@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qa_tiny import answers, make_row, make_split, make_task, make_tokenizer, random_examples
+from qa_tiny import answers, make_split, make_task, make_tokenizer, random_examples
 
 from electra_composer.errors import UserError
 from electra_composer.tasks import qa_windows
-from electra_composer.tasks.base import Split
 from electra_composer.tasks.encoded import EncodedRows
-from electra_composer.tasks.rows import LeftOut, Row
 
 TOKENIZER = make_tokenizer()
 LENGTH, STRIDE = 24, 6
@@ -155,14 +153,3 @@ def test_examples_without_a_context_or_question_have_a_row() -> None:
     rows = encode("test", [("what", "", None), ("", "the red car", None), (None, None, None)])
     decoded = [TOKENIZER.decode(rows[row].input_ids) for row in range(len(rows))]
     assert decoded == ["[CLS] what [SEP]", "[CLS] [SEP] the red car [SEP]", "[CLS] [SEP]"]
-
-
-def test_left_out_rows_are_counted() -> None:
-    examples = [(*each, None) for each in random_examples(5)]
-    rows: list[Row] = [make_row(index, *each) for index, each in enumerate(examples)]
-    rows.append(make_row(9, "what", "the red car", answers(("green", 0))))
-    split = Split("train", rows, make_split("train", []).columns, LeftOut("train"))
-    assert len(make_task().tokenize(split, TOKENIZER).context_of) == 5
-    assert split.left_out.describe() == (
-        "train: 1 of 6 rows left out: 1 has an answer that is not in the context (first: data.jsonl:9)"
-    )
