@@ -162,15 +162,15 @@ def test_the_analysis_lists_the_wrong_answers_and_the_scores_by_the_word_that_as
 
 
 def colored(count: int, seed: int) -> list[tuple[str, str, dict[str, list[Any]]]]:
-    """Contexts with one color; the question is whether there is one, and which."""
+    """Contexts with one color and a direction, which are the answer, or without."""
     rng = random.Random(seed)
     examples = []
     for index in range(count):
-        words = [rng.choice(WORDS[5:]) for _ in range(rng.randint(5, 40))]
+        words = [rng.choice(WORDS[5:-2]) for _ in range(rng.randint(5, 40))]
         gold = answers()
         if index % 4:
             place = rng.randrange(len(words))
-            color = " ".join(rng.sample(WORDS[:5], 2))
+            color = f"{rng.choice(WORDS[:5])} {rng.choice(WORDS[-2:])}"
             gold = answers((color, len(" ".join(words[:place])) + (place > 0)))
             words.insert(place, color)
         examples.append(("what color", " ".join(words), gold))
