@@ -90,7 +90,7 @@ def _unusable(
     if not context.strip():
         return "have an empty context"
     if answers is None:
-        return "have no column of answers"
+        return "have null for their answers"
     if not answers.texts:
         return None if unanswerable else "have no answer, which task.unanswerable excludes"
     if training and span is None:
