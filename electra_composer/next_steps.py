@@ -114,3 +114,31 @@ def describe_scores(results: str, record: str, predictions: str | None, source: 
             "export for transformers": ours and export(ours, os.path.basename(os.path.normpath(ours))),
         },
     )
+
+
+PIPELINES = {"classification": "text-classification", "regression": "text-classification", "tagging": "ner"}
+"""Kind of a task → transformers' pipeline for it, of those that take a text."""
+
+
+def describe_task(results: str, record: str, predictions: str | None, model: str | None, kind: str) -> str:
+    """Format the end of finetuning on a task of one's own.
+
+    Args:
+        results, record, predictions: paths of the results file, the record of all runs and the predictions.
+        model: folder of the best model.
+        kind: of the task.
+    """
+    code = f"from transformers import pipeline; print(pipeline({PIPELINES.get(kind)!r}, {model!r})('A text.'))"
+    new = ["--input", "new.jsonl", "--output", "predictions.jsonl"]
+    return describe_end(
+        {
+            "results": f"{results} (.md, .csv and .png beside it)",
+            "all runs": record,
+            "best model": model,
+            "predictions": predictions,
+        },
+        {
+            "predict": model and ["python", in_repository("electra_composer/predict.py"), model, *new],
+            "use it in transformers": (model and kind in PIPELINES and ["python", "-c", code]) or None,
+        },
+    )

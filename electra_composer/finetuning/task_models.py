@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 from electra_composer.atomic_files import locked, write_file
@@ -84,3 +85,9 @@ class Models:
             for run in ranked
             if is_saved_model(self.path(run["seed"]))
         ]
+
+
+def best_model(results: Mapping[str, Any], path: str) -> str | None:
+    """Return the folder of the best saved model of a results file at `path`; None if there is none."""
+    models = results["models"]
+    return os.path.normpath(os.path.join(os.path.dirname(path), models[0]["folder"])) if models else None

@@ -20,6 +20,7 @@ from electra_composer.finetuning.model import EpochScores
 from electra_composer.finetuning.runs import PlannedRun, now
 from electra_composer.finetuning.task_data import Rows
 from electra_composer.tasks.base import Output, Task
+from electra_composer.tasks.classification import Classification
 from electra_composer.tasks.model import Score, TaskModel, build_task_model
 
 
@@ -106,6 +107,9 @@ def train_task(
         if keep.weights:
             trainer.state.model.load_state_dict(keep.weights)
     task.tune(rows.validation, keep.outputs)
+    if config.predict.calibrate:
+        assert isinstance(task, Classification)
+        task.calibrate(rows.validation, keep.outputs)
     metrics = {
         name: (value if name in task.unscaled else 100.0 * value) if math.isfinite(value) else None
         for name, value in task.scores(rows.validation, keep.outputs).items()

@@ -95,6 +95,10 @@ def check_settings(job: TaskJob) -> None:
         raise UserError("predict.select is ensemble, which needs the models of all seeds; set save=all")
     if config.data.test is not None and config.save == "none":
         raise UserError("data.test is to be predicted, but save is none; set save=best or all")
+    if config.predict.calibrate and config.task.kind != "classification":
+        raise UserError(f"predict.calibrate is true, which only classification has; task.kind is {config.task.kind}")
+    if config.predict.select == ENSEMBLE and config.model.head == "joint":
+        raise UserError("predict.select is ensemble, but outputs of model.head=joint cannot be averaged; select best")
     if config.trainer.max_duration is None:
         raise UserError("trainer.max_duration is null; expected the length of training, such as 3ep")
     job.task = build_task(config.task, config.model)
