@@ -62,19 +62,21 @@ def load_models(run: str, select: str | None, device: str | None, max_seq_length
 
 
 def columns_of(table: Table, task: Task, given: Mapping[str, str]) -> dict[str, str | list[str] | None]:
-    """Find the columns of the roles of a task, without its labels, and say what was guessed on stderr.
+    """Find the columns of the roles of a task, without its labels, and say them on stderr.
+
+    Those of the training examples are taken where the table has them and no others are given.
 
     Raises:
         UserError: there is no such column.
     """
     wanted = {role: names for role, names in task.roles.items() if role not in task.label_roles}
+    known = {role: name for role, name in task.columns.items() if role in wanted and name in table.columns}
     try:
-        columns = find_columns(table, "--columns", wanted, given)
+        columns = find_columns(table, "--columns", wanted, {**known, **given})
     except UserError as error:
         raise UserError(str(error).replace("--columns.", "--columns ")) from error
-    guessed = [f"{role}={name}" for role, name in columns.items() if name is not None and role not in given]
-    if guessed:
-        print(f"columns: {' '.join(guessed)}", file=sys.stderr)
+    found = " ".join(f"{role}={name}" for role, name in columns.items() if name is not None)
+    print(f"columns: {found}", file=sys.stderr)
     return {**dict.fromkeys(task.label_roles), **columns}
 
 

@@ -29,6 +29,7 @@ def run(source, tmp_path):
     """A run of two seeds, the second of which is better."""
     task = task_of("classification")
     task.learn(split_of([{"text": "w1", "label": label} for label in "abc"]))
+    task.columns = {"text": "review", "text_pair": None, "label": "stars"}
     for seed in (1, 2):
         save_model(random_model(task, source, seed), task, source, 16, str(tmp_path / f"run/models/seed{seed}"))
     models = [{"seed": seed, "score": 90.0 + seed, "folder": f"models/seed{seed}"} for seed in (2, 1)]
@@ -76,7 +77,8 @@ def as_csv(path, rows):
 def test_predictions_are_those_of_the_pipeline_in_the_order_of_the_file(run, call, tmp_path, monkeypatch):
     """Over several blocks and batches."""
     monkeypatch.setattr(predict, "BLOCK", 8)
-    as_csv(tmp_path / "new.csv", [{"review": text, "key": f"k{i}"} for i, text in enumerate(TEXTS)])
+    rows = [{"text": "w1", "review": text, "key": f"k{i}"} for i, text in enumerate(TEXTS)]  # trained on `review`
+    as_csv(tmp_path / "new.csv", rows)
     out = tmp_path / "out.jsonl"
     call(run, "--input", tmp_path / "new.csv", "--output", out, "--copy", "key", "--batch-size", 3)
     found = [json.loads(line) for line in out.read_text().splitlines()]

@@ -114,6 +114,7 @@ def read_rows(
     """
     train, validation = draw_rows(splits, config, say)
     task.learn(train)
+    task.columns = train.columns
     for note in task.notes:
         say(note)
     examples = task.tokenize(train, tokenizer, progress)

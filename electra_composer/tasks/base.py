@@ -69,6 +69,7 @@ class Task(abc.ABC):
 
     Attributes:
         notes: what :meth:`learn` guessed, a line each, to be said.
+        columns: of the training examples; predict.py takes the same ones where they exist.
     """
 
     kind: ClassVar[str]
@@ -83,6 +84,7 @@ class Task(abc.ABC):
         self.config = config
         self.model_config = model
         self.notes: list[str] = []
+        self.columns: Columns = {}
 
     unscaled: ClassVar[frozenset[str]] = frozenset()
     """Scores that are reported as they are, not × 100."""

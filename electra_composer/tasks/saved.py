@@ -125,6 +125,7 @@ def save_model(
         "task": dataclasses.asdict(task.config),
         "model": dataclasses.asdict(task.model_config),
         "state": task.state(),
+        "columns": dict(task.columns),
         "max_seq_length": max_seq_length,
     }
     try:
@@ -271,6 +272,7 @@ def task_of(source: str, content: Mapping[str, Any]) -> Task:
         model = dataclasses.replace(model, head="transformers")
     task = build_task(config, model)
     task.load_state(state)
+    task.columns = {} if record is None else record["columns"]
     return task
 
 
