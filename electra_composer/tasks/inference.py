@@ -72,9 +72,14 @@ def check_ensemble(models: Sequence[SavedModel]) -> None:
     """Check that the outputs of models can be averaged.
 
     Raises:
-        UserError: they differ in tokenizer or labels.
+        UserError: they differ in tokenizer or labels, or the task has no averages.
     """
     first = models[0]
+    if len(models) > 1 and not first.task.averages:
+        raise UserError(
+            f"{first.folder}: the outputs of model.head={first.task.model_config.head} cannot be averaged; choose one "
+            "model, such as --select best"
+        )
     for other in models[1:]:
         same_labels = [each.task.state().get("labels") for each in (first, other)]
         if same_labels[0] != same_labels[1] or first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
