@@ -183,14 +183,14 @@ REFUSED = {
     "trainer.max_duration=null": "trainer.max_duration is null",
     "data.max_seq_length=64": "data.max_seq_length is 64, but the model has 32 positions",
     "seeds=[1,1]": "seeds is",
-    "callbacks.early_stopper={monitor:loss,dataloader_label:eval}": "monitor is 'loss'; expected one of accuracy",
+    "callbacks.early_stopper={monitor: loss, dataloader_label: eval}": "monitor is 'loss'; expected one of accuracy",
     "data.validation_fraction=0.001 data.validation=null": "too few for data.validation_fraction",
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_cannot_be_is_refused(make_config: Callable[..., FinetuneConfig], tmp_path: Path, words: str) -> None:
-    config = make_config("classification", *words.split(" "))
+    config = make_config("classification", *([words] if "{" in words else words.split(" ")))
     with pytest.raises(UserError) as caught:
         finetune.main(config)
     assert REFUSED[words] in str(caught.value).replace(f"{tmp_path}/", "")
