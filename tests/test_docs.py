@@ -52,6 +52,7 @@ RUN_BY = {
     r"python electra_composer/pretrain\.py my\.yaml .*": "test_from_two_shards_to_one_process",
     r"python electra_composer/pretrain\.py my\.yaml": "test_a_run_between_its_data_and_its_first_batch",
     r"python electra_composer/export\.py runs/my exported": "test_export_from_both_forms",
+    r"python electra_composer/predict\.py .*": "test_predictions_are_those_of_the_pipeline_in_the_order_of_the_file",
 }
 # Commands (full match) that no test runs, and why.
 NOT_RUN = {
