@@ -30,23 +30,6 @@ def test_yaml_is_configuration(yaml, tiny_yaml):
     load_config(str(tiny_yaml), [], PretrainConfig)
 
 
-def test_the_layouts_of_an_own_task_can_be_read(tmp_path):
-    """The table of docs/finetuning.md: each row is a task, its files, columns and labels."""
-    table = PAGES[DOCS / "finetuning.md"].partition("## Your own task")[2]
-    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \|$", table, re.M)
-    assert len(rows) == 4
-    for name, files, columns, labels in rows:
-        columns = re.findall(r"`(\w+)`", columns)
-        labels = re.findall(r"`(\w+)`", labels) or ["0", "2.5", "5"]
-        for file in re.findall(r"`(\S+\.tsv)`", files):
-            path = tmp_path / file
-            path.parent.mkdir(exist_ok=True)
-            lines = [columns, *([*["A text."] * (len(columns) - 1), label] for label in labels)]
-            path.write_text("".join("\t".join(line) + "\n" for line in lines))
-        for split in ("train", *TASKS[name].dev_splits):
-            assert len(read_examples(TASKS[name], split, str(tmp_path))) == len(labels)
-
-
 # Links and names
 
 
