@@ -72,8 +72,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         UserError: an option is out of range, or accelerate is not installed.
     """
     parser = argparse.ArgumentParser(prog="benchmarks/finetune.py", description=__doc__.split("\n")[0])
-    for kind in LENGTHS:
-        parser.add_argument(f"--{kind}", nargs=2, metavar=("TRAIN", "VALIDATION"), help="files of the data")
+    for option in ("--classification", "--tagging", "--qa"):
+        parser.add_argument(option, nargs=2, metavar=("TRAIN", "VALIDATION"), help="files of the data")
     parser.add_argument("--source", help="ElectraForPreTraining: folder or name on the hub; default: random weights")
     parser.add_argument("--size", choices=SIZES, default="small", help="size of the random weights (%(default)s)")
     parser.add_argument("--vocab", default=str(SHARED / "bert-base-uncased-vocab.txt"), help="for random weights")

@@ -12,8 +12,6 @@ from tiny import ROOT
 
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
-from electra_composer.finetuning.files import read_examples
-from electra_composer.finetuning.tasks import TASKS
 
 # Programs, configurations, files
 
