@@ -56,7 +56,8 @@ def split_of(rows: Sequence[dict[str, Any]], name: str = "train", **columns: str
 
 def task_of(kind: str, head: str = "linear", **keys: Any) -> Task:
     """Build a task by its keys."""
-    return build_task(TaskConfig(kind=kind, **keys), TaskModelConfig(source="tiny", head=head))  # type: ignore[arg-type]
+    config = TaskConfig(kind=kind, **keys)  # type: ignore[arg-type]
+    return build_task(config, TaskModelConfig(source="tiny", head=head))  # type: ignore[arg-type]
 
 
 def random_model(task: Task, source: Pretrained, seed: int = 0) -> ElectraWithHead:

@@ -151,22 +151,20 @@ class Classification(TextTask):
         return targets.scatter_(1, torch.where(labels == NONE, count, labels), True)[:, :count]
 
     def scores(self, rows: EncodedRows, outputs: Sequence[Output]) -> dict[str, float]:
-        logits, labels = torch.from_numpy(np.stack(outputs)), torch.from_numpy(rows.per_row["labels"])
-        if self.multi_label:
-            return multi_label_scores(logits, self.targets(labels))
-        return single_label_scores(logits, labels)
+        return (multi_label_scores if self.multi_label else single_label_scores)(*self._labelled(rows, outputs))
 
     def analysis(self, rows: EncodedRows, outputs: Sequence[Output]) -> Analysis:
-        logits, labels = torch.from_numpy(np.stack(outputs)), torch.from_numpy(rows.per_row["labels"])
-        if self.multi_label:
-            return analyse_label_sets(rows.source, self.labels, logits, self.targets(labels))
-        return analyse_labels(rows.source, self.labels, logits, labels)
+        analyse = analyse_label_sets if self.multi_label else analyse_labels
+        return analyse(rows.source, self.labels, *self._labelled(rows, outputs))
 
     def calibrate(self, rows: EncodedRows, outputs: Sequence[Output]) -> None:
         """Set :attr:`temperature` to the best one for labelled examples, such as those of validation."""
+        self.temperature = fit_temperature(*self._labelled(rows, outputs))
+
+    def _labelled(self, rows: EncodedRows, outputs: Sequence[Output]) -> tuple[Tensor, Tensor]:
+        """Return logits, fp32 `[rows, labels]`, and class numbers `[rows]`, or with several labels :meth:`targets`."""
         labels = torch.from_numpy(rows.per_row["labels"])
-        targets = self.targets(labels) if self.multi_label else labels
-        self.temperature = fit_temperature(torch.from_numpy(np.stack(outputs)), targets)
+        return torch.from_numpy(np.stack(outputs)), self.targets(labels) if self.multi_label else labels
 
     def predictions(self, rows: EncodedRows, outputs: Sequence[Output]) -> Iterator[dict[str, Any]]:
         """Yield `label` or a list of `labels`, and `probabilities` of the most probable ones, in descending order."""

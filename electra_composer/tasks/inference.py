@@ -79,8 +79,9 @@ def check_ensemble(models: Sequence[SavedModel]) -> None:
         head = first.task.model_config.head
         raise UserError(f"{first.folder}: outputs of model.head={head} cannot be averaged; select best or a seed")
     for other in models[1:]:
-        same_labels = [each.task.state().get("labels") for each in (first, other)]
-        if same_labels[0] != same_labels[1] or first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        states = [each.task.state() for each in (first, other)]
+        labels = [(state.get("labels"), state.get("names")) for state in states]
+        if labels[0] != labels[1] or first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
             raise UserError(
                 f"{other.folder}: other labels or another vocabulary than {first.folder}; an ensemble needs the same"
             )
