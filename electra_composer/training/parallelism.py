@@ -53,7 +53,7 @@ def fsdp_config(config: FSDPConfig | None, device: str) -> RunFSDP2Config | None
     """
     if config is None:
         return None
-    settings = dict(vars(config))
+    settings = {**vars(config), "activation_checkpointing": False, "activation_cpu_offload": False}  # wrap_activations
     replicas, ranks = settings.pop("data_parallel_replicate_degree"), dist.get_world_size()
     if ranks % replicas:
         raise UserError(
@@ -75,14 +75,19 @@ def fsdp_config(config: FSDPConfig | None, device: str) -> RunFSDP2Config | None
     return composer_config
 
 
-def recompute_activations(model: ComposerModel) -> None:
-    """Apply activation checkpointing: keep only the input of each Transformer layer and recompute it in the backward.
+def wrap_activations(model: ComposerModel, trainer: TrainerConfig) -> None:
+    """Apply activation checkpointing and offloading to each Transformer layer, if the configuration asks for them.
 
-    Saves memory for about 30% more computation (Chen et al. 2016, arXiv 1604.06174). The recomputation draws the same
-    random numbers.
+    Checkpointing keeps only the input of a layer and recomputes it in the backward. Saves memory for about 30% more
+    computation (Chen et al. 2016, arXiv 1604.06174). The recomputation draws the same random numbers.
     """
-    # Workaround (composer 0.32): Trainer applies this function under FSDP only; goes when it does so under DDP too.
-    apply_ac(model, True, False, lambda module: isinstance(module, Layer))
+    # Workaround (composer 0.32): Trainer applies this function under FSDP only, and after sharding, when layers are
+    # sharded inside of their wrappers (see `ElectraPretraining`); goes when it does so under DDP too, and before.
+    fsdp = trainer.fsdp
+    recompute = trainer.activation_checkpointing or (fsdp is not None and fsdp.activation_checkpointing)
+    offload = fsdp is not None and fsdp.activation_cpu_offload
+    if recompute or offload:
+        apply_ac(model, recompute, offload, lambda module: isinstance(module, Layer))
 
 
 def can_be_flat(trainer: TrainerConfig, sharded: bool) -> bool:

@@ -40,8 +40,8 @@ from electra_composer.training.parallelism import (
     RunFSDP2Config,
     can_be_flat,
     fsdp_config,
-    recompute_activations,
     use_flat_parameters,
+    wrap_activations,
 )
 from electra_composer.training.startup import microbatch_size
 from electra_composer.training.step import TrainStep
@@ -132,8 +132,7 @@ def _prepare(
     if can_be_flat(trainer, sharding is not None):
         use_flat_parameters(model, optimizer, trainer.precision)
     compile_model(model, trainer, static_shapes, optimizer.flat)
-    if trainer.activation_checkpointing and not (sharding is not None and sharding.activation_checkpointing):
-        recompute_activations(model)
+    wrap_activations(model, trainer)
 
 
 class RunTrainer(Trainer):

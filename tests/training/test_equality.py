@@ -67,6 +67,9 @@ def one(folder: Path) -> Path:
             f"fsdp {FSDP}",
             f"micro_recomputed {MICRO} trainer.activation_checkpointing=true",
             "infinite trainer.on_nonfinite=skip",
+            f"fsdp_bf16 {FSDP} trainer.precision=amp_bf16",
+            f"fsdp_bf16_recomputed {FSDP} trainer.precision=amp_bf16 trainer.fsdp.activation_checkpointing=true",
+            f"fsdp_bf16_offloaded {FSDP} trainer.precision=amp_bf16 trainer.fsdp.activation_cpu_offload=true",
         ]
         equality.main(str(folder / "1"), str(folder / "equal.yaml"), arrangements)
     return folder / "1"
@@ -138,6 +141,12 @@ TWO = ["ddp", "ddp_compiled", "ddp_micro_recorded", "fsdp_micro_recomputed", "ti
 @pytest.mark.parametrize("name", ["fsdp", "micro_recomputed"])
 def test_one_process(one: Path, name: str) -> None:
     assert_same_run(one / name, one / "reference")
+
+
+@pytest.mark.parametrize("name", ["recomputed", "offloaded"])
+def test_activations_of_another_dtype_than_the_parameters(one: Path, name: str) -> None:
+    """FSDP2's casts are the same in the forward and in its repetition."""
+    assert_same_run(one / f"fsdp_bf16_{name}", one / "fsdp_bf16")
 
 
 @pytest.mark.parametrize("name", TWO)

@@ -112,7 +112,7 @@ def test_recomputed_activations_change_nothing_but_the_memory(
         model = ElectraPretraining(make_model(tiny_model_config(dropout=0.1, attention_dropout=0.1)))
         names = list(model.state_dict())
         if recompute:
-            parallelism.recompute_activations(model)
+            parallelism.wrap_activations(model, TrainerConfig(activation_checkpointing=True))
         assert list(model.state_dict()) == names
         calls = []
         for module in model.modules():
