@@ -12,6 +12,7 @@ from electra_composer.errors import UserError
 
 START_FROM_IT = "model.init_from of pretrain.py (docs/continued_pretraining.md) and model.source of glue.py take it"
 HF_FOLDER = "a Hugging Face folder (config.json, model.safetensors and a tokenizer)"
+RUN_RESULTS = {"results.json", "runs.jsonl"}
 TENSORFLOW = (".index", ".meta", ".data-00000-of-00001")
 # Formats by the name of a file.
 SUFFIXES = {
@@ -74,6 +75,11 @@ def _describe_folder(path: str) -> str | None:
     names = set(os.listdir(path))
     if "meta.json" in names and "config.json" not in names:
         return "a folder of shards, not of a model"
+    if RUN_RESULTS <= names:
+        return (
+            "a run of finetune.py or glue.py, not a model; the models of finetune.py are folders of transformers below "
+            f"{os.path.join(path, 'models')}, in results.json the best first"
+        )
     if "adapter_config.json" in names:
         return "an adapter (PEFT) without the model's own weights; merge it into its model and save that"
     if "config.json" not in names:

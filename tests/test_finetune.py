@@ -145,6 +145,17 @@ def test_all_models_are_kept_for_an_ensemble(make_config: Callable[..., Finetune
     assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 5
 
 
+def test_a_finetuned_model_is_a_source(
+    make_config: Callable[..., FinetuneConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its head is left out, and said: two tasks one after the other."""
+    first = finetune.main(make_config("classification", "seeds=[1]", "trainer.max_duration=1ep"))
+    folder = tmp_path / "run" / first["models"][0]["folder"]
+    second = make_config("tagging", f"model.source={folder}", f"checkpoints.folder={tmp_path / 'second'}", "seeds=[1]")
+    assert finetune.main(second)["source"] == str(folder)
+    assert f"{folder}: a finetuned model; its head (classifier) is not used" in caplog.text
+
+
 def test_validation_is_drawn_from_training(
     make_config: Callable[..., FinetuneConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:

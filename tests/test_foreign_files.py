@@ -128,6 +128,16 @@ def test_shards_are_no_model(tmp_path):
     assert describe_foreign(shards) == "a folder of shards, not of a model"
 
 
+def test_a_run_of_finetuning_is_no_model(tmp_path):
+    for name in ("results.json", "runs.jsonl"):
+        (tmp_path / name).write_text("{}")
+    for read in (load_source, read_checkpoint):
+        with pytest.raises(
+            UserError, match=r"a run of finetune\.py or glue\.py, not a model; .*models, in results\.json"
+        ):
+            read(str(tmp_path))
+
+
 def test_what_is_read_here_is_not_foreign(tmp_path):
     (tmp_path / "electra").mkdir()
     assert describe_foreign(str(folder_of(ELECTRA, "model.safetensors")(tmp_path / "electra"))) is None

@@ -7,6 +7,7 @@ need more.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import tempfile
@@ -44,7 +45,11 @@ from electra_composer.model.weight_maps import (
 )
 from electra_composer.vocabulary import load_tokenizer
 
+log = logging.getLogger(__name__)
+
 LATEST = "latest-rank0.pt"  # link in a run's folder to its newest checkpoint
+IGNORED = "embeddings.position_ids"  # 0, 1, 2, …; stored by transformers before 4.31, as in google/electra-*
+FINETUNED_HEADS = ("classifier.", "qa_outputs.")  # of ElectraForSequenceClassification and the like
 
 
 @dataclass
@@ -234,8 +239,10 @@ def load_transformers(
         raise UserError(
             f"{source}: neither a checkpoint, nor a Hugging Face folder, nor a model on the hub: {one_line(error, 300)}"
         ) from error
-    # position_ids: 0, 1, 2, …; stored with the weights by transformers before 4.31, as in google/electra-*
-    unexpected = sorted(name for name in loading["unexpected_keys"] if not name.endswith("embeddings.position_ids"))
+    unexpected = sorted(name for name in loading["unexpected_keys"] if not name.endswith(IGNORED))
+    if heads := [name for name in unexpected if name.startswith(FINETUNED_HEADS)]:
+        log.warning("%s: a finetuned model; its head (%s) is not used", source, heads[0].partition(".")[0])
+        unexpected = [name for name in unexpected if name not in heads]
     missing = sorted(name for name in loading["missing_keys"] if name.startswith("electra."))
     if missing or unexpected:
         network = "generator" if model_class is ElectraForMaskedLM else "discriminator"
