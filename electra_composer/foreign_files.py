@@ -75,7 +75,7 @@ def _describe_folder(path: str) -> str | None:
     names = set(os.listdir(path))
     if "meta.json" in names and "config.json" not in names:
         return "a folder of shards, not of a model"
-    if RUN_RESULTS <= names:
+    if names >= RUN_RESULTS:
         return (
             "a run of finetune.py or glue.py, not a model; the models of finetune.py are folders of transformers below "
             f"{os.path.join(path, 'models')}, in results.json the best first"

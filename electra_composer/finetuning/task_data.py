@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,31 +33,42 @@ class Rows:
     max_seq_length: int
 
 
-def open_split(task: Task, data: TaskDataConfig, name: str, source: str, say: Say) -> Split:
-    """Open the files of a split and choose the columns of the roles of the task.
+def open_splits(task: Task, data: TaskDataConfig, say: Say) -> dict[str, Split]:
+    """Open the splits that the configuration names: `train`, and `validation` and `test` if they are given.
+
+    The columns of the roles of the task are chosen in the training split, and are the same in the others; a test split
+    may lack those of labels.
 
     Args:
-        name: `train`, `validation` or `test`; a test set may lack labels.
-        say: receives what was guessed.
+        say: receives the columns that were guessed.
 
     Raises:
         UserError: the files cannot be read, or a column is missing.
     """
-    table = open_table(f"data.{name}", source, data.format, data.header, data.hub, data.hub_config)
-    wanted = dict(task.roles)
-    if name == "test":
-        wanted |= {role: (*(each for each in wanted[role] if each is not None), None) for role in task.label_roles}
-    columns = find_columns(table, "data.columns", wanted, data.columns)
-    guessed = {role: column for role, column in columns.items() if column is not None and role not in data.columns}
-    if guessed:
-        say(f"data.{name}: columns {', '.join(f'{role}={column}' for role, column in guessed.items())}")
-    return Split(name, table, columns, LeftOut(name))
+    columns = dict(data.columns)
+    splits = {}
+    for name, source in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+        if source is None:
+            continue
+        table = open_table(f"data.{name}", source, data.format, data.header, data.hub, data.hub_config)
+        wanted, given = dict(task.roles), dict(columns)
+        if name == "test":
+            for role in task.label_roles:
+                absent = [each for each in _listed(columns.get(role)) if each not in table.columns]
+                wanted[role], given[role] = (None,), "" if absent else columns.get(role)
+        found = find_columns(table, "data.columns", wanted, given)
+        splits[name] = Split(name, table, found, LeftOut(name))
+        if name == "train":
+            guessed = [f"{role}={column}" for role, column in found.items() if column and role not in data.columns]
+            if guessed:
+                say(f"data.columns: {', '.join(guessed)}")
+            same = {role: column for role, column in found.items() if role not in task.names_of_examples}
+            columns |= {role: "" if column is None else column for role, column in same.items()}
+    return splits
 
 
-def open_splits(task: Task, data: TaskDataConfig, say: Say) -> dict[str, Split]:
-    """Open the splits that the configuration names: `train`, and `validation` and `test` if they are given."""
-    sources = {"train": data.train, "validation": data.validation, "test": data.test}
-    return {name: open_split(task, data, name, source, say) for name, source in sources.items() if source is not None}
+def _listed(column: Any) -> list[Any]:
+    return column if isinstance(column, list) else [column]
 
 
 def draw_rows(splits: dict[str, Split], config: FinetuneConfig, say: Say) -> tuple[Split, Split]:

@@ -77,6 +77,8 @@ class Task(abc.ABC):
     """Role → names of its column, in order of preference; None at the end: optional."""
     label_roles: ClassVar[tuple[str, ...]]
     """Roles that examples to predict may lack."""
+    names_of_examples: ClassVar[tuple[str, ...]] = ()
+    """Roles of columns that only name an example: each split has its own, or none."""
     per_token: ClassVar[bool] = False
     """Whether the head reads every token's last hidden state, instead of that of `[CLS]`."""
 
@@ -169,6 +171,6 @@ class Task(abc.ABC):
         """Choose thresholds on the validation rows, after training. They become part of :meth:`state`."""
 
     def collapsed(self, rows: EncodedRows, outputs: Sequence[Output]) -> bool:
-        """Return whether all predictions are equal: a run that failed."""
+        """Return whether the predictions of several examples are all equal: a run that failed."""
         first, *rest = self.predictions(rows, outputs)
-        return all(each == first for each in rest)
+        return bool(rest) and all(each == first for each in rest)

@@ -60,6 +60,7 @@ class QuestionAnswering(Task):
         "is_impossible": ("is_impossible", None),
     }
     label_roles = ("answers", "is_impossible")
+    names_of_examples = ("id",)
     per_token = True
 
     def __init__(self, config: TaskConfig, model: TaskModelConfig):
