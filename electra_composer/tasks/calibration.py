@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-LARGEST = 100.0  # temperatures are in [1 / LARGEST, LARGEST]: the optimum of perfect predictions would be 0
+LARGEST = 100.0  # temperatures are searched in [1 / LARGEST, LARGEST]
 STEPS = 40  # halvings of that interval: a relative precision of 1e-11
 
 
@@ -21,18 +21,23 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: integers `[examples]`, or for several labels per example 0 and 1, `[examples, labels]`.
 
     Returns:
-        A number in [1 / :data:`LARGEST`, :data:`LARGEST`].
+        T; 1 if the examples do not determine it: if all predictions are right, the likelihood grows as T goes to 0, and
+        if they are no better than chance, as it goes to infinity.
     """
     logits = logits.double()
     is_single = labels.dim() == 1
     actual = (logits.gather(1, labels.long()[:, None]) if is_single else logits * labels).sum()
+
+    def is_too_sure(log_temperature: float) -> bool:
+        """Return whether a larger temperature is more likely."""
+        scaled = logits * math.exp(-log_temperature)
+        probabilities = scaled.softmax(1) if is_single else scaled.sigmoid()
+        return bool((probabilities * logits).sum() > actual)
+
     low, high = -math.log(LARGEST), math.log(LARGEST)
+    if not is_too_sure(low) or is_too_sure(high):
+        return 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
-        scaled = logits * math.exp(-middle)
-        expected = ((scaled.softmax(1) if is_single else scaled.sigmoid()) * logits).sum()
-        if expected > actual:  # too sure: a larger T is more likely
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if is_too_sure(middle) else (low, middle)
     return math.exp((low + high) / 2)

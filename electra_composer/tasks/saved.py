@@ -241,6 +241,8 @@ def read_config(source: str) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is not of an ELECTRA.
     """
+    if os.path.exists(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        raise UserError(f"{source}: no finished run of finetune.py, and no config.json; expected {_expected()}")
     try:
         content, _ = ElectraConfig.get_config_dict(source)
     except (OSError, ValueError) as error:

@@ -143,6 +143,7 @@ def test_losses_are_those_of_torch_and_of_scikit_learns_weights():
     torch.testing.assert_close(task.loss(logits, {"labels": torch.from_numpy(numbers)}), (each * weights).mean())
 
 
+@pytest.mark.filterwarnings("ignore:No positive samples")
 def test_scores_are_those_of_torchmetrics():
     torch.manual_seed(0)
     labels = torch.randint(4, (200,))
@@ -229,6 +230,12 @@ def test_a_known_temperature_is_found(source, temperature):
     assert fit_temperature(temperature * logits, labels) == pytest.approx(temperature, rel=0.03)
     targets = torch.rand(logits.shape) < logits.sigmoid()
     assert fit_temperature(temperature * logits, targets) == pytest.approx(temperature, rel=0.03)
+
+
+def test_a_temperature_that_labels_do_not_determine():
+    """All predictions right, or all wrong."""
+    logits, labels = torch.tensor([[3.0, -1.0], [-2.0, 1.0]]), torch.tensor([0, 1])
+    assert [fit_temperature(logits, each) for each in (labels, 1 - labels, F.one_hot(labels))] == [1.0] * 3
 
 
 def test_calibration_minimizes_the_loss(source):

@@ -160,6 +160,10 @@ def test_what_is_no_finetuned_model(source, tmp_path):
     with pytest.raises(UserError, match=r"ElectraForPreTraining in its config\.json; expected"):
         load_model(str(tmp_path / "rtd"))
     (tmp_path / "notes").mkdir()
+    with pytest.raises(
+        UserError, match=r"notes: no finished run of finetune\.py, and no config\.json; expected a folder"
+    ):
+        load_model(str(tmp_path / "notes"))
     with pytest.raises(UserError, match="notes exists and is not a saved model"):
         save_model(random_model(task, source), task, source, 16, str(tmp_path / "notes"))
 
