@@ -57,6 +57,11 @@ class Found(NamedTuple):
     scores: NDArray[np.float32]
 
 
+def keep_logits(logits: NDArray[np.float32], lengths: Sequence[int]) -> list[Output]:
+    """Return the logits of the tokens of each row, fp32 `[tokens of the row, 2]`, from `[rows, length, 2]`."""
+    return [row[:length].copy() for row, length in zip(logits, lengths, strict=True)]
+
+
 def decode_logits(rows: EncodedRows, outputs: Sequence[Output], n_best: int, max_answer_length: int) -> Candidates:
     """Find the best answers by the sum of the logits of start and end.
 

@@ -25,12 +25,13 @@ from electra_composer.tasks.qa_decoding import (
     decode_beams,
     decode_logits,
     keep_beams,
+    keep_logits,
     probabilities,
     spans_of,
 )
 from electra_composer.tasks.qa_head import JointHead, joint_loss, span_loss
 from electra_composer.tasks.qa_windows import Questions, build_windows, tokenize_questions
-from electra_composer.tasks.questions import answers_of, read_questions
+from electra_composer.tasks.questions import all_answers, read_questions
 
 SCORES = ("f1", "exact_match")
 SCORES_WITH_NULL = ("has_answer_f1", "no_answer_f1", "best_f1", "best_exact_match")
@@ -45,7 +46,7 @@ class QuestionAnswering(Task):
     windows the smallest counts. Source: google-research/electra `finetune/qa/qa_metrics.py`.
 
     Attributes:
-        unanswerable: whether questions may have no answer.
+        unanswerable: whether questions may have no answer; None until it is known.
         joint: whether the head is google-research/electra's.
         null_threshold: chosen by :meth:`tune`; None: 0 for predictions, the best one for scores.
     """
@@ -68,7 +69,7 @@ class QuestionAnswering(Task):
                 "model.head=transformers is a head of classification; of qa, model.head=linear equals transformers' "
                 "ElectraForQuestionAnswering: expected linear or joint"
             )
-        self.unanswerable = config.unanswerable is True
+        self.unanswerable = None if config.unanswerable == "auto" else config.unanswerable
         self.joint = model.head == "joint"
         self.null_threshold: float | None = None
 
@@ -78,21 +79,23 @@ class QuestionAnswering(Task):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return (*SCORES, *SCORES_WITH_NULL) if self.unanswerable else SCORES
+        return SCORES if self.unanswerable is False else (*SCORES, *SCORES_WITH_NULL)
 
     def learn(self, train: Split) -> None:
-        if self.config.unanswerable == "auto":
-            found = (answers_of(row, train) for row in train)
-            self.unanswerable = any(answers is not None and not answers.texts for answers in found)
+        if self.unanswerable is None:
+            self.unanswerable = any(answers is not None and not answers.texts for answers in all_answers(train))
+        if self.score not in self.metrics:
+            raise UserError(f"task.metric is {self.score}, but all questions have answers; expected f1 or exact_match")
 
     def state(self) -> dict[str, Any]:
         return {"unanswerable": self.unanswerable, "null_threshold": self.null_threshold}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.unanswerable, self.null_threshold = state["unanswerable"], state["null_threshold"]
+        # A model that others have finetuned lacks these keys: every question has an answer.
+        self.unanswerable, self.null_threshold = state.get("unanswerable", False), state.get("null_threshold")
 
     def tokenize(self, split: Split, tokenizer: PreTrainedTokenizerFast, progress: bool = False) -> Questions:
-        questions = tokenize_questions(read_questions(split, self.unanswerable), split.name, tokenizer, progress)
+        questions = tokenize_questions(read_questions(split, bool(self.unanswerable)), split.name, tokenizer, progress)
         split.left_out.check()
         return questions
 
@@ -102,7 +105,9 @@ class QuestionAnswering(Task):
 
     def build_head(self, config: EncoderConfig) -> nn.Module:
         if self.joint:
-            return JointHead(config.hidden_size, self.config.n_best, self.config.max_answer_length, self.unanswerable)
+            return JointHead(
+                config.hidden_size, self.config.n_best, self.config.max_answer_length, bool(self.unanswerable)
+            )
         return linear_head(config.hidden_size, 2)
 
     def forward(self, model: nn.Module, inputs: Sequence[Tensor], batch: Mapping[str, Any]) -> Any:
@@ -121,11 +126,9 @@ class QuestionAnswering(Task):
         return span_loss(starts, ends, *positions)
 
     def keep(self, outputs: Any, batch: Mapping[str, Any]) -> list[Output]:
-        """Return the logits fp32 `[tokens of the row, 2]` of `linear`, and the answers of `keep_beams` of `joint`."""
+        """Return what `keep_logits` or, of the head `joint`, `keep_beams` returns."""
         if not self.joint:
-            lengths = batch["sequence_ids"].sum(1).tolist()
-            logits = outputs.float().cpu().numpy()
-            return [row[:length].copy() for row, length in zip(logits, lengths, strict=True)]
+            return keep_logits(outputs.float().cpu().numpy(), batch["sequence_ids"].sum(1).tolist())
         return keep_beams(**{name: values.cpu().numpy() for name, values in outputs.items()})
 
     def tune(self, rows: EncodedRows, outputs: Sequence[Output]) -> None:
@@ -140,8 +143,7 @@ class QuestionAnswering(Task):
 
         Until :meth:`tune` has chosen the threshold, it is the one that it would choose: with the best F1 on these rows.
         """
-        candidates = self._decode(rows, outputs)
-        exact, f1, answerable = _scored(rows, candidates)
+        exact, f1, answerable = _scored(rows, candidates := self._decode(rows, outputs))
         if not self.unanswerable:
             return {"f1": float(f1.mean()), "exact_match": float(exact.mean())}
         return scores_with_null(exact, f1, candidates.null_scores, answerable, self.null_threshold)
@@ -158,9 +160,8 @@ class QuestionAnswering(Task):
         ids = rows.source.examples.texts.ids
         for index, spans in enumerate(spans_of(rows, candidates)):
             part = slice(candidates.offsets[index], candidates.offsets[index + 1])
-            null, shares = probabilities(
-                candidates.scores[part], candidates.null_logits[index] if self.unanswerable else -np.inf
-            )
+            null_logit = candidates.null_logits[index] if self.unanswerable else -np.inf
+            null, shares = probabilities(candidates.scores[part], null_logit)
             listed = [{**span._asdict(), "score": share} for span, share in zip(spans, shares, strict=True)]
             yield {
                 **({} if ids[index] is None else {"id": ids[index]}),

@@ -102,6 +102,11 @@ def _unusable(
     return None
 
 
+def all_answers(split: Split) -> Iterator[Answers | None]:
+    """Yield the answers of all rows of a split; see :func:`answers_of`."""
+    return (answers_of(row, split) for row in split)
+
+
 def answers_of(row: Row, split: Split) -> Answers | None:
     """Return the answers of a row, in one of the layouts of :data:`LAYOUT`; None if there is no value.
 

@@ -16,9 +16,11 @@ from qa_tiny import WORDS, answers, encoder_config, make_split, make_task, make_
 from electra_composer.errors import UserError
 from electra_composer.model.finetuning import ElectraWithHead
 from electra_composer.tasks.encoded import EncodedRows, collate
+from electra_composer.tasks.inference import check_ensemble
 from electra_composer.tasks.kinds import build_task
 from electra_composer.tasks.model import TaskModel
 from electra_composer.tasks.question_answering import QuestionAnswering
+from electra_composer.tasks.saved import SavedModel
 
 TOKENIZER = make_tokenizer()
 CONTEXT = "the red car is in the blue house"
@@ -58,11 +60,24 @@ def test_whether_questions_may_have_no_answer(setting: Any, golds: list[Any], ex
     assert ("best_f1" in task.metrics) is expected
 
 
+def test_a_score_of_unanswerable_questions_needs_such_questions() -> None:
+    task = make_task(metric="best_f1")
+    assert task.score in task.metrics  # it may be, until the examples are read
+    with pytest.raises(
+        UserError, match=r"^task.metric is best_f1, but all questions have answers; expected f1 or exact"
+    ):
+        task.learn(make_split("train", [("what", CONTEXT, "red")]))
+
+
 def test_the_kind_and_its_heads() -> None:
     task = make_task()
     assert type(build_task(task.config, task.model_config)) is QuestionAnswering
     assert task.averages
     assert not make_task("joint").averages  # models search different beams
+    model = SavedModel("runs/qa", None, make_task("joint"), TOKENIZER, 32)  # type: ignore[arg-type]
+    check_ensemble([model])
+    with pytest.raises(UserError, match=r"^runs/qa: the outputs of model.head=joint cannot be averaged"):
+        check_ensemble([model, model])
     with pytest.raises(UserError, match=r"^model.head=transformers .* expected linear or joint"):
         make_task("transformers")
 
