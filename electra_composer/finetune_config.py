@@ -26,7 +26,7 @@ class TaskDataConfig:
     header: bool = True  # whether csv and tsv files begin with the names of the columns; false: they are "0", "1", …
     # role: column, such as {text: review, label: stars}; roles that are not given are guessed, and said. Roles of
     # classification and regression: text, text_pair, label (several columns: a list); tagging: tokens, tags; qa: id,
-    # question, context, answers
+    # question, context, answers, is_impossible
     columns: dict[str, Any] = field(default_factory=dict)
     # tokens per example; auto: the 99th percentile of the training examples, at most the positions of the model
     max_seq_length: Annotated[int, Range(ge=5, le=65535)] | Literal["auto"] = "auto"
@@ -51,7 +51,7 @@ class TaskConfig:
     # longer text
     stride: Annotated[int, Range(ge=1, le=65535)] = 128
     max_answer_length: Annotated[int, Range(ge=1, le=65535)] = 30  # qa: tokens
-    n_best: Annotated[int, Range(ge=1, le=1000)] = 20  # qa: candidates for the start and for the end of an answer
+    n_best: Annotated[int, Range(ge=1, le=1000)] = 20  # qa: starts that are considered, and answers that are listed
     unanswerable: bool | Literal["auto"] = "auto"  # qa: whether questions may have no answer; auto: if some have none
 
 
