@@ -102,11 +102,6 @@ def check_settings(job: TaskJob) -> None:
     if config.trainer.max_duration is None:
         raise UserError("trainer.max_duration is null; expected the length of training, such as 3ep")
     job.task = build_task(config.task, config.model)
-    if config.predict.select == ENSEMBLE and not job.task.averages:
-        raise UserError(
-            f"predict.select is ensemble, but the outputs of model.head={config.model.head} cannot be averaged; set "
-            "predict.select=best"
-        )
     if job.task.score not in job.task.metrics:
         raise UserError(f"task.metric is {job.task.score!r}; expected one of {', '.join(job.task.metrics)}")
     check_run_settings(config, config.trainer.max_duration)
