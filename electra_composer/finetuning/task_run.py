@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,12 +111,8 @@ def train_task(
     if config.predict.calibrate:
         assert isinstance(task, Classification)
         task.calibrate(rows.validation, keep.outputs)
-    metrics = {
-        name: (value if name in task.unscaled else 100.0 * value) if math.isfinite(value) else None
-        for name, value in task.scores(rows.validation, keep.outputs).items()
-    }
-    chosen = next(each for each in scores.epochs if each["step"] == keep.step)
-    seconds = timestamp.total_wct.total_seconds()
+    metrics = scaled(task, task.scores(rows.validation, keep.outputs))
+    epoch = next(each["epoch"] for each in scores.epochs if each["step"] == keep.step)
     return Trained(
         model,
         task,
@@ -125,15 +122,21 @@ def train_task(
             "seed": run.seed,
             "score": metrics[task.score],
             "metrics": metrics,
-            "epoch": chosen["epoch"],
+            "epoch": epoch,
             "epochs": scores.epochs,
-            "collapsed": scores.collapsed,
+            "collapsed": task.collapsed(rows.validation, keep.outputs),
             "steps": timestamp.batch.value,
             "train_examples": len(rows.train),
             "dev_examples": len(rows.validation),
-            "train_seconds": seconds,
-            "examples_per_second": timestamp.sample.value / max(seconds, 1e-9),
+            "train_seconds": timestamp.total_wct.total_seconds(),
+            "examples_per_second": timestamp.sample.value / max(timestamp.total_wct.total_seconds(), 1e-9),
             "seconds": time.monotonic() - started,
             "finished_at": now(),
         },
     )
+
+
+def scaled(task: Task, scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Multiply scores by 100, except those that are reported as they are; None for undefined ones."""
+    factors = {name: 1.0 if name in task.unscaled else 100.0 for name in scores}
+    return {name: factors[name] * value if math.isfinite(value) else None for name, value in scores.items()}

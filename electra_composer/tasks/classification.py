@@ -83,15 +83,10 @@ class Classification(TextTask):
                 self.notes.append(note)
             self._set_labels(sort_labels(list(counts)))
         if self.score not in self.metrics:
-            several = "several labels" if self.multi_label else "one label"
-            raise UserError(
-                f"task.metric is {self.score}, but examples have {several}; expected one of {', '.join(self.metrics)}"
-            )
+            found, valid = "several labels" if self.multi_label else "one label", ", ".join(self.metrics)
+            raise UserError(f"task.metric is {self.score}, but examples have {found}; expected one of {valid}")
         if self.config.class_weights == "balanced":
-            each = torch.tensor([counts[name] for name in self.labels], dtype=torch.float64)
-            # As scikit-learn's `balanced`; of several labels, positive and negative examples get equal weight.
-            weights = (rows - each) / each if self.multi_label else rows / (len(each) * each)
-            self._weights = weights.float()
+            self._weights = balanced_weights([counts[name] for name in self.labels], rows, self.multi_label)
 
     def _set_labels(self, labels: list[str]) -> None:
         self.labels = labels
@@ -186,3 +181,16 @@ class Classification(TextTask):
 
     def _names(self, row: Row, split: Split) -> list[str] | None:
         return label_names(row, split.columns.get("label"), self.config.label_separator)
+
+
+def balanced_weights(counts: Sequence[int], rows: int, multi_label: bool) -> Tensor:
+    """Return the weights of `class_weights: balanced`, fp32 `[labels]`.
+
+    As scikit-learn's `balanced`; of several labels, positive and negative examples get equal weight.
+
+    Args:
+        counts: examples of each label.
+        rows: examples.
+    """
+    each = torch.tensor(counts, dtype=torch.float64)
+    return ((rows - each) / each if multi_label else rows / (len(each) * each)).float()

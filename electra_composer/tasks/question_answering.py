@@ -59,8 +59,7 @@ class QuestionAnswering(Task):
         "answers": ("answers", "answer"),
         "is_impossible": ("is_impossible", None),
     }
-    label_roles = ("answers", "is_impossible")
-    names_of_examples = ("id",)
+    label_roles, names_of_examples = ("answers", "is_impossible"), ("id",)
     per_token = True
 
     def __init__(self, config: TaskConfig, model: TaskModelConfig):
@@ -176,8 +175,8 @@ class QuestionAnswering(Task):
 
     def collapsed(self, rows: EncodedRows, outputs: Sequence[Output]) -> bool:
         candidates = self._decode(rows, outputs)
-        pairs = zip(_best(rows, candidates), self._no_answer(candidates), strict=True)
-        return len({"" if null else text for text, null in pairs}) == 1
+        pairs = list(zip(_best(rows, candidates), self._no_answer(candidates), strict=True))
+        return len(pairs) > 1 and len({"" if null else text for text, null in pairs}) == 1
 
     def _decode(self, rows: EncodedRows, outputs: Sequence[Output]) -> Candidates:
         if self.joint:
