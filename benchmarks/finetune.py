@@ -215,6 +215,7 @@ def run_transformers(
         data_collator=collator if task.kind == "tagging" else None,
         callbacks=[TransformersClock(clock, options.warmup, last)],
     )
+    trainer.remove_callback(transformers.PrinterCallback)  # it prints to stdout
     trainer.train()
     score = (
         100.0

@@ -160,6 +160,7 @@ def run_transformers(
         train_dataset=padded(task, train, tokenizer, options.length),
         callbacks=[TransformersClock(clock, options.warmup, last)],
     )
+    trainer.remove_callback(transformers.PrinterCallback)  # it prints to stdout
     trainer.train()
     score = score_of(task, trainer.predict(padded(task, dev, tokenizer, options.length)))
     result = clock.result(len(train), options.batch, options.epochs, options.warmup, score)
