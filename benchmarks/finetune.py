@@ -194,7 +194,8 @@ def run_transformers(
     labels = {} if task.kind == "qa" else {"num_labels": len(task.labels)}  # type: ignore[attr-defined]
     model: Any = MODELS[task.kind].from_pretrained(source, **labels)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    collator = transformers.DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=8)
+    multiple = 8 if options.precision == "amp_bf16" else None  # as run_ner.py does with half precision
+    collator = transformers.DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=multiple)
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(

@@ -16,7 +16,7 @@ from electra_composer.batches.collation import split_batch
 from electra_composer.batches.workers import WorkerLoader, loader_workers
 from electra_composer.finetuning.ranking import RankedExample, RankedExamples
 from electra_composer.finetuning.sampler import LengthGroupedSampler
-from electra_composer.tasks.encoded import EncodedRows, collate, pad_rows, to_batch
+from electra_composer.tasks.encoded import PAD_MULTIPLE, EncodedRows, collate, pad_rows, to_batch
 
 BATCH_BYTES = 2**22
 """Memory kept for a batch that a worker process hands over: 200 rows of 512 tokens. Larger ones go the usual way."""
@@ -41,14 +41,16 @@ def build_loader(
         device_batch_size: examples per batch on this device; ranked examples bring all of their rows.
         num_workers: loader processes; `auto`: a thread of this process.
         shuffle_seed: seed of the order, which changes every epoch; None sorts from the longest to the shortest example.
-        pin_memory: whether the run's device is a GPU, which copies from pinned memory without waiting.
+        pin_memory: whether the run's device is a GPU, which copies from pinned memory without waiting, and multiplies
+            faster if the length of a batch is a multiple of 8.
     """
     is_ranked = isinstance(examples, RankedExamples)
     kind: type[BackgroundLoader | WorkerLoader] = WorkerLoader
     if num_workers == "auto":
         kind, num_workers = BackgroundLoader, 0
     assert isinstance(num_workers, int)
-    collation = functools.partial(collate_ranked if is_ranked else collate, pad_id=pad_id)
+    multiple = PAD_MULTIPLE if pin_memory else 1
+    collation = functools.partial(collate_ranked if is_ranked else collate, pad_id=pad_id, multiple=multiple)
     loader = kind(
         examples,
         batch_size=device_batch_size,
@@ -64,8 +66,8 @@ def build_loader(
     )
 
 
-def collate_ranked(items: Sequence[RankedExample], pad_id: int) -> dict[str, Any]:
-    """Concatenate the rows of all examples and pad them to the longest, rounded up to a multiple of 8.
+def collate_ranked(items: Sequence[RankedExample], pad_id: int, multiple: int = PAD_MULTIPLE) -> dict[str, Any]:
+    """Concatenate the rows of all examples and pad them to the longest, rounded up to a multiple of `multiple`.
 
     Returns:
         `input_ids`, `token_type_ids` (0), `position_ids`, `sequence_ids`, `candidates` (1: token of the candidate),
@@ -73,7 +75,7 @@ def collate_ranked(items: Sequence[RankedExample], pad_id: int) -> dict[str, Any
         `indices` and, except for a test set, `labels`, int64 `[examples]`; `num_tokens`, an int.
     """
     rows = [row for item in items for row in item.rows]
-    arrays, positions = pad_rows([row.input_ids for row in rows], pad_id)
+    arrays, positions = pad_rows([row.input_ids for row in rows], pad_id, multiple)
     starts, ends = (np.array([getattr(row, name) for row in rows])[:, None] for name in ("start", "end"))
     arrays |= {
         "token_type_ids": np.zeros_like(arrays["input_ids"]),

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-PAD_MULTIPLE = 8  # for tensor cores
+PAD_MULTIPLE = 8  # of the length of a batch, for tensor cores; a CPU needs no padding beyond the longest row
 IGNORED = -100  # label of tokens without one; the default `ignore_index` of torch's cross-entropy
 
 
@@ -66,8 +66,8 @@ class EncodedRows(Dataset):
         return np.diff(self.offsets)
 
 
-def collate(items: Sequence[EncodedRow], pad_id: int) -> dict[str, Any]:
-    """Pad rows to the longest of the batch, rounded up to a multiple of 8.
+def collate(items: Sequence[EncodedRow], pad_id: int, multiple: int = PAD_MULTIPLE) -> dict[str, Any]:
+    """Pad rows to the longest of the batch, rounded up to a multiple of `multiple`.
 
     Returns:
         `input_ids`, `token_type_ids` (1: B and its `[SEP]`), `position_ids`, `sequence_ids` (1: token, 0: padding),
@@ -75,7 +75,7 @@ def collate(items: Sequence[EncodedRow], pad_id: int) -> dict[str, Any]:
         order of predictions; those of `per_row` and `per_token`; `num_tokens`, the number of tokens without padding,
         an int.
     """
-    arrays, positions = pad_rows([item.input_ids for item in items], pad_id)
+    arrays, positions = pad_rows([item.input_ids for item in items], pad_id, multiple)
     firsts = np.array([item.first_length for item in items])[:, None]
     arrays["token_type_ids"] = arrays["sequence_ids"] * (positions >= firsts)
     is_token = arrays["sequence_ids"] == 1
@@ -88,10 +88,12 @@ def collate(items: Sequence[EncodedRow], pad_id: int) -> dict[str, Any]:
     return to_batch(arrays, [item.position for item in items])
 
 
-def pad_rows(rows: Sequence[NDArray[np.int32]], pad_id: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
+def pad_rows(
+    rows: Sequence[NDArray[np.int32]], pad_id: int, multiple: int
+) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
     """Return `input_ids`, `position_ids` and `sequence_ids` of :func:`collate`, and 0, 1, 2, … as `[1, length]`."""
     lengths = np.array([len(row) for row in rows])
-    width = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
+    width = -(-int(lengths.max()) // multiple) * multiple
     positions = np.arange(width)[None, :]
     is_token = positions < lengths[:, None]
     input_ids = np.full(is_token.shape, pad_id, dtype=np.int64)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from electra_composer.errors import UserError
 from electra_composer.tasks.base import Output, Split, Task
-from electra_composer.tasks.encoded import EncodedRows, collate
+from electra_composer.tasks.encoded import PAD_MULTIPLE, EncodedRows, collate
 from electra_composer.tasks.model import MODEL_INPUTS
 from electra_composer.tasks.saved import SavedModel
 
@@ -33,7 +33,8 @@ def run_model(
     order = np.argsort(-rows.lengths, kind="stable")
     with _autocast(device):
         for start in range(0, len(rows), batch_size):
-            batch = collate([rows[index] for index in order[start : start + batch_size]], pad_id)
+            multiple = PAD_MULTIPLE if device.type == "cuda" else 1
+            batch = collate([rows[index] for index in order[start : start + batch_size]], pad_id, multiple)
             batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
             found = task.forward(model, [batch[name] for name in MODEL_INPUTS], batch)
             outputs.update(zip(batch["indices"].tolist(), task.keep(found, batch), strict=True))

@@ -50,7 +50,7 @@ def test_a_test_set_has_no_labels_and_keeps_its_index(tokenizer: ElectraTokenize
     assert encoded.source.tolist() == [17, 4, 9]
     batches = list(build_loader(encoded, PAD, 2, num_workers=0, shuffle_seed=None).dataloader)
     assert [batch["indices"].tolist() for batch in batches] == [[1, 2], [0]]  # from the longest to the shortest example
-    assert [batch["input_ids"].shape for batch in batches] == [(2, 16), (1, 8)]
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 11), (1, 4)]  # a CPU needs no multiple of 8
     assert batches[0]["indices"].dtype == torch.int64
     assert "labels" not in batches[0]
     assert split_batch(batches[0], 1)[1]["indices"].tolist() == [2]
