@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from electra_composer.atomic_files import locked, write_file
+from electra_composer.atomic_files import locked, remove, write_file
 from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.finetune_config import FinetuneConfig
 from electra_composer.finetuning.store import RunStore
@@ -54,7 +53,8 @@ class Models:
     def analysis_of_best(self, store: RunStore) -> dict[str, Any] | None:
         """Return the error analysis of the best run; None if there is none."""
         for run in self.ranked(store)[:1]:
-            with contextlib.suppress(FileNotFoundError), open(f"{self.path(run['seed'])}-errors.json") as file:
+            path = f"{self.path(run['seed'])}-errors.json"
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
                 return json.load(file)
         return None
 
@@ -78,7 +78,7 @@ class Models:
                 for run in ranked[1:]:
                     folder = self.path(run["seed"])
                     if is_saved_model(folder):
-                        shutil.rmtree(folder)
+                        remove(folder)
         base = os.path.dirname(self.config.results) or "."
         return [
             {**run, "folder": os.path.relpath(self.path(run["seed"]), base)}
