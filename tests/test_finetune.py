@@ -133,7 +133,8 @@ def same_as_pipeline(kind: str, folder: str, test: str, predictions: list[dict[s
     found = pipeline("text-classification", folder)(texts)
     if kind == "regression":
         return [each["score"] for each in found] == pytest.approx([each["label"] for each in predictions], abs=1e-4)
-    return [each["label"] for each in found] == [each["label"] for each in predictions]
+    ours = [each["probabilities"][its["label"]] for its, each in zip(found, predictions, strict=True)]
+    return [each["score"] for each in found] == pytest.approx(ours, abs=1e-5)
 
 
 def test_all_models_are_kept_for_an_ensemble(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
