@@ -19,7 +19,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from electra_composer.arguments import ArgumentParser, number
@@ -37,6 +36,7 @@ from electra_composer.tasks.prediction_files import STDOUT, prediction_file
 from electra_composer.tasks.rows import LeftOut
 from electra_composer.tasks.saved import SavedModel, load_model
 from electra_composer.tasks.tables import Table
+from electra_composer.training.devices import choose_device
 
 BLOCK = 4096  # rows that are in memory at a time
 
@@ -47,9 +47,7 @@ def load_models(run: str, select: str | None, device: str | None, max_seq_length
     Raises:
         UserError: no such models, no such device, or a length beyond the positions of a model.
     """
-    if device == "gpu" and not torch.cuda.is_available():
-        raise UserError("--device=gpu, but torch sees no CUDA device; use --device=cpu or fix the driver")
-    name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    name = "cuda" if choose_device(device, "--device") == "gpu" else "cpu"
     models = [load_model(folder) for folder in model_folders(run, select)]
     check_ensemble(models)
     for model in models:

@@ -18,6 +18,20 @@ from electra_composer.errors import UserError
 Result = TypeVar("Result")
 
 
+def choose_device(wanted: str | None, key: str) -> str:
+    """Return Composer's name of the device to use, `gpu` or `cpu`: the one that is wanted, else a GPU if there is one.
+
+    Args:
+        key: key or option of `wanted`, for messages.
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise UserError(f"{key} is gpu, but torch sees no CUDA device; set {key}=cpu or fix the driver")
+    return wanted or ("gpu" if torch.cuda.is_available() else "cpu")
+
+
 def resolve_device(trainer: TrainerConfig) -> tuple[str, str, bool]:
     """Choose device and precision of a run.
 
@@ -29,11 +43,7 @@ def resolve_device(trainer: TrainerConfig) -> tuple[str, str, bool]:
     Raises:
         UserError: a device that is missing, or a precision that it does not support.
     """
-    device = trainer.device or ("gpu" if torch.cuda.is_available() else "cpu")
-    if device == "gpu" and not torch.cuda.is_available():
-        raise UserError(
-            "trainer.device is gpu, but torch sees no CUDA device; set trainer.device=cpu or fix the driver"
-        )
+    device = choose_device(trainer.device, "trainer.device")
     if device == "gpu":
         if trainer.attention == "varlen" and trainer.precision == "fp32":
             raise UserError(
