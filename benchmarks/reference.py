@@ -55,6 +55,8 @@ class ReferenceElectra(nn.Module):
         objective = model.objective
         if (objective.mask_style, objective.temperature, objective.disallow_correct) != ("electra", 1.0, False):
             raise ValueError("the reference only masks 85/15 and samples at temperature 1; keep the defaults")
+        if objective.mask_draw != "exact":
+            raise ValueError("the reference has no repeated positions and no other draws; keep the defaults")
         if objective.mlm_label_smoothing or objective.rtd_label_smoothing or model.generator_embeddings is not None:
             raise ValueError("the reference has tied embeddings and no label smoothing; keep the defaults")
         self.objective = objective

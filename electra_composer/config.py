@@ -115,6 +115,8 @@ class ObjectiveConfig:
     """Replaced-token detection and the switches of its ablations."""
 
     mask_prob: Annotated[float, Range(gt=0, le=1)] = 0.15  # fraction of the tokens that is masked (0.25 for large)
+    # with_replacement: as google-research/electra; bernoulli: each token by itself, never [UNK], as electra_pytorch
+    mask_draw: Literal["exact", "with_replacement", "bernoulli"] = "exact"
     mask_style: Literal["electra", "bert"] = "electra"  # 85% [MASK], 15% kept; or 80% [MASK], 10% random, 10% kept
     gen_weight: LossWeight = 1.0  # weight of the generator's MLM loss
     disc_weight: LossWeight = 50.0  # weight of the discriminator's RTD loss

@@ -96,6 +96,7 @@ REPORTED = {
     "model.dropout": ["0.0", "0.3"],
     "model.attention_dropout": ["0.0"],
     "objective.mask_prob": ["0.1", "0.25"],
+    "objective.mask_draw": ["with_replacement", "bernoulli"],
     "objective.mask_style": ["bert"],
     "objective.gen_weight": ["0.0", "2.0"],
     "objective.disc_weight": ["10.0"],

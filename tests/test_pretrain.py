@@ -61,14 +61,17 @@ def test_a_run_leaves_what_the_configuration_says(make_config, tmp_path):
     assert last["loss/train/total"] == pytest.approx(last["loss/train/mlm"] + 50 * last["loss/train/rtd"], rel=1e-5)
 
 
-@pytest.mark.parametrize("workers", ["auto", "0", "1"])
-def test_the_loss_of_every_batch_is_that_of_its_own_tokens(make_config, tmp_path, workers):
+@pytest.mark.parametrize(
+    ("workers", "draw"), [("auto", "exact"), ("0", "exact"), ("1", "exact"), ("auto", "bernoulli")]
+)
+def test_the_loss_of_every_batch_is_that_of_its_own_tokens(make_config, tmp_path, workers, draw):
     """The loss uses counts made on the host before the batch is split; the metrics count on the device, afterwards.
 
     A batch that is read before it is complete, memory that is written too early, a factor of another batch, or a batch
     counted twice would make them differ. Over two epochs, with microbatches and rows of very different fill.
     """
     overrides = ("trainer.device_train_microbatch_size=3", "trainer.max_duration=2ep", "trainer.eval_interval=2ep")
+    overrides += (f"objective.mask_draw={draw}",)
     main(make_config(f"data.num_workers={workers}", "checkpoints.milestones=[1.0]", *overrides))
     losses = metrics(tmp_path / "run", having="loss/train/total")
     counted = metrics(tmp_path / "run", having="metrics/train/rtd_loss")
@@ -80,13 +83,15 @@ def test_the_loss_of_every_batch_is_that_of_its_own_tokens(make_config, tmp_path
         assert loss["loss/train/total"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_killed_run_continues_as_if_nothing_had_happened(make_config, tmp_path, monkeypatch):
-    uninterrupted = weights(main(make_config(f"checkpoints.folder={tmp_path / 'uninterrupted'}")))
+@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
+def test_a_killed_run_continues_as_if_nothing_had_happened(make_config, tmp_path, monkeypatch, draw):
+    how = f"objective.mask_draw={draw}"
+    uninterrupted = weights(main(make_config(f"checkpoints.folder={tmp_path / 'uninterrupted'}", how)))
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "build_callbacks", lambda config: [Kill(after=10)])
         with pytest.raises(KeyboardInterrupt):
-            main(make_config())
-    continued = main(make_config())
+            main(make_config(how))
+    continued = main(make_config(how))
     assert continued.state.timestamp.batch.value == 16
     for name, tensor in weights(continued).items():
         assert torch.equal(tensor, uninterrupted[name]), name
@@ -134,6 +139,7 @@ def test_evaluation_interval_changes_nothing_in_training(make_config, tmp_path):
     "override",
     [
         "objective.sampling=gumbel",
+        "objective.mask_draw=with_replacement",
         "objective.mask_style=bert",
         "objective.disallow_correct=true",
         "objective.temperature=2.0",

@@ -10,7 +10,7 @@ import torch
 
 from electra_composer.batches.row_reader import reader_of_split
 from electra_composer.batches.shards import read_meta
-from electra_composer.config import PretrainConfig
+from electra_composer.config import ObjectiveConfig, PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.pretrain import main as pretrain
 from electra_composer.preview import (
@@ -58,6 +58,20 @@ def test_rows_as_text_without_a_model(shards, reader):
     assert [sum(token.example == 1 and token.segment == 0 for token in row) for row in shown] == [
         int(lengths[0]) for lengths in np.split(rows.segment_lengths, np.cumsum(2 * rows.examples_per_row)[:-1])
     ]
+
+
+@pytest.mark.parametrize("draw", ["exact", "with_replacement", "bernoulli"])
+def test_rows_as_text_with_a_model(shards, reader, make_model, draw):
+    meta = read_meta(str(shards))
+    tokenizer = load_tokenizer(meta.tokenizer_folder)
+    model = make_model(objective=ObjectiveConfig(mask_draw=draw), vocab_size=len(tokenizer))
+    rows = reader.read(np.arange(20))
+    shown = annotate_tokens(rows, tokenizer, meta, model, seed=0)
+    assert shown == annotate_tokens(rows, tokenizer, meta, model, seed=0)
+    masked = [token for row in shown for token in row if token.masked]
+    assert 0.08 < len(masked) / len(rows.input_ids) < 0.2
+    assert all(token.replaced == (token.sample != token.text) for token in masked)
+    assert not any(token.replaced for row in shown for token in row if not token.masked)
 
 
 def test_how_well_the_vocabulary_fits(shards):

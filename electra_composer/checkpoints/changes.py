@@ -53,8 +53,8 @@ REPORTED: list[str] = [
     *_keys("model", "dropout attention_dropout"),
     *_keys(
         "objective",
-        "mask_prob mask_style gen_weight disc_weight sampling temperature disallow_correct mlm_label_smoothing "
-        "rtd_label_smoothing",
+        "mask_prob mask_draw mask_style gen_weight disc_weight sampling temperature disallow_correct "
+        "mlm_label_smoothing rtd_label_smoothing",
     ),
 ]
 

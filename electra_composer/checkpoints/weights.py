@@ -139,7 +139,7 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
     """Return the ids that masking needs; vocabulary.py ensures that the tokenizer has them."""
-    return SpecialIds(tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
+    return SpecialIds(*(getattr(tokenizer, f"{role}_token_id") for role in ("pad", "cls", "sep", "mask", "unk")))
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:

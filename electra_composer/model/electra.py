@@ -8,8 +8,7 @@ finetuning.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +18,9 @@ from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.model import masking
 from electra_composer.model.kernels.attention import pattern_of
 from electra_composer.model.kernels.masked_lm import MaskedLM, masked_lm
+from electra_composer.model.masker import Masked, Masker, SpecialIds
 from electra_composer.model.networks import ElectraNetworks
 from electra_composer.model.sizes import check_sizes
-
-
-@dataclass(frozen=True)
-class SpecialIds:
-    """Ids of the special tokens."""
-
-    pad: int
-    cls: int
-    sep: int
-    mask: int
-
-
-class Masked(NamedTuple):
-    """Output of :meth:`ElectraForPretraining.mask`. A row has N slots for masked positions."""
-
-    input_ids: Tensor
-    """x^masked, integers `[rows, length]`."""
-    positions: Tensor
-    """m, integers `[rows, N]`, distinct within a row; arbitrary in unused slots."""
-    weights: Tensor
-    """fp32 `[rows, N]`: 1 for a slot in use, 0 for an unused one."""
-    originals: Tensor
-    """Ids of the input at `positions`, integers `[rows, N]`."""
 
 
 class ElectraForPretraining(ElectraNetworks):
@@ -72,18 +49,13 @@ class ElectraForPretraining(ElectraNetworks):
         super().__init__(model, vocab_size)
         self.objective = objective
         self.special_ids = special_ids
+        self.masker = Masker(objective, special_ids, vocab_size, max_seq_length)
         self.attention_path = "sdpa"  # see kernels/attention.py; set for the device before training
-        self.slots = masking.num_slots(objective.mask_prob, max_seq_length)
-
-    def candidates(self, input_ids: Tensor, sequence_ids: Tensor) -> Tensor:
-        """True where a token may be masked, `[rows, length]`: not `[CLS]`, `[SEP]`, a literal `[MASK]` or padding."""
-        special = self.special_ids
-        return masking.maskable(input_ids, sequence_ids, (special.cls, special.sep, special.mask))
+        self.slots = self.masker.slots
 
     def mask_counts(self, input_ids: Tensor, sequence_ids: Tensor) -> Tensor:
-        """Number of tokens that will be masked in each row, integers `[rows]`; does not depend on the noise."""
-        candidates = self.candidates(input_ids, sequence_ids)
-        return masking.mask_counts(candidates, sequence_ids, self.objective.mask_prob, self.slots)
+        """Number of slots that will be used in each row, integers `[rows]`; see :meth:`Masker.counts`."""
+        return self.masker.counts(input_ids, sequence_ids)
 
     def draw_noise(self, input_ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw the uniform numbers of one forward, fp32 `[rows, noise_width]`."""
@@ -98,6 +70,7 @@ class ElectraForPretraining(ElectraNetworks):
         sequence_ids: Tensor,
         noise: Tensor | None = None,
         most_examples: int | None = None,
+        mask_counts: Tensor | None = None,
     ) -> dict[str, Any]:
         """Mask, generate, sample, discriminate.
 
@@ -106,6 +79,8 @@ class ElectraForPretraining(ElectraNetworks):
             noise: uniform numbers from :meth:`draw_noise`, for a reproducible forward; samples then come from the
                 inverse CDF. By default they are drawn from torch's default generator.
             most_examples: bound of the examples in the batch, for the attention path `varlen`.
+            mask_counts: output of :meth:`mask_counts` for these rows, for `mask_draw: bernoulli`. By default the noise
+                decides for each token whether it is masked.
 
         Returns:
             `mlm_loss`, `rtd_loss`: fp32 sums over masked and over non-padding tokens, to be divided by the counts of
@@ -120,7 +95,7 @@ class ElectraForPretraining(ElectraNetworks):
         pattern = pattern_of(sequence_ids, self.attention_path, most_examples)
         tokens = sequence_ids > 0
 
-        masked = self.mask(input_ids, sequence_ids, *mask_noise)
+        masked = self.masker.mask(input_ids, sequence_ids, mask_counts, *mask_noise)
         mlm_features = self.generate(masked.input_ids, masked.positions, token_type_ids, position_ids, pattern)
         mlm, sampled_ids = self.sample(mlm_features, masked, sample_noise, gumbel)
         corrupted_ids = input_ids.scatter(1, masked.positions, sampled_ids)
@@ -141,29 +116,6 @@ class ElectraForPretraining(ElectraNetworks):
         outputs["stats"] = statistics(outputs, masked.originals, mlm.correct.view_as(sampled_ids), tokens)
         return outputs
 
-    def mask(
-        self,
-        input_ids: Tensor,
-        sequence_ids: Tensor,
-        position_noise: Tensor,
-        replace_noise: Tensor,
-        random_noise: Tensor,
-    ) -> Masked:
-        """x^masked = REPLACE(x, m, [MASK]), with new positions m in every forward (paper, section 2).
-
-        Args:
-            input_ids, sequence_ids: integers `[rows, length]`.
-            position_noise: uniform numbers that choose the positions, fp32 `[rows, length]`.
-            replace_noise, random_noise: see :func:`masking.mask_tokens`, fp32 `[rows, N]`.
-        """
-        candidates = self.candidates(input_ids, sequence_ids)
-        counts = masking.mask_counts(candidates, sequence_ids, self.objective.mask_prob, self.slots)
-        positions, weights = masking.choose_positions(candidates, counts, self.slots, position_noise)
-        originals = input_ids.gather(1, positions)
-        style, mask_id = self.objective.mask_style, self.special_ids.mask
-        tokens = masking.mask_tokens(originals, weights, style, mask_id, self.vocab_size, replace_noise, random_noise)
-        return Masked(input_ids.scatter(1, positions, tokens), positions, weights, originals)
-
     def sample(self, mlm_features: Tensor, masked: Masked, noise: Tensor, gumbel: bool) -> tuple[MaskedLM, Tensor]:
         """L_MLM = Σ -log p_G(x_i | x^masked) over i in m, and samples x̂_i ~ p_G(x_i | x^masked), without gradient.
 
@@ -172,13 +124,14 @@ class ElectraForPretraining(ElectraNetworks):
 
         Args:
             mlm_features: output of :meth:`generate`, `[rows, N, embedding_size]`.
-            masked: output of :meth:`mask`.
+            masked: output of :meth:`Masker.mask`.
             noise: uniform numbers for the inverse CDF, fp32 `[rows, N]`; unused with `gumbel`.
             gumbel: sample by Gumbel noise from torch's default generator.
 
         Returns:
             Loss and per-position results, flattened to `[rows × N]`; sampled ids `[rows, N]`. Every masked position is
-            sampled, including those that kept their token in x^masked. Unused slots keep the original.
+            sampled, including those that kept their token in x^masked. Unused slots keep the original. A position that
+            was drawn more than once has one sample; google-research/electra takes the mean of the ids of several.
         """
         objective = self.objective
         mlm = masked_lm(
@@ -195,7 +148,8 @@ class ElectraForPretraining(ElectraNetworks):
             gumbel=gumbel,
             implementation=objective.masked_lm,
         )
-        return mlm, torch.where(masked.weights > 0, mlm.sampled.view_as(masked.originals), masked.originals)
+        sampled = torch.where(masked.weights > 0, mlm.sampled.view_as(masked.originals), masked.originals)
+        return mlm, sampled if masked.first is None else sampled.gather(1, masked.first)
 
 
 def rtd_loss(logits: Tensor, replaced: Tensor, tokens: Tensor, label_smoothing: float) -> Tensor:

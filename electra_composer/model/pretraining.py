@@ -18,7 +18,7 @@ from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.encoder import EncoderConfig, Layer
 from electra_composer.model.kernels.attention import ExampleBound
 
-MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids", "noise")
+MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids", "noise", "mask_counts")
 
 EVAL_NOISE_SEED = 20200311
 """Validation masks depend on this seed and the tokens of the batch, not on the random state of training. So checkpoints
@@ -76,14 +76,16 @@ class ElectraPretraining(ComposerModel):
         factors contain the global denominators, compensate for the averaging of DDP and FSDP over ranks, and contain
         the rows of the batch, with which :meth:`loss` undoes Composer's weighting of microbatches.
 
-        With an `example_bound` also `example_slots [rows, bound, 0]`: no numbers, but a shape, which compiled and
-        recorded steps compare with that of other batches.
+        With `mask_draw: bernoulli` also `mask_counts [rows]`, the drawn numbers of masked tokens, which the forward of
+        each microbatch must use. With an `example_bound` also `example_slots [rows, bound, 0]`: no numbers, but a
+        shape, which compiled and recorded steps compare with that of other batches.
         """
         input_ids, sequence_ids = batch["input_ids"], batch["sequence_ids"]
         rows = input_ids.shape[0]
+        mask_counts = self.model.mask_counts(input_ids, sequence_ids)
         counts = torch.stack(
             [
-                self.model.mask_counts(input_ids, sequence_ids).sum(),
+                mask_counts.sum(),
                 (sequence_ids > 0).sum(),
                 torch.tensor(rows, device=input_ids.device),
             ]
@@ -95,6 +97,8 @@ class ElectraPretraining(ComposerModel):
         # of the rank's batch: × the latter, and `loss` divides by the former.
         scale = torch.stack([all_rows / masked.clamp(min=1), all_rows / tokens.clamp(min=1)]).float()
         counted = {**batch, "loss_scale": scale.expand(rows, 2).contiguous()}
+        if self.model.objective.mask_draw == "bernoulli":
+            counted["mask_counts"] = mask_counts
         if self.example_bound is not None:
             counted["example_slots"] = torch.empty(rows, self.example_bound.of(sequence_ids), 0)
         return counted

@@ -62,7 +62,7 @@ def check_sizes(model: ModelConfig, objective: ObjectiveConfig, max_seq_length: 
     """
     check_ranges(model, "model.")
     check_ranges(objective, "objective.")
-    slots = masking.num_slots(objective.mask_prob, max_seq_length)
+    slots = masking.num_slots(objective.mask_prob, max_seq_length, objective.mask_draw)
     if not 1 <= slots <= max_seq_length:
         raise UserError(
             f"objective.mask_prob {objective.mask_prob} masks {slots} of the {max_seq_length} tokens of a row; "

@@ -73,6 +73,8 @@ def test_one_graph_with_the_same_losses_and_gradients(
         ObjectiveConfig(sampling="gumbel"),
         ObjectiveConfig(mask_style="bert", temperature=2.0, disallow_correct=True),
         ObjectiveConfig(mlm_label_smoothing=0.1, rtd_label_smoothing=0.1),
+        ObjectiveConfig(mask_draw="with_replacement"),
+        ObjectiveConfig(mask_draw="bernoulli"),
     ],
 )
 def test_every_switch_is_one_graph(

@@ -20,7 +20,7 @@ def test_special_tokens_are_no_candidates(make_model: Make) -> None:
     """`[CLS]`, `[SEP]`, a literal `[MASK]` and padding are excluded; `[UNK]` (1) and words are candidates."""
     input_ids = torch.tensor([[2, 1, 7, 4, 3, 8, 3, 0]])
     sequence_ids = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]])
-    assert make_model().candidates(input_ids, sequence_ids).nonzero()[:, 1].tolist() == [1, 2, 5]
+    assert make_model().masker.candidates(input_ids, sequence_ids).nonzero()[:, 1].tolist() == [1, 2, 5]
 
 
 def test_samples_stand_at_the_masked_positions_and_originals_everywhere_else(

@@ -18,7 +18,7 @@ from tiny import ROOT
 from torch.utils.data import DataLoader
 
 from electra_composer.config import ObjectiveConfig
-from electra_composer.model import electra, masking, pretraining
+from electra_composer.model import electra, masker, pretraining
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import Layer
 from electra_composer.model.kernels import attention
@@ -66,13 +66,18 @@ def reference(model: ElectraForPretraining, batch: Batch) -> tuple[Batch, dict[s
     return found, {"total": total.item(), "mlm": mlm.item(), "rtd": rtd.item()}
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
-def test_microbatches_give_the_gradient_of_the_whole_batch(make_model: Make, make_batch: Make, parts: int) -> None:
+@pytest.mark.parametrize(
+    ("draw", "parts"),
+    [*(("exact", parts) for parts in (1, 2, 4, 8)), ("with_replacement", 4), ("bernoulli", 1), ("bernoulli", 4)],
+)
+def test_microbatches_give_the_gradient_of_the_whole_batch(
+    make_model: Make, make_batch: Make, draw: Any, parts: int
+) -> None:
     """Composer weighs a microbatch's loss by its rows over the batch's rows."""
-    model = ElectraPretraining(make_model())
+    model = ElectraPretraining(make_model(objective=ObjectiveConfig(mask_draw=draw)))
     batch = noisy(model.model, make_batch(VERY_UNEVEN))
-    expected, losses = reference(model.model, batch)
     counted = model.count_batch(batch)
+    expected, losses = reference(model.model, {name: counted[name] for name in counted if name != "loss_scale"})
     sums = dict.fromkeys(losses, 0.0)
     for micro in split(counted, parts):
         loss = model.loss(model(micro), micro)
@@ -265,6 +270,6 @@ def test_the_only_child_wraps_layers_and_nothing_else(make_model: Make) -> None:
 
 def test_every_field_of_the_objective_is_read(make_model: Make) -> None:
     """No option of the objective is without effect."""
-    source = "".join(inspect.getsource(module) for module in (electra, masking, pretraining))
+    source = "".join(inspect.getsource(module) for module in (electra, masker, pretraining))
     for field in dataclasses.fields(ObjectiveConfig):
         assert f"objective.{field.name}" in source, field.name
