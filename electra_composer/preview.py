@@ -39,6 +39,7 @@ from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.ranges import Range
 from electra_composer.storage.shard_folder import Meta
 from electra_composer.vocabulary import load_tokenizer
+from electra_composer.word_limits import word_limit
 
 SAMPLE = 20_000  # rows in the statistics, evenly spaced, at most
 MAX_ROWS = 1000  # shown as text; a model takes all of them at once
@@ -80,9 +81,11 @@ class Token(NamedTuple):
 
 def describe_meta(meta: Meta) -> str:
     """Format `meta.json`."""
+    limit = word_limit(meta.tokenizer_folder)
+    words = "" if limit is None else f", words of at most {limit} characters"
     lines = [
         f"{meta.folder}: rows of at most {meta.max_seq_length} tokens, {meta.packing}, seed {meta.seed}",
-        f"tokenizer {meta.tokenizer.label}",
+        f"tokenizer {meta.tokenizer.label}{words}",
         *describe_conversion(meta),
         f"{'':8}{'documents':>12}{'examples':>12}{'rows':>12}{'tokens':>16}{'fill':>9}{'dropped':>12}",
     ]

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, ElectraTokenizerFast, PreTrainedTokenize
 
 from electra_composer.errors import UserError
 from electra_composer.foreign_files import refuse_foreign
+from electra_composer.word_limits import use_word_limit
 
 # Names of the special tokens by role; the first of each is that of BERT and ELECTRA.
 SPECIAL_NAMES = {
@@ -155,9 +156,11 @@ def _from_tokenizers_file(path: str) -> PreTrainedTokenizerFast:
 
 def _word_piece(path: str, cased: bool, keep_accents: bool) -> PreTrainedTokenizerFast:
     """Build BERT's WordPiece tokenizer. Lower-casing strips accents unless `keep_accents` is set."""
-    return ElectraTokenizerFast(
+    tokenizer = ElectraTokenizerFast(
         vocab_file=path, do_lower_case=not cased, strip_accents=False if keep_accents or cased else None
     )
+    use_word_limit(tokenizer)
+    return tokenizer
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast, name: str = "") -> dict[str, int]:

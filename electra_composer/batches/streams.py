@@ -22,6 +22,7 @@ from electra_composer.config import ShardsConfig, StreamConfig
 from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
 from electra_composer.storage.shard_folder import Meta, SplitCounts
+from electra_composer.word_limits import word_limit
 
 WEIGHTS = ("proportion", "repeat", "choose")
 
@@ -224,7 +225,10 @@ def _round_up(count: int, unit: int) -> int:
 
 
 def describe_streams(config: ShardsConfig, meta: Meta, seed: int) -> str | None:
-    """Format a table of each stream's rows and of how many an epoch takes; None without streams."""
+    """Format a table of each stream's rows and of how many an epoch takes; None without streams.
+
+    A last line says if their tokenizers differ in how long a word may be: those of older shards have 100 characters.
+    """
     if not config.streams:
         return None
     shares = plan_epoch(config, meta, config.train_split, seed)
@@ -235,4 +239,8 @@ def describe_streams(config: ShardsConfig, meta: Meta, seed: int) -> str | None:
         there = folder.meta.splits[config.train_split].rows
         lines.append(f"{folder.name:{width}} {there:14,} {rows:14,} {rows / total:8.2%} {rows / there:11.3g}×")
     lines.append(f"{'all':{width}} {meta.splits[config.train_split].rows:14,} {total:14,}")
+    limits = {share.folder.name: word_limit(share.folder.meta.tokenizer_folder) for share in shares}
+    if len(set(limits.values())) > 1:
+        each = ", ".join(f"{limit} in {name}" for name, limit in limits.items())
+        lines.append(f"a word with more characters is [UNK]: {each}; the same word may be pieces in one stream only")
     return "\n".join(lines)

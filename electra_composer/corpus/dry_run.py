@@ -14,10 +14,10 @@ from electra_composer.corpus.documents import ReadStats, filter_documents
 from electra_composer.corpus.engines import tokenize_sample
 from electra_composer.corpus.estimate import estimate_text
 from electra_composer.corpus.examples import Packer, Row, one_per_row
-from electra_composer.corpus.options import TRAIN, Conversion, check_options
-from electra_composer.corpus.tokenizer import encoding_settings
+from electra_composer.corpus.options import Conversion, check_options
+from electra_composer.corpus.tokenizer import encoding_settings, load_given
 from electra_composer.errors import UserError
-from electra_composer.vocabulary import load_tokenizer, train_tokenizer
+from electra_composer.vocabulary import train_tokenizer
 
 SAMPLE_BYTES = 1 << 24  # of text
 
@@ -59,12 +59,11 @@ def dry_run(options: Conversion) -> DryRun:
         )
     if not text.sample:
         raise UserError(f"no text in {options.sources}; expected at least one document")
-    if options.tokenizer == TRAIN:
+    tokenizer = load_given(options)
+    if tokenizer is None:
         tokenizer = train_tokenizer(text.sample, options.vocab_size, options.cased, options.keep_accents)
-    else:
-        tokenizer = load_tokenizer(options.tokenizer, options.cased, options.keep_accents)
-        if options.add_vocabulary is not None:
-            tokenizer = add_words(tokenizer, text.sample, options.add_vocabulary)
+    elif options.add_vocabulary is not None:
+        tokenizer = add_words(tokenizer, text.sample, options.add_vocabulary)
     sampled = sum(len(document.encode("utf-8", "replace")) for document in text.sample)
     settings = encoding_settings(options, tokenizer)
     chunks = group_documents(filter_documents(text.sample, options.sources, ReadStats()))

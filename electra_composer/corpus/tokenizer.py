@@ -21,8 +21,9 @@ from electra_composer.corpus.options import TRAIN, Conversion
 from electra_composer.corpus.part_conversion import Job
 from electra_composer.corpus.progress import progress_bar
 from electra_composer.corpus.source_parts import MIN_PART
-from electra_composer.storage.shard_folder import TOKENIZER, id_dtype
+from electra_composer.storage.shard_folder import META, TOKENIZER, id_dtype
 from electra_composer.vocabulary import load_tokenizer, special_ids, train_tokenizer
+from electra_composer.word_limits import use_word_limit
 
 Result = TypeVar("Result")
 
@@ -31,10 +32,19 @@ SAMPLE_PARTS = 64  # at most; each costs the start of a reader
 
 
 def load_given(options: Conversion) -> PreTrainedTokenizerFast | None:
-    """Return the tokenizer that the options name; None if a vocabulary is to be trained."""
-    return (
-        None if options.tokenizer == TRAIN else load_tokenizer(options.tokenizer, options.cased, options.keep_accents)
-    )
+    """Return the tokenizer that the options name; None if a vocabulary is to be trained.
+
+    WordPiece takes BERT's limit on the length of a word; only the tokenizer of a folder of shards stays as it is, so
+    that further shards are made with the same.
+    """
+    if options.tokenizer == TRAIN:
+        return None
+    tokenizer = load_tokenizer(options.tokenizer, options.cased, options.keep_accents)
+    path = os.path.abspath(options.tokenizer)
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    if not os.path.isfile(os.path.join(os.path.dirname(folder), META)):
+        use_word_limit(tokenizer)
+    return tokenizer
 
 
 def train_or_load(
