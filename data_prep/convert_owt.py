@@ -96,6 +96,8 @@ def _add_filter_options(add: Callable[..., object]) -> None:
     add("--min-characters", type=number_of(Sources, "min_characters"), metavar="N", help=text)
     text = "leave out lines in which this regular expression matches; may be repeated"
     add("--drop-lines", action="append", metavar="REGEX", help=text)
+    text = 'seed: delete "()" from every line, as richarddwang/electra_pytorch does (default: none)'
+    add("--clean", choices=("seed",), help=text)
     add("--deduplicate", action="store_true", help="leave out exact copies of earlier documents")
     text = "convert text to this Unicode normalization form (default: none)"
     add("--normalize", choices=("NFC", "NFKC"), help=text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict
 from functools import partial
 
 from tqdm import tqdm
@@ -70,7 +69,7 @@ def convert(options: Conversion) -> Summary:
             packing=options.packing,
             seed=options.seed,
             conversion={
-                **asdict(sources),
+                **sources.to_dict(),
                 "lines": options.lines,
                 "overflow": options.overflow,
                 "val_fraction": options.val_fraction,
@@ -177,7 +176,7 @@ def _write_docstrings(options: Conversion, workspace: str) -> list[str]:
         return []
     path = os.path.join(workspace, DOCSTRINGS, "docstrings.jsonl")
     # Filters leave out documents later, so that limits cannot be applied here.
-    filtered = sources.deduplicate or sources.min_characters or sources.drop_lines or sources.normalize
+    filtered = sources.deduplicate or sources.min_characters or sources.drop_lines or sources.clean or sources.normalize
     if not os.path.isfile(path):
         with replaced_file(path) as file:
             documents = size = 0

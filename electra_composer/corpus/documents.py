@@ -101,7 +101,11 @@ def no_text_error(sources: Sources) -> UserError:
 
 
 def filter_documents(texts: Iterable[str], sources: Sources, stats: ReadStats) -> Iterator[Document]:
-    """Normalize texts, drop unwanted lines, and leave out empty and short documents."""
+    """Normalize texts, drop unwanted lines, clean the others, and leave out empty and short documents.
+
+    Source of `clean: seed`: richarddwang/electra_pytorch, `ELECTRADataProcessor.clean` in `_utils/utils.py`. Lines are
+    dropped before, as there.
+    """
     dropped = [re.compile(pattern) for pattern in sources.drop_lines]
     for text in texts:
         if sources.normalize is not None:
@@ -111,6 +115,8 @@ def filter_documents(texts: Iterable[str], sources: Sources, stats: ReadStats) -
             kept = [line for line in lines if not any(pattern.search(line) for pattern in dropped)]
             stats.lines += len(lines) - len(kept)
             text = "\n".join(kept)
+        if sources.clean == "seed":
+            text = text.replace("()", "")
         if not text or text.isspace():
             continue
         if len(text) < sources.min_characters:

@@ -49,7 +49,7 @@ class Conversion:
             del values[name]
         if self.add_vocabulary is None:  # as in plans from before it existed
             del values["add_vocabulary"]
-        return {**values, "files": fingerprint_files(self.sources)}
+        return {**values, "sources": self.sources.to_dict(), "files": fingerprint_files(self.sources)}
 
 
 def check_options(options: Conversion) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -74,6 +74,7 @@ class Sources:
     sources: list[Source] = field(default_factory=lambda: [Source()])
     min_characters: Annotated[int, Range(ge=0, le=10**9)] = 0  # shorter documents are left out
     drop_lines: list[str] = field(default_factory=list)  # regular expressions; lines that match one are left out
+    clean: Literal["seed"] | None = None  # seed: delete "()" from all lines, as richarddwang/electra_pytorch does
     deduplicate: bool = False  # leave out exact copies of earlier documents
     normalize: Literal["NFC", "NFKC"] | None = None  # Unicode normalization form
     skip_unreadable: bool = False  # leave out the rest of a file that cannot be read, instead of stopping
@@ -91,6 +92,13 @@ class Sources:
 
     def __str__(self) -> str:
         return ", ".join(source.label for source in self.sources)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for plans and `meta.json`; without cleaning, as they were before it existed."""
+        values = asdict(self)
+        if self.clean is None:
+            del values["clean"]
+        return values
 
 
 @dataclass

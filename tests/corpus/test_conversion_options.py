@@ -85,6 +85,18 @@ def test_lines_that_are_dropped(tmp_path, vocabulary):
     assert summary.total.documents == 2
 
 
+def test_the_seeds_cleaning_is_part_of_the_plan_and_of_the_shards(tmp_path, vocabulary):
+    (tmp_path / "a.txt").write_text("word1 () word2()\n() word3\n\n()")
+    plain, cleaned = (Sources.of(str(tmp_path / "a.txt"), clean=clean) for clean in (None, "seed"))
+    assert "clean" not in Conversion(plain).plan()["sources"]  # as in plans from before it existed
+    assert Conversion(cleaned).plan()["sources"]["clean"] == "seed"
+    convert_sources(cleaned, tmp_path / "out", vocabulary)
+    assert documents_of(tmp_path / "out", vocabulary) == ["word1 word2 word3"]
+    assert read_meta(str(tmp_path / "out")).conversion["clean"] == "seed"
+    convert_sources(plain, tmp_path / "plain", vocabulary)
+    assert "clean" not in read_meta(str(tmp_path / "plain")).conversion
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -13,6 +13,7 @@ import pytest
 import zstandard
 from converter import jsonl, tar_of
 
+from electra_composer.corpus.chunks import document_lines
 from electra_composer.corpus.documents import ReadStats, read_documents
 from electra_composer.corpus.sources import Sources, check_sources, find_files
 from electra_composer.errors import UserError
@@ -204,3 +205,40 @@ def test_unicode_forms(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["cafe\u0301 \ufb01", "caf\u00e9 fi"]))
     assert read(tmp_path / "a.jsonl", normalize="NFC")[0] == ["caf\u00e9 \ufb01", "caf\u00e9 fi"]
     assert read(tmp_path / "a.jsonl", normalize="NFKC", deduplicate=True)[0] == ["caf\u00e9 fi"]
+
+
+# Lines of the rule of richarddwang/electra_pytorch (`ELECTRADataProcessor` in `_utils/utils.py`).
+SEED_LINES = [
+    "Georg () was born () in 1809.",
+    "  f() and g( ) and h(()) and (x)  ",
+    "()",
+    " () ",
+    "\t ",
+    "",
+    "(" + "a" * 77 + ")",  # 79 characters
+    "(" + "a" * 78 + ")",  # 80
+    "b" * 76 + "()()",  # 80, of which 76 stay
+    "naïve (漢字) () " * 9,
+]
+
+
+@pytest.mark.parametrize("short_lines", [False, True])
+def test_the_seeds_cleaning(tmp_path, short_lines):
+    """Its rule, line by line: leave out lines of whitespace, and for Wikipedia those of less than 80 characters; then
+    delete `()`."""
+    expected = []
+    for line in SEED_LINES:
+        if line.isspace() or not line or (short_lines and len(line) < 80):
+            continue
+        expected.append(line.strip().replace("()", ""))
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["\n".join(SEED_LINES)]))
+    drop = {"drop_lines": ["^.{0,79}$"]} if short_lines else {}
+    found, stats = read(tmp_path / "a.jsonl", clean="seed", **drop)
+    assert document_lines(found[0], "newline") == [line.strip() for line in expected if line.strip()]
+    assert stats.lines == (7 if short_lines else 0)
+    assert read(tmp_path / "a.jsonl")[0] == ["\n".join(SEED_LINES)]  # none is the default
+
+
+def test_a_document_that_the_seeds_cleaning_empties_is_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["()\n()", "word ()"]))
+    assert read(tmp_path / "a.jsonl", clean="seed")[0] == ["word "]
