@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from composer import Evaluator, Trainer
 from composer.core import Callback, DataSpec
 
-from electra_composer.config import GlueConfig
 from electra_composer.finetune_config import FinetuneConfig
 from electra_composer.finetuning.loader import Encoded, build_loader
+from electra_composer.glue_config import GlueConfig
 from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
 from electra_composer.tasks.model import FinetunedModel
 from electra_composer.training.compilation import explain_compile_errors

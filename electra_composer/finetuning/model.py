@@ -14,10 +14,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from electra_composer.checkpoints.weights import Pretrained
-from electra_composer.config import GlueModelConfig
 from electra_composer.finetuning.fit import EVAL_LABEL
 from electra_composer.finetuning.metrics import build_metrics
 from electra_composer.finetuning.tasks import Task
+from electra_composer.glue_config import GlueModelConfig
 from electra_composer.model.finetuning import ElectraForClassification, linear_head
 from electra_composer.model.weight_maps import State as Weights
 from electra_composer.tasks.model import COLLAPSED, HEAD, FinetunedModel, encoder_config, load_body

@@ -16,7 +16,6 @@ from typing import Any
 
 from electra_composer.atomic_files import locked, write_file
 from electra_composer.checkpoints.weights import Pretrained
-from electra_composer.config import GlueConfig
 from electra_composer.config_loading import to_dict
 from electra_composer.errors import UserError
 from electra_composer.finetune_config import FinetuneConfig
@@ -25,6 +24,7 @@ from electra_composer.finetuning.published import published_rows
 from electra_composer.finetuning.report import AVERAGED, csv_text, markdown
 from electra_composer.finetuning.store import RunStore, store_path
 from electra_composer.finetuning.tasks import TASKS
+from electra_composer.glue_config import GlueConfig
 from electra_composer.training.compilation import choose_compile
 from electra_composer.vocabulary import vocabulary_sha256
 
