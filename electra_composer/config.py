@@ -125,6 +125,9 @@ class ObjectiveConfig:
     masked_lm: Literal["auto", "chunked", "triton"] = "auto"  # implementation of loss and sample; auto: triton on CUDA
     mlm_label_smoothing: Smoothing = 0.0
     rtd_label_smoothing: Smoothing = 0.0
+    # one_sided: the target of an original token is the smoothing, that of a replaced one stays 1 (electra_pytorch);
+    # symmetric: smoothing / 2 and 1 - smoothing / 2
+    rtd_label_smoothing_style: Literal["one_sided", "symmetric"] = "one_sided"
 
 
 @dataclass

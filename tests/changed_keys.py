@@ -104,6 +104,7 @@ REPORTED = {
     "objective.disallow_correct": ["true"],
     "objective.mlm_label_smoothing": ["0.1"],
     "objective.rtd_label_smoothing": ["0.1"],
+    "objective.rtd_label_smoothing_style": ["symmetric"],
 }
 REFUSED = {
     "seed": ["2"],

@@ -54,7 +54,7 @@ REPORTED: list[str] = [
     *_keys(
         "objective",
         "mask_prob mask_style gen_weight disc_weight sampling temperature disallow_correct mlm_label_smoothing "
-        "rtd_label_smoothing",
+        "rtd_label_smoothing rtd_label_smoothing_style",
     ),
 ]
 
