@@ -65,6 +65,9 @@ class GlueConfig(RunConfig):
     # method for WNLI: classification of the pair, or coreference, in which the pretrained discriminator and its head
     # rank the candidates for the pronoun (the WSC trick of richarddwang/electra_pytorch)
     wnli: Literal["classification", "coreference"] = "classification"
+    # over the examples of a batch; sum (google-research/electra): the norm of the gradient grows with their number, and
+    # trainer.gradient_clip takes effect that much earlier
+    loss_reduction: Literal["mean", "sum"] = "mean"
     double_unordered: bool = True  # train on the pairs of MRPC and STS-B in both orders (google-research/electra)
     intermediate: bool = False  # start RTE, MRPC and STS-B from the MNLI run of the same seed
     # a seeded sample of this size

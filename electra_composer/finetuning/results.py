@@ -42,6 +42,9 @@ IGNORED_SUBKEYS = (
     ("data", "test"),
 )
 
+# Values of keys that results of earlier versions lack, and that they were computed with.
+EARLIER = {"loss_reduction": "mean"}
+
 # Callbacks that end a run early; others do not affect scores.
 STOPPERS = ("early_stopper", "threshold_stopper")
 
@@ -82,6 +85,9 @@ def group_of(
             if key not in IGNORED_KEYS and (key, subkey) not in IGNORED_SUBKEYS:
                 flat[f"{key}.{subkey}" if subkey else key] = subvalue
     flat.update({f"callbacks.{name}": config.callbacks[name] for name in STOPPERS if name in config.callbacks})
+    for key, value in EARLIER.items():
+        if flat[key] == value:
+            del flat[key]
     # What `auto` means here, so that results of versions without it are of the same group.
     flat["trainer.compile"] = choose_compile(config.trainer, static_shapes=False)[0]
     # Includes the sizes because random weights have no hash, and because they include dropout.

@@ -34,6 +34,8 @@ def check_config(config: GlueConfig) -> tuple[list[Task], GlueConfig]:
         raise UserError(f"tasks is {config.tasks}: nothing to finetune; expected names such as [cola, sst2]")
     if config.intermediate and "mnli" not in names:
         raise UserError("intermediate is true: runs start from MNLI runs; add mnli to tasks")
+    if config.loss_reduction == "sum" and config.wnli == "coreference" and "wnli" in names:
+        raise UserError("loss_reduction is sum, but the ranking loss of wnli=coreference is a mean; set one of the two")
     if config.predict.enabled:
         check_select(config.predict.select, config.seeds)
     settings = {name_of_task(name): own for name, own in config.task_settings.items()}

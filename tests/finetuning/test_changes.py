@@ -84,6 +84,7 @@ ANOTHER_GROUP = {
     "regression_targets": "raw",
     "wnli": "coreference",
     "double_unordered": "false",
+    "loss_reduction": "sum",
     "intermediate": "true",
     "max_train_examples": "7",
 }
