@@ -149,8 +149,10 @@ class ScheduleConfig:
     """Learning rate over training, as a multiple of `optimizer.lr`."""
 
     # electra: linear decay over all steps × min(1, step / warmup); linear: warmup, then linear decay over the rest;
-    # one_cycle: cosine up over `warmup`, cosine down over the rest; constant: warmup, flat, linear decay over `decay`
-    name: Literal["electra", "linear", "one_cycle", "constant"] = "electra"
+    # constant: warmup, flat, linear decay over `decay`; one_cycle: torch's, cosine from 1/25 up over `warmup`, cosine
+    # down over the rest; one_cycle_fastai: fastai's, which also sets beta1, 0.95–0.85–0.95; adjusted_one_cycle: it from
+    # 1e-5 up (electra_pytorch)
+    name: Literal["electra", "linear", "one_cycle", "one_cycle_fastai", "adjusted_one_cycle", "constant"] = "electra"
     warmup: Phase = MISSING  # a Composer time
     decay: Phase = "0.1dur"  # length of the final decay of `constant`, a Composer time
 

@@ -76,7 +76,7 @@ REPORTED = {
     "optimizer.eps": ["1.0e-3"],
     "optimizer.weight_decay": ["0.5"],
     "optimizer.layerwise_variant": ["paper"],
-    "schedule.name": ["linear", "constant"],
+    "schedule.name": ["linear", "one_cycle_fastai", "constant"],
     "schedule.warmup": ["0ba", "0.5dur"],
     "schedule.decay": ["1ba"],
     "trainer.max_duration": ["1ba", "3ba", "9ba", "1ep"],

@@ -106,6 +106,7 @@ def test_a_step_that_reads_a_number_of_the_host(
     ("overrides", "reason"),
     [
         ("trainer.activation_checkpointing=true", "trainer.activation_checkpointing is true"),
+        ("schedule.name=adjusted_one_cycle", "schedule.name=adjusted_one_cycle changes beta1 in every step"),
         ("trainer.fsdp={}", "FSDP runs in Composer's step"),
     ],
 )
