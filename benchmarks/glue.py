@@ -27,12 +27,12 @@ from glue_runs import run_ours, run_transformers
 from machine import describe, require_positive
 
 from electra_composer.checkpoints.weights import load_source
-from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.finetuning.data import training_examples
 from electra_composer.finetuning.files import Example, read_examples
 from electra_composer.finetuning.tasks import Task, find_task
+from electra_composer.glue_config import GlueConfig
 from electra_composer.training.startup import start
 from electra_composer.vocabulary import load_tokenizer
 

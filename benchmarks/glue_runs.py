@@ -17,13 +17,13 @@ from composer.loggers import Logger
 from composer.utils import reproducibility
 
 from electra_composer.checkpoints.weights import Pretrained
-from electra_composer.config import GlueConfig
 from electra_composer.finetuning.data import encode
 from electra_composer.finetuning.files import Example
 from electra_composer.finetuning.loader import build_loader
 from electra_composer.finetuning.metrics import build_metrics
 from electra_composer.finetuning.model import build_classifier
 from electra_composer.finetuning.tasks import Task
+from electra_composer.glue_config import GlueConfig
 from electra_composer.training.attention_path import choose_attention
 from electra_composer.training.trainer import build_trainer
 

@@ -1,8 +1,9 @@
 """Schema of the YAML configuration files, and the reference for every key.
 
 Every valid key is a field of a dataclass below; any other key is an error. :class:`RunConfig` holds the sections shared
-by pretraining and GLUE. Sizes that follow from others (generator widths, feed-forward width, number of masked slots)
-are derived and have no key. :mod:`electra_composer.config_loading` reads a file into a checked configuration.
+by pretraining and finetuning, whose own schemas are in glue_config.py and finetune_config.py. Sizes that follow from
+others (generator widths, feed-forward width, number of masked slots) are derived and have no key.
+:mod:`electra_composer.config_loading` reads a file into a checked configuration.
 
 A Composer time is a string such as `10000ba` (batches), `1ep` (epochs), `5e9tok` (tokens), `1000sp` (samples) or
 `0.1dur` (fraction of training). The range of a number or a time is part of its type (:mod:`electra_composer.ranges`).
@@ -100,6 +101,9 @@ class ModelConfig:
     max_positions: Annotated[int, Range(ge=1, le=65535)] = 512  # at least data.max_seq_length
     dropout: Dropout = 0.1
     attention_dropout: Dropout = 0.1
+    # initial weights. google: normal, cut at two standard deviations, but for the projection of the embeddings and the
+    # output of the RTD head, which are Glorot-uniform; transformers: normal
+    init: Literal["google", "transformers"] = "google"
     initializer_range: Annotated[float, Range(ge=1e-20, le=1)] = 0.02  # standard deviation of the initial weights
     layer_norm_eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-12
     tie_embeddings: bool = True  # share token, position and type embeddings and their LayerNorm between both models
@@ -126,6 +130,9 @@ class ObjectiveConfig:
     masked_lm: Literal["auto", "chunked", "triton"] = "auto"  # implementation of loss and sample; auto: triton on CUDA
     mlm_label_smoothing: Smoothing = 0.0
     rtd_label_smoothing: Smoothing = 0.0
+    # one_sided: the target of an original token is the smoothing, that of a replaced one stays 1 (electra_pytorch);
+    # symmetric: smoothing / 2 and 1 - smoothing / 2
+    rtd_label_smoothing_style: Literal["one_sided", "symmetric"] = "one_sided"
 
 
 @dataclass
@@ -147,8 +154,10 @@ class ScheduleConfig:
     """Learning rate over training, as a multiple of `optimizer.lr`."""
 
     # electra: linear decay over all steps × min(1, step / warmup); linear: warmup, then linear decay over the rest;
-    # one_cycle: cosine up over `warmup`, cosine down over the rest; constant: warmup, flat, linear decay over `decay`
-    name: Literal["electra", "linear", "one_cycle", "constant"] = "electra"
+    # constant: warmup, flat, linear decay over `decay`; one_cycle: torch's, cosine from 1/25 up over `warmup`, cosine
+    # down over the rest; one_cycle_fastai: fastai's, which also sets beta1, 0.95–0.85–0.95; adjusted_one_cycle: it from
+    # 1e-5 up (electra_pytorch)
+    name: Literal["electra", "linear", "one_cycle", "one_cycle_fastai", "adjusted_one_cycle", "constant"] = "electra"
     warmup: Phase = MISSING  # a Composer time
     decay: Phase = "0.1dur"  # length of the final decay of `constant`, a Composer time
 
@@ -235,65 +244,3 @@ class PretrainConfig(RunConfig):
     data: ShardsConfig = field(default_factory=ShardsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-
-
-@dataclass
-class GlueDataConfig(DataConfig):
-    """Location of the GLUE files and of their tokenized copies."""
-
-    cache: str | None = None  # folder for tokenized files, keyed by content; null: tokenize at every start
-
-
-@dataclass
-class GlueModelConfig:
-    """Model to finetune."""
-
-    # a checkpoint of this project (.pt, sharded, or its run folder), an export, a folder of ElectraForPreTraining or
-    # ElectraModel, or a name on the Hugging Face hub
-    source: str = MISSING
-    random_init: bool = False  # keep the sizes and tokenizer of `source`, but draw new weights (the baseline)
-    dropout: Dropout | None = None  # null: the dropout that `source` was trained with
-    classifier_dropout: Dropout = 0.1
-
-
-@dataclass
-class TaskSettings:
-    """Settings of one task; null keeps the setting of the run."""
-
-    # takes precedence over trainer.max_duration and the task's own epochs
-    epochs: Annotated[int, Range(ge=1, le=10**6)] | None = None
-    lr: LearningRate | None = None
-    batch_size: BatchSize | None = None  # takes precedence over trainer.global_train_batch_size
-    layerwise_decay: LayerwiseDecay | None = None  # 1.0 turns layerwise decay off
-    warmup: Phase | None = None  # a Composer time
-
-
-@dataclass
-class PredictConfig:
-    """Test-set predictions in the format of the GLUE server."""
-
-    enabled: bool = False  # every run also writes its logits on the test sets
-    select: str = "best"  # runs to predict with: best on dev, one seed, or ensemble (the mean of all runs' logits)
-    file: str = "${checkpoints.folder}/submission.zip"
-
-
-@dataclass
-class GlueConfig(RunConfig):
-    """Configuration of `electra_composer/glue.py`."""
-
-    data: GlueDataConfig = field(default_factory=GlueDataConfig)
-    model: GlueModelConfig = field(default_factory=GlueModelConfig)
-    tasks: list[str] = MISSING
-    seeds: Annotated[list[Seed], Length(1)] = MISSING  # one finetuning run per task and seed
-    task_settings: dict[str, TaskSettings] = field(default_factory=dict)  # such as {rte: {epochs: 10, lr: 1e-4}}
-    # targets of STS-B: its 0…5 scaled to 0…1 (google-research/electra), or as they are (richarddwang/electra_pytorch)
-    regression_targets: Literal["unit", "raw"] = "unit"
-    # method for WNLI: classification of the pair, or coreference, in which the pretrained discriminator and its head
-    # rank the candidates for the pronoun (the WSC trick of richarddwang/electra_pytorch)
-    wnli: Literal["classification", "coreference"] = "classification"
-    double_unordered: bool = True  # train on the pairs of MRPC and STS-B in both orders (google-research/electra)
-    intermediate: bool = False  # start RTE, MRPC and STS-B from the MNLI run of the same seed
-    # a seeded sample of this size
-    max_train_examples: Annotated[int, Range(ge=1, le=10**9, null="all")] | None = None
-    predict: PredictConfig = field(default_factory=PredictConfig)
-    results: str = "${checkpoints.folder}/results.json"

@@ -85,6 +85,7 @@ class FinetuneConfig(RunConfig):
     task: TaskConfig = field(default_factory=TaskConfig)
     model: TaskModelConfig = field(default_factory=TaskModelConfig)
     seeds: Annotated[list[Seed], Length(1)] = MISSING  # one run each
+    loss_reduction: Literal["mean", "sum"] = "mean"  # as in glue_config.py; tagging has mean only
     epoch: Literal["best", "last"] = "best"  # whose weights a run keeps: best by `task.metric` on validation
     save: Literal["best", "all", "none"] = "best"  # models to keep: of the best seed, of all seeds (for an ensemble)
     # a seeded sample of this size

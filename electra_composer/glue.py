@@ -11,8 +11,8 @@ import os
 import sys
 from typing import Any
 
-from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config_from_command_line
+from electra_composer.glue_config import GlueConfig
 
 if __name__ == "__main__":  # before the imports that take seconds
     USAGE = "composer electra_composer/glue.py yamls/glue.yaml [key=value …]"

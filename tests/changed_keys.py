@@ -76,7 +76,7 @@ REPORTED = {
     "optimizer.eps": ["1.0e-3"],
     "optimizer.weight_decay": ["0.5"],
     "optimizer.layerwise_variant": ["paper"],
-    "schedule.name": ["linear", "constant"],
+    "schedule.name": ["linear", "one_cycle_fastai", "constant"],
     "schedule.warmup": ["0ba", "0.5dur"],
     "schedule.decay": ["1ba"],
     "trainer.max_duration": ["1ba", "3ba", "9ba", "1ep"],
@@ -105,6 +105,7 @@ REPORTED = {
     "objective.disallow_correct": ["true"],
     "objective.mlm_label_smoothing": ["0.1"],
     "objective.rtd_label_smoothing": ["0.1"],
+    "objective.rtd_label_smoothing_style": ["symmetric"],
 }
 REFUSED = {
     "seed": ["2"],
@@ -127,6 +128,7 @@ REFUSED = {
     "model.generator_size": ["0.25"],
     "model.generator_layers": ["2"],
     "model.max_positions": ["32", "64"],
+    "model.init": ["transformers"],
     "model.initializer_range": ["0.1"],
     "model.layer_norm_eps": ["1.0e-3"],
     "model.tie_embeddings": ["false"],

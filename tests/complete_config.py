@@ -6,9 +6,10 @@ from pathlib import Path
 
 from tiny import ROOT
 
-from electra_composer.config import GlueConfig, PretrainConfig, RunConfig
+from electra_composer.config import PretrainConfig, RunConfig
 from electra_composer.config_loading import load_config
 from electra_composer.finetune_config import FinetuneConfig
+from electra_composer.glue_config import GlueConfig
 from electra_composer.ranges import Key, keys
 
 SCHEMAS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "glue": GlueConfig, "finetune": FinetuneConfig}

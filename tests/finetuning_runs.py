@@ -7,10 +7,10 @@ from typing import Any
 
 from tiny import ROOT
 
-from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config
 from electra_composer.finetuning.results import group_of, summary
 from electra_composer.finetuning.tasks import TASKS
+from electra_composer.glue_config import GlueConfig
 
 EIGHT = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
 Scores = Mapping[str, list[float | None]]

@@ -24,8 +24,9 @@ from electra_composer import export, glue, pretrain
 from electra_composer.checkpoints.safe_loading import read_file
 from electra_composer.checkpoints.sharded import is_sharded, read_sharded
 from electra_composer.checkpoints.weights import load_source, read_checkpoint
-from electra_composer.config import GlueConfig, PretrainConfig
+from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
+from electra_composer.glue_config import GlueConfig
 
 ARTEFACTS = ROOT / "tests" / "data" / "v0.1"
 MAKE = (ARTEFACTS / "make.sh").read_text(encoding="utf-8")

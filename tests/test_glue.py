@@ -17,11 +17,11 @@ from glue_tiny import settings, write_data, write_source
 
 from electra_composer import glue
 from electra_composer.checkpoints.weights import load_source
-from electra_composer.config import GlueConfig, GlueModelConfig
 from electra_composer.errors import UserError
 from electra_composer.finetuning.model import build_classifier
 from electra_composer.finetuning.one_run import config_of_task
 from electra_composer.finetuning.tasks import TASKS
+from electra_composer.glue_config import GlueConfig, GlueModelConfig
 from electra_composer.training import devices
 
 

@@ -14,8 +14,9 @@ import yaml
 from glue_tiny import write_data
 from tiny import ROOT
 
-from electra_composer.config import GlueConfig, PretrainConfig
+from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
+from electra_composer.glue_config import GlueConfig
 from electra_composer.next_steps import describe_end, export, finetune, override, pretrain, preview
 
 # Sizes for a machine without a GPU, in addition to the printed commands.

@@ -149,6 +149,7 @@ def test_evaluation_interval_changes_nothing_in_training(make_config, tmp_path):
         "optimizer.bias_correction=true",
         "schedule.name=linear",
         "schedule.name=one_cycle",
+        "schedule.name=one_cycle_fastai",
         "schedule.name=constant",
         "trainer.precision=amp_bf16",
         "objective.masked_lm=chunked",

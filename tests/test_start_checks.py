@@ -15,10 +15,11 @@ import pytest
 from tiny import ROOT, files_of
 
 from electra_composer import glue, pretrain
-from electra_composer.config import GlueConfig, PretrainConfig
+from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.finetuning import start as glue_start
+from electra_composer.glue_config import GlueConfig
 from electra_composer.training import preparation
 
 PRETRAIN, GLUE = (str(ROOT / "electra_composer" / f"{name}.py") for name in ("pretrain", "glue"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from electra_composer.config import GlueConfig, PretrainConfig, RunConfig
+from electra_composer.config import PretrainConfig, RunConfig
 from electra_composer.finetune_config import FinetuneConfig
+from electra_composer.glue_config import GlueConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"

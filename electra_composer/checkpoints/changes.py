@@ -32,7 +32,7 @@ REFUSED: dict[str, str] = {
         _keys(
             "model",
             "num_layers hidden_size num_heads embedding_size generator_size generator_layers max_positions "
-            "initializer_range layer_norm_eps tie_embeddings tie_encoder",
+            "init initializer_range layer_norm_eps tie_embeddings tie_encoder",
         ),
         WEIGHTS,
     ),
@@ -54,7 +54,7 @@ REPORTED: list[str] = [
     *_keys(
         "objective",
         "mask_prob mask_draw mask_style gen_weight disc_weight sampling temperature disallow_correct "
-        "mlm_label_smoothing rtd_label_smoothing",
+        "mlm_label_smoothing rtd_label_smoothing rtd_label_smoothing_style",
     ),
 ]
 

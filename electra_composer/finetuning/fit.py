@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from composer import Evaluator, Trainer
 from composer.core import Callback, DataSpec
 
-from electra_composer.config import GlueConfig
 from electra_composer.finetune_config import FinetuneConfig
 from electra_composer.finetuning.loader import Encoded, build_loader
+from electra_composer.glue_config import GlueConfig
 from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
-from electra_composer.tasks.model import FinetunedModel
+from electra_composer.tasks.model import FinetunedModel, sum_losses
 from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.determinism import explain_nondeterministic_operators
 from electra_composer.training.devices import resolve_device
@@ -77,10 +77,13 @@ def fitted(
     )
     load_eval = functools.partial(load, device_batch_size=config.trainer.device_eval_batch_size, shuffle_seed=None)
     assert config.trainer.max_duration is not None
+    train_data = load(train, device_batch_size=device_batch_size(config.trainer), shuffle_seed=config.seed)
+    if config.loss_reduction == "sum":
+        train_data.batch_transforms = sum_losses
     trainer = build_trainer(
         config,
         model,
-        load(train, device_batch_size=device_batch_size(config.trainer), shuffle_seed=config.seed),
+        train_data,
         load_eval(dev[""]),
         config.trainer.max_duration,
         callbacks=callbacks,

@@ -14,13 +14,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from electra_composer.checkpoints.weights import Pretrained
-from electra_composer.config import GlueModelConfig
 from electra_composer.finetuning.fit import EVAL_LABEL
 from electra_composer.finetuning.metrics import build_metrics
 from electra_composer.finetuning.tasks import Task
+from electra_composer.glue_config import GlueModelConfig
 from electra_composer.model.finetuning import ElectraForClassification, linear_head
 from electra_composer.model.weight_maps import State as Weights
-from electra_composer.tasks.model import COLLAPSED, HEAD, FinetunedModel, encoder_config, load_body
+from electra_composer.tasks.model import COLLAPSED, HEAD, FinetunedModel, encoder_config, load_body, reduced
 
 CONSTANT_REGRESSION = 1e-3  # fraction of the target range within which predictions count as equal
 
@@ -55,10 +55,10 @@ class ElectraClassifier(FinetunedModel):
     """Model with the loss and metrics of a GLUE task. Its outputs are logits, fp32 `[rows, num_outputs]`."""
 
     def loss(self, outputs: Tensor, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the mean cross-entropy of the rows, or the mean squared error for regression, fp32."""
+        """Return the cross-entropy of the rows, or the squared error for regression, fp32; see :func:`reduced`."""
         if self.task.is_regression:
-            return F.mse_loss(outputs[:, 0], batch["labels"])
-        return F.cross_entropy(outputs, batch["labels"])
+            return reduced(F.mse_loss(outputs[:, 0], batch["labels"]), batch)
+        return reduced(F.cross_entropy(outputs, batch["labels"]), batch)
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         """Return the dev metrics of the task and :class:`Collapsed`; none for training, which logs only its loss."""

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 
 from electra_composer.atomic_files import write_file
 from electra_composer.checkpoints.weights import Pretrained
-from electra_composer.config import GlueConfig, TaskSettings
 from electra_composer.errors import UserError
 from electra_composer.finetuning.fit import collect_garbage, fitted, own_folder
 from electra_composer.finetuning.loader import Encoded
@@ -31,6 +30,7 @@ from electra_composer.finetuning.predictions import logits_key, save_logits
 from electra_composer.finetuning.ranker import build_ranker
 from electra_composer.finetuning.runs import PlannedRun, now
 from electra_composer.finetuning.tasks import Task
+from electra_composer.glue_config import GlueConfig, TaskSettings
 from electra_composer.training.times import parse_time
 
 

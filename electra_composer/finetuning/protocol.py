@@ -52,6 +52,8 @@ def _recipe(results: Mapping[str, Any]) -> list[str]:
         f"{settings['schedule.name']} schedule with warmup {settings['schedule.warmup']}",
         f"at most {settings['data.max_seq_length']} tokens",
     ]
+    if settings.get("loss_reduction") == "sum":
+        recipe.append("loss summed over the batch")
     if settings["max_train_examples"] is not None:
         recipe.append(f"a sample of at most {settings['max_train_examples']} training examples")
     return recipe

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from electra_composer.checkpoints.weights import Pretrained
-from electra_composer.config import GlueModelConfig
 from electra_composer.errors import UserError
 from electra_composer.finetuning.model import ElectraClassifier
 from electra_composer.finetuning.tasks import Task
+from electra_composer.glue_config import GlueModelConfig
 from electra_composer.model.finetuning import ElectraForReplacedTokens
 from electra_composer.tasks.model import encoder_config, load_body
 

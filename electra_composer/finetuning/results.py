@@ -16,7 +16,6 @@ from typing import Any
 
 from electra_composer.atomic_files import locked, write_file
 from electra_composer.checkpoints.weights import Pretrained
-from electra_composer.config import GlueConfig
 from electra_composer.config_loading import to_dict
 from electra_composer.errors import UserError
 from electra_composer.finetune_config import FinetuneConfig
@@ -25,6 +24,7 @@ from electra_composer.finetuning.published import published_rows
 from electra_composer.finetuning.report import AVERAGED, csv_text, markdown
 from electra_composer.finetuning.store import RunStore, store_path
 from electra_composer.finetuning.tasks import TASKS
+from electra_composer.glue_config import GlueConfig
 from electra_composer.training.compilation import choose_compile
 from electra_composer.vocabulary import vocabulary_sha256
 
@@ -41,6 +41,9 @@ IGNORED_SUBKEYS = (
     ("data", "cache"),
     ("data", "test"),
 )
+
+# Values of keys that results of earlier versions lack, and that they were computed with.
+EARLIER = {"loss_reduction": "mean"}
 
 # Callbacks that end a run early; others do not affect scores.
 STOPPERS = ("early_stopper", "threshold_stopper")
@@ -82,6 +85,9 @@ def group_of(
             if key not in IGNORED_KEYS and (key, subkey) not in IGNORED_SUBKEYS:
                 flat[f"{key}.{subkey}" if subkey else key] = subvalue
     flat.update({f"callbacks.{name}": config.callbacks[name] for name in STOPPERS if name in config.callbacks})
+    for key, value in EARLIER.items():
+        if flat[key] == value:
+            del flat[key]
     # What `auto` means here, so that results of versions without it are of the same group.
     flat["trainer.compile"] = choose_compile(config.trainer, static_shapes=False)[0]
     # Includes the sizes because random weights have no hash, and because they include dropout.

@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from electra_composer.config import GlueConfig
 from electra_composer.config_loading import nearest
 from electra_composer.errors import UserError
 from electra_composer.finetune_config import FinetuneConfig
 from electra_composer.finetuning.one_run import config_of_task
 from electra_composer.finetuning.predictions import check_select
 from electra_composer.finetuning.tasks import TASKS, Task, find_task
+from electra_composer.glue_config import GlueConfig
 from electra_composer.training.startup import check_run_settings
 
 
@@ -34,6 +34,8 @@ def check_config(config: GlueConfig) -> tuple[list[Task], GlueConfig]:
         raise UserError(f"tasks is {config.tasks}: nothing to finetune; expected names such as [cola, sst2]")
     if config.intermediate and "mnli" not in names:
         raise UserError("intermediate is true: runs start from MNLI runs; add mnli to tasks")
+    if config.loss_reduction == "sum" and config.wnli == "coreference" and "wnli" in names:
+        raise UserError("loss_reduction is sum, but the ranking loss of wnli=coreference is a mean; set one of the two")
     if config.predict.enabled:
         check_select(config.predict.select, config.seeds)
     settings = {name_of_task(name): own for name, own in config.task_settings.items()}

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from electra_composer.checkpoints.weights import Pretrained, load_source
-from electra_composer.config import GlueConfig
 from electra_composer.errors import UserError
 from electra_composer.faults import check_can_write
 from electra_composer.finetuning.data import encode_split
@@ -31,6 +30,7 @@ from electra_composer.finetuning.runs import PlannedRun, Processes, duration, ke
 from electra_composer.finetuning.settings import check_config, check_settings_of_task, errors_named_for
 from electra_composer.finetuning.store import RunStore, store_path
 from electra_composer.finetuning.tasks import Task
+from electra_composer.glue_config import GlueConfig
 from electra_composer.ranges import check_ranges
 from electra_composer.training.attention_path import choose_attention
 from electra_composer.training.builders import build_optimizer, build_scheduler

@@ -99,6 +99,8 @@ def check_settings(job: TaskJob) -> None:
         raise UserError(f"predict.calibrate is true, which only classification has; task.kind is {config.task.kind}")
     if config.predict.select == ENSEMBLE and config.model.head == "joint":
         raise UserError("predict.select is ensemble, but outputs of model.head=joint cannot be averaged; select best")
+    if config.loss_reduction == "sum" and config.task.kind == "tagging":
+        raise UserError("loss_reduction is sum, but the loss of tagging is a mean over tokens; set loss_reduction=mean")
     if config.trainer.max_duration is None:
         raise UserError("trainer.max_duration is null; expected the length of training, such as 3ep")
     job.task = build_task(config.task, config.model)

@@ -104,7 +104,7 @@ class ElectraForPretraining(ElectraNetworks):
 
         outputs: dict[str, Any] = {
             "mlm_loss": mlm.loss,
-            "rtd_loss": rtd_loss(rtd_logits, replaced, tokens, self.objective.rtd_label_smoothing),
+            "rtd_loss": rtd_loss(rtd_logits, replaced, tokens, self.objective),
             "rtd_logits": rtd_logits.detach(),
             "replaced": replaced,
             "mlm_features": mlm_features.detach(),
@@ -152,19 +152,24 @@ class ElectraForPretraining(ElectraNetworks):
         return mlm, sampled if masked.first is None else sampled.gather(1, masked.first)
 
 
-def rtd_loss(logits: Tensor, replaced: Tensor, tokens: Tensor, label_smoothing: float) -> Tensor:
+def rtd_loss(logits: Tensor, replaced: Tensor, tokens: Tensor, objective: ObjectiveConfig) -> Tensor:
     """L_Disc (paper, section 2): binary cross entropy summed over all tokens, `[CLS]` and `[SEP]` included.
 
     Args:
         logits: output of :meth:`ElectraForPretraining.discriminate`, fp32 `[rows, length]`.
         replaced: labels, booleans `[rows, length]`.
         tokens: False for padding, booleans `[rows, length]`.
-        label_smoothing: fraction of the target spread evenly over the two classes.
+        objective: `rtd_label_smoothing`, `s`, and its style. `one_sided`: the target of original tokens is `s`, that of
+            replaced ones 1 (`disc_smooth_label` of richarddwang/electra_pytorch); `symmetric`: `s / 2` and `1 - s / 2`.
 
     Returns:
         fp32 scalar.
     """
-    targets = replaced.float() * (1.0 - label_smoothing) + 0.5 * label_smoothing
+    smoothing = objective.rtd_label_smoothing
+    if objective.rtd_label_smoothing_style == "one_sided":
+        targets = replaced.float().clamp(min=smoothing)
+    else:
+        targets = replaced.float() * (1.0 - smoothing) + 0.5 * smoothing
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return (losses * tokens).sum()
 

@@ -23,6 +23,7 @@ from electra_composer.tasks.encoded import EncodedRows
 
 MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids", "sequence_ids")
 HEAD = "head."  # prefix of the weights that a pretrained discriminator does not have
+BATCH_ROWS = "batch_rows"  # entry of a batch whose losses are summed: its examples, before it is split
 COLLAPSED = "collapsed"  # name of the score that is 1 if all predictions are equal
 
 
@@ -135,8 +136,8 @@ class TaskModel(FinetunedModel):
         return self.task.forward(self.model, inputs, batch)
 
     def loss(self, outputs: Any, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss of the task, fp32."""
-        return self.task.loss(outputs, batch)
+        """Return the loss of the task, fp32; see :func:`reduced`."""
+        return reduced(self.task.loss(outputs, batch), batch)
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         """Return the scores of the validation rows; none for training, which logs only its loss."""
@@ -148,6 +149,19 @@ class TaskModel(FinetunedModel):
 
     def update_metric(self, batch: dict[str, Any], outputs: Any, metric: Metric) -> None:
         metric.update(outputs, batch)
+
+
+def reduced(mean: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Return the mean loss of a microbatch, times the examples of its complete batch if their losses are to be summed.
+
+    The trainer weights a microbatch by its share of the examples: so the losses of all add up to the sum of the batch.
+    """
+    return mean * batch[BATCH_ROWS] if BATCH_ROWS in batch else mean
+
+
+def sum_losses(batch: dict[str, Any]) -> dict[str, Any]:
+    """Let the losses of a batch be summed, not averaged. For use as Composer's `batch_transforms`."""
+    return {**batch, BATCH_ROWS: len(batch["indices"])}
 
 
 def build_task_model(

@@ -24,6 +24,7 @@ from electra_composer.training.device_graph import GRAPHS, DeviceGraph
 from electra_composer.training.devices import whole_tensors
 from electra_composer.training.engine import hook_of
 from electra_composer.training.optim import AdamW
+from electra_composer.training.schedules import Schedule
 from electra_composer.training.step import TrainStep
 
 log = logging.getLogger(__name__)
@@ -243,6 +244,9 @@ def obstacle_to_recording(step: TrainStep) -> str | None:
     if state.algorithms:
         return f"the algorithm {type(state.algorithms[0]).__name__} may change any part of a step"
     for callback in state.callbacks:
+        if isinstance(callback, Schedule) and callback.beta1 is not None:
+            # Fused AdamW takes beta1 as a number of the host, and a recording keeps that of its step.
+            return f"schedule.name={callback.name} changes beta1 in every step"
         for event in RECORDED_EVENTS:
             if not isinstance(callback, RecordedCallback) and hook_of(callback, event) is not None:
                 return f"the callback {type(callback).__name__} is called at {event.value}"

@@ -14,10 +14,10 @@ import yaml
 from changed_keys import leaf_keys
 from finetuning_runs import SOURCE, glue_config
 
-from electra_composer.config import GlueConfig, TaskSettings
 from electra_composer.errors import UserError
 from electra_composer.finetuning.results import group_of
 from electra_composer.finetuning.settings import check_config
+from electra_composer.glue_config import GlueConfig, TaskSettings
 
 # Key → changed value.
 KEPT = {
@@ -84,6 +84,7 @@ ANOTHER_GROUP = {
     "regression_targets": "raw",
     "wnli": "coreference",
     "double_unordered": "false",
+    "loss_reduction": "sum",
     "intermediate": "true",
     "max_train_examples": "7",
 }

@@ -21,13 +21,13 @@ from transformers import ElectraForPreTraining, ElectraModel
 
 from electra_composer import glue
 from electra_composer.checkpoints.weights import load_source
-from electra_composer.config import GlueConfig, GlueModelConfig
 from electra_composer.errors import UserError
 from electra_composer.finetuning.data import encode, encode_split
 from electra_composer.finetuning.files import Example
 from electra_composer.finetuning.loader import build_loader
 from electra_composer.finetuning.model import build_classifier
 from electra_composer.finetuning.tasks import TASKS, Task
+from electra_composer.glue_config import GlueConfig, GlueModelConfig
 from electra_composer.tasks.encoded import collate
 from electra_composer.training.builders import build_optimizer
 

@@ -17,7 +17,6 @@ from tiny import ROOT
 
 from electra_composer import glue
 from electra_composer.checkpoints.weights import load_source
-from electra_composer.config import GlueConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.finetuning import one_run
@@ -26,6 +25,7 @@ from electra_composer.finetuning.one_run import RunFiles, TaskData, finetune
 from electra_composer.finetuning.predictions import format_predictions, load_logits
 from electra_composer.finetuning.runs import PlannedRun
 from electra_composer.finetuning.tasks import TASKS
+from electra_composer.glue_config import GlueConfig
 from electra_composer.tasks.encoded import collate
 from electra_composer.training.startup import start
 

@@ -14,7 +14,6 @@ from tiny import ROOT
 from transformers import BertTokenizerFast, ElectraModel
 
 from electra_composer.checkpoints.weights import load_source
-from electra_composer.config import GlueConfig, GlueModelConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.finetuning.files import Example
@@ -23,6 +22,7 @@ from electra_composer.finetuning.ranker import build_ranker, ranking_logits, ran
 from electra_composer.finetuning.ranking import encode_ranked
 from electra_composer.finetuning.tasks import TASKS
 from electra_composer.glue import main
+from electra_composer.glue_config import GlueConfig, GlueModelConfig
 
 WNLI = TASKS["wnli"]
 PREMISE = "Ann saw the dog because it was very big ."

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from finetuning_runs import SOURCE, glue_config, make_run, settings_of
 
-from electra_composer.config import GlueConfig
 from electra_composer.errors import UserError
 from electra_composer.finetuning.results import check_results_path, group_of, open_store, summary, write_reports
 from electra_composer.finetuning.store import RunStore, store_path
+from electra_composer.glue_config import GlueConfig
 
 
 @pytest.fixture

@@ -116,9 +116,9 @@ def test_the_head_of_a_finetuned_model_is_left_out_and_said(tmp_path: Path, capl
 
 def test_the_source_in_memory_stays_as_it_is(tmp_path: Path) -> None:
     """Finetuning trains a copy of the source."""
-    from electra_composer.config import GlueModelConfig
     from electra_composer.finetuning.model import body_weights, build_classifier
     from electra_composer.finetuning.tasks import TASKS
+    from electra_composer.glue_config import GlueModelConfig
 
     path = write_source(tmp_path / "a")
     source, again = load_source(path), load_source(path)

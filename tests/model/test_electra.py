@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from electra_inputs import CLOSE, LENGTH, UNEVEN, VOCAB_SIZE, gradients, noise_of
 
 from electra_composer.config import ObjectiveConfig
+from electra_composer.model.electra import rtd_loss
 
 Make = Callable[..., Any]
 
@@ -182,16 +183,29 @@ def test_mlm_loss_and_its_label_smoothing(make_model: Make, make_batch: Make, sm
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
-def test_rtd_label_smoothing(make_model: Make, make_batch: Make, smoothing: float) -> None:
-    """Two classes: q = 1 - s/2 for the right one, s/2 for the other."""
-    model = make_model(objective=ObjectiveConfig(rtd_label_smoothing=smoothing))
+@pytest.mark.parametrize("style", ["one_sided", "symmetric"])
+def test_rtd_label_smoothing(make_model: Make, make_batch: Make, smoothing: float, style: Any) -> None:
+    """Targets of original and replaced tokens: s and 1, or s/2 and 1 - s/2."""
+    model = make_model(objective=ObjectiveConfig(rtd_label_smoothing=smoothing, rtd_label_smoothing_style=style))
     batch = make_batch(UNEVEN)
     outputs = model(**batch, noise=noise_of(model, batch))
     present = batch["sequence_ids"] > 0
     logits, replaced = outputs["rtd_logits"][present].double(), outputs["replaced"][present].double()
-    right = torch.where(replaced > 0, logits, -logits)
-    expected = -((1 - smoothing / 2) * F.logsigmoid(right) + smoothing / 2 * F.logsigmoid(-right)).sum()
+    low, high = (smoothing, 1.0) if style == "one_sided" else (smoothing / 2, 1 - smoothing / 2)
+    targets = torch.where(replaced > 0, high, low)
+    expected = -(targets * F.logsigmoid(logits) + (1 - targets) * F.logsigmoid(-logits)).sum()
     assert outputs["rtd_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_one_sided_smoothing_is_the_seeds_and_the_default() -> None:
+    """The seed's code: the label of an original token is filled with 0.1; BCEWithLogitsLoss, a mean."""
+    generator = torch.Generator().manual_seed(0)
+    logits, replaced = torch.randn(4, 32, generator=generator), torch.rand(4, 32, generator=generator) < 0.15
+    labels = replaced.float().masked_fill(~replaced, 0.1)
+    objective = ObjectiveConfig(rtd_label_smoothing=0.1)
+    actual = rtd_loss(logits, replaced, torch.ones_like(replaced), objective) / replaced.numel()
+    assert actual.item() == pytest.approx(torch.nn.BCEWithLogitsLoss()(logits, labels).item(), rel=1e-6)
+    assert ObjectiveConfig().rtd_label_smoothing_style == "one_sided"
 
 
 def test_statistics_are_counts(make_model: Make, make_batch: Make) -> None:

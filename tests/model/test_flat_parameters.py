@@ -194,6 +194,7 @@ def train(model: ElectraForPretraining, optimizer: AdamW, batch: dict[str, torch
         backward(model, batch)
         for group in optimizer.param_groups:
             group["lr"] *= 0.9
+            group["betas"] = (0.95 - 0.05 * step, 0.999)  # as a schedule may
         optimizer.step()
 
 

@@ -19,10 +19,11 @@ from without_cuda import TouchedCUDA, fake_gpu
 
 from electra_composer import glue, quickstart
 from electra_composer.batches.shards import read_data
-from electra_composer.config import GlueConfig, PretrainConfig
+from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.finetuning import fit
 from electra_composer.finetuning.loader import split_ranked
+from electra_composer.glue_config import GlueConfig
 from electra_composer.training import preparation
 
 WITHOUT_CUDA, YAML = str(ROOT / "tests/without_cuda.py"), str(ROOT / "yamls/glue.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -14,7 +15,16 @@ from tiny_trainer import Tiny, make_trainer
 
 from electra_composer.errors import UserError
 from electra_composer.training.optim import AdamW
-from electra_composer.training.schedules import Schedule, constant, electra, linear, one_cycle
+from electra_composer.training.schedules import (
+    Schedule,
+    adjusted_one_cycle,
+    constant,
+    electra,
+    fastai_beta1,
+    linear,
+    one_cycle,
+    one_cycle_fastai,
+)
 
 # --- schedules as functions of the step
 
@@ -59,6 +69,34 @@ def test_one_cycle_is_pytorchs(warmup):
 def test_one_cycle_with_next_to_no_warmup_starts_at_the_peak():
     assert one_cycle(0, 100, 0) == one_cycle(0, 100, 1) == 1.0  # PyTorch's divides by zero here
     assert one_cycle(99, 100, 0) == pytest.approx(1 / 25e4)
+
+
+def fastai(position: float, share: float, start: float, middle: float, end: float) -> float:
+    """fastai's `combined_cos`: `SchedCos(start, middle)` before `share`, `SchedCos(middle, end)` from there on."""
+    first, last, position = (
+        (start, middle, position / share) if position < share else (middle, end, (position - share) / (1 - share))
+    )
+    return first + (1 + math.cos(math.pi * (1 - position))) * (last - first) / 2
+
+
+@pytest.mark.parametrize(("function", "div"), [(one_cycle_fastai, 25), (adjusted_one_cycle, 1e5)])
+def test_the_cycle_of_fastai_and_of_electra_pytorch(function, div):
+    total, warmup = 1000, 10
+    for step in range(total):
+        position = step, total, warmup
+        expected = fastai(step / total, warmup / total, 1 / div, 1.0, 1e-5)
+        assert function(*position) == pytest.approx(expected, rel=1e-9), step
+        momentum = fastai(step / total, warmup / total, 0.95, 0.85, 0.95)
+        assert fastai_beta1(*position) == pytest.approx(momentum, rel=1e-12), step
+    assert function(0, total, warmup) == pytest.approx(1 / div)
+    assert function(warmup, total, warmup) == 1.0
+    assert [fastai_beta1(step, total, warmup) for step in (0, 10, 505)] == pytest.approx([0.95, 0.85, 0.9])
+
+
+def test_the_cycle_of_fastai_is_not_that_of_pytorch():
+    """Largest difference of the multipliers over 1000 steps, a quarter of them warmup, as by default in fastai."""
+    differences = [one_cycle_fastai(step, 1000, 250) - one_cycle(step, 1000, 250) for step in range(1000)]
+    assert max(map(abs, differences)) == pytest.approx(3.5e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("warmup", [0, 10])
@@ -131,6 +169,39 @@ class Rates(Callback):
 
     def before_train_batch(self, state, logger):
         self.seen[state.timestamp.batch.value] = [group["lr"] for group in state.optimizers[0].param_groups]
+
+
+class BetasAndGradients(Callback):
+    """Records the betas of all groups, and the gradients, at each step of the optimizer."""
+
+    def __init__(self):
+        self.betas, self.gradients = [], []
+
+    def after_train_batch(self, state, logger):
+        self.betas.append([group["betas"] for group in state.optimizers[0].param_groups])
+        self.gradients.append([parameter.grad.double() for parameter in state.model.parameters()])
+
+
+def test_adamw_uses_the_beta1_of_each_step():
+    """Against Adam's formula with the rates and the beta1 of fastai's cycle; flat: model/test_flat_parameters.py."""
+    model, seen = Tiny(), BetasAndGradients()
+    expected = [parameter.detach().double() for parameter in model.head.parameters()]
+    optimizer = AdamW(model.parameters(), lr=0.1, betas=(0.5, 0.9), eps=1e-6, weight_decay=0.0)
+    schedule = Schedule("one_cycle_fastai", "4ba", "10ba")
+    trainer = make_trainer("10ba", model, optimizers=optimizer, callbacks=[schedule, seen])
+    trainer.fit()
+    trainer.close()
+    averages, squares = ([torch.zeros_like(each) for each in expected] for _ in range(2))
+    for step in range(10):
+        beta1 = fastai(step / 10, 0.4, 0.95, 0.85, 0.95)
+        assert seen.betas[step] == [pytest.approx((beta1, 0.9))]
+        rate = 0.1 * fastai(step / 10, 0.4, 1 / 25, 1.0, 1e-5)
+        for weight, average, square, gradient in zip(expected, averages, squares, seen.gradients[step], strict=True):
+            average += (1 - beta1) * (gradient - average)
+            square += 0.1 * (gradient.square() - square)
+            weight -= rate * average / (square.sqrt() + 1e-6)
+    for parameter, weight in zip(model.head.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), weight, rtol=1e-4, atol=1e-6)
 
 
 def train(max_duration: str, warmup: str, **arguments) -> dict[int, list[float]]:
