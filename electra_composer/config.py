@@ -101,6 +101,9 @@ class ModelConfig:
     max_positions: Annotated[int, Range(ge=1, le=65535)] = 512  # at least data.max_seq_length
     dropout: Dropout = 0.1
     attention_dropout: Dropout = 0.1
+    # initial weights. google: normal, cut at two standard deviations, but for the projection of the embeddings and the
+    # output of the RTD head, which are Glorot-uniform; transformers: normal
+    init: Literal["google", "transformers"] = "google"
     initializer_range: Annotated[float, Range(ge=1e-20, le=1)] = 0.02  # standard deviation of the initial weights
     layer_norm_eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-12
     tie_embeddings: bool = True  # share token, position and type embeddings and their LayerNorm between both models

@@ -128,6 +128,7 @@ REFUSED = {
     "model.generator_size": ["0.25"],
     "model.generator_layers": ["2"],
     "model.max_positions": ["32", "64"],
+    "model.init": ["transformers"],
     "model.initializer_range": ["0.1"],
     "model.layer_norm_eps": ["1.0e-3"],
     "model.tie_embeddings": ["false"],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from complete_config import COMPLETE, load, write
+from complete_config import COMPLETE, KEYS, load, write
 from tiny import ROOT, schema_of
 
 from electra_composer.config import FSDPConfig, PretrainConfig
@@ -189,6 +189,45 @@ def test_shipped_sizes_are_the_papers(name: str) -> None:
     assert config.objective.mask_prob == PAPER[name][9]
     assert config.checkpoints.milestones == [0.0625, 0.125, 0.25, 0.5, 1.0]
     assert model.max_positions == 512
+
+
+def test_the_configurations_of_google_and_of_electra_pytorch() -> None:
+    """They differ from `small.yaml` in what the table of docs/recipe.md says, and in nothing else of training."""
+    small, google, seed = (
+        to_dict(load_config(str(ROOT / "yamls" / f"{name}.yaml"), [], PretrainConfig))
+        for name in ("small", "small_google", "small_seed")
+    )
+    sections = ("data", "model", "objective", "optimizer", "schedule")
+
+    def differing(config: dict[str, Any]) -> dict[str, Any]:
+        pairs = ((f"{name}.{key}", value, small[name][key]) for name in sections for key, value in config[name].items())
+        return {key: value for key, value, other in pairs if value != other}
+
+    gumbel = {"objective.sampling": "gumbel"}
+    assert differing(google) == {**gumbel, "objective.mask_draw": "with_replacement"}
+    assert differing(seed) == {**gumbel, "objective.mask_draw": "bernoulli", "model.init": "transformers"}
+    assert (google["model"]["init"], small["model"]["init"]) == ("google", "google")
+    assert seed["objective"]["rtd_label_smoothing_style"] == "one_sided"
+    assert google["optimizer"]["bias_correction"] is seed["optimizer"]["bias_correction"] is False
+    precisions = {name: config["trainer"].pop("precision") for name, config in (("google", google), ("seed", seed))}
+    assert precisions == {"google": "fp32", "seed": "amp_fp16"}
+    small["trainer"].pop("precision")
+    assert google["trainer"] == seed["trainer"] == small["trainer"]
+
+
+def test_the_table_of_the_recipe_names_keys_that_exist() -> None:
+    """Each row of the table of differences names a key of a schema, or none, and a test."""
+    text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in text.partition("| detail | paper |")[2].partition("\n\n")[0].splitlines()[2:]
+    ]
+    assert len(rows) >= 20
+    known = {key.path for _, key in KEYS.values()}
+    for row in rows:
+        assert len(row) == 7, row
+        assert row[5] == "–" or all(key.strip("` ") in known for key in row[5].split(",")), row
+        assert row[6].startswith("`test_"), row
 
 
 def test_an_override_is_heard_by_what_points_to_it():

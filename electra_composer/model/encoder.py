@@ -161,13 +161,20 @@ class Encoder(nn.Module):
         return hidden[1]
 
 
-def init_weights(module: nn.Module, initializer_range: float) -> None:
-    """Initialise weights from a normal truncated at two standard deviations, biases to 0, LayerNorm to the identity.
+def init_weights(module: nn.Module, initializer_range: float, truncated: bool = True) -> None:
+    """Initialise weights from a normal distribution, biases to 0, LayerNorm to the identity.
 
-    Source: `create_initializer` in google-research/electra `model/modeling.py`.
+    Args:
+        initializer_range: standard deviation of the normal distribution.
+        truncated: whether it is cut at two standard deviations, as by `create_initializer` in google-research/electra
+            `model/modeling.py`; False: as by `_init_weights` of transformers' ELECTRA.
     """
+    limit = 2 * initializer_range
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.trunc_normal_(part.weight, std=initializer_range, a=-2 * initializer_range, b=2 * initializer_range)
+            if truncated:
+                nn.init.trunc_normal_(part.weight, std=initializer_range, a=-limit, b=limit)
+            else:
+                nn.init.normal_(part.weight, std=initializer_range)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)

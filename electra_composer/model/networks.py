@@ -39,10 +39,23 @@ class ElectraNetworks(nn.Module):
         self.discriminator = Encoder(discriminator)
         self.mlm_head = MaskedLMHead(generator)
         self.rtd_head = ReplacedTokenHead(discriminator)
-        init_weights(self, model.initializer_range)
+        init_weights(self, model.initializer_range, truncated=model.init == "google")
+        if model.init == "google":
+            self._draw_defaults_of_tensorflow()
         with torch.no_grad():
             for embeddings in (self.embeddings, self.embeddings_of_generator):
                 embeddings.word.weight[vocab_size:] = 0.0
+
+    def _draw_defaults_of_tensorflow(self) -> None:
+        """Draw the weights for which google-research/electra names no initializer: TensorFlow's is Glorot-uniform.
+
+        Source: `embeddings_project` in `model/modeling.py`, and the output layer of `_get_discriminator_output` in
+        `run_pretraining.py`.
+        """
+        for encoder in (self.discriminator, self.generator):
+            if encoder is not None and encoder.project is not None:
+                nn.init.xavier_uniform_(encoder.project.weight)
+        nn.init.xavier_uniform_(self.rtd_head.out.weight)
 
     @property
     def embeddings_of_generator(self) -> Embeddings:

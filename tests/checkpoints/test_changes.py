@@ -102,7 +102,10 @@ def test_free_changes_leave_the_run_as_it_is(start, place, name, capfd):
         assert start(name, *SILENT[name]) == 0
     assert "changed since" not in capfd.readouterr().out
     assert rows(place / name) == rows(place / "undisturbed")
-    assert losses(place / name) == losses(place / "undisturbed")
+    expected = losses(place / "undisturbed")
+    if "trainer.fsdp" in " ".join(SILENT[name]):  # sums the gradient's norm in another order, and the norm is clipped
+        expected = pytest.approx(expected, rel=1e-6)
+    assert losses(place / name) == expected
     if name == "no more checkpoints":
         assert not list((place / name / "run").glob(f"batch-{LENGTH}*"))
 

@@ -27,13 +27,16 @@ from electra_composer.training.numerical_guard import NumericalGuard
 from electra_composer.training.step_graph import WARM_UP, StaticBatch, signature
 
 
-def test_recorded_steps_train_as_ordinary_ones(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
+def test_recorded_steps_train_as_ordinary_ones(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], draw: str
+) -> None:
     """Metrics, weights and optimizer states are bitwise identical, with dropout, two microbatches, an evaluation in
-    between, and a learning rate that changes with every batch."""
-    ordinary = run("ordinary", "trainer.cuda_graph=false")
+    between, and a learning rate that changes with every batch; also if batches have another number of masked tokens."""
+    ordinary = run("ordinary", "trainer.cuda_graph=false", f"objective.mask_draw={draw}")
     assert Tape.runs == Tape.launches == 0
     assert "CUDA graph" not in capsys.readouterr().out
-    recorded = run("recorded", "trainer.cuda_graph=true")
+    recorded = run("recorded", "trainer.cuda_graph=true", f"objective.mask_draw={draw}")
     assert (Tape.runs, Tape.launches) == (WARM_UP, BATCHES - WARM_UP)
     assert "CUDA graph: each training step is one launch, after the first few\n" in capsys.readouterr().out
     assert_equal_weights(ordinary, recorded)
