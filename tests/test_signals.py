@@ -21,6 +21,8 @@ SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
 COLD = {
     "pretrain": ([PACKAGE / "pretrain.py", ROOT / "yamls/small.yaml"], has_loaded("_xxhash."), SIGINT, False),
     "glue": ([PACKAGE / "glue.py", ROOT / "yamls/glue.yaml"], has_loaded("ft2font"), SIGTERM, False),
+    "finetune": ([PACKAGE / "finetune.py", ROOT / "yamls/qa.yaml"], has_loaded("libtorch_cpu.so"), SIGINT, False),
+    "predict": ([PACKAGE / "predict.py", "no", "--input", "no"], has_loaded("libtorch_python.so"), SIGTERM, True),
     "convert": ([ROOT / "data_prep/convert_owt.py", "--source", "no"], catches_sigterm, SIGINT, True),
     "export": ([PACKAGE / "export.py", "no", "out"], has_loaded("libtorch_python.so"), SIGTERM, True),
     "preview": (["-m", "electra_composer.preview", "no"], has_loaded("libtorch_cpu.so"), SIGINT, False),
