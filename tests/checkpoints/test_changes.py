@@ -222,5 +222,7 @@ def test_each_key_alone(start, place, kind, key, value, request, capfd):
     found = losses(place / name)
     assert all(map(math.isfinite, found))
     exact = kind == "free" and key not in ("trainer.device_train_microbatch_size", "trainer.compile", "data.path")
-    if exact:
+    if exact and key.startswith("trainer.fsdp"):  # the clipped norm is added in another order
+        assert found == pytest.approx(losses(place / "undisturbed"), rel=1e-6)
+    elif exact:
         assert found == losses(place / "undisturbed")
