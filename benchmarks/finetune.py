@@ -15,7 +15,6 @@ import argparse
 import gc
 import importlib.util
 import json
-import statistics
 import sys
 import tempfile
 from importlib import metadata
@@ -26,8 +25,8 @@ import numpy as np
 import torch
 import transformers
 from composer.utils import reproducibility
-from glue import SIZES, random_source
-from glue_runs import Clock, ComposerClock, TransformersClock
+from glue import SIZES, compare, random_source
+from glue_runs import Clock, ComposerClock, TransformersClock, training_arguments
 from machine import describe, require_positive
 
 from electra_composer.checkpoints.weights import Pretrained, load_source
@@ -198,20 +197,7 @@ def run_transformers(
     collator = transformers.DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=multiple)
     trainer = transformers.Trainer(
         model,
-        transformers.TrainingArguments(
-            output_dir=str(folder / "transformers"),
-            per_device_train_batch_size=options.batch,
-            per_device_eval_batch_size=128,
-            learning_rate=options.lr,
-            warmup_ratio=0.1,
-            num_train_epochs=options.epochs,
-            use_cpu=options.device == "cpu",
-            bf16=options.precision == "amp_bf16",
-            seed=seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
+        training_arguments(options, seed, folder),
         train_dataset=dataset(task, rows.train, rows.max_seq_length),
         data_collator=collator if task.kind == "tagging" else None,
         callbacks=[TransformersClock(clock, options.warmup, last)],
@@ -263,18 +249,14 @@ def outputs_of(model: torch.nn.Module, task: Task, rows: EncodedRows, pad_id: in
 
 def summary(runs: dict[str, list[dict[str, float]]], task: Task, rows: Rows) -> dict[str, Any]:
     """Summarize the runs of each: medians, scores, and the ratio of the speeds."""
-    medians = {
-        who: {key: round(statistics.median(run[key] for run in found), 3) for key in found[0] if key != "score"}
-        for who, found in runs.items()
-    }
-    rates = [medians[who]["examples_per_second"] for who in ("ours", "transformers")]
+    medians, speedup = compare(runs)
     return {
         "train_rows": len(rows.train),
         "validation_rows": len(rows.validation),
         "max_seq_length": rows.max_seq_length,
         "score": task.score,
         **{who: {**medians[who], "scores": [round(run["score"], 2) for run in found]} for who, found in runs.items()},
-        "speedup": round(rates[0] / rates[1], 3),
+        "speedup": speedup,
     }
 
 

@@ -133,18 +133,24 @@ def summary(
     runs: dict[str, list[dict[str, float]]], task: Task, train: list[Example], dev: list[Example]
 ) -> dict[str, Any]:
     """Summarize the runs of each: medians, scores, and the ratio of the speeds."""
-    medians = {
-        who: {key: round(statistics.median(run[key] for run in found), 3) for key in found[0] if key != "score"}
-        for who, found in runs.items()
-    }
-    rates = [medians[who]["examples_per_second"] for who in ("ours", "transformers")]
+    medians, speedup = compare(runs)
     return {
         "train_examples": len(train),
         "dev_examples": len(dev),
         "score": task.metrics[0],
         **{who: {**medians[who], "scores": [round(run["score"], 2) for run in found]} for who, found in runs.items()},
-        "speedup": round(rates[0] / rates[1], 3),
+        "speedup": speedup,
     }
+
+
+def compare(runs: dict[str, list[dict[str, float]]]) -> tuple[dict[str, dict[str, float]], float]:
+    """Return the medians of each value but the score, of ours and of transformers, and the ratio of the speeds."""
+    medians = {
+        who: {key: round(statistics.median(run[key] for run in found), 3) for key in found[0] if key != "score"}
+        for who, found in runs.items()
+    }
+    rates = [medians[who]["examples_per_second"] for who in ("ours", "transformers")]
+    return medians, round(rates[0] / rates[1], 3)
 
 
 def random_source(options: argparse.Namespace, folder: Path) -> str:

@@ -143,20 +143,7 @@ def run_transformers(
         model.config.problem_type = "regression"
     trainer = transformers.Trainer(
         model,
-        transformers.TrainingArguments(
-            output_dir=str(folder / "transformers"),
-            per_device_train_batch_size=options.batch,
-            per_device_eval_batch_size=128,
-            learning_rate=options.lr,
-            warmup_ratio=0.1,
-            num_train_epochs=options.epochs,
-            use_cpu=options.device == "cpu",
-            bf16=options.precision == "amp_bf16",
-            seed=seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
+        training_arguments(options, seed, folder),
         train_dataset=padded(task, train, tokenizer, options.length),
         callbacks=[TransformersClock(clock, options.warmup, last)],
     )
@@ -167,6 +154,24 @@ def run_transformers(
     del trainer, model
     gc.collect()
     return result
+
+
+def training_arguments(options: argparse.Namespace, seed: int, folder: Path) -> transformers.TrainingArguments:
+    """Return the settings of transformers' `Trainer` for the options of a benchmark; the rest are its defaults."""
+    return transformers.TrainingArguments(
+        output_dir=str(folder / "transformers"),
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=128,
+        learning_rate=options.lr,
+        warmup_ratio=0.1,
+        num_train_epochs=options.epochs,
+        use_cpu=options.device == "cpu",
+        bf16=options.precision == "amp_bf16",
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 def padded(task: Task, examples: list[Example], tokenizer: Any, length: int) -> Any:

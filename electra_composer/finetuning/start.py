@@ -24,9 +24,10 @@ from electra_composer.finetuning.one_run import (
     test_sets,
 )
 from electra_composer.finetuning.predictions import check_indices, load_logits
+from electra_composer.finetuning.processes import Processes
 from electra_composer.finetuning.ranking import rank_split
 from electra_composer.finetuning.results import check_results_path, describe_source, group_of, open_store
-from electra_composer.finetuning.runs import PlannedRun, Processes, duration, key_of, make_plan, seconds_left
+from electra_composer.finetuning.runs import PlannedRun, describe_progress, key_of, make_plan
 from electra_composer.finetuning.settings import check_config, check_settings_of_task, errors_named_for
 from electra_composer.finetuning.store import RunStore, store_path
 from electra_composer.finetuning.tasks import Task
@@ -76,11 +77,7 @@ class Job:
 
     def progress(self) -> str:
         """Describe the number of finished runs and the time left."""
-        keys = {run.key for run in self.plan}
-        done = [run for run in self.store.runs(self.group) if key_of(run) in keys]
-        left = seconds_left(self.plan, done, self.processes.count)
-        time = f", about {duration(left)} left" if left else ""
-        return f"{len(done)} of {len(keys)} runs done{time}"
+        return describe_progress(self.plan, self.store.runs(self.group), self.processes.count)
 
 
 def check_settings(job: Job) -> None:

@@ -15,8 +15,9 @@ from electra_composer.finetune_config import FinetuneConfig
 from electra_composer.finetuning.cache import file_sha256
 from electra_composer.finetuning.fit import EVAL_LABEL
 from electra_composer.finetuning.predictions import ENSEMBLE, check_select
+from electra_composer.finetuning.processes import Processes
 from electra_composer.finetuning.results import check_results_path, describe_source, group_of, open_store
-from electra_composer.finetuning.runs import PlannedRun, Processes, duration, key_of, seconds_left
+from electra_composer.finetuning.runs import PlannedRun, describe_progress
 from electra_composer.finetuning.settings import check_shared
 from electra_composer.finetuning.store import RunStore, store_path
 from electra_composer.finetuning.task_data import Rows, open_splits, read_rows
@@ -44,8 +45,6 @@ class TaskName:
     """What a plan of runs needs to know of a task."""
 
     name: str
-    trained_by: None = None
-    intermediate: bool = False
 
 
 @dataclass
@@ -78,10 +77,7 @@ class TaskJob:
 
     def progress(self) -> str:
         """Describe the number of finished runs and the time left."""
-        keys = {run.key for run in self.plan}
-        done = [run for run in self.store.runs(self.group) if key_of(run) in keys]
-        left = seconds_left(self.plan, done, self.processes.count)
-        return f"{len(done)} of {len(keys)} runs done" + (f", about {duration(left)} left" if left else "")
+        return describe_progress(self.plan, self.store.runs(self.group), self.processes.count)
 
 
 def check_settings(job: TaskJob) -> None:

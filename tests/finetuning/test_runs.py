@@ -11,9 +11,9 @@ from finetuning_runs import make_run
 
 from electra_composer.errors import UserError
 from electra_composer.finetuning import runs as glue_runs
+from electra_composer.finetuning.processes import Processes
 from electra_composer.finetuning.runs import (
     PlannedRun,
-    Processes,
     claim,
     duration,
     make_plan,
