@@ -15,17 +15,21 @@ class MaskedLMHead(nn.Module):
 
     The product with the embeddings is not part of the forward: kernels/masked_lm.py computes it together with the loss
     and the sample. `bias [padded_vocab_size]` belongs to that product.
+
+    Args:
+        config: sizes of the generator.
+        width: of the hidden states, by default `config.hidden_size`; see :class:`two_towers.TwoTowers` for another.
     """
 
-    def __init__(self, config: EncoderConfig):
+    def __init__(self, config: EncoderConfig, width: int | None = None):
         super().__init__()
         self.fused = False  # see kernels/fused_layers.py
-        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+        self.dense = nn.Linear(config.hidden_size if width is None else width, config.embedding_size)
         self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states `[rows, N, hidden_size]` → features `[rows, N, embedding_size]`."""
+        """Hidden states `[rows, N, width]` → features `[rows, N, embedding_size]`."""
         if self.fused:
             return fused_layers.layer_norm(fused_layers.linear_gelu(hidden, self.dense), self.norm)
         return self.norm(F.gelu(self.dense(hidden)))

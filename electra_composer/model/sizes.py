@@ -85,18 +85,30 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> int:
     def embeddings(of: EncoderConfig) -> int:
         return (of.padded_vocab_size + of.max_positions + of.type_vocab_size + 2) * of.embedding_size
 
-    def encoder(of: EncoderConfig) -> int:
-        hidden, inner = of.hidden_size, of.intermediate_size
-        layer = 4 * hidden * (hidden + 1) + hidden * (inner + 1) + inner * (hidden + 1) + 4 * hidden
-        project = 0 if of.embedding_size == hidden else hidden * (of.embedding_size + 1)
-        return project + of.num_layers * layer
-
-    embedding, hidden = discriminator.embedding_size, discriminator.hidden_size
-    mlm_head = (generator.hidden_size + 3) * embedding + generator.padded_vocab_size
+    hidden = discriminator.hidden_size
+    mlm_head = mlm_head_parameters(generator, generator.hidden_size)
     rtd_head = (hidden + 1) * (hidden + 1)
     own = [discriminator] if model.tie_encoder else [discriminator, generator]
     tables = [discriminator] if model.tie_embeddings else [discriminator, generator]
-    return sum(map(encoder, own)) + sum(map(embeddings, tables)) + mlm_head + rtd_head
+    return sum(map(encoder_parameters, own)) + sum(map(embeddings, tables)) + mlm_head + rtd_head
+
+
+def encoder_parameters(config: EncoderConfig) -> int:
+    """Return the number of parameters of an `Encoder`: projection, if there is one, and layers."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    layer = 4 * hidden * (hidden + 1) + hidden * (inner + 1) + inner * (hidden + 1) + 4 * hidden
+    project = 0 if config.embedding_size == hidden else hidden * (config.embedding_size + 1)
+    return project + config.num_layers * layer
+
+
+def mlm_head_parameters(config: EncoderConfig, width: int) -> int:
+    """Return the number of parameters of a `MaskedLMHead` that reads hidden states of this width."""
+    return (width + 3) * config.embedding_size + config.padded_vocab_size
+
+
+def two_tower_parameters(config: EncoderConfig) -> int:
+    """Return the number of parameters of a `TwoTowers` and of the MLM head that reads it, without embeddings."""
+    return 2 * encoder_parameters(config) + mlm_head_parameters(config, 2 * config.hidden_size)
 
 
 def check_same_encoder(model: ModelConfig, generator: EncoderConfig, discriminator: EncoderConfig) -> None:

@@ -1,12 +1,14 @@
 """Self-attention within examples, with the fastest implementation for each device.
 
-A row may hold several examples and padding; tokens attend to tokens of their own example. :class:`AttentionPattern`
-holds the description of a batch that the four equivalent implementations need:
+A row may hold several examples and padding; tokens attend to tokens of their own example, or, if causal, to themselves
+and those before them. :class:`AttentionPattern` holds the description of a batch that the four equivalent
+implementations need:
 
 * `sdpa`: `F.scaled_dot_product_attention` with a mask; any device.
 * :class:`_WrittenAttention`: replaces `sdpa` on a CPU where torch's is slow: training with dropout, short rows in bf16.
 * `varlen`: flash attention over concatenated examples, without a mask; CUDA.
-* `triton`: rows of at most 512 tokens, without a mask; CUDA, see attention_triton.py.
+* `triton`: rows of at most 512 tokens, without a mask; CUDA, see attention_triton.py. Not causal: where it is chosen,
+  causal attention takes `sdpa`.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ class AttentionPattern(NamedTuple):
     """Which tokens attend to each other in a batch `[rows, length]`, for one path. Built once per forward."""
 
     bias: Tensor | None = None
-    """`sdpa`: floats `[rows, 1, length, length]` to be added to the scores: 0, or minus infinity between examples.
-    Torch makes this of a boolean mask in every call, on every device; built once, it is shared by all layers."""
+    """`sdpa`: floats `[rows, 1, length, length]` to be added to the scores: 0, or minus infinity between examples and,
+    if causal, for later tokens. Torch makes this of a boolean mask in every call, on every device; built once, it is
+    shared by all layers."""
     boundaries: Tensor | None = None
     """`varlen`: int32 `[maximum of examples + 1]`: starts of the examples in the flattened rows, then the end,
     repeated."""
+    causal: bool = False
+    """`varlen`: whether a token attends to no later one; the bias of `sdpa` contains it."""
     sequence_ids: Tensor | None = None
     """`triton`: integers `[rows, length]`."""
     seed: Tensor | None = None
@@ -44,25 +49,29 @@ class AttentionPattern(NamedTuple):
         return [AttentionPattern(sequence_ids=self.sequence_ids, seed=seed) for seed in seeds]
 
 
-def pattern_of(sequence_ids: Tensor, path: str = "sdpa", most_examples: int | None = None) -> AttentionPattern:
+def pattern_of(
+    sequence_ids: Tensor, path: str = "sdpa", most_examples: int | None = None, causal: bool = False
+) -> AttentionPattern:
     """Build the attention pattern of a batch.
 
     Args:
         sequence_ids: integers `[rows, length]`; 0 for padding, otherwise the example's number in the row, from 1.
         path: `sdpa`, `varlen` or `triton`.
         most_examples: for `varlen`, see :func:`boundaries_of`.
+        causal: whether a token attends to no later one. The pattern for `triton` is then that for `sdpa`.
 
     Padding attends to padding: an empty row of the softmax would be NaN. Its output is not used.
     """
-    if path == "triton":
+    if path == "triton" and not causal:
         return AttentionPattern(sequence_ids=sequence_ids)
     if path == "varlen":
-        return AttentionPattern(boundaries=boundaries_of(sequence_ids, most_examples))
+        return AttentionPattern(boundaries=boundaries_of(sequence_ids, most_examples), causal=causal)
     device_type = sequence_ids.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else torch.get_default_dtype()
     differ = sequence_ids[:, None, :, None] != sequence_ids[:, None, None, :]
-    bias = torch.zeros(differ.shape, dtype=dtype, device=differ.device).masked_fill(differ, -math.inf)
+    excluded = differ | torch.ones_like(differ[0, 0]).triu(1) if causal else differ
+    bias = torch.zeros(excluded.shape, dtype=dtype, device=excluded.device).masked_fill(excluded, -math.inf)
     return AttentionPattern(bias=bias)
 
 
@@ -137,7 +146,7 @@ def attention(qkv: Tensor, pattern: AttentionPattern, num_heads: int, dropout_p:
     rows, length, width = qkv.shape
     qkv = qkv.view(rows, length, 3, num_heads, width // (3 * num_heads))
     if pattern.boundaries is not None:
-        attended = _flash(qkv, pattern.boundaries, dropout_p)
+        attended = _flash(qkv, pattern.boundaries, pattern.causal, dropout_p)
         return attended.reshape(rows, length, width // 3)
     assert pattern.bias is not None
     bias = pattern.bias.to(qkv.dtype)  # differs where the parameters are in half precision, as under FSDP
@@ -177,22 +186,29 @@ def _is_short_bf16(qkv: Tensor) -> bool:
     return qkv.dtype == torch.bfloat16 and qkv.shape[1] <= SHORT
 
 
-def _flash(qkv: Tensor, boundaries: Tensor, dropout_p: float) -> Tensor:
+def _flash(qkv: Tensor, boundaries: Tensor, causal: bool, dropout_p: float) -> Tensor:
     """`[rows, length, 3, heads, head size]` in bf16 or fp16 → `[rows × length, heads, head size]`."""
     rows, length, _, heads, size = qkv.shape
     padded = F.pad(qkv, (0, -size % 8)) if size % 8 else qkv  # multiples of 8 are expected; zeros change no score
     query, key, value = padded.view(rows * length, 3, heads, -1).unbind(1)
-    return _flash_forward(query, key, value, boundaries, length, dropout_p, 1 / math.sqrt(size))[..., :size]
+    return _flash_forward(query, key, value, boundaries, length, dropout_p, causal, 1 / math.sqrt(size))[..., :size]
 
 
 def _flash_forward(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, length: int, dropout_p: float, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    length: int,
+    dropout_p: float,
+    causal: bool,
+    scale: float,
 ) -> Tensor:
     # Workaround (torch 2.7): flash attention (Dao 2023) is called by its private operator, because
     # scaled_dot_product_attention has no argument for examples of different lengths and flex_attention has no dropout;
     # goes when a public function has both.
     return torch.ops.aten._flash_attention_forward(
-        query, key, value, boundaries, boundaries, length, length, dropout_p, False, False, scale=scale
+        query, key, value, boundaries, boundaries, length, length, dropout_p, causal, False, scale=scale
     )[0]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from flash_stand_in import flash_forward
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from electra_composer.model.kernels import attention as kernel
 from electra_composer.model.kernels import dropout
@@ -26,7 +28,7 @@ IDS = torch.tensor(
 )
 
 
-def written_out(qkv: Tensor, ids: Tensor, heads: int, factors: Tensor | None = None) -> Tensor:
+def written_out(qkv: Tensor, ids: Tensor, heads: int, factors: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention per row, example and head; `factors [rows, heads, length, length]` multiply the probabilities."""
     rows, length, width = qkv.shape
     size = width // (3 * heads)
@@ -36,7 +38,8 @@ def written_out(qkv: Tensor, ids: Tensor, heads: int, factors: Tensor | None = N
             places = (ids[row] == example).nonzero().squeeze(1)
             for head in range(heads):
                 q, k, v = (qkv[row, places, part * heads * size + head * size :][:, :size] for part in range(3))
-                chances = torch.softmax(q @ k.T / math.sqrt(size), -1)
+                later = torch.ones(len(q), len(q)).triu(1).bool() & causal
+                chances = torch.softmax((q @ k.T / math.sqrt(size)).masked_fill(later, -math.inf), -1)
                 if factors is not None:
                     chances = chances * factors[row, head][places][:, places]
                 out[row, places, head] = chances @ v
@@ -44,9 +47,29 @@ def written_out(qkv: Tensor, ids: Tensor, heads: int, factors: Tensor | None = N
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_sdpa_is_attention_within_examples(heads: int) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_sdpa_is_attention_within_examples(heads: int, causal: bool) -> None:
     qkv = torch.randn(5, 8, 48, dtype=torch.float64)
-    torch.testing.assert_close(attention(qkv, pattern_of(IDS), heads), written_out(qkv, IDS, heads))
+    out = attention(qkv, pattern_of(IDS, causal=causal), heads)
+    torch.testing.assert_close(out, written_out(qkv, IDS, heads, causal=causal))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attention_is_told_the_direction(causal: bool) -> None:
+    """The operator itself, on a device that computes nothing: `is_causal` follows the dropout."""
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, inputs: Any = (), named: Any = None) -> Any:
+            calls.append((operator, inputs))
+            return operator(*inputs, **(named or {}))
+
+    pattern = pattern_of(IDS.to("meta"), "varlen", causal=causal)
+    with Record():
+        assert attention(torch.empty(5, 8, 48, device="meta").bfloat16(), pattern, 2).shape == (5, 8, 16)
+    (inputs,) = (inputs for operator, inputs in calls if operator is torch.ops.aten._flash_attention_forward.default)
+    assert inputs[3] is inputs[4] is pattern.boundaries
+    assert inputs[5:] == (8, 8, 0.0, causal, False)
 
 
 @pytest.mark.parametrize("piece_numbers", [1, 2**19])
@@ -175,12 +198,12 @@ def test_the_bound_of_a_batch_covers_any_split_into_microbatches() -> None:
         assert bound.of(IDS[:1]) == expected
 
 
-@pytest.mark.parametrize(("heads", "size"), [(4, 12), (2, 16), (3, 1)])
-def test_varlen_with_heads_of_any_size(heads: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("heads", "size", "causal"), [(4, 12, False), (2, 16, False), (3, 1, False), (4, 12, True)])
+def test_varlen_with_heads_of_any_size(heads: int, size: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "_flash_forward", flash_forward)
     qkv = torch.randn(5, 8, 3 * heads * size, dtype=torch.float64, requires_grad=True)
     results = []
-    for pattern in (pattern_of(IDS, "varlen", 14), pattern_of(IDS)):
+    for pattern in (pattern_of(IDS, "varlen", 14, causal), pattern_of(IDS, causal=causal)):
         out = attention(qkv, pattern, heads)
         results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
     torch.testing.assert_close(*results)
@@ -204,14 +227,15 @@ def test_the_bias_is_built_once_and_in_the_dtype_of_the_scores() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("make_ids", [lambda: IDS, lambda: torch.ones(4, 128, dtype=torch.long)])
 @pytest.mark.parametrize("size", [32, 20])
-def test_flash_agrees_with_sdpa(make_ids: Callable[[], Tensor], size: int) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_agrees_with_sdpa(make_ids: Callable[[], Tensor], size: int, causal: bool) -> None:
     """Values and gradients in bf16, for examples and padding."""
     ids = make_ids().cuda()
     qkv = torch.randn(*ids.shape, 3 * 2 * size, device="cuda", dtype=torch.bfloat16)
     results = []
     for path in ("sdpa", "varlen"):
         leaf = qkv.clone().requires_grad_()
-        out = attention(leaf, pattern_of(ids, path), 2)
+        out = attention(leaf, pattern_of(ids, path, causal=causal), 2)
         out.float().square().sum().backward()
         results.append((out, leaf.grad))
     torch.testing.assert_close(results[0], results[1], atol=2e-2, rtol=2e-2)

@@ -18,7 +18,9 @@ from triton_interpreter import DEVICE, KERNEL_MARKS, run_interpreted
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
+from electra_composer.model.encoder import Embeddings, EncoderConfig
 from electra_composer.model.kernels import dropout, fused_layers
+from electra_composer.model.two_towers import TwoTowers
 
 SHAPES = [  # rows and width: odd ones, and the widths of the YAMLs
     (9, 40, torch.float32),
@@ -221,6 +223,23 @@ class TestKernel:
         again, recomputed = step(model)
         assert torch.equal(again, loss)
         assert all(torch.equal(recomputed[name], gradient) for name, gradient in gradients.items())
+
+    @pytest.mark.parametrize("embedding_size", [16, 24])
+    def test_kernel_two_towers_are_their_twin(self, embedding_size: int) -> None:
+        """States and all gradients, with and without a projection."""
+        sizes = EncoderConfig(99, embedding_size, 16, 1, 2, 32, 20, 0.0, 0.0, 0.02, 1e-12)
+        model = nn.ModuleDict({"embeddings": Embeddings(sizes), "towers": TwoTowers(sizes)}).to(DEVICE)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, mean=0.05, std=0.2)
+        numbers = torch.arange(16, device=DEVICE).expand(2, 16)
+        ids = (7 * numbers, (numbers > 5).long(), numbers % 9, 1 + numbers // 9)
+        results = []
+        for name in ("torch", "triton"):
+            fused_layers.use_layer_kernels(model, name)
+            out = model["towers"](model["embeddings"], *ids, "triton")
+            results.append((out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))))
+        for theirs, ours in zip(*results, strict=True):
+            assert (ours - theirs).norm() <= 5e-5 * theirs.norm()
 
     def test_kernel_model_compiles_without_a_graph_break(self) -> None:
         model = tiny_model(0.1, 16, "triton")
