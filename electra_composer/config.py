@@ -11,7 +11,7 @@ A Composer time is a string such as `10000ba` (batches), `1ep` (epochs), `5e9tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from omegaconf import MISSING
@@ -116,12 +116,20 @@ class ModelConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """Replaced-token detection and the switches of its ablations."""
+    """The pretraining objective and the switches of its ablations (docs/objectives.md)."""
 
+    # electra; mlm: BERT; replace_mlm, all_tokens_mlm and electra_15: between the two (paper, section 3.4); electric:
+    # noise-contrastive estimation (Clark et al. 2020)
+    kind: Literal["electra", "mlm", "replace_mlm", "all_tokens_mlm", "electra_15", "electric"] = "electra"
+    # what fills the masked positions. trained: a masked language model, jointly; frozen: that of `model.init_from`,
+    # not trained; uniform, unigram: any token, or by the frequencies in the shards; two_tower: a model that reads
+    # from both sides and not the token itself. null: two_tower for electric, otherwise trained
+    generator: Literal["trained", "frozen", "uniform", "unigram", "two_tower"] | None = None
     mask_prob: Annotated[float, Range(gt=0, le=1)] = 0.15  # fraction of the tokens that is masked (0.25 for large)
     # with_replacement: as google-research/electra; bernoulli: each token by itself, never [UNK], as electra_pytorch
     mask_draw: Literal["exact", "with_replacement", "bernoulli"] = "exact"
-    mask_style: Literal["electra", "bert"] = "electra"  # 85% [MASK], 15% kept; or 80% [MASK], 10% random, 10% kept
+    # electra: 85% [MASK], 15% kept; bert: 80% [MASK], 10% random, 10% kept; null: bert for mlm, otherwise electra
+    mask_style: Literal["electra", "bert"] | None = None
     gen_weight: LossWeight = 1.0  # weight of the generator's MLM loss
     disc_weight: LossWeight = 50.0  # weight of the discriminator's RTD loss
     sampling: Literal["gumbel", "inverse_cdf"] = "inverse_cdf"  # the same distribution; inverse_cdf needs less noise
@@ -133,6 +141,13 @@ class ObjectiveConfig:
     # one_sided: the target of an original token is the smoothing, that of a replaced one stays 1 (electra_pytorch);
     # symmetric: smoothing / 2 and 1 - smoothing / 2
     rtd_label_smoothing_style: Literal["one_sided", "symmetric"] = "one_sided"
+
+    def resolved(self) -> ObjectiveConfig:
+        """Return a copy with the kind's own values for the keys that are null."""
+        generator = self.generator or ("two_tower" if self.kind == "electric" else "trained")
+        return replace(
+            self, generator=generator, mask_style=self.mask_style or ("bert" if self.kind == "mlm" else "electra")
+        )
 
 
 @dataclass
@@ -236,6 +251,9 @@ class RunConfig:
     callbacks: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)
 
+    def resolve(self) -> None:
+        """Replace null by the value it stands for, where that depends on other keys."""
+
 
 @dataclass
 class PretrainConfig(RunConfig):
@@ -244,3 +262,7 @@ class PretrainConfig(RunConfig):
     data: ShardsConfig = field(default_factory=ShardsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def resolve(self) -> None:
+        """Replace null by the value it stands for, where that depends on other keys."""
+        self.objective = self.objective.resolved()

@@ -76,6 +76,7 @@ def load_config(
         given = [word.split("=")[0] for word in overrides]
         is_given = any(key == word or key.startswith((f"{word}.", f"{word}[")) for word in given)
         raise UserError(f"{COMMAND_LINE if is_given else path}: {fault}")
+    checked.resolve()
     return checked
 
 

@@ -35,6 +35,7 @@ from electra_composer.errors import UserError, one_line
 from electra_composer.foreign_files import HF_FOLDER, refuse_foreign
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import EncoderConfig
+from electra_composer.model.objectives import build_pretraining_model
 from electra_composer.model.sizes import discriminator_config, generator_config
 from electra_composer.model.weight_maps import (
     State,
@@ -75,7 +76,7 @@ class Checkpoint:
 
     def build_model(self) -> ElectraForPretraining:
         """Build the pretraining model with these weights, in evaluation mode."""
-        model = ElectraForPretraining(
+        model = build_pretraining_model(
             self.model_config,
             ObjectiveConfig(**self.config["objective"]),
             len(self.tokenizer),

@@ -2,8 +2,8 @@
 
 :class:`ElectraForPretraining` implements section 2 of the paper: a generator trained by masked language modelling fills
 masked positions with samples, and a discriminator predicts for every token whether it was replaced. Both are trained
-jointly; no gradient passes through the sampling. The code does not depend on Composer. Finetuning models are in
-finetuning.py.
+jointly; no gradient passes through the sampling. The code does not depend on Composer. Other generators are in
+generators.py, the paper's other objectives in objectives.py, and finetuning models in finetuning.py.
 """
 
 from __future__ import annotations
@@ -16,15 +16,24 @@ from torch import Tensor
 
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.model import masking
+from electra_composer.model.generators import (
+    Draw,
+    FixedDistribution,
+    Inputs,
+    Samples,
+    cloze_samples,
+    generator_terms,
+    masked_lm_samples,
+)
 from electra_composer.model.kernels.attention import pattern_of
-from electra_composer.model.kernels.masked_lm import MaskedLM, masked_lm
+from electra_composer.model.losses import OF_TERM, LossTerm, Over, in_order
 from electra_composer.model.masker import Masked, Masker, SpecialIds
 from electra_composer.model.networks import ElectraNetworks
 from electra_composer.model.sizes import check_sizes
 
 
 class ElectraForPretraining(ElectraNetworks):
-    """Generator and discriminator with their joint objective.
+    """Networks with their joint objective; this class implements `objective.kind: electra` and `electra_15`.
 
     Args:
         model: sizes.
@@ -34,7 +43,7 @@ class ElectraForPretraining(ElectraNetworks):
         max_seq_length: tokens per row.
 
     Raises:
-        UserError: a value out of range, or sizes that contradict each other.
+        UserError: a value out of range, or sizes or keys that contradict each other.
     """
 
     def __init__(
@@ -45,13 +54,45 @@ class ElectraForPretraining(ElectraNetworks):
         special_ids: SpecialIds,
         max_seq_length: int,
     ):
+        objective = objective.resolved()
         check_sizes(model, objective, max_seq_length)
-        super().__init__(model, vocab_size)
+        super().__init__(model, vocab_size, objective)
         self.objective = objective
         self.special_ids = special_ids
         self.masker = Masker(objective, special_ids, vocab_size, max_seq_length)
         self.attention_path = "sdpa"  # see kernels/attention.py; set for the device before training
         self.slots = self.masker.slots
+        has_network = objective.kind == "mlm" or objective.generator not in ("uniform", "unigram")
+        self.distribution = None if has_network else FixedDistribution(vocab_size, objective)
+        if objective.generator == "frozen":
+            for module in self.modules_of_generator:
+                module.requires_grad_(False)
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """Losses that the forward returns: λ of the paper is the weight of the discriminator's."""
+        over: Over = "masked" if self.objective.kind == "electra_15" else "tokens"
+        return (*generator_terms(self.objective), LossTerm("rtd", self.objective.disc_weight, over))
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        """Names of the sums in `stats` of the forward, in the order of :data:`STATS`."""
+        names = {"masked", "tokens", *(name for term in self.terms for name in OF_TERM[term.name])}
+        if self.objective.kind != "mlm":
+            names.add("sampled_correct")
+        return in_order(names | ({"copied"} if self.copy_head is not None else set()))
+
+    def counts(self, input_ids: Tensor, sequence_ids: Tensor) -> dict[str, Tensor]:
+        """Count what the means of :attr:`terms` are over; see :meth:`Masker.counts`.
+
+        Returns:
+            `masked`, `tokens`, `candidates`: integers `[rows]`.
+        """
+        return {
+            "masked": self.masker.counts(input_ids, sequence_ids),
+            "tokens": (sequence_ids > 0).sum(1),
+            "candidates": self.masker.candidates(input_ids, sequence_ids).sum(1),
+        }
 
     def mask_counts(self, input_ids: Tensor, sequence_ids: Tensor) -> Tensor:
         """Number of slots that will be used in each row, integers `[rows]`; see :meth:`Masker.counts`."""
@@ -61,6 +102,14 @@ class ElectraForPretraining(ElectraNetworks):
         """Draw the uniform numbers of one forward, fp32 `[rows, noise_width]`."""
         width = masking.noise_width(input_ids.shape[1], self.slots)
         return torch.rand(len(input_ids), width, device=input_ids.device, generator=generator)
+
+    def train(self, mode: bool = True) -> ElectraForPretraining:
+        """Set the training mode; a frozen generator has no dropout."""
+        super().train(mode)
+        if self.objective.generator == "frozen":
+            for module in self.modules_of_generator:
+                module.eval()
+        return self
 
     def forward(
         self,
@@ -83,73 +132,69 @@ class ElectraForPretraining(ElectraNetworks):
                 decides for each token whether it is masked.
 
         Returns:
-            `mlm_loss`, `rtd_loss`: fp32 sums over masked and over non-padding tokens, to be divided by the counts of
-            the complete batch; `rtd_logits [rows, length]` fp32, `replaced [rows, length]` booleans; `stats`: sums for
-            the metrics, fp32 scalars without gradient (see :func:`statistics`); and for inspection `mlm_features` (see
-            :meth:`mlm_logits`), `masked_positions`, `masked_weights`, `sampled_ids`, `corrupted_ids`.
+            For each of :attr:`terms` its sum, to be divided by the count of the complete batch, fp32 scalars, such as
+            `mlm_loss` and `rtd_loss`; `stats`: sums for the metrics, fp32 scalars without gradient (see losses.py);
+            and for inspection `masked_positions`, `masked_weights`, `sampled_ids`, `corrupted_ids`, and what the
+            generator and :meth:`train_on` add.
         """
         gumbel = noise is None and self.objective.sampling == "gumbel"
         if noise is None:
             noise = self.draw_noise(input_ids)
         *mask_noise, sample_noise = masking.split_noise(noise, self.slots)
-        pattern = pattern_of(sequence_ids, self.attention_path, most_examples)
-        tokens = sequence_ids > 0
+        attention = (self.attention_path, most_examples)
+        inputs = Inputs(input_ids, token_type_ids, position_ids, sequence_ids, pattern_of(sequence_ids, *attention))
 
         masked = self.masker.mask(input_ids, sequence_ids, mask_counts, *mask_noise)
-        mlm_features = self.generate(masked.input_ids, masked.positions, token_type_ids, position_ids, pattern)
-        mlm, sampled_ids = self.sample(mlm_features, masked, sample_noise, gumbel)
-        corrupted_ids = input_ids.scatter(1, masked.positions, sampled_ids)
-        replaced = masking.replaced_labels(corrupted_ids, input_ids, sequence_ids)
-        rtd_logits = self.discriminate(corrupted_ids, token_type_ids, position_ids, pattern)
-
-        outputs: dict[str, Any] = {
-            "mlm_loss": mlm.loss,
-            "rtd_loss": rtd_loss(rtd_logits, replaced, tokens, self.objective),
-            "rtd_logits": rtd_logits.detach(),
-            "replaced": replaced,
-            "mlm_features": mlm_features.detach(),
+        samples = self.generate_samples(inputs, masked, Draw(sample_noise, gumbel), attention)
+        corrupted_ids = input_ids.scatter(1, masked.positions, samples.ids)
+        outputs, stats = self.train_on(corrupted_ids, samples, inputs, masked)
+        return {
+            **samples.outputs,
+            **outputs,
             "masked_positions": masked.positions,
             "masked_weights": masked.weights,
-            "sampled_ids": sampled_ids,
+            "sampled_ids": samples.ids,
             "corrupted_ids": corrupted_ids,
+            "stats": {**samples.stats, **stats},
         }
-        outputs["stats"] = statistics(outputs, masked.originals, mlm.correct.view_as(sampled_ids), tokens)
-        return outputs
 
-    def sample(self, mlm_features: Tensor, masked: Masked, noise: Tensor, gumbel: bool) -> tuple[MaskedLM, Tensor]:
-        """L_MLM = Σ -log p_G(x_i | x^masked) over i in m, and samples x̂_i ~ p_G(x_i | x^masked), without gradient.
+    def generate_samples(
+        self, inputs: Inputs, masked: Masked, draw: Draw, attention: tuple[str, int | None]
+    ) -> Samples:
+        """Fill the masked positions by the generator; see generators.py for each of them."""
+        if self.distribution is not None:
+            return self.distribution(inputs, masked, draw)
+        if self.towers is None:
+            return masked_lm_samples(self, self.objective, inputs, masked, draw)
+        may_mask = self.masker.candidates(inputs.ids, inputs.sequence_ids)
+        return cloze_samples(self, self.objective, inputs, masked, may_mask, draw, attention)
 
-        p_G is the softmax over the vocabulary of e(x)ᵀ h_G (paper, section 2). The two are one operation because the
-        logits `[rows × N, vocab_size]` are never stored (kernels/masked_lm.py).
+    def train_on(
+        self, corrupted_ids: Tensor, samples: Samples, inputs: Inputs, masked: Masked
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Compute the discriminator's loss.
+
+        With `kind: electra_15` it is that of the masked positions alone, which separates the gain of learning from all
+        tokens from that of detection (paper, section 3.4).
 
         Args:
-            mlm_features: output of :meth:`generate`, `[rows, N, embedding_size]`.
-            masked: output of :meth:`Masker.mask`.
-            noise: uniform numbers for the inverse CDF, fp32 `[rows, N]`; unused with `gumbel`.
-            gumbel: sample by Gumbel noise from torch's default generator.
+            corrupted_ids: x^corrupt, integers `[rows, length]`.
+            samples, inputs, masked: the generator's, the original batch, the masked positions.
 
         Returns:
-            Loss and per-position results, flattened to `[rows × N]`; sampled ids `[rows, N]`. Every masked position is
-            sampled, including those that kept their token in x^masked. Unused slots keep the original. A position that
-            was drawn more than once has one sample; google-research/electra takes the mean of the ids of several.
+            `rtd_loss`; `rtd_logits [rows, length]` fp32; `replaced`, `judged [rows, length]` booleans: labels, and the
+            tokens that the loss is of; and the statistics.
         """
-        objective = self.objective
-        mlm = masked_lm(
-            mlm_features.flatten(0, 1),
-            self.embeddings_of_generator.word.weight,
-            self.mlm_head.bias,
-            masked.originals.flatten(),
-            masked.weights.flatten(),
-            noise.flatten(),
-            self.vocab_size,
-            temperature=objective.temperature,
-            disallow_correct=objective.disallow_correct,
-            label_smoothing=objective.mlm_label_smoothing,
-            gumbel=gumbel,
-            implementation=objective.masked_lm,
-        )
-        sampled = torch.where(masked.weights > 0, mlm.sampled.view_as(masked.originals), masked.originals)
-        return mlm, sampled if masked.first is None else sampled.gather(1, masked.first)
+        replaced = masking.replaced_labels(corrupted_ids, inputs.ids, inputs.sequence_ids)
+        logits = self.discriminate(corrupted_ids, inputs.token_type_ids, inputs.position_ids, inputs.pattern)
+        judged, of_loss = inputs.tokens, (logits, replaced, inputs.tokens)
+        if self.objective.kind == "electra_15":
+            places, used = masked.positions, masked.weights > 0
+            of_loss = (logits.gather(1, places), replaced.gather(1, places), used)
+            judged = masked.places()
+        loss = rtd_loss(*of_loss, self.objective)
+        outputs = {"rtd_loss": loss, "rtd_logits": logits.detach(), "replaced": replaced, "judged": judged}
+        return outputs, {"tokens": inputs.tokens.sum().float(), **rtd_stats(*of_loss, loss)}
 
 
 def rtd_loss(logits: Tensor, replaced: Tensor, tokens: Tensor, objective: ObjectiveConfig) -> Tensor:
@@ -175,34 +220,27 @@ def rtd_loss(logits: Tensor, replaced: Tensor, tokens: Tensor, objective: Object
 
 
 @torch.no_grad()
-def statistics(outputs: dict[str, Tensor], originals: Tensor, mlm_correct: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Compute the sums from which every training metric follows; they add up over microbatches and ranks.
+def rtd_stats(logits: Tensor, replaced: Tensor, tokens: Tensor, loss: Tensor) -> dict[str, Tensor]:
+    """Compute the sums from which the discriminator's metrics follow; they add up over microbatches and ranks.
 
     Args:
-        outputs: of the forward.
-        originals: ids at the masked positions, integers `[rows, N]`.
-        mlm_correct: whether no token is more likely than the original, booleans `[rows, N]`.
-        tokens: False for padding, booleans `[rows, length]`.
+        logits, replaced, tokens: as for :func:`rtd_loss`.
+        loss: its sum.
 
     Returns:
         fp32 scalars.
     """
-    weights, replaced = outputs["masked_weights"], outputs["replaced"]
-    predicted = (outputs["rtd_logits"] > 0) & tokens
+    replaced = replaced & tokens
+    predicted = (logits > 0) & tokens
     counted = torch.stack([tokens, replaced, predicted, predicted & replaced]).flatten(1).sum(1).float()
     num_tokens, num_replaced, num_predicted, true_positive = counted.unbind()
     false_negative = num_replaced - true_positive
     return {
-        "masked": weights.sum(),
-        "mlm_correct": (mlm_correct * weights).sum(),
-        "sampled_correct": ((outputs["sampled_ids"] == originals) * weights).sum(),
-        "tokens": num_tokens.clone(),
         "replaced": num_replaced.clone(),
         "true_positive": true_positive.clone(),
         "false_positive": num_predicted - true_positive,
         "false_negative": false_negative,
         "true_negative": num_tokens - num_predicted - false_negative,
         # Cloned: an output that shares memory with another keeps a compiled graph out of autograd's cache.
-        "mlm_loss_sum": outputs["mlm_loss"].detach().clone(),
-        "rtd_loss_sum": outputs["rtd_loss"].detach().clone(),
+        "rtd_loss_sum": loss.detach().clone(),
     }

@@ -37,6 +37,12 @@ class Masked(NamedTuple):
     first: Tensor | None
     """First slot of each slot's position, integers `[rows, N]`; None: positions are distinct."""
 
+    def places(self) -> Tensor:
+        """True at the masked positions, booleans `[rows, length]`."""
+        # An unused slot never has the position of one in use: see choose_positions and choose_with_replacement.
+        nowhere = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        return nowhere.scatter(1, self.positions, self.weights > 0)
+
 
 class Masker:
     """Masks batches.

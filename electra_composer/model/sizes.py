@@ -6,7 +6,18 @@ from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError
 from electra_composer.model import masking
 from electra_composer.model.encoder import EncoderConfig
+from electra_composer.model.objective_keys import check_objective
 from electra_composer.ranges import check_ranges
+
+
+def generates(objective: ObjectiveConfig) -> bool:
+    """Whether an objective has a generator that is a network."""
+    return objective.kind != "mlm" and objective.resolved().generator in ("trained", "frozen", "two_tower")
+
+
+def detects(objective: ObjectiveConfig) -> bool:
+    """Whether the discriminator has one logit per token; otherwise it predicts tokens."""
+    return objective.kind in ("electra", "electra_15", "electric")
 
 
 def discriminator_config(model: ModelConfig, vocab_size: int) -> EncoderConfig:
@@ -62,6 +73,7 @@ def check_sizes(model: ModelConfig, objective: ObjectiveConfig, max_seq_length: 
     """
     check_ranges(model, "model.")
     check_ranges(objective, "objective.")
+    check_objective(model, objective)
     slots = masking.num_slots(objective.mask_prob, max_seq_length, objective.mask_draw)
     if not 1 <= slots <= max_seq_length:
         raise UserError(

@@ -19,40 +19,26 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from electra_composer.atomic_files import replaced_folder, write_file
-from electra_composer.model.pretraining import RATIOS
+from electra_composer.model.losses import in_order, ratios_of, with_derived
 from electra_composer.training.times import IntervalCallback
 
-# Sums that the pretraining model returns for every microbatch, in the order in which they are reduced.
-STATS = (
-    "masked",  # positions that the generator predicts
-    "mlm_correct",  # of these: the most likely token is the original
-    "sampled_correct",  # of these: the sampled token is the original
-    "tokens",  # tokens without padding
-    "replaced",  # of these: not the original
-    "true_positive",  # replaced and predicted as replaced
-    "false_positive",
-    "false_negative",
-    "true_negative",
-    "mlm_loss_sum",  # over masked positions
-    "rtd_loss_sum",  # over tokens
-)
 
-
-def rtd_metrics(stats: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """Compute metrics of generator and discriminator from sums over any number of batches.
+def pretraining_metrics(stats: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+    """Compute the metrics of an objective from sums over any number of batches.
 
     Args:
-        stats: the sums of :data:`STATS`.
+        stats: sums named as in :data:`~electra_composer.model.losses.STATS`, those that the objective has.
 
     Returns:
-        `mlm_loss`, `mlm_accuracy`, `sampled_accuracy` (per masked position), `rtd_loss`, `rtd_accuracy`,
-        `replaced_share` (per token), `rtd_precision`, `rtd_recall` (of the class "replaced"). 0 / 0 is 0, such as
-        precision if nothing was predicted as replaced.
+        The metrics of :data:`~electra_composer.model.losses.RATIOS` that follow from them. For ELECTRA `mlm_loss`,
+        `mlm_accuracy`, `sampled_accuracy` (per masked position), `rtd_loss`, `rtd_accuracy`, `replaced_share` (per
+        token), `rtd_precision`, `rtd_recall` (of the class "replaced"). 0 / 0 is 0, such as precision if nothing was
+        predicted as replaced.
     """
-    sums = {name: float(stats[name]) for name in STATS}
-    sums["rtd_correct"] = sums["true_positive"] + sums["true_negative"]
+    sums = {name: float(value) for name, value in with_derived(stats).items()}
     return {
-        name: _ratio(sums[numerator], sum(sums[term] for term in terms)) for name, (numerator, terms) in RATIOS.items()
+        name: _ratio(sums[numerator], sum(sums[term] for term in terms))
+        for name, (numerator, terms) in ratios_of(stats).items()
     }
 
 
@@ -63,10 +49,10 @@ def _ratio(numerator: float, denominator: float) -> float:
 class TrainMetrics(IntervalCallback):
     """Logs pretraining metrics over the batches since the last log, summed over ranks.
 
-    Adds `outputs["stats"]` (0-d tensors named as in :data:`STATS`, of one dtype) of every microbatch on the device with
-    two small kernels, and waits for the device only to log. Sums are fp64, in which counts stay exact for any number of
-    tokens. Logs `metrics/train/…` with the names of :func:`rtd_metrics`, and `data/fill`, the fraction of positions in
-    the batch that are not padding.
+    Adds `outputs["stats"]` (0-d tensors of one dtype, the same names in every batch) of every microbatch on the device
+    with two small kernels, and waits for the device only to log. Sums are fp64, in which counts stay exact for any
+    number of tokens. Logs `metrics/train/…` with the names of :func:`pretraining_metrics`, and `data/fill`, the
+    fraction of positions in the batch that are not padding.
 
     Args:
         log_interval: a Composer time such as `10ba`; the end of training also logs.
@@ -76,6 +62,7 @@ class TrainMetrics(IntervalCallback):
         super().__init__(log_interval)
         self.batch_sums: list[torch.Tensor] = []  # one vector per microbatch
         self.batch_places = 0
+        self.names: tuple[str, ...] = ()  # of the sums
         self.sums: torch.Tensor | None = None
         self.places = 0
 
@@ -85,7 +72,8 @@ class TrainMetrics(IntervalCallback):
     def after_loss(self, state: State, logger: Logger) -> None:
         stats = state.outputs["stats"]
         # Copied, because the outputs of a compiled forward may be overwritten by its next call.
-        self.batch_sums.append(torch.stack([stats[name] for name in STATS]))
+        self.names = self.names or in_order(stats)
+        self.batch_sums.append(torch.stack([stats[name] for name in self.names]))
         self.batch_places += state.batch["input_ids"].numel()
 
     def after_recording(self) -> Callable[[], None]:
@@ -135,9 +123,10 @@ class TrainMetrics(IntervalCallback):
         dist.all_reduce(vector, reduce_operation="SUM")
         *sums, places = vector.tolist()
         self.sums, self.places = None, 0
-        metrics = rtd_metrics(dict(zip(STATS, sums, strict=True)))
+        named = dict(zip(self.names, sums, strict=True))
+        metrics = pretraining_metrics(named)
         logger.log_metrics({f"metrics/train/{name}": value for name, value in metrics.items()})
-        logger.log_metrics({"data/fill": _ratio(sums[STATS.index("tokens")], places)})
+        logger.log_metrics({"data/fill": _ratio(named["tokens"], places)})
 
 
 EVALUATION = 1  # last element of the seed sequence of an evaluation; batches have none

@@ -34,19 +34,21 @@ class LearningWatch(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         elapsed = state.get_elapsed_duration()
         metrics = state.eval_metrics.get("eval", {})
-        if elapsed is None or float(elapsed) < self.after or not {"mlm_loss", "rtd_auc"} <= metrics.keys():
+        if elapsed is None or float(elapsed) < self.after:
             return
         # Computed already by Composer on all ranks: this reads cached values.
-        loss, auc = float(metrics["mlm_loss"].compute()), float(metrics["rtd_auc"].compute())
-        if self.loss_without_context is not None and loss > NOTHING_LEARNT * self.loss_without_context:
+        found = {name: float(metrics[name].compute()) for name in ("mlm_loss", "rtd_auc") if name in metrics}
+        loss, auc = found.get("mlm_loss"), found.get("rtd_auc")
+        baseline = self.loss_without_context
+        if loss is not None and baseline is not None and loss > NOTHING_LEARNT * baseline:
             self._warn(
                 "generator",
-                f"the generator's MLM loss on held-out text is {loss:.2f}; word frequencies alone give "
-                f"{self.loss_without_context:.2f}. It has learnt nothing from context. Check the learning rate, the "
-                "length of the warmup (optimizer.bias_correction for short runs), objective.mask_prob, and the text "
-                "itself (python -m electra_composer.preview)",
+                f"the MLM loss on held-out text is {loss:.2f}; word frequencies alone give {baseline:.2f}. Nothing has "
+                "been learnt from context. Check the learning rate, the length of the warmup "
+                "(optimizer.bias_correction for short runs), objective.mask_prob, and the text itself "
+                "(python -m electra_composer.preview)",
             )
-        if auc < CHANCE:
+        if auc is not None and auc < CHANCE:
             self._warn(
                 "discriminator",
                 f"the discriminator's AUC on held-out text is {auc:.2f}; predicting the same for every token gives "

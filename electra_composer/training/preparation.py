@@ -28,10 +28,10 @@ from electra_composer.compilers import missing_for_triton
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import to_dict
 from electra_composer.errors import UserError
-from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.kernels.attention import ExampleBound
 from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
 from electra_composer.model.kernels.masked_lm import resolve_implementation
+from electra_composer.model.objectives import build_pretraining_model
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.model.sizes import check_sizes, count_parameters
 from electra_composer.ranges import check_ranges
@@ -157,7 +157,7 @@ CHECKS: tuple[tuple[str, Callable[[Prepared], None]], ...] = (
 
 def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, cpu_autocast: bool) -> ElectraPretraining:
     """Build generator and discriminator with their losses."""
-    electra = ElectraForPretraining(
+    electra = build_pretraining_model(
         config.model,
         config.objective,
         vocab_size=len(tokenizer),

@@ -14,7 +14,8 @@ from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
 
 from electra_composer.errors import UserError
-from electra_composer.training.callbacks import STATS, BatchSeed, RunRecord, TrainMetrics, rtd_metrics
+from electra_composer.model.losses import OF_TERM, in_order
+from electra_composer.training.callbacks import BatchSeed, RunRecord, TrainMetrics, pretraining_metrics
 from electra_composer.training.checkpointing import milestone_saver
 
 HAND_COUNT = {
@@ -25,9 +26,11 @@ HAND_COUNT = {
     "mlm_loss_sum": 12.0, "rtd_loss_sum": 5.0,
 }  # fmt: skip
 
+STATS = in_order(["masked", "tokens", "sampled_correct", *OF_TERM["mlm"], *OF_TERM["rtd"]])  # of ELECTRA
+
 
 def test_metrics_by_hand_count():
-    assert rtd_metrics(HAND_COUNT) == {
+    assert pretraining_metrics(HAND_COUNT) == {
         "mlm_loss": 3.0,
         "mlm_accuracy": 0.25,
         "sampled_accuracy": 0.5,
@@ -40,7 +43,7 @@ def test_metrics_by_hand_count():
 
 
 def test_what_has_nothing_to_count_over_is_0():
-    metrics = rtd_metrics({name: torch.tensor(0.0) for name in STATS} | {"tokens": torch.tensor(5.0)})
+    metrics = pretraining_metrics({name: torch.tensor(0.0) for name in STATS} | {"tokens": torch.tensor(5.0)})
     assert set(metrics.values()) == {0.0}
 
 

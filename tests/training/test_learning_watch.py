@@ -27,7 +27,7 @@ def evaluate(watch, loss, auc, elapsed):
     [
         (5.3, 0.8, 0.5, ["MLM loss on held-out text is 5.30"]),
         (4.0, 0.51, 0.5, ["AUC on held-out text is 0.51"]),
-        (5.4, 0.5, 0.5, ["5.37. It has learnt nothing", "predicting the same for every token"]),
+        (5.4, 0.5, 0.5, ["5.37. Nothing has been learnt", "predicting the same for every token"]),
         (4.0, 0.8, 0.5, []),
         (5.3, 0.5, 0.1, []),  # too early
         (5.3, 0.5, None, []),  # an evaluation outside of training
@@ -56,4 +56,4 @@ def test_an_unknown_baseline_and_other_metrics_say_nothing(caplog):
 
 def test_a_run_that_learns_nothing_is_warned_of(tiny_yaml, caplog):
     main(load_config(str(tiny_yaml), ["optimizer.lr=1e-9"], PretrainConfig))
-    assert "It has learnt nothing from context" in caplog.text
+    assert "Nothing has been learnt from context" in caplog.text
