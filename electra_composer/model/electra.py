@@ -142,7 +142,8 @@ class ElectraForPretraining(ElectraNetworks):
             noise = self.draw_noise(input_ids)
         *mask_noise, sample_noise = masking.split_noise(noise, self.slots)
         attention = (self.attention_path, most_examples)
-        inputs = Inputs(input_ids, token_type_ids, position_ids, sequence_ids, pattern_of(sequence_ids, *attention))
+        pattern = pattern_of(sequence_ids, *attention)
+        inputs = Inputs(input_ids, token_type_ids, position_ids, sequence_ids, pattern, sequence_ids > 0)
 
         masked = self.masker.mask(input_ids, sequence_ids, mask_counts, *mask_noise)
         samples = self.generate_samples(inputs, masked, Draw(sample_noise, gumbel), attention)

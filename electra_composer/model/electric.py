@@ -43,8 +43,13 @@ class ElectricForPretraining(ElectraForPretraining):
         logits = energies + samples.log_q.detach() + prior
         noise = masked.places()
         loss = rtd_loss(logits, noise, inputs.tokens, self.objective)
-        outputs = {"rtd_loss": loss, "rtd_logits": logits.detach(), "energies": energies.detach()}
-        outputs |= {"replaced": noise, "judged": inputs.tokens}
+        outputs = {
+            "rtd_loss": loss,
+            "rtd_logits": logits.detach(),
+            "energies": energies.detach(),
+            "replaced": noise,
+            "judged": inputs.tokens,
+        }
         return outputs, {"tokens": inputs.tokens.sum().float(), **rtd_stats(logits, noise, inputs.tokens, loss)}
 
     @torch.no_grad()

@@ -26,18 +26,15 @@ SMALLEST = 1e-20
 
 
 class Inputs(NamedTuple):
-    """A batch: integers `[rows, length]`, and which of its tokens attend to each other."""
+    """A batch: ids, types, positions and examples, integers `[rows, length]`, and which tokens attend to each other."""
 
     ids: Tensor
     token_type_ids: Tensor
     position_ids: Tensor
     sequence_ids: Tensor
     pattern: AttentionPattern
-
-    @property
-    def tokens(self) -> Tensor:
-        """False for padding, booleans `[rows, length]`."""
-        return self.sequence_ids > 0
+    tokens: Tensor
+    """False for padding, booleans `[rows, length]`; a field, since torch.compile knows no properties of tuples."""
 
 
 class Draw(NamedTuple):
