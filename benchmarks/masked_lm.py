@@ -5,6 +5,7 @@
 `ours` is the implementation that `objective.masked_lm: auto` selects for the device. `plain` computes all logits at
 once, as the paper's code does: `F.cross_entropy`, autograd, and a sample by noise over the whole vocabulary. The fused
 linear cross entropies of Liger and Apple are measured if installed: loss and gradients only, since they draw no sample.
+With `--copy` the loss is that of all-tokens MLM, with a copy mechanism; `ours_without_copy` then shows what it costs.
 The variants run in alternation. The exit status is 1 if losses or gradients of `ours` and `plain` differ.
 """
 
@@ -27,6 +28,9 @@ LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Relative tolerances; TF32, where it is enabled, is within those of bf16."""
 
+INPUTS = ("features", "weight", "bias", "copy_logits")
+"""What a loss is differentiated for; the last with a copy mechanism."""
+
 Loss = Callable[[], Tensor]
 
 
@@ -39,9 +43,10 @@ class Problem:
         hidden: embedding size.
         precision: `fp32`, or `bf16` by autocast over fp32 parameters.
         device: `cpu` or `cuda`.
+        copy: add a copy mechanism, with 85% of the input tokens right.
     """
 
-    def __init__(self, rows: int, vocab_size: int, hidden: int, precision: str, device: str):
+    def __init__(self, rows: int, vocab_size: int, hidden: int, precision: str, device: str, copy: bool = False):
         torch.manual_seed(0)
         self.vocab_size, self.precision, self.device = vocab_size, precision, device
         padded = -(-vocab_size // SAMPLING_BLOCK) * SAMPLING_BLOCK
@@ -50,26 +55,39 @@ class Problem:
         self.bias = torch.zeros(padded, device=device).requires_grad_()
         self.targets = torch.randint(vocab_size, (rows,), device=device)
         self.row_weights, self.noise = torch.ones(rows, device=device), torch.rand(rows, device=device)
+        self.copies: dict[str, Tensor] = {}
+        if copy:
+            copy_logits = torch.randn(rows, device=device).requires_grad_()
+            self.copies = {"copy_logits": copy_logits, "copied": torch.rand(rows, device=device) < 0.85}
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
+    def _masked_lm(self, **copies: Tensor) -> Tensor:
+        tensors = (self.features, self.weight, self.bias, self.targets, self.row_weights, self.noise)
+        with self._autocast():
+            return masked_lm(*tensors, self.vocab_size, **copies).loss
+
     def ours(self) -> Tensor:
         """Compute loss and sample with `masked_lm`."""
-        with self._autocast():
-            return masked_lm(
-                self.features, self.weight, self.bias, self.targets, self.row_weights, self.noise, self.vocab_size
-            ).loss
+        return self._masked_lm(**self.copies)
+
+    def ours_without_copy(self) -> Tensor:
+        """Compute the plain loss, and the sample, where :meth:`ours` has a copy mechanism."""
+        return self._masked_lm()
 
     def plain(self) -> Tensor:
         """Compute loss and sample with all logits at once."""
         with self._autocast():
             logits = F.linear(self.features, self.weight[: self.vocab_size], self.bias[: self.vocab_size]).float()
-        loss = F.cross_entropy(logits, self.targets, reduction="sum")
+        losses = F.cross_entropy(logits, self.targets, reduction="none" if self.copies else "sum")
+        if self.copies:
+            copy = torch.sigmoid(self.copies["copy_logits"])
+            losses = -(copy * self.copies["copied"] + (1 - copy) * torch.exp(-losses)).log()
         with torch.no_grad():
             probabilities = logits.softmax(-1)
             (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
-        return loss
+        return losses.sum()
 
     def liger(self) -> Loss:
         """Return Liger-Kernel's fused linear cross entropy.
@@ -104,9 +122,12 @@ class Problem:
         return tensor.bfloat16() if self.precision == "bf16" else tensor
 
     def step(self, loss: Loss) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Compute the loss and the gradients of features, embeddings and bias."""
+        """Compute the loss and its gradients, which :data:`INPUTS` names."""
         value = loss()
-        return value.detach(), torch.autograd.grad(value, (self.features, self.weight, self.bias))
+        inputs = [self.features, self.weight, self.bias]
+        if self.copies and loss != self.ours_without_copy:
+            inputs.append(self.copies["copy_logits"])
+        return value.detach(), torch.autograd.grad(value, inputs)
 
 
 def _others(problem: Problem) -> tuple[dict[str, Loss], dict[str, str]]:
@@ -116,6 +137,9 @@ def _others(problem: Problem) -> tuple[dict[str, Loss], dict[str, str]]:
     for name in ("liger", "cut_cross_entropy"):
         if problem.device != "cuda":
             reasons[name] = "needs CUDA"
+            continue
+        if problem.copies:
+            reasons[name] = "no copy mechanism"
             continue
         try:
             candidate = getattr(problem, name)()
@@ -136,7 +160,7 @@ def _agreement(problem: Problem) -> dict[str, float]:
     """Compute the relative differences between ours and plain PyTorch."""
     loss, gradients = problem.step(problem.ours)
     expected, expected_gradients = problem.step(problem.plain)
-    names = ("features", "weight", "bias")
+    names = INPUTS if problem.copies else INPUTS[:3]
     return {
         "loss": _relative(loss, expected),
         **{
@@ -158,6 +182,8 @@ def measure(problem: Problem, repeats: int, warmup: int) -> dict[str, object]:
     """Measure times, memory and agreement; `main` adds the options and the machine."""
     others, reasons = _others(problem)
     losses: dict[str, Loss] = {"ours": problem.ours, "plain": problem.plain, **others}
+    if problem.copies:
+        losses["ours_without_copy"] = problem.ours_without_copy
     steps = {name: (lambda loss=loss: problem.step(loss)) for name, loss in losses.items()}
     agreement = _agreement(problem)
     seconds = interleave(steps, repeats, warmup, problem.device)
@@ -198,13 +224,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=30522)
     parser.add_argument("--hidden", type=int, default=128, help="embedding size")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--copy", action="store_true", help="the loss of all-tokens MLM, with a copy mechanism")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     options = parser.parse_args(arguments)
     require_positive(options, "rows", "vocab", "hidden", "repeats")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but no CUDA device is available; use --device cpu")
-    problem = Problem(options.rows, options.vocab, options.hidden, options.precision, options.device)
+    problem = Problem(options.rows, options.vocab, options.hidden, options.precision, options.device, options.copy)
     implementation = resolve_implementation("auto", options.device, *problem.weight.shape)
     results = measure(problem, options.repeats, options.warmup)
     what = "forward and backward; ours and plain also draw a sample"

@@ -11,6 +11,9 @@ of which is consumed at once for the loss, the sample and the gradients of featu
   Used on CPUs, and as the reference for tests of the other.
 * `triton`: CUDA, see masked_lm_triton.py.
 
+With the logits of a copy mechanism the distribution is a mixture of the softmax and the input token, for models that
+predict every token: copy_mechanism.py.
+
 Samples come from the inverse CDF in two steps, from one uniform number per row: first the block of 64 tokens in which
 the cumulative probability exceeds the number, then the token in the block. Only block sums are accumulated.
 """
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 
 from electra_composer.errors import UserError
+from electra_composer.model.kernels.copy_mechanism import log_odds_of_copies, mixture_losses
 from electra_composer.model.kernels.masked_lm_chunked import masked_lm_chunked
 from electra_composer.model.kernels.sampling import SAMPLING_BLOCK
 
@@ -32,7 +36,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class MaskedLM(NamedTuple):
-    """Output of :func:`masked_lm` for `M` masked positions."""
+    """Output of :func:`masked_lm` for `M` positions."""
 
     loss: Tensor
     """fp32 scalar: sum of `row_weights` × losses. The only output with a gradient."""
@@ -41,7 +45,8 @@ class MaskedLM(NamedTuple):
     sampled: Tensor
     """int64 `[M]`."""
     correct: Tensor
-    """Booleans `[M]`: no token is more likely than the original."""
+    """Booleans `[M]`: no token is more likely than the original. With a copy mechanism: the prediction is the original,
+    where it is the input token if the copy probability exceeds 1/2, and the softmax's most likely token otherwise."""
 
 
 def masked_lm(
@@ -58,6 +63,8 @@ def masked_lm(
     label_smoothing: float = 0.0,
     gumbel: bool = False,
     implementation: str = "auto",
+    copy_logits: Tensor | None = None,
+    copied: Tensor | None = None,
 ) -> MaskedLM:
     """Compute the cross entropy of `softmax(features · weightᵀ + bias)` with `targets`, and one sample from it per row.
 
@@ -77,32 +84,72 @@ def masked_lm(
         label_smoothing: fraction of the target spread evenly over the vocabulary, as in `F.cross_entropy`.
         gumbel: sample by Gumbel noise over the vocabulary, from torch's default generator, as the paper's code does.
         implementation: `chunked`, `triton`, or `auto`: triton on CUDA, chunked elsewhere.
+        copy_logits: `[M]`, floats c. The losses are then -log(D [x = t] + (1 - D) p(t)) with D = sigmoid(c), softmax p,
+            target t and input token x (paper, section 3.4). The samples remain those of p.
+        copied: `[M]`, booleans x = t; with `copy_logits`.
 
     Returns:
-        See :class:`MaskedLM`. Gradients are summed in fp32 and have the dtypes of `features`, `weight` and `bias`.
+        See :class:`MaskedLM`. Gradients are summed in fp32 and have the dtypes of their inputs.
 
     Raises:
         UserError: an implementation that does not support this device or these sizes.
-        ValueError: an embedding table without the required padding.
+        ValueError: an embedding table without the required padding; `copy_logits` with label smoothing, or one of
+            `copy_logits` and `copied` alone.
     """
-    if weight.shape[0] % SAMPLING_BLOCK or weight.shape[0] < vocab_size:
-        raise ValueError(
-            f"{weight.shape[0]} rows of embeddings for {vocab_size} tokens; expected at least as many and a multiple "
-            f"of {SAMPLING_BLOCK}: pad the table"
-        )
+    _check(weight.shape[0], vocab_size, label_smoothing, copy_logits, copied)
     device_type = features.device.type
     if torch.is_autocast_enabled(device_type):
         features = features.to(torch.get_autocast_dtype(device_type))
     tensors = (features, weight, bias, targets, row_weights, noise)
     options = (vocab_size, temperature, disallow_correct, label_smoothing, gumbel)
-    if resolve_implementation(implementation, device_type, *weight.shape) == "triton":
+    implementation = resolve_implementation(implementation, device_type, *weight.shape)
+    if copy_logits is None or copied is None:
+        return _launch(implementation, tensors, options)
+    outputs = _launch(implementation, tensors, options, log_odds_of_copies(copy_logits, copied))
+    return _of_mixture(outputs, row_weights, copy_logits, copied)
+
+
+def _check(
+    rows: int, vocab_size: int, label_smoothing: float, copy_logits: Tensor | None, copied: Tensor | None
+) -> None:
+    """Raise the `ValueError`s of :func:`masked_lm`."""
+    if rows % SAMPLING_BLOCK or rows < vocab_size:
+        raise ValueError(
+            f"{rows} rows of embeddings for {vocab_size} tokens; expected at least as many and a multiple "
+            f"of {SAMPLING_BLOCK}: pad the table"
+        )
+    if (copy_logits is None) != (copied is None):
+        raise ValueError("one of copy_logits and copied; expected both or neither")
+    if copy_logits is not None and label_smoothing:
+        raise ValueError(f"label_smoothing is {label_smoothing} with copy_logits; expected 0")
+
+
+def _launch(
+    implementation: str,
+    tensors: tuple[Tensor, ...],
+    options: tuple[int, float, bool, float, bool],
+    copy_log_odds: Tensor | None = None,
+) -> MaskedLM:
+    """Call the operator of an implementation; its losses are those of the softmax."""
+    features, weight, bias, targets, *_ = tensors
+    if implementation == "triton":
         from electra_composer.model.kernels.masked_lm_triton import masked_lm_triton
 
         # Drawing the seed on the device needs no synchronisation; without `gumbel` it is not read.
-        seed = torch.randint(2**31, (1,), device=features.device) if gumbel else targets
-        return MaskedLM(*masked_lm_triton(*tensors, seed, *options)[:4])
+        seed = torch.randint(2**31, (1,), device=features.device) if options[-1] else targets
+        return MaskedLM(*masked_lm_triton(*tensors, seed, *options, copy_log_odds)[:4])
     with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, weight, bias))
-    return MaskedLM(*masked_lm_chunked(*tensors, *options, with_gradients)[:4])
+    return MaskedLM(*masked_lm_chunked(*tensors, *options, with_gradients, copy_log_odds)[:4])
+
+
+def _of_mixture(softmax: MaskedLM, row_weights: Tensor, copy_logits: Tensor, copied: Tensor) -> MaskedLM:
+    """Replace the softmax's losses by those of the mixture, and whether the prediction is right."""
+    losses = mixture_losses(softmax.token_losses, copy_logits, copied)
+    # The value and the gradient of the copy logits from the first term; the other gradients from the operator, whose
+    # value is subtracted.
+    loss = (losses * row_weights).sum() + (softmax.loss - softmax.loss.detach())
+    correct = torch.where(copy_logits > 0, copied, softmax.correct)
+    return MaskedLM(loss, losses.detach(), softmax.sampled, correct)
 
 
 def resolve_implementation(name: str, device_type: str, rows: int, width: int) -> str:

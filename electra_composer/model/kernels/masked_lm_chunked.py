@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from electra_composer.model.kernels.copy_mechanism import softmax_shares
 from electra_composer.model.kernels.sampling import inverse_cdf, sum_blocks
 
 CHUNK_BYTES = 16 * 2**20
@@ -30,8 +31,11 @@ def masked_lm_chunked(
     label_smoothing: float,
     gumbel: bool,
     with_gradients: bool,
+    copy_log_odds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute loss, samples and gradients; arguments as for :func:`masked_lm.masked_lm`.
+
+    With `copy_log_odds` (copy_mechanism.py) the gradients are those of the mixture; the losses remain the softmax's.
 
     Returns:
         `loss`, `token_losses`, `sampled`, `correct`, and the fp32 gradients of `loss` with respect to features, weight
@@ -41,6 +45,7 @@ def masked_lm_chunked(
     token_losses = features.new_empty(count, dtype=torch.float32)
     sampled, correct = torch.empty_like(targets), torch.empty_like(targets, dtype=torch.bool)
     gradients = [gradient.zero_() for gradient in _empty_gradients(features, weight, bias, with_gradients)]
+    grad_losses = row_weights if copy_log_odds is None else torch.empty_like(token_losses)
     # Padding rows of the table are not tokens: minus infinity excludes them from everything below.
     offsets = bias.float().masked_fill(torch.arange(padded, device=bias.device) >= vocab_size, -math.inf)
     table = weight.to(features.dtype)
@@ -52,11 +57,7 @@ def masked_lm_chunked(
         for start in range(0, count, rows):
             piece = slice(start, min(start + rows, count))
             chunk, target = features[piece], targets[piece, None]
-            logits = buffer[: chunk.shape[0]]
-            if chunk.dtype == torch.float32:
-                torch.addmm(offsets, chunk, table.t(), out=logits)
-            else:
-                torch.add(chunk @ table.t(), offsets, out=logits)
+            logits = _store_logits(chunk, table, offsets, buffer[: chunk.shape[0]])
             of_target, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
             correct[piece] = (of_target >= largest).squeeze(1)
             drawn = _draw(logits, largest, target, noise[piece], temperature, disallow_correct, gumbel)
@@ -66,17 +67,31 @@ def masked_lm_chunked(
             total = block_sums.sum(-1, keepdim=True)
             sampled[piece] = inverse_cdf(weights, block_sums, noise[piece]) if drawn is None else drawn
             normalizer = largest + total.log()
-            losses = normalizer - of_target
-            if mean_row is not None:
-                mean_logits = chunk.float() @ mean_row[:, None] + mean_bias
-                losses = (1 - label_smoothing) * losses + label_smoothing * (normalizer - mean_logits)
-            token_losses[piece] = losses.squeeze(1)
+            mean_logits = None if mean_row is None else chunk.float() @ mean_row[:, None] + mean_bias
+            token_losses[piece] = _losses(normalizer, of_target, mean_logits, label_smoothing).squeeze(1)
+            if copy_log_odds is not None:
+                grad_losses[piece] = row_weights[piece] * softmax_shares(token_losses[piece], copy_log_odds[piece])
             if with_gradients:
-                _add_softmax(gradients, piece, chunk, table, weights, row_weights[piece, None] / total)
+                _add_softmax(gradients, piece, chunk, table, weights, grad_losses[piece, None] / total)
         if with_gradients:
-            _subtract_targets(gradients, features, table, targets, row_weights, vocab_size, label_smoothing, mean_row)
+            _subtract_targets(gradients, features, table, targets, grad_losses, vocab_size, label_smoothing, mean_row)
     loss = (token_losses * row_weights).sum()
     return loss, token_losses, sampled, correct, gradients[0], gradients[1], gradients[2]
+
+
+def _store_logits(chunk: Tensor, table: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    """Write the logits of one chunk to `logits`, fp32, and return it."""
+    if chunk.dtype == torch.float32:
+        return torch.addmm(offsets, chunk, table.t(), out=logits)
+    return torch.add(chunk @ table.t(), offsets, out=logits)
+
+
+def _losses(normalizer: Tensor, of_target: Tensor, mean_logits: Tensor | None, label_smoothing: float) -> Tensor:
+    """Compute the cross entropies of one chunk; `mean_logits` is None without label smoothing."""
+    losses = normalizer - of_target
+    if mean_logits is None:
+        return losses
+    return (1 - label_smoothing) * losses + label_smoothing * (normalizer - mean_logits)
 
 
 def _draw(
@@ -157,7 +172,7 @@ def _(features, weight, bias, targets, row_weights, noise, *options):
         features.new_empty(features.shape[0], dtype=torch.float32),
         torch.empty_like(targets),
         torch.empty_like(targets, dtype=torch.bool),
-        *_empty_gradients(features, weight, bias, options[-1]),
+        *_empty_gradients(features, weight, bias, with_gradients=options[5]),
     )
 
 
@@ -169,7 +184,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     gradients = [(saved * grad_loss).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-    return (*gradients, *[None] * 9)
+    return (*gradients, *[None] * 10)
 
 
 masked_lm_chunked.register_autograd(_backward, setup_context=_setup_context)

@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from electra_composer.model.kernels.copy_mechanism import softmax_shares
 from electra_composer.model.kernels.masked_lm_triton_kernels import (
     BLOCK_M,
     TILE,
@@ -53,8 +54,11 @@ def masked_lm_triton(
     disallow_correct: bool,
     label_smoothing: float,
     gumbel: bool,
+    copy_log_odds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute loss and samples; arguments as for :func:`masked_lm.masked_lm`, and `seed [1]`, int64, for `gumbel`.
+
+    With `copy_log_odds` (copy_mechanism.py) the gradients are those of the mixture; the losses remain the softmax's.
 
     Returns:
         `loss`, `token_losses`, `sampled`, `correct`, and the log-sum-exp `[M]` for the backward.
@@ -154,16 +158,20 @@ def _(features, weight, bias, *options):
 
 
 def _setup_context(ctx, inputs, output):
-    features, weight, bias, targets, row_weights, _, _, vocab_size, _, _, label_smoothing, _ = inputs
-    ctx.save_for_backward(features, weight, bias, targets, row_weights, output[4])
+    features, weight, bias, targets, row_weights, _, _, vocab_size, _, _, label_smoothing, _, copy_log_odds = inputs
+    of_copies = (output[1], copy_log_odds) if copy_log_odds is not None else ()
+    ctx.save_for_backward(features, weight, bias, targets, row_weights, output[4], *of_copies)
     ctx.vocab_size, ctx.label_smoothing = vocab_size, label_smoothing
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or the backward fills a tensor with zeros for each of these
 
 
 def _backward(ctx, grad_loss, *_):
-    gradients = _backward_kernel(*ctx.saved_tensors, grad_loss.contiguous(), ctx.vocab_size, ctx.label_smoothing)
-    return (*gradients, *[None] * 9)
+    features, weight, bias, targets, row_weights, normalizer, *of_copies = ctx.saved_tensors
+    if of_copies:
+        row_weights = row_weights * softmax_shares(*of_copies)
+    tensors = (features, weight, bias, targets, row_weights, normalizer, grad_loss.contiguous())
+    return (*_backward_kernel(*tensors, ctx.vocab_size, ctx.label_smoothing), *[None] * 10)
 
 
 masked_lm_triton.register_autograd(_backward, setup_context=_setup_context)

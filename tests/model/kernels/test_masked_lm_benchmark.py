@@ -37,6 +37,13 @@ def test_benchmark_prints_one_line_of_results(
     assert torch.__version__.startswith(results["machine"]["versions"]["torch"])
 
 
+def test_benchmark_of_the_copy_mechanism(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main([*SMALL, "--precision", "fp32", "--copy"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["relative_difference"].keys() == {"loss", *(f"gradient_{name}" for name in benchmark.INPUTS)}
+    assert results["ours_without_copy"]["min_ms"] <= results["ours_without_copy"]["median_ms"]
+
+
 def test_benchmark_fails_where_losses_differ(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
