@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from electra_composer.config import ModelConfig
-from electra_composer.model.encoder import Embeddings, Encoder, init_weights
+from electra_composer.model.encoder import DisentangledEmbeddings, Embeddings, Encoder, init_weights
 from electra_composer.model.heads import MaskedLMHead, ReplacedTokenHead
 from electra_composer.model.kernels.attention import AttentionPattern
 from electra_composer.model.sizes import check_same_encoder, discriminator_config, generator_config
@@ -16,8 +16,13 @@ from electra_composer.model.sizes import check_same_encoder, discriminator_confi
 class ElectraNetworks(nn.Module):
     """Generator and discriminator, without masking, sampling and losses.
 
-    Tied modules exist once, so nothing has to be synchronised. `model.tie_embeddings` ties the embedding tables (paper,
+    Tied modules exist once, so nothing has to be synchronised. `model.sharing: tied` ties the embedding tables (paper,
     section 3.2) and their LayerNorm (google-research/electra); `model.tie_encoder` also ties the layers.
+
+    Attributes:
+        embeddings: of the discriminator, whatever the sharing: call it, or take its `tables()`. It has parameters
+            `word.weight`, … only if the sharing is not `gdes`.
+        generator_embeddings: None when tied; see :attr:`embeddings_of_generator`.
 
     Args:
         model: sizes.
@@ -33,8 +38,11 @@ class ElectraNetworks(nn.Module):
         if model.tie_encoder:
             check_same_encoder(model, generator, discriminator)
         self.vocab_size = vocab_size
-        self.embeddings = Embeddings(discriminator)
-        self.generator_embeddings = None if model.tie_embeddings else Embeddings(generator)
+        self.embeddings: Embeddings | DisentangledEmbeddings = Embeddings(discriminator)
+        self.generator_embeddings = None if model.sharing == "tied" else Embeddings(generator)
+        if model.sharing == "gdes":
+            assert self.generator_embeddings is not None
+            self.embeddings = DisentangledEmbeddings(discriminator, self.generator_embeddings)
         self.generator = None if model.tie_encoder else Encoder(generator)
         self.discriminator = Encoder(discriminator)
         self.mlm_head = MaskedLMHead(generator)
@@ -43,8 +51,9 @@ class ElectraNetworks(nn.Module):
         if model.init == "google":
             self._draw_defaults_of_tensorflow()
         with torch.no_grad():
-            for embeddings in (self.embeddings, self.embeddings_of_generator):
-                embeddings.word.weight[vocab_size:] = 0.0
+            for module in self.modules():
+                if isinstance(module, Embeddings):
+                    module.word.weight[vocab_size:] = 0.0
 
     def _draw_defaults_of_tensorflow(self) -> None:
         """Draw the weights for which google-research/electra names no initializer: TensorFlow's is Glorot-uniform.
@@ -60,7 +69,10 @@ class ElectraNetworks(nn.Module):
     @property
     def embeddings_of_generator(self) -> Embeddings:
         """Embeddings of the generator, also its output weights; those of the discriminator when tied."""
-        return self.embeddings if self.generator_embeddings is None else self.generator_embeddings
+        if self.generator_embeddings is not None:
+            return self.generator_embeddings
+        assert isinstance(self.embeddings, Embeddings)
+        return self.embeddings
 
     @property
     def encoder_of_generator(self) -> Encoder:
@@ -84,7 +96,8 @@ class ElectraNetworks(nn.Module):
             pattern: which tokens attend to each other.
 
         Returns:
-            Floats `[rows, N, embedding_size]`. Their product with the token embeddings gives the logits of p_G.
+            Floats `[rows, N, e]`, e the width of the generator's embeddings. Their product with its token embeddings
+            gives the logits of p_G.
         """
         hidden = self.encoder_of_generator(
             self.embeddings_of_generator(masked_ids, token_type_ids, position_ids), pattern
@@ -113,7 +126,7 @@ class ElectraNetworks(nn.Module):
     def mlm_logits(self, mlm_features: Tensor) -> Tensor:
         """Compute the generator's logits from the output of :meth:`generate` and the current weights.
 
-        `[rows, N, embedding_size]` → fp32 `[rows, N, vocab_size]`, all at once: for inspection, not for training.
+        `[rows, N, e]` → fp32 `[rows, N, vocab_size]`, all at once: for inspection, not for training.
         """
         weight = self.embeddings_of_generator.word.weight[: self.vocab_size]
         return F.linear(mlm_features, weight, self.mlm_head.bias[: self.vocab_size]).float()

@@ -198,7 +198,7 @@ def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: 
     Raises:
         UserError: it does not run on this machine.
     """
-    name, sizes = config.objective.masked_lm, model.model.discriminator.config
+    name, sizes = config.objective.masked_lm, model.model.encoder_of_generator.config
     missing = missing_for_triton() if device == "gpu" else None
     if missing is not None and name == "triton":
         raise UserError(
