@@ -58,7 +58,7 @@ MUTATIONS = [
         "tie",
         "the generator gets embeddings of its own",
         "electra_composer/model/networks.py",
-        "None if model.tie_embeddings else Embeddings(generator)",
+        'None if model.sharing == "tied" else Embeddings(generator)',
         "Embeddings(generator)",
         "tests/model/test_electra.py",
     ),

@@ -106,7 +106,12 @@ class ModelConfig:
     init: Literal["google", "transformers"] = "google"
     initializer_range: Annotated[float, Range(ge=1e-20, le=1)] = 0.02  # standard deviation of the initial weights
     layer_norm_eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-12
-    tie_embeddings: bool = True  # share token, position and type embeddings and their LayerNorm between both models
+    # embeddings of generator and discriminator (docs/recipe.md). tied: one set of tables and one LayerNorm; untied: one
+    # set each, the generator's of its own width; gdes: the discriminator's tables are those of the generator, without
+    # gradient, plus trained differences (DeBERTaV3)
+    sharing: Literal["tied", "untied", "gdes"] = "tied"
+    # null: the generator's hidden size if untied, as google-research/electra; otherwise embedding_size, the only value
+    generator_embedding_size: Width | None = None
     tie_encoder: bool = False  # share the layers too ("all weights", paper section 3.2); needs generator_size 1.0
     # Networks to continue from (docs/continued_pretraining.md): a checkpoint, an export, a Hugging Face folder or name
     init_from: str | None = None  # null: random weights; otherwise sizes and tying that are not given are its own

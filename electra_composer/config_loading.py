@@ -18,7 +18,9 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from electra_composer import signals
 from electra_composer.config import RunConfig
 from electra_composer.errors import UserError, report_user_errors
+from electra_composer.former_keys import TIE_EMBEDDINGS, upgrade_model
 from electra_composer.ranges import container, expected, faults, is_optional, shown
+from electra_composer.ranks import IS_FIRST
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -45,8 +47,10 @@ def load_config(
         UserError: file missing or not YAML, unknown key (the message has its full path and the nearest valid key),
             wrong type, value out of range, missing required value, or an interpolation that cannot be resolved.
     """
-    pieces = _read_pieces(path, overrides)
     config = OmegaConf.structured(schema)
+    pieces = _read_pieces(path, overrides)
+    if "sharing" in config.get("model", {}):
+        pieces = [(origin, key, _upgrade(origin, piece)) for origin, key, piece in pieces]
     try:
         # Interpolations are resolved after the last merge, so that they see overrides of the keys they refer to.
         for origin, key, piece in pieces:
@@ -107,6 +111,22 @@ def _read_pieces(path: str, overrides: list[str]) -> list[tuple[str, str, Any]]:
             raise UserError(f"{override[:80]!r}: the value cannot be read: {' '.join(str(error).split())}") from error
         pieces.append((COMMAND_LINE, override.split("=")[0], piece))
     return pieces
+
+
+def _upgrade(origin: str, piece: Any) -> Any:
+    """Replace keys of earlier versions, and say by which, once for a file or an override."""
+    content = OmegaConf.to_container(piece, resolve=False)
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or TIE_EMBEDDINGS not in model:
+        return piece
+    try:
+        upgraded = upgrade_model(model, "${model.embedding_size}")
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+    if IS_FIRST:
+        now = ", ".join(f"model.{key}={value}" for key, value in upgraded.items() if model.get(key) != value)
+        print(f"{origin}: model.{TIE_EMBEDDINGS} is an older name; read as {now}", flush=True)
+    return OmegaConf.create({"model": upgraded})
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[str]:

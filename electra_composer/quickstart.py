@@ -129,10 +129,10 @@ def check_export() -> str:
     encoded = tokenizer("Return the number of elements in the array.", return_tensors="pt")
     ids = encoded["input_ids"]
     with torch.no_grad():
-        mask = pattern_of(torch.ones_like(ids))
-        embedded = ours.embeddings(ids, encoded["token_type_ids"], torch.arange(ids.shape[1])[None])
-        rtd = ours.rtd_head(ours.discriminator(embedded, mask))
-        mlm = ours.mlm_logits(ours.mlm_head(ours.encoder_of_generator(embedded, mask)))
+        positions, types = torch.arange(ids.shape[1])[None], encoded["token_type_ids"]
+        pattern = pattern_of(torch.ones_like(ids))
+        rtd = ours.discriminate(ids, types, positions, pattern)
+        mlm = ours.mlm_logits(ours.generate(ids, positions, types, positions, pattern))
         difference = max(
             (rtd - discriminator(**encoded).logits).abs().max().item(),
             (mlm - generator(**encoded).logits).abs().max().item(),

@@ -131,7 +131,8 @@ REFUSED = {
     "model.init": ["transformers"],
     "model.initializer_range": ["0.1"],
     "model.layer_norm_eps": ["1.0e-3"],
-    "model.tie_embeddings": ["false"],
+    "model.sharing": ["untied", "gdes"],
+    "model.generator_embedding_size": ["16"],
     "model.tie_encoder": ["true"],
 }
 TABLES = {"free": FREE, "reported": REPORTED, "refused": REFUSED}

@@ -152,7 +152,7 @@ def _perturb(model: ElectraForPretraining) -> None:
             is_norm_weight = parameter.dim() == 1 and "norm" in name and name.endswith("weight")
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if is_norm_weight else 0.0))
         for name, parameter in model.named_parameters():
-            if name.endswith("word.weight") or name == "mlm_head.bias":
+            if name.endswith(("word.weight", "word_delta")) or name == "mlm_head.bias":
                 parameter[model.vocab_size :] = 0.0
 
 

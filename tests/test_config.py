@@ -43,7 +43,7 @@ def test_defaults_are_the_recipe(tmp_path: Path) -> None:
     assert not objective.disallow_correct
     assert objective.mlm_label_smoothing == objective.rtd_label_smoothing == 0.0
     assert model.dropout == model.attention_dropout == 0.1
-    assert (model.initializer_range, model.layer_norm_eps, model.tie_embeddings) == (0.02, 1e-12, True)
+    assert (model.initializer_range, model.layer_norm_eps, model.sharing) == (0.02, 1e-12, "tied")
 
 
 # Overrides

@@ -71,7 +71,12 @@ def features_of_ours(checkpoint, ids):
 
 @pytest.mark.parametrize(
     ("kind", "sizes"),
-    [("vocab.txt", {}), ("tokenizer.json", {"tie_embeddings": False}), ("vocab.txt", {"embedding_size": 32})],
+    [
+        ("vocab.txt", {}),
+        ("tokenizer.json", {"sharing": "untied", "generator_size": 0.75}),
+        ("vocab.txt", {"sharing": "gdes"}),
+        ("vocab.txt", {"embedding_size": 32}),
+    ],
 )
 @torch.no_grad()
 def test_the_round_trip_through_transformers(make_checkpoint, tmp_path, kind, sizes):

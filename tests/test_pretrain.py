@@ -83,9 +83,8 @@ def test_the_loss_of_every_batch_is_that_of_its_own_tokens(make_config, tmp_path
         assert loss["loss/train/total"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
-def test_a_killed_run_continues_as_if_nothing_had_happened(make_config, tmp_path, monkeypatch, draw):
-    how = f"objective.mask_draw={draw}"
+@pytest.mark.parametrize("how", ["objective.mask_draw=exact", "objective.mask_draw=bernoulli", "model.sharing=gdes"])
+def test_a_killed_run_continues_as_if_nothing_had_happened(make_config, tmp_path, monkeypatch, how):
     uninterrupted = weights(main(make_config(f"checkpoints.folder={tmp_path / 'uninterrupted'}", how)))
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "build_callbacks", lambda config: [Kill(after=10)])
@@ -145,7 +144,8 @@ def test_evaluation_interval_changes_nothing_in_training(make_config, tmp_path):
         "objective.temperature=2.0",
         "objective.mlm_label_smoothing=0.1",
         "objective.rtd_label_smoothing=0.1",
-        "model.tie_embeddings=false",
+        "model.sharing=untied",
+        "model.sharing=gdes",
         "optimizer.bias_correction=true",
         "schedule.name=linear",
         "schedule.name=one_cycle",

@@ -32,7 +32,7 @@ REFUSED: dict[str, str] = {
         _keys(
             "model",
             "num_layers hidden_size num_heads embedding_size generator_size generator_layers max_positions "
-            "init initializer_range layer_norm_eps tie_embeddings tie_encoder",
+            "init initializer_range layer_norm_eps sharing generator_embedding_size tie_encoder",
         ),
         WEIGHTS,
     ),

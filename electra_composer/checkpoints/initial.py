@@ -7,20 +7,20 @@ of the shards is that of the source, or begins with it: new entries start as the
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from electra_composer.checkpoints.adapt import adapt
 from electra_composer.checkpoints.networks import Network, matching_generator, read_discriminator, read_generator
 from electra_composer.config import ModelConfig
 from electra_composer.errors import UserError
-from electra_composer.model.adaptation import extend_rows, resize_positions
 from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.sizes import discriminator_config, generator_config
-from electra_composer.model.weight_maps import State
+from electra_composer.model.weight_maps import State, difference, with_delta
 
 RANDOM, LAYERS = "random", "layers"  # values of `model.init_generator_from` that are no source
 
@@ -53,10 +53,19 @@ class Initial:
             sizes |= {
                 "generator_size": generator.config.hidden_size / discriminator.config.hidden_size,
                 "generator_layers": generator.config.num_layers,
-                "tie_embeddings": _equal(discriminator.embeddings, generator.embeddings),
+                "sharing": self._sharing(discriminator, generator),
             }
-            sizes["tie_encoder"] = sizes["tie_embeddings"] and _equal(discriminator.encoder, generator.encoder)
+            if sizes["sharing"] == "untied":
+                sizes["generator_embedding_size"] = generator.config.embedding_size
+            sizes["tie_encoder"] = sizes["sharing"] == "tied" and _equal(discriminator.encoder, generator.encoder)
         return sizes
+
+    @staticmethod
+    def _sharing(discriminator: Network, generator: Network) -> str:
+        """Return the value of `model.sharing` of two networks."""
+        if discriminator.delta is not None and discriminator.source == generator.source:
+            return "gdes"
+        return "tied" if _equal(discriminator.embeddings, generator.embeddings) else "untied"
 
 
 @functools.lru_cache(maxsize=1)  # read for the sizes, and again for the weights
@@ -128,6 +137,8 @@ def initialise(
         lower, said = _without_source(discriminator, model, initial.rest)
         parts |= lower
         taken.append(said)
+    if config.sharing == "gdes":
+        parts["embeddings."] = _disentangled(parts, discriminator, generator)
     for prefix, part in parts.items():
         unknown = [name for name in part if prefix + name not in state]
         assert not unknown, unknown
@@ -146,73 +157,15 @@ def check_agreement(network: Network, expected: EncoderConfig, prefix: str, name
     for size in (*_KEYS, "intermediate_size", "type_vocab_size"):
         if found[size] != wanted[size]:
             key = f"{prefix}{size}" if size in _KEYS else size
+            if (name, size) == ("generator", "embedding_size"):
+                raise UserError(
+                    f"the embeddings of the generator in {network.source} are {found[size]} wide, those of this model "
+                    f"{wanted[size]}; set model.sharing=untied model.generator_embedding_size={found[size]}"
+                )
             raise UserError(
                 f"the {name} in {network.source} has {key} {found[size]}, this model {wanted[size]}; leave the sizes "
                 "under model: out to take those of the source, or remove model.init_from"
             )
-
-
-def adapt(network: Network, expected: EncoderConfig, positions: str, tokenizer: PreTrainedTokenizerFast) -> Network:
-    """Bring the tables of a network to the vocabulary of a tokenizer and to another number of positions.
-
-    Args:
-        network: to adapt; stays as it is.
-        expected: sizes to reach.
-        positions: `copy` or `interpolate`, see :func:`resize_positions`.
-        tokenizer: begins with the vocabulary of the network's own.
-
-    Raises:
-        UserError: it does not.
-    """
-    pieces = pieces_of_new_tokens(network, tokenizer)
-    old = len(tokenizer) - len(pieces)
-    embeddings = dict(network.embeddings)
-    embeddings["word.weight"] = extend_rows(embeddings["word.weight"][:old], pieces, expected.padded_vocab_size)
-    embeddings["position.weight"] = resize_positions(embeddings["position.weight"], expected.max_positions, positions)
-    head = network.head
-    if head is not None and "bias" in head:
-        head = {**head, "bias": extend_rows(head["bias"][:old], pieces, expected.padded_vocab_size)}
-    return replace(network, embeddings=embeddings, head=head)
-
-
-def pieces_of_new_tokens(network: Network, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Return, for each entry of the tokenizer beyond the vocabulary of a network, the ids of its old pieces.
-
-    Raises:
-        UserError: an old entry has another id, or none; or the network has no tokenizer, and another number of entries.
-    """
-    old, advice = network.tokenizer, f"convert the text with --tokenizer {network.source}"
-    size = network.config.vocab_size if old is None else len(old)
-    if len(tokenizer) < size or (old is None and len(tokenizer) > size):
-        raise UserError(
-            f"the tokenizer of the shards has {len(tokenizer):,} entries, {network.source} was trained with "
-            f"{size:,}; {'convert the text with that of its training' if old is None else advice}"
-        )
-    if old is None:
-        return []
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    for number, name in enumerate(old.convert_ids_to_tokens(list(range(size)))):
-        if names[number] != name:
-            raise UserError(
-                f"the tokenizer of the shards has {names[number]!r} as entry {number:,}, {network.source} was trained "
-                f"with {name!r}; {advice}"
-            )
-    ids = old.get_vocab()
-    return [_pieces(name, old, ids) for name in names[size:]]
-
-
-def _pieces(name: str, tokenizer: PreTrainedTokenizerFast, ids: dict[str, int]) -> list[int]:
-    """Tokenize the text of a new entry by the old vocabulary; `##` marks the inside of a word (WordPiece)."""
-    if not name.startswith("##"):
-        return [ids[token] for token in tokenizer.tokenize(name)] or [ids[str(tokenizer.unk_token)]]
-    pieces, rest = [], name.removeprefix("##")
-    while rest:  # the longest match first, as at the start of a word
-        end = next((end for end in range(len(rest), 0, -1) if f"##{rest[:end]}" in ids), None)
-        if end is None:
-            return [ids[str(tokenizer.unk_token)]]
-        pieces.append(ids[f"##{rest[:end]}"])
-        rest = rest[end:]
-    return pieces
 
 
 def _parts_of_generator(generator: Network, discriminator: Network | None, config: ModelConfig) -> dict[str, State]:
@@ -222,17 +175,19 @@ def _parts_of_generator(generator: Network, discriminator: Network | None, confi
         UserError: it differs from the discriminator in what they are to share.
     """
     parts: dict[str, State] = {} if generator.head is None else {"mlm_head.": generator.head}
-    for tied, key, shared, own, ours in (
-        (config.tie_embeddings, "model.tie_embeddings", "embeddings.", "generator_embeddings.", generator.embeddings),
-        (config.tie_encoder, "model.tie_encoder", "discriminator.", "generator.", generator.encoder),
+    tied_encoder, tied_embeddings = ("model.tie_encoder", "true", "false"), ("model.sharing", "tied", "untied")
+    for tied, names, shared, own, ours in (
+        (config.sharing == "tied", tied_embeddings, "embeddings.", "generator_embeddings.", generator.embeddings),
+        (config.tie_encoder, tied_encoder, "discriminator.", "generator.", generator.encoder),
     ):
+        key, value, other = names
         if not tied:
             parts[own] = ours
         elif discriminator is None:
             parts[shared] = ours
         elif not _equal(ours, discriminator.embeddings if shared == "embeddings." else discriminator.encoder):
             raise UserError(
-                f"{key} is true, but {generator.source} and {discriminator.source} differ there; set {key}=false"
+                f"{key} is {value}, but {generator.source} and {discriminator.source} differ there; set {key}={other}"
             )
     return parts
 
@@ -246,8 +201,11 @@ def _without_source(
         UserError: the lower layers of the discriminator are asked for, and have another width.
     """
     parts: dict[str, State] = {}
-    if model.generator_embeddings is not None:
+    own, embeddings = model.generator_embeddings, "with the embeddings of the discriminator"
+    if own is not None and own.word.embedding_dim == discriminator.config.embedding_size:
         parts["generator_embeddings."] = discriminator.embeddings
+    elif own is not None:
+        embeddings = "also of its embeddings, whose width is another"
     if model.generator is None:
         return parts, "generator: the layers of the discriminator, which it shares; its head random"
     ours, theirs = model.generator.state_dict(), discriminator.encoder
@@ -261,7 +219,22 @@ def _without_source(
         parts["generator."] = {name: theirs[name] for name in ours}
         return parts, f"generator: the lower {len(model.generator.layers)} layers of the discriminator; its head random"
     why = "" if rest == RANDOM else " (no generator at hand, and the discriminator's layers have another width)"
-    return parts, f"generator: random weights, with the embeddings of the discriminator{why}"
+    return parts, f"generator: random weights, {embeddings}{why}"
+
+
+def _disentangled(parts: dict[str, State], discriminator: Network | None, generator: Network | None) -> State:
+    """Return the state of the discriminator's `DisentangledEmbeddings`.
+
+    Args:
+        parts: states of the other modules by their prefix.
+        discriminator, generator: adapted; without the former, the discriminator begins with the generator's tables.
+    """
+    base = parts["generator_embeddings."]
+    embeddings = base if discriminator is None else discriminator.embeddings
+    if discriminator is None or generator is None or discriminator.source != generator.source:
+        return with_delta(embeddings, difference(embeddings, base))
+    # Of one checkpoint the differences themselves: a difference of the sums is rounded.
+    return with_delta(embeddings, discriminator.delta or difference(embeddings, base))
 
 
 def _said(name: str, network: Network) -> str:

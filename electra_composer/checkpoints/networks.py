@@ -16,6 +16,7 @@ from electra_composer.model.weight_maps import (
     State,
     encoder_config_of,
     encoder_from_transformers,
+    generator_embeddings,
     mlm_head_from_transformers,
     rtd_head_from_transformers,
     under,
@@ -33,6 +34,8 @@ class Network:
         encoder: state of `Encoder`.
         head: state of `ReplacedTokenHead` or `MaskedLMHead`; None if the source has none.
         tokenizer: the one it was trained with; None if the source has none.
+        delta: of a discriminator trained with `model.sharing: gdes`, the differences of its tables from the
+            generator's, by their names; otherwise None.
     """
 
     source: str
@@ -41,6 +44,7 @@ class Network:
     encoder: State
     head: State | None
     tokenizer: PreTrainedTokenizerFast | None
+    delta: State | None = None
 
 
 def read_discriminator(source: str) -> Network:
@@ -61,7 +65,7 @@ def read_discriminator(source: str) -> Network:
         )
     found = load_source(source)
     embeddings, encoder = under(found.weights, "embeddings."), under(found.weights, "encoder.")
-    return Network(found.name, found.encoder, embeddings, encoder, found.rtd_head, found.tokenizer)
+    return Network(found.name, found.encoder, embeddings, encoder, found.rtd_head, found.tokenizer, found.delta)
 
 
 def read_generator(source: str) -> Network:
@@ -76,7 +80,7 @@ def read_generator(source: str) -> Network:
     """
     if is_own_checkpoint(source):
         checkpoint = read_checkpoint(source)
-        embeddings = under(checkpoint.state, "generator_embeddings.") or under(checkpoint.state, "embeddings.")
+        embeddings = generator_embeddings(checkpoint.state)
         encoder = under(checkpoint.state, "generator.") or under(checkpoint.state, "discriminator.")
         own_head = under(checkpoint.state, "mlm_head.")
         return Network(source, checkpoint.generator, embeddings, encoder, own_head, checkpoint.tokenizer)

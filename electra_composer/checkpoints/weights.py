@@ -33,14 +33,17 @@ from electra_composer.checkpoints.sharded import is_sharded, read_sharded
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError, one_line
 from electra_composer.foreign_files import HF_FOLDER, refuse_foreign
+from electra_composer.former_keys import upgrade_model
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.objectives import build_pretraining_model
 from electra_composer.model.sizes import discriminator_config, generator_config
 from electra_composer.model.weight_maps import (
     State,
+    discriminator_embeddings,
     encoder_config_of,
     encoder_from_transformers,
+    pop_delta,
     rtd_head_from_transformers,
     under,
 )
@@ -59,7 +62,7 @@ class Checkpoint:
 
     path: str
     state: State  # of ElectraForPretraining
-    config: dict[str, Any]  # resolved configuration of the run
+    config: dict[str, Any]  # resolved configuration of the run, in the keys of today
     tokenizer: PreTrainedTokenizerFast
 
     @property
@@ -97,6 +100,7 @@ class Pretrained:
     weights: State  # `embeddings.…` and `encoder.…` of ElectraForClassification
     tokenizer: PreTrainedTokenizerFast
     rtd_head: State | None = None  # weights of the discriminator's head; None if the source has none
+    delta: State | None = None  # with `model.sharing: gdes`, what the tables differ in from the generator's
 
 
 def read_checkpoint(path: str) -> Checkpoint:
@@ -121,7 +125,7 @@ def read_checkpoint(path: str) -> Checkpoint:
             saved = content["state"]
             model_state, record = saved["model"], saved["callbacks"]["RunRecord"]
         config, tokenizer_files = record["config"], record["tokenizer_files"]
-        config["model"]
+        config = {**config, "model": upgrade_model(config["model"], config["model"].get("embedding_size"))}
         # Workaround (torch 2.7): torch.compile puts `_orig_mod.` before parameter names; goes when state_dict omits it.
         state = {name.removeprefix("model.").replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -172,10 +176,10 @@ def load_source(source: str) -> Pretrained:
     is_file = source.endswith(".pt") or os.path.isfile(source)
     if is_file or is_sharded(source) or os.path.lexists(os.path.join(source, LATEST)):
         checkpoint = read_checkpoint(source)
-        weights = {name: t for name, t in checkpoint.state.items() if name.startswith("embeddings.")}
+        weights = {f"embeddings.{name}": t for name, t in discriminator_embeddings(checkpoint.state).items()}
         weights |= {f"encoder.{name}": t for name, t in under(checkpoint.state, "discriminator.").items()}
-        head = under(checkpoint.state, "rtd_head.")
-        return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer, head)
+        head, delta = under(checkpoint.state, "rtd_head."), pop_delta(under(checkpoint.state, "embeddings."))
+        return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer, head, delta)
     refuse_foreign(source, f"a checkpoint of pretrain.py, or {HF_FOLDER}")
     if not os.path.exists(source) and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: no such file or folder; expected a checkpoint, a Hugging Face folder or a hub name")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,6 +46,10 @@ class EncoderConfig:
         return -(-self.vocab_size // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
 
 
+Tables = tuple[Tensor, Tensor, Tensor]
+"""Of tokens, positions and token types."""
+
+
 class Embeddings(nn.Module):
     """Sum of token, position and token-type embeddings, LayerNorm, dropout.
 
@@ -63,12 +68,56 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor | Hidden:
         """Three times integers `[rows, length]` → floats `[rows, length, embedding_size]`; twice if `fused`."""
-        if self.fused:
-            tables, ids = (self.word, self.position, self.token_type), (input_ids, position_ids, token_type_ids)
-            seed = fused_layers.draw_seeds(1, input_ids.device)[0] if self.dropout.is_active else None
-            return fused_layers.embed(tables, ids, self.norm, seed, self.dropout.p)
-        embedded = self.word(input_ids) + self.position(position_ids) + self.token_type(token_type_ids)
-        return self.dropout(self.norm(embedded))
+        return _embed(self.tables(), (input_ids, position_ids, token_type_ids), self.norm, self.dropout, self.fused)
+
+    def tables(self) -> Tables:
+        """Return the tables of tokens, positions and token types, floats `[entries, embedding_size]` each."""
+        return self.word.weight, self.position.weight, self.token_type.weight
+
+
+class DisentangledEmbeddings(nn.Module):
+    """Embeddings whose tables are those of other embeddings, without gradient, plus trainable differences.
+
+    Gradient-disentangled embedding sharing (DeBERTaV3, He et al. 2021, arXiv 2111.09543, section 3.3):
+    `E_D = stop_gradient(E_G) + E_Δ`, where E_Δ is zero at first. E_G is trained by the losses of its own network alone,
+    E_Δ by those of this one, which also has a LayerNorm of its own.
+
+    Args:
+        config: sizes; those of the tables must equal those of `base`.
+        base: embeddings with E_G. No submodule: its parameters have their names in another network.
+
+    Attributes:
+        word_delta, position_delta, token_type_delta: E_Δ, fp32 `[entries, embedding_size]`.
+        fused: as in :class:`Embeddings`.
+    """
+
+    def __init__(self, config: EncoderConfig, base: Embeddings):
+        super().__init__()
+        self.fused = False
+        self.word_delta = nn.Parameter(torch.zeros(config.padded_vocab_size, config.embedding_size))
+        self.position_delta = nn.Parameter(torch.zeros(config.max_positions, config.embedding_size))
+        self.token_type_delta = nn.Parameter(torch.zeros(config.type_vocab_size, config.embedding_size))
+        self.norm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.dropout)
+        self._base = (base,)  # a tuple hides it from nn.Module, which would register it
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor | Hidden:
+        """Same as :meth:`Embeddings.forward`, with the sums as tables."""
+        return _embed(self.tables(), (input_ids, position_ids, token_type_ids), self.norm, self.dropout, self.fused)
+
+    def tables(self) -> Tables:
+        """Compute the sums E_D; see :meth:`Embeddings.tables`."""
+        word, position, token_type = (table.detach() for table in self._base[0].tables())
+        return word + self.word_delta, position + self.position_delta, token_type + self.token_type_delta
+
+
+def _embed(tables: Tables, ids: Tables, norm: nn.LayerNorm, dropout: Dropout, fused: bool) -> Tensor | Hidden:
+    """Look up tokens, positions and token types; sum, LayerNorm, dropout."""
+    if fused:
+        seed = fused_layers.draw_seeds(1, ids[0].device)[0] if dropout.is_active else None
+        return fused_layers.embed(tables, ids, norm, seed, dropout.p)
+    word, position, token_type = (F.embedding(index, table) for index, table in zip(ids, tables, strict=True))
+    return dropout(norm(word + position + token_type))
 
 
 class SelfAttention(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from electra_composer.config import ModelConfig, ObjectiveConfig
-from electra_composer.model.encoder import Embeddings, Encoder, init_weights
+from electra_composer.model.encoder import DisentangledEmbeddings, Embeddings, Encoder, init_weights
 from electra_composer.model.heads import MaskedLMHead, ReplacedTokenHead
 from electra_composer.model.kernels.attention import AttentionPattern
 from electra_composer.model.sizes import (
@@ -27,8 +27,13 @@ class ElectraNetworks(nn.Module):
     model, with `lm_head` in place of `rtd_head`. A generator is a Transformer or two towers (two_towers.py); objectives
     without a network that generates have none.
 
-    Tied modules exist once, so nothing has to be synchronised. `model.tie_embeddings` ties the embedding tables (paper,
+    Tied modules exist once, so nothing has to be synchronised. `model.sharing: tied` ties the embedding tables (paper,
     section 3.2) and their LayerNorm (google-research/electra); `model.tie_encoder` also ties the layers.
+
+    Attributes:
+        embeddings: of the discriminator, whatever the sharing: call it, or take its `tables()`. It has parameters
+            `word.weight`, … only if the sharing is not `gdes`.
+        generator_embeddings: None when tied; see :attr:`embeddings_of_generator`.
 
     Args:
         model: sizes.
@@ -47,9 +52,11 @@ class ElectraNetworks(nn.Module):
         if model.tie_encoder:
             check_same_encoder(model, generator, discriminator)
         self.vocab_size, self.config_of_generator = vocab_size, generator
-        self.embeddings = Embeddings(discriminator)
-        self.generator_embeddings = None if model.tie_embeddings or not has_network else Embeddings(generator)
-        self.generator = None if model.tie_encoder or has_towers or not has_network else Encoder(generator)
+        self.embeddings: Embeddings | DisentangledEmbeddings = Embeddings(discriminator)
+        self.generator_embeddings = Embeddings(generator) if has_network and model.sharing != "tied" else None
+        if self.generator_embeddings is not None and model.sharing == "gdes":
+            self.embeddings = DisentangledEmbeddings(discriminator, self.generator_embeddings)
+        self.generator = Encoder(generator) if has_network and not (has_towers or model.tie_encoder) else None
         self.towers = TwoTowers(generator) if has_towers else None
         self.discriminator = Encoder(discriminator)
         width = generator.hidden_size if self.towers is None else self.towers.output_size
@@ -61,8 +68,9 @@ class ElectraNetworks(nn.Module):
         if model.init == "google":
             self._draw_defaults_of_tensorflow()
         with torch.no_grad():
-            for embeddings in (self.embeddings, self.embeddings_of_generator):
-                embeddings.word.weight[vocab_size:] = 0.0
+            for module in self.modules():
+                if isinstance(module, Embeddings):
+                    module.word.weight[vocab_size:] = 0.0
 
     def _draw_defaults_of_tensorflow(self) -> None:
         """Draw the weights for which google-research/electra names no initializer: TensorFlow's is Glorot-uniform.
@@ -80,7 +88,10 @@ class ElectraNetworks(nn.Module):
     @property
     def embeddings_of_generator(self) -> Embeddings:
         """Embeddings of the generator, also its output weights; those of the discriminator when tied."""
-        return self.embeddings if self.generator_embeddings is None else self.generator_embeddings
+        if self.generator_embeddings is not None:
+            return self.generator_embeddings
+        assert isinstance(self.embeddings, Embeddings)
+        return self.embeddings
 
     @property
     def modules_of_generator(self) -> list[nn.Module]:
@@ -110,7 +121,8 @@ class ElectraNetworks(nn.Module):
             pattern: which tokens attend to each other.
 
         Returns:
-            Floats `[rows, N, embedding_size]`. Their product with the token embeddings gives the logits of p_G.
+            Floats `[rows, N, e]`, e the width of the generator's embeddings. Their product with its token embeddings
+            gives the logits of p_G.
         """
         hidden = self.encoder_of_generator(
             self.embeddings_of_generator(masked_ids, token_type_ids, position_ids), pattern
@@ -155,19 +167,19 @@ class ElectraNetworks(nn.Module):
     def mlm_logits(self, mlm_features: Tensor) -> Tensor:
         """Compute the generator's logits from the output of :meth:`generate` and the current weights.
 
-        `[rows, N, embedding_size]` → fp32 `[rows, N, vocab_size]`, all at once: for inspection, not for training.
+        `[rows, N, e]` → fp32 `[rows, N, vocab_size]`, all at once: for inspection, not for training.
         """
         assert self.mlm_head is not None
-        return self._logits(mlm_features, self.embeddings_of_generator, self.mlm_head)
+        return self._logits(mlm_features, self.embeddings_of_generator.word.weight, self.mlm_head)
 
     @torch.no_grad()
     def lm_logits(self, lm_features: Tensor) -> Tensor:
         """Same as :meth:`mlm_logits` for the features of `lm_head`, where the discriminator predicts tokens."""
         assert self.lm_head is not None
-        return self._logits(lm_features, self.embeddings, self.lm_head)
+        return self._logits(lm_features, self.embeddings.tables()[0], self.lm_head)
 
-    def _logits(self, features: Tensor, embeddings: Embeddings, head: MaskedLMHead) -> Tensor:
-        return F.linear(features, embeddings.word.weight[: self.vocab_size], head.bias[: self.vocab_size]).float()
+    def _logits(self, features: Tensor, table: Tensor, head: MaskedLMHead) -> Tensor:
+        return F.linear(features, table[: self.vocab_size], head.bias[: self.vocab_size]).float()
 
 
 def at(hidden: Tensor, positions: Tensor) -> Tensor:

@@ -9,7 +9,10 @@ from electra_composer.errors import UserError
 
 RTD = ("objective.disc_weight", "objective.rtd_label_smoothing", "objective.rtd_label_smoothing_style")
 GENERATOR = ("objective.gen_weight", "objective.sampling", "objective.temperature", "objective.disallow_correct")
-SHARED = ("model.tie_embeddings", "model.tie_encoder", "model.generator_layers", "model.init_generator_from")
+SHARED = (
+    *("model.sharing", "model.tie_encoder", "model.generator_layers", "model.generator_embedding_size"),
+    "model.init_generator_from",
+)
 
 BY_KIND: dict[str, tuple[str, ...]] = {
     "electra": (),
@@ -72,7 +75,8 @@ def check_objective(model: ModelConfig, objective: ObjectiveConfig) -> None:
             found = ", ".join(f"{key}={values[key]}" for key in wrong)
             back = " ".join(f"{key}={expected[key]}" for key in wrong)
             raise UserError(f"{found}: no meaning with {reason}; remove it, or set the default, {back}")
-    if given.generator == "frozen" and model.tie_embeddings:
+    if given.generator == "frozen" and model.sharing == "tied":
         raise UserError(
-            f"{generator} with tied embeddings, which the discriminator would train; set model.tie_embeddings=false"
+            f"{generator} with model.sharing=tied, where the discriminator would train the generator's embeddings; set "
+            "model.sharing=untied or gdes"
         )

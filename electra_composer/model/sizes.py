@@ -22,7 +22,9 @@ def detects(objective: ObjectiveConfig) -> bool:
 
 def discriminator_config(model: ModelConfig, vocab_size: int) -> EncoderConfig:
     """Sizes of the discriminator: those of the YAML, feed-forward 4 × hidden."""
-    return _encoder_config(model, vocab_size, model.hidden_size, model.num_heads, model.num_layers, "model.")
+    return _encoder_config(
+        model, vocab_size, model.hidden_size, model.num_heads, model.num_layers, model.embedding_size, "model."
+    )
 
 
 def generator_config(model: ModelConfig, vocab_size: int) -> EncoderConfig:
@@ -30,22 +32,57 @@ def generator_config(model: ModelConfig, vocab_size: int) -> EncoderConfig:
 
     Hidden size `generator_size × hidden_size`, heads `max(1, hidden // 64)`, feed-forward 4 × hidden, layers
     `generator_layers`, by default as many as in the discriminator (google-research/electra `util/training_utils.py`).
+    The width of its embeddings follows from `sharing`, see :func:`generator_embedding_size`.
+
+    Raises:
+        UserError: sizes that contradict each other.
     """
     hidden_size = round(model.generator_size * model.hidden_size)
     layers = model.num_layers if model.generator_layers is None else model.generator_layers
     prefix = "generator (model.generator_size, model.generator_layers): "
-    return _encoder_config(model, vocab_size, hidden_size, max(1, hidden_size // 64), layers, prefix)
+    embedding_size = generator_embedding_size(model, hidden_size)
+    return _encoder_config(model, vocab_size, hidden_size, max(1, hidden_size // 64), layers, embedding_size, prefix)
+
+
+def generator_embedding_size(model: ModelConfig, hidden_size: int) -> int:
+    """Return the width of the generator's embeddings.
+
+    Untied they are by default as wide as its layers, so that there is no projection: `untied_generator_embeddings` of
+    google-research/electra (`run_pretraining.py` gives the generator no `embedding_size` then).
+
+    Args:
+        hidden_size: of the generator.
+
+    Raises:
+        UserError: another width than the discriminator's, whose tables it shares.
+    """
+    width = model.generator_embedding_size
+    if model.sharing == "untied":
+        return hidden_size if width is None else width
+    if width not in (None, model.embedding_size):
+        raise UserError(
+            f"model.generator_embedding_size is {width}, but with model.sharing={model.sharing} both networks have "
+            f"embeddings of one width, model.embedding_size ({model.embedding_size}); set it to null, or "
+            "model.sharing=untied"
+        )
+    return model.embedding_size
 
 
 def _encoder_config(
-    model: ModelConfig, vocab_size: int, hidden_size: int, num_heads: int, num_layers: int, prefix: str
+    model: ModelConfig,
+    vocab_size: int,
+    hidden_size: int,
+    num_heads: int,
+    num_layers: int,
+    embedding_size: int,
+    prefix: str,
 ) -> EncoderConfig:
     """Check the sizes of one encoder; `prefix` precedes their names in errors."""
     sizes = {
         "num_layers": num_layers,
         "hidden_size": hidden_size,
         "num_heads": num_heads,
-        "embedding_size": model.embedding_size,
+        "embedding_size": embedding_size,
     }
     if hidden_size < 1:
         raise UserError(f"{prefix}hidden_size is {hidden_size}; expected at least 1")
@@ -90,19 +127,31 @@ def check_sizes(model: ModelConfig, objective: ObjectiveConfig, max_seq_length: 
         check_same_encoder(model, generator, discriminator)
 
 
-def count_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Return the number of parameters of generator and discriminator, tied ones once, without building them."""
+def count_parameters(model: ModelConfig, vocab_size: int, objective: ObjectiveConfig | None = None) -> int:
+    """Return the number of parameters of an objective's networks, tied ones once, without building them.
+
+    The differences of `sharing: gdes` are as many as the tables that they are added to.
+    """
+    objective = objective or ObjectiveConfig()
     discriminator, generator = discriminator_config(model, vocab_size), generator_config(model, vocab_size)
 
     def embeddings(of: EncoderConfig) -> int:
         return (of.padded_vocab_size + of.max_positions + of.type_vocab_size + 2) * of.embedding_size
 
+    parts = [encoder_parameters(discriminator), embeddings(discriminator)]
     hidden = discriminator.hidden_size
-    mlm_head = mlm_head_parameters(generator, generator.hidden_size)
-    rtd_head = (hidden + 1) * (hidden + 1)
-    own = [discriminator] if model.tie_encoder else [discriminator, generator]
-    tables = [discriminator] if model.tie_embeddings else [discriminator, generator]
-    return sum(map(encoder_parameters, own)) + sum(map(embeddings, tables)) + mlm_head + rtd_head
+    parts.append((hidden + 1) * (hidden + 1) if detects(objective) else mlm_head_parameters(discriminator, hidden))
+    if objective.kind == "all_tokens_mlm":
+        parts.append(hidden + 1)
+    if not generates(objective):
+        return sum(parts)
+    if model.sharing != "tied":
+        parts.append(embeddings(generator))
+    if objective.resolved().generator == "two_tower":
+        return sum(parts) + two_tower_parameters(generator)
+    if not model.tie_encoder:
+        parts.append(encoder_parameters(generator))
+    return sum(parts) + mlm_head_parameters(generator, generator.hidden_size)
 
 
 def encoder_parameters(config: EncoderConfig) -> int:
@@ -129,9 +178,10 @@ def check_same_encoder(model: ModelConfig, generator: EncoderConfig, discriminat
     Raises:
         UserError: the two encoders cannot be one.
     """
-    if not model.tie_embeddings:
+    if model.sharing != "tied":
         raise UserError(
-            "model.tie_encoder is true, but model.tie_embeddings is false; set both to true or both to false"
+            f"model.tie_encoder is true, but model.sharing is {model.sharing}; set model.sharing=tied, or "
+            "model.tie_encoder=false"
         )
     if generator != discriminator:
         differ = [name for name, size in vars(generator).items() if size != getattr(discriminator, name)]

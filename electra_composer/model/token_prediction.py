@@ -103,7 +103,7 @@ class AllTokensMLM(ElectraForPretraining):
         features, copy_logits = self.lm_head(hidden), self.copy_head(hidden).squeeze(-1).float()
         lm = masked_lm(
             features.flatten(0, 1),
-            self.embeddings.word.weight,
+            self.embeddings.tables()[0],
             self.lm_head.bias,
             ids.flatten(),
             tokens.float().flatten(),
@@ -143,7 +143,7 @@ def predict_masked(
     features = model.lm_head(at(hidden, masked.positions))
     lm = masked_lm(
         features.flatten(0, 1),
-        model.embeddings.word.weight,
+        model.embeddings.tables()[0],
         model.lm_head.bias,
         masked.originals.flatten(),
         masked.weights.flatten(),

@@ -24,6 +24,8 @@ _EMBEDDINGS = (
     ("norm.weight", "LayerNorm.weight"),
     ("norm.bias", "LayerNorm.bias"),
 )
+# Our tables, and their differences in `DisentangledEmbeddings`.
+DELTAS = {f"{table}.weight": f"{table}_delta" for table in ("word", "position", "token_type")}
 _LAYER = (
     ("attention.out", "attention.output.dense"),
     ("attention_norm", "attention.output.LayerNorm"),
@@ -130,7 +132,7 @@ def encoder_from_transformers(state: State, config: EncoderConfig) -> tuple[Stat
 
 def discriminator_to_transformers(state: State, config: EncoderConfig) -> State:
     """Convert our pretraining state to that of `ElectraForPreTraining`."""
-    body = encoder_to_transformers(under(state, "embeddings."), under(state, "discriminator."), config)
+    body = encoder_to_transformers(discriminator_embeddings(state), under(state, "discriminator."), config)
     result = {f"electra.{name}": tensor for name, tensor in body.items()}
     for ours, theirs in _RTD_HEAD:
         for kind in ("weight", "bias"):
@@ -138,13 +140,47 @@ def discriminator_to_transformers(state: State, config: EncoderConfig) -> State:
     return result
 
 
+def discriminator_embeddings(state: State) -> State:
+    """Return the state of the `Embeddings` of the discriminator in a pretraining state: under gdes, the sums."""
+    own = under(state, "embeddings.")
+    delta = pop_delta(own)
+    if delta is not None:
+        base = under(state, "generator_embeddings.")
+        own |= {name: base[name] + tensor for name, tensor in delta.items()}
+    return own
+
+
+def generator_embeddings(state: State) -> State:
+    """Return the state of the generator's `Embeddings` in a pretraining state."""
+    return under(state, "generator_embeddings.") or under(state, "embeddings.")
+
+
+def pop_delta(embeddings: State) -> State | None:
+    """Remove the differences from a state of `DisentangledEmbeddings`, and return them by the names of the tables.
+
+    None if it is a state of `Embeddings`.
+    """
+    return {table: embeddings.pop(delta) for table, delta in DELTAS.items() if delta in embeddings} or None
+
+
+def with_delta(embeddings: State, delta: State) -> State:
+    """Return a state of `DisentangledEmbeddings`: the LayerNorm of `embeddings`, and differences of the tables."""
+    norm = {name: tensor for name, tensor in embeddings.items() if name not in DELTAS}
+    return norm | {DELTAS[table]: tensor for table, tensor in delta.items()}
+
+
+def difference(embeddings: State, base: State) -> State:
+    """Return the differences of two sets of tables of one size."""
+    return {table: embeddings[table] - base[table] for table in DELTAS}
+
+
 def generator_to_transformers(state: State, config: EncoderConfig) -> State:
     """Convert our pretraining state to that of `ElectraForMaskedLM`; output weights are the token embeddings.
 
     Tied embeddings or layers are taken from the discriminator.
     """
-    embeddings = under(state, "generator_embeddings.") or under(state, "embeddings.")
-    body = encoder_to_transformers(embeddings, under(state, "generator.") or under(state, "discriminator."), config)
+    encoder = under(state, "generator.") or under(state, "discriminator.")
+    body = encoder_to_transformers(generator_embeddings(state), encoder, config)
     result = {f"electra.{name}": tensor for name, tensor in body.items()}
     for ours, theirs in _MLM_HEAD:
         for kind in ("weight", "bias"):
@@ -160,16 +196,18 @@ def pretraining_from_transformers(discriminator: State, generator: State, model:
     Tied embeddings or layers are taken from the discriminator; the generator's must be equal.
 
     Raises:
-        UserError: embeddings or layers differ although `model.tie_embeddings` or `model.tie_encoder` is set.
+        UserError: embeddings or layers differ although `model.sharing` is `tied` or `model.tie_encoder` is set.
     """
     sizes = discriminator_config(model, vocab_size), generator_config(model, vocab_size)
     embeddings, encoder = encoder_from_transformers(under(discriminator, "electra."), sizes[0])
-    generator_embeddings, generator_encoder = encoder_from_transformers(under(generator, "electra."), sizes[1])
+    tables, generator_encoder = encoder_from_transformers(under(generator, "electra."), sizes[1])
+    if model.sharing == "tied" and any(not torch.equal(embeddings[name], tensor) for name, tensor in tables.items()):
+        raise UserError("generator and discriminator have different embeddings; set model.sharing to untied or gdes")
+    if model.sharing == "gdes":
+        embeddings = with_delta(embeddings, difference(embeddings, tables))
     result = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
-    if not model.tie_embeddings:
-        result |= {f"generator_embeddings.{name}": tensor for name, tensor in generator_embeddings.items()}
-    elif any(not torch.equal(embeddings[name], tensor) for name, tensor in generator_embeddings.items()):
-        raise UserError("generator and discriminator have different embeddings; set model.tie_embeddings=false")
+    if model.sharing != "tied":
+        result |= {f"generator_embeddings.{name}": tensor for name, tensor in tables.items()}
     result |= {f"discriminator.{name}": tensor for name, tensor in encoder.items()}
     if not model.tie_encoder:
         result |= {f"generator.{name}": tensor for name, tensor in generator_encoder.items()}

@@ -121,7 +121,8 @@ def read_initial_weights(prepared: Prepared) -> None:
 def check_model(prepared: Prepared) -> None:
     """Build the model, if it fits into memory, and choose its kernels."""
     config = prepared.config
-    check_memory(count_parameters(config.model, len(prepared.tokenizer)), config.trainer)
+    parameters = count_parameters(config.model, len(prepared.tokenizer), config.objective)
+    check_memory(parameters, config.trainer)
     prepared.model = build_model(config, prepared.tokenizer, prepared.cpu_autocast)
     check_stoppers(config.callbacks, prepared.model, ["eval"])
     choose_kernels(config, prepared.model, prepared.meta)
@@ -198,7 +199,7 @@ def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: 
     Raises:
         UserError: it does not run on this machine.
     """
-    name, sizes = config.objective.masked_lm, model.model.discriminator.config
+    name, sizes = config.objective.masked_lm, model.model.encoder_of_generator.config
     missing = missing_for_triton() if device == "gpu" else None
     if missing is not None and name == "triton":
         raise UserError(

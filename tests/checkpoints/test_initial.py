@@ -87,7 +87,7 @@ def test_the_first_losses_are_those_of_transformers(
     initial = read_initial(str(source), None)
     assert initial is not None
     model, config = build(initial)
-    assert config.tie_embeddings == tied
+    assert config.sharing == ("tied" if tied else "untied")
     said = initialise(model, config, make_tokenizer(WORDS), initial)
     assert said == f"discriminator from {source}; generator from {tmp_path / 'small-generator'}"
     batch = make_batch(UNEVEN)
@@ -125,7 +125,7 @@ def test_sizes_follow_from_the_networks(pair: Path) -> None:
         "max_positions": 40,
         "generator_size": 0.5,
         "generator_layers": 2,
-        "tie_embeddings": True,
+        "sharing": "tied",
         "tie_encoder": False,
     }
 
@@ -153,8 +153,8 @@ def test_other_sizes_are_refused(pair: Path, make_tokenizer: Make, changes: dict
 def test_tying_of_networks_that_differ_is_refused(save_pair: Make, make_tokenizer: Make, tmp_path: Path) -> None:
     initial = read_initial(str(save_pair(tmp_path, tied=False)), None)
     assert initial is not None
-    model, config = build(initial, tie_embeddings=True)
-    with pytest.raises(UserError, match=r"model.tie_embeddings is true, but .* differ there; set model.tie_embeddings"):
+    model, config = build(initial, sharing="tied")
+    with pytest.raises(UserError, match=r"model.sharing is tied, but .* differ there; set model.sharing=untied"):
         initialise(model, config, make_tokenizer(WORDS), initial)
 
 
@@ -221,7 +221,8 @@ def test_a_discriminator_alone(
     alone.symlink_to(pair)
     initial = read_initial(str(alone), generator)
     assert initial is not None
-    changes = {"generator_size": size, "generator_layers": 1, "num_heads": 4, "tie_embeddings": tied}
+    sharing = {"sharing": "tied"} if tied else {"sharing": "untied", "generator_embedding_size": 16}
+    changes = {"generator_size": size, "generator_layers": 1, "num_heads": 4, **sharing}
     model, config = build(initial, **changes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     line = initialise(model, config, make_tokenizer(WORDS), initial)

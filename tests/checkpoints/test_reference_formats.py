@@ -86,7 +86,7 @@ def test_pretraining_starts_from_googles_checkpoint() -> None:
     initial = read_initial(str(TENSORFLOW), None)
     assert initial is not None
     sizes = initial.sizes()
-    assert (sizes["generator_size"], sizes["tie_embeddings"]) == (0.5, True)
+    assert (sizes["generator_size"], sizes["sharing"]) == (0.5, "tied")
     model, tokenizer = ModelConfig(**sizes), initial.discriminator.tokenizer  # type: ignore[union-attr]
     assert tokenizer is not None
     built = ElectraForPretraining(model, ObjectiveConfig(), 20, special_ids(tokenizer), 12)

@@ -47,18 +47,18 @@ def compile_as_composer_does(model: ElectraPretraining, backend: str) -> None:
 
 
 @pytest.mark.parametrize("cpu_autocast", [False, True])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sharing", ["tied", "untied", "gdes"])
 def test_one_graph_with_the_same_losses_and_gradients(
     make_model: Make,
     make_batch: Make,
     tiny_model_config: Make,
-    tied: bool,
+    sharing: str,
     cpu_autocast: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Compiled attention in bf16 is torch's, which rounds differently from _WrittenAttention.
     monkeypatch.setattr("electra_composer.model.kernels.attention._is_short_bf16", lambda qkv: False)
-    model = ElectraPretraining(make_model(tiny_model_config(num_layers=1, tie_embeddings=tied)), cpu_autocast)
+    model = ElectraPretraining(make_model(tiny_model_config(num_layers=1, sharing=sharing)), cpu_autocast)
     batch = make_batch(ROWS)
     batch["noise"] = model.model.draw_noise(batch["input_ids"])
     batch = model.count_batch(batch)

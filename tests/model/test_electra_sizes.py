@@ -75,7 +75,7 @@ def test_all_weights_tied_there_is_one_encoder(make_model: Make, make_batch: Mak
 
 
 def test_untied_each_side_has_its_own(make_model: Make, make_batch: Make, tiny_model_config: Make) -> None:
-    model = make_model(tiny_model_config(tie_embeddings=False))
+    model = make_model(tiny_model_config(sharing="untied"))
     assert model.generator_embeddings is not None
     batch = make_batch(UNEVEN)
     noise = noise_of(model, batch)
@@ -92,19 +92,21 @@ def test_untied_each_side_has_its_own(make_model: Make, make_batch: Make, tiny_m
     assert not torch.allclose(after_logits, model.mlm_logits(model(**batch, noise=noise)["mlm_features"]))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sharing", ["tied", "untied", "gdes"])
 def test_padded_rows_are_never_predicted_and_get_no_gradient(
-    make_model: Make, make_batch: Make, tiny_model_config: Make, tied: bool
+    make_model: Make, make_batch: Make, tiny_model_config: Make, sharing: str
 ) -> None:
     """99 words in a table of 128: logits are 99 wide, rows 99 to 127 are zero and have zero gradient."""
-    model = make_model(tiny_model_config(tie_embeddings=tied), perturbed=False)
+    model = make_model(tiny_model_config(sharing=sharing), perturbed=False)
     batch = make_batch(UNEVEN * 4)
     outputs = model(**batch, noise=noise_of(model, batch))
     assert model.mlm_logits(outputs["mlm_features"]).shape == (16, model.slots, VOCAB_SIZE)
     assert outputs["corrupted_ids"].max() < VOCAB_SIZE
     (outputs["mlm_loss"] + outputs["rtd_loss"]).backward()
-    tables = [p for name, p in model.named_parameters() if name.endswith("word.weight")] + [model.mlm_head.bias]
-    assert len(tables) == (2 if tied else 3)
+    tables = [p for name, p in model.named_parameters() if name.endswith(("word.weight", "word_delta"))] + [
+        model.mlm_head.bias
+    ]
+    assert len(tables) == (2 if sharing == "tied" else 3)
     for table in tables:
         assert table.shape[0] == 128
         assert (table[VOCAB_SIZE:] == 0).all()
@@ -161,7 +163,9 @@ def test_small_has_the_parameters_of_the_papers(special: SpecialIds) -> None:
     "sizes",
     [
         {},
-        {"tie_embeddings": False},
+        {"sharing": "untied"},
+        {"sharing": "untied", "generator_embedding_size": 24},
+        {"sharing": "gdes"},
         {"tie_encoder": True, "generator_size": 1.0, "num_heads": 1},
         {"embedding_size": 32, "num_layers": 3, "generator_layers": 1},
     ],
@@ -203,7 +207,10 @@ def test_initial_weights(make_model: Make, tiny_model_config: Make) -> None:
         ({"generator_layers": 0}, {}, 32, r"model\.generator_layers is 0"),
         ({"embedding_size": 0}, {}, 32, "embedding_size is 0"),
         ({"tie_encoder": True}, {}, 32, r"differ in hidden_size.*generator_size=1\.0.*num_heads=1"),
-        ({"tie_encoder": True, "tie_embeddings": False}, {}, 32, r"model\.tie_embeddings is false"),
+        ({"tie_encoder": True, "sharing": "untied"}, {}, 32, r"model\.sharing is untied; set model\.sharing=tied"),
+        ({"tie_encoder": True, "sharing": "gdes"}, {}, 32, r"model\.sharing is gdes; set model\.sharing=tied"),
+        ({"generator_embedding_size": 24}, {}, 32, r"generator_embedding_size is 24, but with model\.sharing=tied"),
+        ({"generator_embedding_size": 8, "sharing": "gdes"}, {}, 32, r"is 8, but .*=gdes .*embedding_size \(16\)"),
         ({"dropout": 1.5}, {}, 32, r"model\.dropout is 1\.5; expected a number in \[0, 0\.99\]"),
         ({"attention_dropout": -0.1}, {}, 32, r"model\.attention_dropout is -0\.1"),
         ({}, {"temperature": 0.0}, 32, r"objective\.temperature is 0\.0"),

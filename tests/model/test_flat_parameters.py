@@ -22,7 +22,8 @@ BF16 = torch.bfloat16
 
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {},
-    "untied": {"tie_embeddings": False},
+    "untied": {"sharing": "untied"},
+    "gdes": {"sharing": "gdes"},
     "one encoder": {"tie_encoder": True, "generator_size": 1.0, "num_heads": 1},
 }
 

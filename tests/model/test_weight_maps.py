@@ -32,7 +32,8 @@ Make = Callable[..., Any]
 def test_maps_fit_transformers_strictly_and_come_back_as_they_went(
     make_model: Make, tiny_model_config: Make, sizes: dict[str, Any], tied: bool
 ) -> None:
-    config = tiny_model_config(**sizes, tie_embeddings=tied)
+    width = {} if tied else {"generator_embedding_size": sizes.get("embedding_size", 16)}
+    config = tiny_model_config(**sizes, **width, sharing="tied" if tied else "untied")
     ours = make_model(config)
     state = ours.state_dict()
     discriminator = ElectraForPreTraining(transformers_config(ours.discriminator.config, pad_id=0))
@@ -73,13 +74,13 @@ def test_exported_embeddings_of_both_sides_are_equal(make_model: Make) -> None:
 
 
 def test_different_embeddings_are_not_tied_silently(make_model: Make, tiny_model_config: Make) -> None:
-    config = tiny_model_config(tie_embeddings=False)
+    config = tiny_model_config(sharing="untied")
     model = make_model(config)
     parts = (
         discriminator_to_transformers(model.state_dict(), model.discriminator.config),
         generator_to_transformers(model.state_dict(), model.generator.config),
     )
-    with pytest.raises(UserError, match="tie_embeddings=false"):
+    with pytest.raises(UserError, match=r"set model\.sharing to untied or gdes"):
         pretraining_from_transformers(*parts, tiny_model_config(), 99)
     back = pretraining_from_transformers(*parts, config, 99)
     assert not torch.equal(back["embeddings.word.weight"], back["generator_embeddings.word.weight"])

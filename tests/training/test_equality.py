@@ -43,6 +43,7 @@ trainer: {max_duration: 12ba, global_train_batch_size: 24, device_eval_batch_siz
 checkpoints: {folder: FOLDER, milestones: [0.5, 1.0]}
 """
 TIED = "model.tie_encoder=true model.generator_size=1.0 model.num_heads=1"
+GDES = "model.sharing=gdes"
 COMPILED = "trainer.compile=true"
 FSDP = "trainer.fsdp={}"
 MICRO = "trainer.device_train_microbatch_size=10"
@@ -64,6 +65,7 @@ def one(folder: Path) -> Path:
         arrangements = [
             "reference",
             f"tied {TIED}",
+            f"gdes {GDES}",
             f"fsdp {FSDP}",
             f"micro_recomputed {MICRO} trainer.activation_checkpointing=true",
             "infinite trainer.on_nonfinite=skip",
@@ -92,6 +94,7 @@ def two(folder: Path, one: Path) -> Path:
         f"ddp_micro_recorded {MICRO} trainer.cuda_graph=true",
         f"fsdp_micro_recomputed {FSDP} {MICRO} trainer.fsdp.activation_checkpointing=true",
         f"tied_fsdp_compiled {TIED} {COMPILED} {FSDP}",
+        f"gdes_fsdp_micro {GDES} {FSDP} {MICRO}",
         f"sharded {SHARDED}",
         f"ddp_from_file@6 checkpoints.load_path={middle(one / 'reference')}",
         f"infinite_fsdp trainer.on_nonfinite=skip {FSDP}",
@@ -132,10 +135,18 @@ def assert_same_run(run: Path, reference: Path) -> None:
 
 
 def reference_of(run: Path, one: Path) -> Path:
-    return one / ("tied" if "tied" in run.name else "reference")
+    return one / next((name for name in ("tied", "gdes") if name in run.name), "reference")
 
 
-TWO = ["ddp", "ddp_compiled", "ddp_micro_recorded", "fsdp_micro_recomputed", "tied_fsdp_compiled", "sharded"]
+TWO = [
+    "ddp",
+    "ddp_compiled",
+    "ddp_micro_recorded",
+    "fsdp_micro_recomputed",
+    "tied_fsdp_compiled",
+    "gdes_fsdp_micro",
+    "sharded",
+]
 
 
 @pytest.mark.parametrize("name", ["fsdp", "micro_recomputed"])

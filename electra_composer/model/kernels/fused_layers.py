@@ -91,7 +91,7 @@ def linear_gelu(x: Tensor, linear: nn.Linear) -> Tensor:
 
 
 def embed(
-    tables: tuple[nn.Embedding, nn.Embedding, nn.Embedding],
+    tables: tuple[Tensor, Tensor, Tensor],
     ids: tuple[Tensor, Tensor, Tensor],
     norm: nn.LayerNorm,
     seed: Tensor | None,
@@ -99,10 +99,10 @@ def embed(
 ) -> Hidden:
     """Compute `dropout(norm(sum of embeddings))` in autocast's dtype.
 
-    `tables` and `ids`, integers `[rows, length]`: of tokens, positions and token types.
+    `tables`, floats `[entries, width]`, and `ids`, integers `[rows, length]`: of tokens, positions and token types.
     """
     from electra_composer.model.kernels import embeddings_triton
 
-    weights, device_type = [table.weight for table in tables], ids[0].device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weights[0].dtype
-    return embeddings_triton.embed(*weights, *ids, norm.weight, norm.bias, seed, p, norm.eps, dtype)[:2]
+    device_type = ids[0].device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tables[0].dtype
+    return embeddings_triton.embed(*tables, *ids, norm.weight, norm.bias, seed, p, norm.eps, dtype)[:2]

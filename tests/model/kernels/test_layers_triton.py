@@ -194,11 +194,14 @@ class TestKernel:
         ):
             torch.library.opcheck(operator, arguments, test_utils=OPERATOR_CHECKS)
 
-    @pytest.mark.parametrize(("embedding_size", "autocast"), [(16, False), (32, False), (16, True)])
-    def test_kernel_model_is_its_twin(self, embedding_size: int, autocast: bool) -> None:
+    @pytest.mark.parametrize(
+        ("embedding_size", "sharing", "autocast"),
+        [(16, "tied", False), (32, "tied", False), (16, "tied", True), (16, "gdes", True)],
+    )
+    def test_kernel_model_is_its_twin(self, embedding_size: int, sharing: str, autocast: bool) -> None:
         """Losses and all gradients of a tiny model without dropout, with and without a projection."""
         (theirs, of_theirs), (ours, of_ours) = (
-            step(tiny_model(0.0, embedding_size, name), autocast) for name in ("torch", "triton")
+            step(tiny_model(0.0, embedding_size, name, sharing), autocast) for name in ("torch", "triton")
         )
         tolerance = 2e-2 if autocast else 1e-5
         assert distance(ours, theirs) < tolerance
@@ -251,9 +254,15 @@ class TestKernel:
             torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def tiny_model(p: float, embedding_size: int, name: str) -> ElectraForPretraining:
+def tiny_model(p: float, embedding_size: int, name: str, sharing: str = "tied") -> ElectraForPretraining:
     torch.manual_seed(0)
-    sizes = ModelConfig(1, 32, 2, embedding_size, 0.5, max_positions=20, dropout=p, attention_dropout=0.0)
+    sizes = ModelConfig(
+        *(1, 32, 2, embedding_size, 0.5),
+        max_positions=20,
+        dropout=p,
+        attention_dropout=0.0,
+        sharing=sharing,  # type: ignore[arg-type]
+    )
     model = ElectraForPretraining(sizes, ObjectiveConfig(masked_lm="chunked"), 99, SpecialIds(0, 1, 2, 3), 16)
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=0.05, std=0.2)
