@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from composer.core import DataSpec
 from composer.utils import dist
 from transformers import PreTrainedTokenizerFast
 
-from electra_composer.batches.baselines import loss_without_context
+from electra_composer.batches.baselines import loss_without_context, unigram_counts
 from electra_composer.batches.checks import check_shards, check_split
 from electra_composer.batches.shards import build_data_spec, read_data
 from electra_composer.batches.streams import check_streams, describe_streams
@@ -25,12 +26,13 @@ from electra_composer.checkpoints.weights import (
     special_ids,
 )
 from electra_composer.compilers import missing_for_triton
-from electra_composer.config import PretrainConfig
+from electra_composer.config import ObjectiveConfig, PretrainConfig
 from electra_composer.config_loading import to_dict
 from electra_composer.errors import UserError
 from electra_composer.model.kernels.attention import ExampleBound
 from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
 from electra_composer.model.kernels.masked_lm import resolve_implementation
+from electra_composer.model.losses import LossTerm
 from electra_composer.model.objectives import build_pretraining_model
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.model.sizes import check_sizes, count_parameters
@@ -53,6 +55,9 @@ from electra_composer.training.startup import (
 )
 from electra_composer.versions import check_versions
 from electra_composer.vocabulary import load_tokenizer
+
+COUNTED_ROWS = 200_000
+"""Training rows, evenly spaced, in which the tokens are counted for `objective.generator: unigram`, at most."""
 
 
 @dataclass
@@ -124,9 +129,12 @@ def check_model(prepared: Prepared) -> None:
     parameters = count_parameters(config.model, len(prepared.tokenizer), config.objective)
     check_memory(parameters, config.trainer)
     prepared.model = build_model(config, prepared.tokenizer, prepared.cpu_autocast)
+    if prepared.initial is None:
+        count_words(config, prepared.model, prepared.meta)
     check_stoppers(config.callbacks, prepared.model, ["eval"])
     choose_kernels(config, prepared.model, prepared.meta)
     if prepared.initial is not None:
+        check_kind(prepared.initial, config.objective)
         check_state_fits(prepared.initial.state, prepared.model.model.state_dict(), prepared.initial.path)
     else:
         load_initial_weights(config, prepared.model, prepared.tokenizer)
@@ -139,7 +147,7 @@ def open_data(prepared: Prepared) -> None:
     config = prepared.config
     prepared.train_data, prepared.eval_data = build_data(config, prepared.meta, prepared.model)
     build_scheduler(config.schedule, duration_of(config)).check(len(prepared.train_data.dataloader))
-    prepared.baseline = mlm_baseline(config, prepared.meta)
+    prepared.baseline = mlm_baseline(config, prepared.meta, prepared.model.model.terms)
 
 
 CHECKS: tuple[tuple[str, Callable[[Prepared], None]], ...] = (
@@ -166,6 +174,24 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, cpu_
         max_seq_length=config.data.max_seq_length,
     )
     return ElectraPretraining(electra, cpu_autocast, fsdp_gradient_factor(config.trainer))
+
+
+def count_words(config: PretrainConfig, model: ElectraPretraining, meta: Meta) -> None:
+    """Give `objective.generator: unigram` the frequencies of the tokens in the training rows.
+
+    Raises:
+        UserError: the rows are not on this machine yet.
+    """
+    if config.objective.generator != "unigram":
+        return
+    counts = unigram_counts(config.data, meta, config.data.train_split, COUNTED_ROWS)
+    if counts is None or not counts.any():
+        raise UserError(
+            "objective.generator=unigram counts the tokens of the training rows, which are not on this machine yet, or "
+            "compressed; download and decompress them first, or set objective.generator=uniform"
+        )
+    assert model.model.distribution is not None
+    model.model.distribution.set_counts(torch.from_numpy(counts))
 
 
 def choose_kernels(config: PretrainConfig, model: ElectraPretraining, meta: Meta) -> None:
@@ -235,6 +261,22 @@ def read_initial_checkpoint(config: PretrainConfig, check_only: bool = False) ->
     return checkpoint
 
 
+def check_kind(initial: Checkpoint, objective: ObjectiveConfig) -> None:
+    """Refuse weights of another objective, the networks of which differ.
+
+    Raises:
+        UserError: naming both.
+    """
+    for name in ("kind", "generator"):
+        found, wanted = getattr(initial.objective, name), getattr(objective, name)
+        if found != wanted:
+            raise UserError(
+                f"{initial.path} was written with objective.{name}={found}, but this start has {wanted}: its weights "
+                f"are of that objective; set objective.{name}={found}, or start with the networks they have in common "
+                f"(checkpoints.load_path=null model.init_from={initial.path})"
+            )
+
+
 def load_initial_weights(config: PretrainConfig, model: ElectraPretraining, tokenizer: PreTrainedTokenizerFast) -> None:
     """Load the weights of `model.init_from`, if it is set.
 
@@ -242,6 +284,11 @@ def load_initial_weights(config: PretrainConfig, model: ElectraPretraining, toke
         UserError: the networks cannot be read, or do not fit the configuration.
     """
     initial = read_initial(config.model.init_from, config.model.init_generator_from)
+    if initial is None and config.objective.generator == "frozen":
+        raise UserError(
+            "objective.generator=frozen needs a generator to start from; set model.init_from to a run with "
+            "objective.kind=mlm (docs/objectives.md)"
+        )
     if initial is not None:
         print_once(f"initial weights: {initialise(model.model, config.model, tokenizer, initial)}")
     read_initial.cache_clear()  # free the networks' memory
@@ -268,8 +315,13 @@ def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) ->
     return train_data, eval_data
 
 
-def mlm_baseline(config: PretrainConfig, meta: Meta) -> float | None:
-    """Compute the MLM loss of a generator that ignores context; None if the training rows are not on disk yet."""
+def mlm_baseline(config: PretrainConfig, meta: Meta, terms: Sequence[LossTerm]) -> float | None:
+    """Compute the MLM loss of a network that ignores context; None if the training rows are not on disk yet.
+
+    None, too, for an objective without masked language model.
+    """
+    if all(term.name != "mlm" for term in terms):
+        return None
     loss = loss_without_context(config.data, meta, config.objective)
     if loss is not None:
         print_once(f"MLM loss without context: {loss:.2f} (word frequencies, and copying kept tokens)")
