@@ -40,7 +40,8 @@ from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.determinism import explain_nondeterministic_operators
 from electra_composer.training.devices import hide_unused_gpus
 from electra_composer.training.learning_watch import LearningWatch
-from electra_composer.training.preparation import CHECKS, Prepared, duration_of, print_once
+from electra_composer.training.model_setup import print_once
+from electra_composer.training.preparation import CHECKS, Prepared, duration_of
 from electra_composer.training.startup import run_checks
 from electra_composer.training.trainer import build_trainer
 
