@@ -18,10 +18,10 @@ from transformers import ElectraForPreTraining as ElectraDiscriminator
 
 from electra_composer.arguments import ArgumentParser
 from electra_composer.atomic_files import replaced_folder
-from electra_composer.checkpoints.transformers_folders import EXPORTED_AS, MASKED_LM
 from electra_composer.checkpoints.weights import Checkpoint, read_checkpoint
 from electra_composer.disk import system_error
 from electra_composer.errors import UserError, report_user_errors
+from electra_composer.foreign_files import EXPORTED_AS, MASKED_LM
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.sizes import detects, generates
 from electra_composer.model.weight_maps import (

@@ -17,11 +17,14 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     def sizes_of_source(config: Any) -> dict[str, Any]:
         """Return the sizes that follow from `model.init_from`, by the paths of their keys."""
+        # Without a generator its size has no meaning, and no file needs to have it.
+        has_no_generator = config.objective.kind == "mlm" or config.objective.generator in ("uniform", "unigram")
+        sizes = {"model.generator_size": 1.0} if has_no_generator else {}
         if config.model.init_from is None and config.model.init_generator_from is None:
-            return {}
+            return sizes
         from electra_composer.training.preparation import initial_sizes
 
-        return initial_sizes(config)
+        return sizes | initial_sizes(config)
 
     USAGE = "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]"
     ARGUMENTS = load_config_from_command_line(PretrainConfig, USAGE, sizes_of_source)

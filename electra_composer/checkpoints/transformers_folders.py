@@ -19,13 +19,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from electra_composer.errors import UserError, one_line
+from electra_composer.foreign_files import EXPORTED_AS, MASKED_LM
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.weight_maps import State, encoder_config_of
 
 log = logging.getLogger(__name__)
 
 IGNORED = "embeddings.position_ids"  # 0, 1, 2, …; stored by transformers before 4.31, as in google/electra-*
-EXPORTED_AS, MASKED_LM = "electra_composer_network", "masked_lm"  # in config.json: a discriminator that predicts tokens
 FINETUNED_HEADS = ("classifier.", "qa_outputs.")  # of ElectraForSequenceClassification and the like
 
 

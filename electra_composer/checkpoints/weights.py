@@ -19,14 +19,13 @@ from electra_composer.checkpoints.reference_formats import TOKENIZER, infer_conf
 from electra_composer.checkpoints.safe_loading import read_file
 from electra_composer.checkpoints.sharded import is_sharded, read_sharded
 from electra_composer.checkpoints.transformers_folders import (
-    MASKED_LM,
     class_of,
     describe_difference,
     load_transformers,
 )
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError, one_line
-from electra_composer.foreign_files import HF_FOLDER, refuse_foreign
+from electra_composer.foreign_files import HF_FOLDER, MASKED_LM, refuse_foreign
 from electra_composer.former_keys import upgrade_model
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import EncoderConfig

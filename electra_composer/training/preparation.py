@@ -23,10 +23,11 @@ from electra_composer.checkpoints.weights import (
     check_state_fits,
     read_checkpoint,
 )
-from electra_composer.config import PretrainConfig
+from electra_composer.config import ObjectiveConfig, PretrainConfig
 from electra_composer.config_loading import to_dict
 from electra_composer.errors import UserError
 from electra_composer.model.losses import LossTerm
+from electra_composer.model.objective_keys import keys_without_meaning
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.model.sizes import check_sizes, count_parameters
 from electra_composer.ranges import check_ranges
@@ -183,7 +184,10 @@ def read_initial_checkpoint(config: PretrainConfig, check_only: bool = False) ->
 def initial_sizes(config: Any) -> dict[str, Any]:
     """Return the sizes that follow from `model.init_from`, by the paths of their keys."""
     initial = read_initial(config.model.init_from, config.model.init_generator_from)
-    return {} if initial is None else {f"model.{name}": value for name, value in initial.sizes().items()}
+    sizes = {} if initial is None else {f"model.{name}": value for name, value in initial.sizes().items()}
+    kind, generator = config.objective.kind, config.objective.generator
+    meaningless = keys_without_meaning(ObjectiveConfig(kind=kind, generator=generator))
+    return {key: value for key, value in sizes.items() if key not in meaningless}
 
 
 def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) -> tuple[DataSpec, DataSpec]:
