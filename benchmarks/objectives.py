@@ -1,6 +1,6 @@
 """Objectives, generators and kinds of sharing, pretrained for the same time and finetuned; JSON lines and a table.
 
-    python benchmarks/objectives.py --data data/reviews-4096 --tasks ../shared/data/glue_data --output runs/objectives
+    python benchmarks/objectives.py --data data/reviews --tasks ../shared/data/glue_data --output runs/objectives
 
 Each configuration of `objectives_plan.py` is pretrained with `objectives.yaml` on the shards of `--data`. A short run
 measures its steps per second, so that the complete schedule of the next takes `--budget` seconds. Each is finetuned
@@ -98,7 +98,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         UserError: a configuration is unknown, a folder is missing, or a number is out of range.
     """
     parser = argparse.ArgumentParser(prog="benchmarks/objectives.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "reviews-4096", help="shards of 128 tokens")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "reviews", help="shards (%(default)s)")
     parser.add_argument("--tasks", type=Path, default=SHARED / "glue_data", help="folder of GLUE tasks (%(default)s)")
     parser.add_argument("--task-names", nargs="+", default=["cola", "sst2"], metavar="NAME", help="default: cola sst2")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "objectives", help="folder (%(default)s)")
@@ -120,9 +120,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name in ("data", "tasks", "output"):
         setattr(options, name, getattr(options, name).resolve())  # commands run in the repository
         if name != "output" and not getattr(options, name).is_dir():
-            raise UserError(
-                f"--{name} {getattr(options, name)}: no such folder; see the top of benchmarks/objectives.py"
-            )
+            raise UserError(f"--{name} {getattr(options, name)}: no such folder; expected {EXPECTED[name]}")
     options.length = read_meta(str(options.data)).max_seq_length
     return options
 

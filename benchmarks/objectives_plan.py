@@ -52,6 +52,7 @@ CONFIGURATIONS = {
 }
 """In the order of the table. Extend it by a line with overrides of `pretrain.py`."""
 
+BATCH_TOKENS = 1024  # in a short run many steps are worth more than large batches
 WARM_STEPS = 150  # of the run that measures the speed
 SPEED_WINDOW = 30  # steps; the first window, in which memory is allocated, does not count
 FLOOR_STEPS = 2  # of the run that writes the sizes and the tokenizer of the random weights
@@ -99,6 +100,7 @@ def pretrain_command(overrides: Sequence[str], folder: Path, steps: int, seed: i
     window = SMOKE_SPEED_WINDOW if options.smoke else SPEED_WINDOW
     command = [sys.executable, "electra_composer/pretrain.py", "benchmarks/objectives.yaml", f"seed={seed}"]
     command += [f"data.path={options.data}", f"data.max_seq_length={options.length}"]
+    command += [f"trainer.global_train_batch_size={max(1, BATCH_TOKENS // options.length)}"]
     command += [f"trainer.max_duration={steps}ba", f"checkpoints.folder={folder}"]
     # Not to resume what an interrupted run has left: the time of the rest is not that of the complete run.
     command += ["checkpoints.resume=false", "checkpoints.overwrite=true"]
