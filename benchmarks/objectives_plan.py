@@ -63,7 +63,7 @@ SMOKE_PRETRAIN = (
     "trainer.eval_batches=2",
     "trainer.device=cpu",
 )
-SMOKE_FINETUNE = ("trainer.precision=fp32", "trainer.device=cpu", "trainer.max_duration=1ep", "max_train_examples=64")
+SMOKE_FINETUNE = ("trainer.precision=fp32", "trainer.device=cpu", "trainer.max_duration=1ep")
 SMOKE_WARM_STEPS, SMOKE_SPEED_WINDOW = 8, 2
 FINETUNE_LENGTH = 64  # tokens: nearly all sentences of CoLA and SST-2
 FINETUNE = (
