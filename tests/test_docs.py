@@ -54,6 +54,7 @@ RUN_BY = {
     r"python electra_composer/export\.py runs/my exported": "test_export_from_both_forms",
     r"composer electra_composer/finetune\.py yamls/.*": "test_from_files_to_a_model_of_transformers",
     r"python electra_composer/glue_report\.py .*": "test_the_command_prints_the_statistics",
+    r"python benchmarks/objectives\.py .*": "test_a_tiny_run_is_measured_once",
     r"python benchmarks/finetune\.py .*": "test_one_line_for_each_kind_of_task",
     r"python electra_composer/predict\.py .*": "test_predictions_are_those_of_the_pipeline_in_the_order_of_the_file",
 }
