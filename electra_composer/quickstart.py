@@ -12,6 +12,22 @@ if __name__ == "__main__":
     begin()
 
 import argparse
+import sys
+
+from electra_composer.arguments import parse_early
+from electra_composer.errors import report_user_errors
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m electra_composer.quickstart", description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="only test every step, in a minute")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parse_early(parse)
+
 import json
 import math
 import os
@@ -19,7 +35,6 @@ import shlex
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +46,6 @@ from electra_composer.batches.baselines import loss_without_context
 from electra_composer.batches.shards import read_meta
 from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.config import ObjectiveConfig, ShardsConfig, TrainerConfig
-from electra_composer.errors import report_user_errors
 from electra_composer.model.kernels.attention import pattern_of
 from electra_composer.next_steps import describe_end, preview
 from electra_composer.signals import STOPPED, Stopped, leave_line_to_child, unwind
@@ -188,9 +202,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 @report_user_errors
 def main() -> None:
     """Run the steps and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="only test every step, in a minute")
-    options = parser.parse_args()
+    options = parse(None)
     started = time.monotonic()
     unwind()
     if os.path.isdir(FOLDER):
