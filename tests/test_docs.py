@@ -29,6 +29,8 @@ RUN_BY = {
     r"python -m electra_composer\.preview data/owt": "test_commands_that_run_in_seconds",
     r"python electra_composer/export\.py runs/electra-small exports/small": "test_commands_that_run_in_seconds",
     r"python docs/list_workarounds\.py( --check)?": "test_the_list_of_workarounds_is_up_to_date",
+    r"python docs/make_schema\.py( --check)?": "test_what_is_generated_from_the_schema_is_current",
+    r"python electra_composer/pretrain\.py --help": "test_help_of_a_program_with_keys",
     r"python docs/make_picture\.py": "test_the_picture_is_drawn_from_a_metrics_file",
     r"python data_prep/convert_owt\.py .* --out data/(both|el|th|docstrings)": "test_the_language_walk_through_runs",
     r"python -m electra_composer\.preview data/el": "test_the_language_walk_through_runs",
@@ -129,6 +131,8 @@ def check_script(script, arguments):
         # the files that the page asks for are not here
         load_script(script).parse_arguments([w for w in arguments if w != "--mixture" and not w.endswith(".yaml")])
     elif script in ("electra_composer/pretrain.py", "electra_composer/glue.py", "electra_composer/finetune.py"):
+        if arguments[0] == "--help":
+            return
         path, *overrides = arguments
         if path == "my.yaml":  # the reader's own
             path = "yamls/base.yaml"
