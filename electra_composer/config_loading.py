@@ -19,6 +19,7 @@ from electra_composer.config import RunConfig
 from electra_composer.errors import UserError, nearest, report_user_errors
 from electra_composer.key_reference import help_text
 from electra_composer.ranges import container, expected, faults, is_optional, shown
+from electra_composer.shipped import find_configuration
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -140,7 +141,8 @@ def _path_or_streams(config: Any, origin: str) -> None:
 def load_config_from_command_line(
     schema: type[Config], usage: str, derive: Callable[[Any], dict[str, Any]] | None = None
 ) -> tuple[Config, bool]:
-    """Call :func:`load_config` with `sys.argv`: a YAML file, then any number of `key=value`.
+    """Call :func:`load_config` with `sys.argv`: a YAML file or the name of a shipped one, then any number of
+    `key=value`.
 
     With `--help`, the keys of the schema are printed, or those of the part that follows it, and the program ends.
 
@@ -154,9 +156,13 @@ def load_config_from_command_line(
     if not arguments or any(argument.partition("=")[0] in HELP for argument in arguments):
         report_user_errors(_print_help)(schema, usage, arguments)
         sys.exit(0 if arguments else 2)
-    config = report_user_errors(load_config)(arguments[0], arguments[1:], schema, derive)
+    config = report_user_errors(_load)(arguments[0], arguments[1:], schema, derive)
     signals.end_with(None, exits=False)  # the program goes on
     return config, CHECK in sys.argv
+
+
+def _load(name: str, *rest: Any) -> RunConfig:
+    return load_config(find_configuration(name), *rest)
 
 
 def _print_help(schema: type, usage: str, arguments: list[str]) -> None:
