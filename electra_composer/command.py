@@ -39,6 +39,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "quickstart": Command("electra_composer.quickstart", "try every step on installed text, in minutes"),
     "convert": Command("data_prep.convert_owt", "text to shards"),
     "pretrain": Command("electra_composer.pretrain", "pretrain: electra pretrain small data.path=data/mine", (), True),
     "finetune": Command("electra_composer.finetune", "finetune on a task of your own", (), True),

@@ -60,12 +60,12 @@ def entries(schema: type, prefix: str = "") -> Iterator[Entry]:
     for field in fields(schema):
         path, hint = prefix + field.name, hints[field.name]
         inner, meaning = container(hint), meanings.get(field.name, "")
-        if is_dataclass(inner):
+        if isinstance(inner, type) and is_dataclass(inner):
             summary = f"{first_line(inner)} {meaning}".strip()
             parts.append((Entry(path, hint, default_of(field), summary, inner), inner, f"{path}."))
             continue
         yield Entry(path, hint, default_of(field), meaning)
-        if get_origin(inner) is dict and is_dataclass(part := get_args(inner)[1]):
+        if get_origin(inner) is dict and isinstance(part := get_args(inner)[1], type) and is_dataclass(part):
             parts.append((None, part, f"{path}.<name>."))
     for entry, part, start in parts:
         if entry is not None:
