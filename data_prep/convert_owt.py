@@ -18,27 +18,16 @@ if __name__ == "__main__":
     begin()
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from electra_composer.arguments import ArgumentParser, number_of
-from electra_composer.atomic_files import write_file
-from electra_composer.corpus.conversion import convert
-from electra_composer.corpus.dry_run import DryRun, dry_run
+from electra_composer.arguments import ArgumentParser, number_of, parse_early
 from electra_composer.corpus.options import TRAIN, Conversion
 from electra_composer.corpus.sources import DOCSTRINGS, HUB, USED_BY, Source, Sources, read_mixture
-from electra_composer.corpus.summary import Summary
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.next_steps import describe_end, pretrain, preview
-from electra_composer.signals import unwind
-from electra_composer.storage.remotes import is_remote
-
-OPENWEBTEXT_DOCUMENTS = 8_013_769  # according to its authors
-MUCH_DROPPED = 0.05  # fraction of tokens above which a warning is printed
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, bool]:
@@ -160,9 +149,7 @@ def _add_example_options(add: Callable[..., object]) -> None:
 
 
 def _add_execution_options(add: Callable[..., object]) -> None:
-    text = (
-        f"number of processes; the output does not depend on it (default: number of CPUs, at most 16; here {_cpus()})"
-    )
+    text = f"number of processes, which the output does not depend on (default: CPUs, at most 16; here {_cpus()})"
     add("--workers", type=number_of(Conversion, "workers"), metavar="N", help=text)
     text = "local processes or Apache Spark; the output is the same (default: %(default)s)"
     add("--engine", choices=("local", "spark"), help=text)
@@ -208,6 +195,23 @@ def _sources(options: argparse.Namespace) -> list[Source]:
 
 def _cpus() -> int:
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parse_early(parse_arguments)
+
+import json
+
+from electra_composer.atomic_files import write_file
+from electra_composer.corpus.conversion import convert
+from electra_composer.corpus.dry_run import DryRun, dry_run
+from electra_composer.corpus.summary import Summary
+from electra_composer.next_steps import describe_end, pretrain, preview
+from electra_composer.signals import unwind
+from electra_composer.storage.remotes import is_remote
+
+OPENWEBTEXT_DOCUMENTS = 8_013_769  # according to its authors
+MUCH_DROPPED = 0.05  # fraction of tokens above which a warning is printed
 
 
 def _warn(text: str) -> None:
@@ -276,11 +280,7 @@ def _write_json(path: str, result: Summary | DryRun) -> None:
 
 @report_user_errors
 def main(argv: list[str] | None = None) -> Summary | DryRun:
-    """Run the command line: convert, print the summary and return it.
-
-    Raises:
-        SystemExit: with code 2 after a one-line message about a user error.
-    """
+    """Run the command line: convert, print the summary and return it."""
     conversion, json_file, only_estimate = parse_arguments(argv)
     if json_file is not None:
         _check_json_file(json_file)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from electra_composer.errors import UserError
+from electra_composer import signals
+from electra_composer.errors import UserError, report_user_errors
 from electra_composer.ranges import Range, keys
 
 
@@ -15,6 +17,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def parse_early(parse: Callable[[list[str]], Any]) -> None:
+    """Parse the command line before imports that take seconds: `--help` and errors end the program here."""
+    report_user_errors(parse)(sys.argv[1:])
+    signals.end_with(None, exits=False)  # the program goes on
 
 
 def number(allowed: Range, kind: type = int) -> Callable[[str], Any]:

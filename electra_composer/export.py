@@ -7,6 +7,24 @@ if __name__ == "__main__":
 
     begin()
 
+import argparse
+
+from electra_composer.arguments import ArgumentParser, parse_early
+from electra_composer.errors import UserError, report_user_errors
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = ArgumentParser(prog="python electra_composer/export.py", description=__doc__)
+    parser.add_argument("checkpoint", help="a .pt file of pretrain.py, or its run folder (the newest checkpoint)")
+    parser.add_argument("folder", help="folder to write discriminator/ and generator/ to")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is an export")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parse_early(parse)
+
 import copy
 import os
 from collections.abc import Sequence
@@ -16,11 +34,9 @@ import torch
 from transformers import ElectraForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import ElectraForPreTraining as ElectraDiscriminator
 
-from electra_composer.arguments import ArgumentParser
 from electra_composer.atomic_files import replaced_folder
 from electra_composer.checkpoints.weights import Checkpoint, read_checkpoint
 from electra_composer.disk import system_error
-from electra_composer.errors import UserError, report_user_errors
 from electra_composer.foreign_files import EXPORTED_AS, MASKED_LM
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.sizes import detects, generates
@@ -130,11 +146,7 @@ def describe_export(checkpoint: Checkpoint, folder: str) -> str:
 @report_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = ArgumentParser(prog="python electra_composer/export.py", description=__doc__)
-    parser.add_argument("checkpoint", help="a .pt file of pretrain.py, or its run folder (the newest checkpoint)")
-    parser.add_argument("folder", help="folder to write discriminator/ and generator/ to")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is an export")
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv)
     checkpoint = read_checkpoint(arguments.checkpoint)
     unwind()
     export(checkpoint, arguments.folder, arguments.overwrite)

@@ -26,7 +26,8 @@ if __name__ == "__main__":  # before the imports that take seconds
 
         return sizes | initial_sizes(config)
 
-    USAGE = "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]"
+    USAGE = "electra pretrain small [key=value …]\n"
+    USAGE += "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]"
     ARGUMENTS = load_config_from_command_line(PretrainConfig, USAGE, sizes_of_source)
 
 from composer import Trainer

@@ -8,15 +8,17 @@ import io
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pyarrow as pa
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from electra_composer.errors import UserError
 from electra_composer.ranges import BYTES, Range, check_ranges, faults
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 HUB = "hub"
 DOCSTRINGS = "docstrings"
@@ -236,6 +238,8 @@ def open_lines(path: str, raw: pa.NativeFile | None = None, buffer_size: int = 1
     Args:
         raw: the file, if it is open already.
     """
+    import pyarrow as pa  # imported here, because a command line that is wrong needs no files
+
     raw, codec = pa.OSFile(path) if raw is None else raw, compression_of(path)
     return io.BufferedReader(raw if codec is None else pa.CompressedInputStream(raw, codec), buffer_size)
 

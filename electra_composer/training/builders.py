@@ -19,8 +19,7 @@ from composer.loggers import LoggerDestination
 from composer.utils import MissingConditionalImportError
 
 from electra_composer.config import OptimizerConfig, ScheduleConfig
-from electra_composer.config_loading import nearest
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, nearest
 from electra_composer.ranges import Range, TimeRange, check_range, check_ranges
 from electra_composer.training.loggers import MetricsFile, RunConsole, RunWandB
 from electra_composer.training.monitors import (
