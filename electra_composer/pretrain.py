@@ -27,6 +27,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     ARGUMENTS = load_config_from_command_line(PretrainConfig, USAGE, sizes_of_source)
 
 from composer import Trainer
+from composer.utils import dist
 
 from electra_composer.checkpoints.remote import remote_copy
 from electra_composer.checkpoints.resuming import exclusive_lock
@@ -39,6 +40,7 @@ from electra_composer.training.checkpointing import LATEST_OF_RANK_0
 from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.determinism import explain_nondeterministic_operators
 from electra_composer.training.devices import hide_unused_gpus
+from electra_composer.training.history import RunHistory
 from electra_composer.training.learning_watch import LearningWatch
 from electra_composer.training.preparation import CHECKS, Prepared, duration_of, print_once
 from electra_composer.training.startup import run_checks
@@ -73,6 +75,7 @@ def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
         explain_nondeterministic_operators(),
     ):
         files = tokenizer_files(prepared.tokenizer)
+        history = RunHistory(config.checkpoints.folder, config.checkpoints.overwrite)
         record = RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, files)
         trainer = build_trainer(
             config,
@@ -80,13 +83,17 @@ def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
             prepared.train_data,
             prepared.eval_data,
             duration_of(config),
-            callbacks=[TrainMetrics(config.trainer.log_interval), LearningWatch(prepared.baseline), record],
+            callbacks=[TrainMetrics(config.trainer.log_interval), LearningWatch(prepared.baseline), record, history],
             copy=copy,
         )
         try:
             trainer.fit()
         finally:  # also after the SystemExit of a signal, so that loggers finish and close their files
             trainer.close()
+    if config.report and "metrics_file" in config.loggers and dist.get_global_rank() == 0:
+        from electra_composer.report import write_report_of_run  # imported here, because Bokeh takes a second
+
+        write_report_of_run(config.checkpoints.folder)
     print_once(describe_run(config))
     return trainer
 
@@ -94,7 +101,9 @@ def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
 def describe_run(config: PretrainConfig) -> str:
     """Describe where the run's results are, and the commands that come next."""
     folder, name, data = config.checkpoints.folder, config.run_name, config.data
-    files = {file: os.path.join(folder, file) for file in (LATEST_OF_RANK_0, "metrics.jsonl", "tensorboard")}
+    files = {
+        file: os.path.join(folder, file) for file in (LATEST_OF_RANK_0, "metrics.jsonl", "report.html", "tensorboard")
+    }
     there = {file: path for file, path in files.items() if os.path.exists(path)}
     newest = there.get(LATEST_OF_RANK_0)
     shown = data.path if newest and data.remote is None and not data.streams else None
@@ -103,6 +112,7 @@ def describe_run(config: PretrainConfig) -> str:
             "run folder": folder,
             "newest checkpoint": newest and os.path.join(folder, os.path.basename(os.path.realpath(newest))),
             "metrics": there.get("metrics.jsonl"),
+            "report": there.get("report.html") if config.report else None,
         },
         {
             "finetune on GLUE": newest and finetune(folder, name, config.model.max_positions),
