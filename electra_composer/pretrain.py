@@ -32,7 +32,7 @@ from composer.utils import dist
 from electra_composer.checkpoints.remote import remote_copy
 from electra_composer.checkpoints.resuming import exclusive_lock
 from electra_composer.checkpoints.weights import tokenizer_files
-from electra_composer.errors import report_user_errors
+from electra_composer.errors import one_line, report_user_errors
 from electra_composer.faults import explain_failures
 from electra_composer.next_steps import describe_end, export, finetune, preview
 from electra_composer.training.callbacks import RunRecord, TrainMetrics
@@ -90,20 +90,28 @@ def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
             trainer.fit()
         finally:  # also after the SystemExit of a signal, so that loggers finish and close their files
             trainer.close()
-    if config.report and "metrics_file" in config.loggers and dist.get_global_rank() == 0:
-        from electra_composer.report import write_report_of_run  # imported here, because Bokeh takes a second
-
-        write_report_of_run(config.checkpoints.folder)
+    write_report(config)
     print_once(describe_run(config))
     return trainer
+
+
+def write_report(config: PretrainConfig) -> None:
+    """Write the report of the run into its folder, on rank 0, or say in one line why not."""
+    if not config.report or "metrics_file" not in config.loggers or dist.get_global_rank() != 0:
+        return
+    try:
+        from electra_composer.report import write_report_of_run  # imported here, because Bokeh takes a second
+    except ImportError as error:  # an installation older than the report
+        print(f"no report was written: {one_line(error)}; install the package again", flush=True)
+    else:
+        write_report_of_run(config.checkpoints.folder)
 
 
 def describe_run(config: PretrainConfig) -> str:
     """Describe where the run's results are, and the commands that come next."""
     folder, name, data = config.checkpoints.folder, config.run_name, config.data
-    files = {
-        file: os.path.join(folder, file) for file in (LATEST_OF_RANK_0, "metrics.jsonl", "report.html", "tensorboard")
-    }
+    names = (LATEST_OF_RANK_0, "metrics.jsonl", "report.html", "tensorboard")
+    files = {file: os.path.join(folder, file) for file in names}
     there = {file: path for file, path in files.items() if os.path.exists(path)}
     newest = there.get(LATEST_OF_RANK_0)
     shown = data.path if newest and data.remote is None and not data.streams else None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
 
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config, to_dict
-from electra_composer.errors import UserError
 from electra_composer.next_steps import REPOSITORY
 
 LOCAL = ("run_name", "data.path", "data.remote", "checkpoints.folder", "checkpoints.remote")  # of every run its own
@@ -33,25 +36,32 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def shipped_configs() -> dict[str, dict[str, str]]:
-    """Return the shipped YAML files of pretraining, resolved and flattened, by their names."""
-    configs = {}
+def nearest_shipped(config: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
+    """Return the name and the resolved, flattened content of the shipped YAML file that is nearest to a run.
+
+    Returns:
+        None if the files are not installed.
+    """
+    run = flatten(config)
+    best: tuple[int, Path] | None = None
     for path in sorted((REPOSITORY / "yamls").glob("*.yaml")):
-        try:
-            configs[path.name] = flatten(to_dict(load_config(str(path), [], PretrainConfig)))
-        except UserError:  # of another program, or without sizes, which follow from `model.init_from`
-            continue
-    return configs
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
+        if not isinstance(content, dict) or "model" not in content or {"task", "tasks"} & content.keys():
+            continue  # of finetune.py and glue.py
+        distance = sum(run.get(key) != value for key, value in flatten(content).items() if key not in LOCAL)
+        if best is None or distance < best[0]:
+            best = distance, path
+    if best is None:
+        return None
+    name, path = best[1].name, str(best[1])
+    return name, flatten(to_dict(load_config(path, [], PretrainConfig, lambda partial: _missing(partial, config))))
 
 
-def nearest(run: Mapping[str, str], shipped: Mapping[str, Mapping[str, str]]) -> str | None:
-    """Return the name of the shipped file with the fewest differences; None if no file is there."""
-
-    def distance(name: str) -> int:
-        other = shipped[name]
-        return sum(run.get(key) != other.get(key) for key in run.keys() | other.keys() if key not in LOCAL)
-
-    return min(shipped, key=distance, default=None)
+def _missing(partial: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes that follow from `model.init_from`, as the run has them."""
+    sizes = config.get("model", {})
+    names = {key: key.removeprefix("model.") for key in OmegaConf.missing_keys(partial)}
+    return {key: sizes[name] for key, name in names.items() if name in sizes}
 
 
 def differences(runs: Sequence[Mapping[str, Any]], shipped: Mapping[str, str] | None) -> list[Difference]:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from electra_composer.errors import UserError
 from electra_composer.reports.charts import PALETTE, draw_panel, draw_results, embed, ends_of_axes, script_of_library
-from electra_composer.reports.differences import differences, flatten, nearest, shipped_configs
+from electra_composer.reports.differences import differences, nearest_shipped
 from electra_composer.reports.metrics import AXES
 from electra_composer.reports.panels import GROUPS, Line, Panel, choose_panels, lines_of
 from electra_composer.reports.pictures import plot_curves, plot_results
@@ -72,8 +72,7 @@ def render(report: Report, refresh: int | None = None) -> str:
     script, elements = embed(curves, results, axes)
     marked = [Markup(element) for element in elements]
     placed = list(zip([panel.group for panel, _ in report.panels], marked, strict=False))
-    names, shipped = [run.config for run in runs], shipped_configs()
-    base = nearest(flatten(runs[0].config), shipped)
+    shipped = nearest_shipped(runs[0].config)
     return _template().render(
         title=f"Report of {runs[0].name}" if len(runs) == 1 else f"Report of {len(runs)} runs",
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -96,8 +95,8 @@ def render(report: Report, refresh: int | None = None) -> str:
         scores=[(each.model, each.task, each.metric, each.mean, len(each.runs), _each(each)) for each in report.scores],
         result_charts=marked[len(curves) :],
         history=[(run, history(run), checkpoint_rows(run)) for run in runs],
-        shipped=base,
-        differences=differences(names, None if base is None else shipped[base]),
+        shipped=shipped and shipped[0],
+        differences=differences([run.config for run in runs], shipped and shipped[1]),
     )
 
 

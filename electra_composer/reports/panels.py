@@ -33,6 +33,7 @@ class Panel(NamedTuple):
     title: str
     group: str  # heading that it is under
     curves: tuple[Curve, ...]
+    is_smoothed: bool = True
 
 
 @dataclass
@@ -71,6 +72,7 @@ KNOWN = (
         "Peak memory, GB",
         "Speed and memory",
         (Curve("memory/peak_allocated_mem", "device"), Curve("memory/peak_resident_mem", "host")),
+        is_smoothed=False,
     ),
 )
 SAME = ("loss/train/mlm", "loss/train/rtd")  # as in the panels of losses, of one batch
@@ -87,7 +89,7 @@ def choose_panels(runs: list[Run]) -> list[Panel]:
     shown = {curve.metric for panel in KNOWN for curve in panel.curves}.union(SAME)
     others = list(_others([name for name in names if name not in shown]))
     if rates := _learning_rates(names, runs):
-        others.append(Panel("Learning rate", "Optimization", rates))
+        others.append(Panel("Learning rate", "Optimization", rates, is_smoothed=False))
     found += others
     return sorted(found, key=lambda panel: GROUPS.index(panel.group))
 
@@ -104,7 +106,8 @@ def _others(names: list[str]) -> Iterator[Panel]:
         if name.startswith(("loss/", "metrics/")) and name.split("/", 2)[-1] not in endings:
             yield Panel(name, "Losses" if name.startswith("loss/") else "Predictions", (Curve(name, TRAIN),))
         elif name.startswith(("trouble/", "l2_norm/grad/global")):
-            yield Panel(name.split("/")[1].replace("_", " ").capitalize(), "Optimization", (Curve(name, TRAIN),))
+            title = name.split("/")[1].replace("_", " ").capitalize()
+            yield Panel(title, "Optimization", (Curve(name, TRAIN),), is_smoothed=False)
 
 
 def _learning_rates(names: Iterable[str], runs: list[Run]) -> tuple[Curve, ...]:
@@ -132,7 +135,7 @@ def lines_of(panel: Panel, runs: list[Run]) -> list[Line]:
             is_evaluation = "/eval/" in curve.metric
             raw = _columns(run.metrics, rows, values * curve.scale, extremes(values, buckets))
             smooth = None
-            if len(values) >= FEWEST and not is_evaluation and panel.title != "Learning rate":
+            if len(values) >= FEWEST and not is_evaluation and panel.is_smoothed:
                 width = 2 * max(2, round(len(values) * SMOOTHED / 2)) + 1
                 average = moving_average(values * curve.scale, width)
                 smooth = _columns(run.metrics, rows, average, extremes(average, buckets))
