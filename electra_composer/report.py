@@ -38,6 +38,10 @@ MOST_RUNS = 12
 def write_report(report: Report, output: str, refresh: int | None = None) -> list[str]:
     """Write the page and, beside it, its pictures as `<name>-curves.png` and `<name>-results.png`.
 
+    Args:
+        refresh: seconds after which a browser loads the page again, while its runs are running; there are no pictures
+            then.
+
     Returns:
         The paths; each file is replaced atomically.
 
@@ -46,7 +50,8 @@ def write_report(report: Report, output: str, refresh: int | None = None) -> lis
     """
     stem = os.path.splitext(output)[0]
     content: dict[str, str | bytes] = {output: render(report, refresh)}
-    content |= {f"{stem}-{name}.png": png for name, png in pictures(report).items()}
+    if refresh is None:
+        content |= {f"{stem}-{name}.png": png for name, png in pictures(report).items()}
     try:
         for path, each in content.items():
             write_file(path, each)

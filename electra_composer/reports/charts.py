@@ -25,8 +25,9 @@ from electra_composer.reports.metrics import AXES
 from electra_composer.reports.panels import Line, Panel
 from electra_composer.reports.runs import Run
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, without the black and the yellow.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+# Okabe and Ito's colours, which colour-blind readers tell apart, without black and yellow; the blue is lighter, for a
+# dark page.
+PALETTE = ("#1f83c4", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 HEIGHT = 270  # pixels
 

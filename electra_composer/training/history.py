@@ -35,7 +35,8 @@ class RunHistory(Callback):
         self._write(state, "w" if self.replace else "a", ranks=dist.get_world_size(), device=state.device.name)
 
     def close(self, state: State, logger: Logger) -> None:
-        if self.has_started:
+        if self.has_started:  # Composer closes callbacks again when the process exits
+            self.has_started = False
             self._write(state, "a")
 
     def _write(self, state: State, mode: str, **more: Any) -> None:
