@@ -26,7 +26,7 @@ from electra_composer.atomic_files import write_file
 from electra_composer.errors import UserError, one_line, report_user_errors
 from electra_composer.ranges import Range
 from electra_composer.reports.page import Report, compose, pictures, render
-from electra_composer.reports.runs import read_run
+from electra_composer.reports.runs import read_run, read_runs
 from electra_composer.reports.summary import status_line
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def watch(folders: Sequence[str], results: Sequence[str], output: str, seconds: 
     """
     known: dict[tuple[str, int], Report] = {}
     while True:
-        runs = [read_run(folder, results) for folder in folders]
+        runs = read_runs(folders, results)
         is_running = any(run.is_running for run in runs)
         newest = [(run.folder, run.checkpoints[-1].batch if run.checkpoints else 0) for run in runs]
         key = (str(newest), len(newest))
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"open {output} in a browser; it reloads every {options.watch} s until the run ends", flush=True)
         watch(folders, options.results, output, options.watch, not options.no_tokens)
         return
-    runs = [read_run(folder, options.results) for folder in folders]
+    runs = read_runs(folders, options.results)
     for run in runs:
         print(status_line(run))
         for note in run.notes:

@@ -150,7 +150,7 @@ def _restarts(chart: Any, runs: list[Run], several: bool) -> None:
         places = {axis: np.interp(steps, axes["step"], column).astype(np.float32) for axis, column in axes.items()}
         color = PALETTE[number % len(PALETTE)] if several else "#888888"
         source = ColumnDataSource(places)
-        chart.vspan(x="step", source=source, line_color=color, line_dash="dotted", line_width=1.5, name="line")
+        chart.vspan(x="step", source=source, line_color=color, line_alpha=0.6, line_width=1, name="line")
 
 
 def draw_results(titles: list[str], points: list[tuple[str, list[tuple[str, float, int]]]], metric: str) -> Any:

@@ -53,8 +53,8 @@ def nearest_shipped(config: Mapping[str, Any]) -> tuple[str, dict[str, str]] | N
             best = distance, path
     if best is None:
         return None
-    name, path = best[1].name, str(best[1])
-    return name, flatten(to_dict(load_config(path, [], PretrainConfig, lambda partial: _missing(partial, config))))
+    name, chosen = best[1].name, str(best[1])
+    return name, flatten(to_dict(load_config(chosen, [], PretrainConfig, lambda partial: _missing(partial, config))))
 
 
 def _missing(partial: Any, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ window.startReport = function (curves, results, range, ends) {
   function setRaw(visible) {
     for (const chart of curves) {
       for (const renderer of chart.renderers.filter(each => each.name == "raw")) {
-        renderer.setv({visible})
+        renderer.glyph.setv({line_alpha: visible ? 0.3 : 0})
       }
     }
   }

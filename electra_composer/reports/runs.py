@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Results:
 
     path: str
     is_random: bool  # from random weights of its sizes
+    source: str | None  # what it started from, if not from the run
     tasks: dict[str, Any]  # as in a results file
 
 
@@ -72,12 +74,31 @@ class Run:
         return found
 
 
-def read_run(folder: str, results: Sequence[str] = ()) -> Run:
+def read_runs(folders: Sequence[str], results: Sequence[str] = ()) -> list[Run]:
+    """Read the folders of runs, and results files beside those that are found.
+
+    Args:
+        results: each is added to the run that it started from, or to the first one.
+
+    Raises:
+        UserError: as :func:`read_run`; or one of `results` is not a results file.
+    """
+    runs = [read_run(folder) for folder in folders]
+    for path in dict.fromkeys(map(os.path.abspath, results)):
+        content = read_results(path)
+        run = next((run for run in runs if _is_source(content.get("source"), run.folder)), None)
+        if not any(os.path.samefile(each.path, path) for each in (run.results if run else ())):
+            source = None if run else str(content.get("source"))
+            is_random = bool(content["settings"].get("model.random_init"))
+            (run or runs[0]).results.append(Results(path, is_random, source, content["tasks"]))
+    return runs
+
+
+def read_run(folder: str) -> Run:
     """Read the folder of a run of `pretrain.py`.
 
     Args:
         folder: it must have a `config.yaml`; everything else may be missing.
-        results: results files of finetuning beside those that are found.
 
     Raises:
         UserError: no such folder, not a run of pretrain.py, or a file in it cannot be read.
@@ -101,7 +122,7 @@ def read_run(folder: str, results: Sequence[str] = ()) -> Run:
     run.is_running = is_locked(folder)
     trouble = Path(folder, "trouble")
     run.trouble = sorted(each.name for each in trouble.glob("*.json")) if trouble.is_dir() else []
-    run.results = find_results(folder, results)
+    run.results = find_results(folder)
     _add_metrics(run)
     return run
 
@@ -143,30 +164,16 @@ def _read_history(path: str) -> list[Session]:
     return sessions
 
 
-def find_results(folder: str, more: Iterable[str] = ()) -> list[Results]:
-    """Find the results of finetuning that started from a run, in the folders beside it and below them.
-
-    Args:
-        folder: of the run.
-        more: further results files, whatever they started from.
-
-    Raises:
-        UserError: one of `more` is not a results file.
-    """
+def find_results(folder: str) -> list[Results]:
+    """Find the results of finetuning that started from a run, in the folders beside it and below them."""
     parent = Path(os.path.abspath(folder)).parent
-    given = [os.path.abspath(path) for path in more]
-    found = [str(path) for pattern in ("*/results.json", "*/*/results.json") for path in sorted(parent.glob(pattern))]
     results = []
-    for path in dict.fromkeys([*given, *found]):
-        try:
-            content = read_results(path)
-        except UserError:
-            if path in given:
-                raise
-            continue
-        if content["tasks"] and (path in given or _is_source(content.get("source"), folder)):
-            is_random = bool(content["settings"].get("model.random_init"))
-            results.append(Results(os.path.relpath(path, parent), is_random, content["tasks"]))
+    for path in (path for pattern in ("*/results.json", "*/*/results.json") for path in sorted(parent.glob(pattern))):
+        with contextlib.suppress(UserError):  # a file of something else
+            content = read_results(str(path))
+            if content["tasks"] and _is_source(content.get("source"), folder):
+                is_random = bool(content["settings"].get("model.random_init"))
+                results.append(Results(str(path), is_random, None, content["tasks"]))
     return results
 
 

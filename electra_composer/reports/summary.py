@@ -151,8 +151,10 @@ def scores(runs: list[Run]) -> list[Score]:
 
 
 def _model(run: Run, results: Results, several: bool) -> str:
-    start = "random weights" if results.is_random else "pretrained"
-    return f"{f'{run.name}, ' if several else ''}{start} ({os.path.dirname(results.path) or results.path})"
+    name = os.path.basename(os.path.dirname(os.path.abspath(results.path)))
+    start = f"{'random weights like ' if results.is_random else ''}{results.source}" if results.source else None
+    start = start or ("random weights" if results.is_random else "pretrained")
+    return f"{f'{run.name}, ' if several and results.source is None else ''}{start} ({name})"
 
 
 def short(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from datetime import datetime, timezone
@@ -44,6 +45,6 @@ class RunHistory(Callback):
             return
         event, now = "start" if more else "end", datetime.now(timezone.utc)
         line = {"event": event, "batch": state.timestamp.batch.value, "time": now.isoformat(timespec="seconds"), **more}
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        with open(self.path, mode, encoding="utf-8") as file:
+        # A full disk ends a run when it saves, not here.
+        with contextlib.suppress(OSError), open(self.path, mode, encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

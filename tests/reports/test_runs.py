@@ -9,7 +9,7 @@ import pytest
 from made_runs import results_of, rows_of, write_run
 
 from electra_composer.errors import UserError
-from electra_composer.reports.runs import read_run
+from electra_composer.reports.runs import read_run, read_runs
 from electra_composer.reports.summary import history, progress, scores, state, status_line, summary
 
 
@@ -92,10 +92,13 @@ def test_results_are_those_that_started_from_the_run(tmp_path, monkeypatch):
         "pretrained (glue)": [(1, 60.0), (2, 62.0)],
         "random weights (random)": [(1, 50.0)],
         "pretrained (relative)": [(1, 61.0)],
-        "pretrained (below/deep)": [(3, 64.0)],
+        "pretrained (deep)": [(3, 64.0)],
     }
     assert found[[score.model for score in found].index("pretrained (glue)")].mean == "61.00 ± 1.41"
-    given = tmp_path / "runs" / "other" / "results.json"
-    assert len(scores([read_run(str(folder), [str(given)])])) == 5
+    given = [str(tmp_path / "runs" / name / "results.json") for name in ("other", "glue")]
+    (run,) = read_runs([str(folder)], given)
+    more = {score.model: score.runs for score in scores([run])}
+    assert len(more) == 5
+    assert more[f"{folder}-too (other)"] == [(1, 1.0)]
     with pytest.raises(UserError, match="not a results file"):
-        read_run(str(folder), [str(tmp_path / "runs" / "other" / "broken" / "results.json")])
+        read_runs([str(folder)], [str(tmp_path / "runs" / "other" / "broken" / "results.json")])
