@@ -55,6 +55,7 @@ from electra_composer.training.devices import cpu_multiplies_bfloat16, resolve_d
 FOLDER = "runs/quickstart"
 SHARDS, GLUE_DATA = f"{FOLDER}/shards", f"{FOLDER}/synthetic_glue"
 PRETRAIN, EXPORT = f"{FOLDER}/pretrain", f"{FOLDER}/export"
+REPORT = f"{PRETRAIN}/report.html"
 STARTS = ("pretrained", "random")
 
 REAL_RUN = "\n  ".join(
@@ -125,6 +126,7 @@ def commands(size: Size) -> list[tuple[str, list[str]]]:
         ("finetuning from the pretrained weights", [*finetune, f"checkpoints.folder={FOLDER}/glue-pretrained"]),
         ("the same finetuning from random weights", [*finetune, *baseline]),
         ("export to folders that transformers loads", export),
+        ("a report of all this", [python, "-m", "electra_composer.report", PRETRAIN]),
     ]
 
 
@@ -249,7 +251,7 @@ def main() -> None:
     print(f"\n━━ export\n  {EXPORT}: {exported}")
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in total\n")
     see = {"see the models' predictions": preview(SHARDS, "--checkpoint", PRETRAIN)}
-    print(f"{describe_end({'all files': FOLDER}, see)}\n\n{REAL_RUN}")
+    print(f"{describe_end({'all files': FOLDER, 'report': REPORT}, see)}\n\n{REAL_RUN}")
 
 
 if __name__ == "__main__":
