@@ -9,6 +9,8 @@ if __name__ == "__main__":
 
 import copy
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import ElectraForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -26,6 +28,7 @@ from electra_composer.model.weight_maps import (
     generator_to_transformers,
     transformers_config,
 )
+from electra_composer.model_card import RESULTS_HELP, read_own_results, write_card
 from electra_composer.next_steps import describe_end, finetune
 from electra_composer.signals import unwind
 
@@ -35,8 +38,14 @@ NETWORKS = {
 }
 
 
-def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None:
-    """Write `folder/discriminator` and `folder/generator`: safetensors, config and tokenizer each.
+def export(
+    checkpoint: Checkpoint,
+    folder: str,
+    overwrite: bool = False,
+    results: Sequence[Mapping[str, Any]] = (),
+    repository: str | None = None,
+) -> None:
+    """Write `folder/discriminator` and `folder/generator` (safetensors, config and tokenizer each), and a model card.
 
     `ElectraForPreTraining.from_pretrained(folder/discriminator)` and `ElectraForMaskedLM.from_pretrained(folder/
     generator)` load them without missing or unexpected weights, and `AutoTokenizer` truncates to `max_positions`. The
@@ -46,6 +55,7 @@ def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None
         checkpoint: A checkpoint of `pretrain.py`.
         folder: Folder to create.
         overwrite: Replace an existing export once the new one is complete.
+        results, repository: For the card; see :func:`write_card`.
 
     Raises:
         UserError: The folder exists, is not an export, or cannot be written.
@@ -62,6 +72,7 @@ def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None
                 config = config_of(checkpoint)
                 state = to_transformers(checkpoint.state, config)
                 _save(model_class, config, state, checkpoint.tokenizer, os.path.join(unfinished, name))
+            write_card(unfinished, checkpoint, results, repository)
     except FileExistsError as error:  # restored after a kill that left only the former export, under another name
         raise UserError(f"{folder} exists already; pass --overwrite to replace it") from error
     except Exception as error:  # tokenizers and safetensors raise types of their own for a full disk
@@ -111,10 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="a .pt file of pretrain.py, or its run folder (the newest checkpoint)")
     parser.add_argument("folder", help="folder to write discriminator/ and generator/ to")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is an export")
+    parser.add_argument("--results", action="append", default=[], metavar="FILE", help=RESULTS_HELP)
     arguments = parser.parse_args(argv)
     checkpoint = read_checkpoint(arguments.checkpoint)
     unwind()
-    export(checkpoint, arguments.folder, arguments.overwrite)
+    export(checkpoint, arguments.folder, arguments.overwrite, read_own_results(arguments.results, checkpoint))
     for name, model in (("discriminator", "ElectraForPreTraining"), ("generator", "ElectraForMaskedLM")):
         print(f"transformers.{model}.from_pretrained({os.path.join(arguments.folder, name)!r})")
     print(describe_export(checkpoint, arguments.folder))
