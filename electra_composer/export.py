@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from electra_composer.arguments import ArgumentParser, parse_early
+from electra_composer.arguments import RESULTS_HELP, ArgumentParser, parse_early
 from electra_composer.errors import UserError, report_user_errors
 
 
@@ -19,6 +19,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a .pt file of pretrain.py, or its run folder (the newest checkpoint)")
     parser.add_argument("folder", help="folder to write discriminator/ and generator/ to")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is an export")
+    parser.add_argument("--results", action="append", default=[], metavar="FILE", help=RESULTS_HELP)
     return parser.parse_args(arguments)
 
 
@@ -27,8 +28,8 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import copy
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers import ElectraForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -47,6 +48,7 @@ from electra_composer.model.weight_maps import (
     masked_lm_to_transformers,
     transformers_config,
 )
+from electra_composer.model_card import read_own_results, write_card
 from electra_composer.next_steps import describe_end, finetune
 from electra_composer.signals import unwind
 
@@ -79,8 +81,14 @@ def networks_of(checkpoint: Checkpoint) -> list[Exported]:
     return networks
 
 
-def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None:
-    """Write `folder/discriminator` and `folder/generator`: safetensors, config and tokenizer each.
+def export(
+    checkpoint: Checkpoint,
+    folder: str,
+    overwrite: bool = False,
+    results: Sequence[Mapping[str, Any]] = (),
+    repository: str | None = None,
+) -> None:
+    """Write `folder/discriminator` and `folder/generator` (safetensors, config and tokenizer each), and a model card.
 
     `ElectraForPreTraining.from_pretrained(folder/discriminator)` and `ElectraForMaskedLM.from_pretrained(folder/
     generator)` load them without missing or unexpected weights, and `AutoTokenizer` truncates to `max_positions`. Other
@@ -90,6 +98,7 @@ def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None
         checkpoint: A checkpoint of `pretrain.py`.
         folder: Folder to create.
         overwrite: Replace an existing export once the new one is complete.
+        results, repository: For the card; see :func:`write_card`.
 
     Raises:
         UserError: The folder exists, is not an export, or cannot be written.
@@ -104,6 +113,7 @@ def export(checkpoint: Checkpoint, folder: str, overwrite: bool = False) -> None
         with replaced_folder(folder, overwrite) as unfinished:
             for network in networks_of(checkpoint):
                 _save(network, checkpoint.tokenizer, os.path.join(unfinished, network.name))
+            write_card(unfinished, checkpoint, results, repository)
     except FileExistsError as error:  # restored after a kill that left only the former export, under another name
         raise UserError(f"{folder} exists already; pass --overwrite to replace it") from error
     except Exception as error:  # tokenizers and safetensors raise types of their own for a full disk
@@ -149,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     checkpoint = read_checkpoint(arguments.checkpoint)
     unwind()
-    export(checkpoint, arguments.folder, arguments.overwrite)
+    export(checkpoint, arguments.folder, arguments.overwrite, read_own_results(arguments.results, checkpoint))
     print(describe_export(checkpoint, arguments.folder))
 
 

@@ -9,7 +9,7 @@ import os
 import re
 from typing import Any
 
-from electra_composer.corpus.sources import COMPRESSIONS
+from electra_composer.corpus.files import COMPRESSIONS
 from electra_composer.errors import UserError
 from electra_composer.tasks.conll import looks_like_conll
 from electra_composer.tasks.formats import AUTO, FORMATS
