@@ -265,9 +265,8 @@ class RunConfig:
 class PretrainConfig(RunConfig):
     """Configuration of `electra_composer/pretrain.py`."""
 
-    report: bool = (
-        True  # write report.html into the run folder at the end, if there is a metrics file (docs/reports.md)
-    )
+    # write report.html into the run folder at the end, if there is a metrics file (docs/reports.md)
+    report: bool = True
     data: ShardsConfig = field(default_factory=ShardsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -22,6 +22,7 @@ from electra_composer.finetuning.protocol import OF_SOURCE
 from electra_composer.finetuning.report import render
 from electra_composer.finetuning.results import describe_source
 from electra_composer.finetuning.tasks import TASKS
+from electra_composer.foreign_files import MASKED_LM
 from electra_composer.glue_report import read_results
 from electra_composer.storage.shard_folder import META, Meta
 
@@ -29,7 +30,7 @@ README = "README.md"
 TAG = "electra_composer"  # by which a repository of ours is recognized
 LIBRARIES = ("electra-composer", "mosaicml", "torch", "transformers", "tokenizers")
 TRAINER_KEYS = ("max_duration", "global_train_batch_size", "precision", "gradient_clip")
-MAIN = "discriminator"  # the network to finetune, if there are several
+MAIN = ("discriminator", MASKED_LM)  # the network to finetune, if there are several
 ABOUT = {
     "ElectraForPreTraining": "predicts of every token whether it was replaced; the encoder to finetune",
     "ElectraForMaskedLM": "predicts masked tokens",
@@ -38,16 +39,26 @@ USE = """The encoder is meant to be finetuned on a task: classification, regress
 Without finetuning it classifies no texts, and it generates none. It has learned from its training text only, with the
 errors, gaps and prejudices of that text, and knows no language that is not in it. Measure it on your own data before
 you rely on it."""
-BOTH = """Replaced-token detection ([ELECTRA](https://arxiv.org/abs/2003.10555), Clark et al. 2020): a small generator
-fills masked positions, and the discriminator predicts of every token whether it was replaced. Both were trained
-together."""
+PAPER = "[ELECTRA](https://arxiv.org/abs/2003.10555), Clark et al. 2020"
+OBJECTIVES = {
+    "electra": f"""Replaced-token detection ({PAPER}): a generator fills masked positions, and the discriminator predicts
+of every token whether it was replaced.""",
+    "electra_15": f"""Replaced-token detection at the masked positions only (ELECTRA 15%; {PAPER}, section 3.4).""",
+    "mlm": "Masked language modelling ([BERT](https://arxiv.org/abs/1810.04805), Devlin et al. 2018).",
+    "replace_mlm": f"""Masked language modelling with samples of a generator in place of masks (Replace MLM; {PAPER},
+section 3.4).""",
+    "all_tokens_mlm": f"""Prediction of all tokens from a text whose masked positions are filled by a generator, with a
+copy mechanism, which is not exported (All-Tokens MLM; {PAPER}, section 3.4).""",
+    "electric": """Noise-contrastive estimation of cloze probabilities
+([Electric](https://arxiv.org/abs/2012.08561), Clark et al. 2020): the discriminator's logit of a token is its energy.""",
+}
 HOW = "Trained with the settings below by electra_composer, on Composer and Streaming."
 
 
 def networks_in(folder: str) -> dict[str, str]:
     """Return the networks of an export: name of the subfolder → class of transformers, the main one first."""
     found = {}
-    for name in sorted(os.listdir(folder), key=lambda name: (name != MAIN, name)):
+    for name in sorted(os.listdir(folder), key=lambda name: (name not in MAIN, name)):
         path = os.path.join(folder, name, "config.json")
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
@@ -109,11 +120,10 @@ def build_card(
         model_name=name,
         eval_results=[result for each in results for result in _eval_results(each)] or None,
     )
-    both = BOTH if ABOUT.keys() <= set(networks.values()) else ""
     sections = {
         "Networks": _networks(networks, repository),
         "Intended use": USE,
-        "How it was made": " ".join(part for part in (both, HOW, _training(checkpoint)) if part),
+        "How it was made": " ".join((OBJECTIVES[checkpoint.objective.kind], HOW, _training(checkpoint))),
         "Data": _data(config["data"], metas),
         **({"Results": "\n\n".join(map(_results, results))} if results else {}),
         "Settings": f"```yaml\n{yaml.safe_dump(_settings(config), sort_keys=False)}```",

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config, to_dict
-from electra_composer.next_steps import REPOSITORY
+from electra_composer.shipped import configurations
 
 LOCAL = ("run_name", "data.path", "data.remote", "checkpoints.folder", "checkpoints.remote")  # of every run its own
 ABSENT = "—"
@@ -44,7 +44,7 @@ def nearest_shipped(config: Mapping[str, Any]) -> tuple[str, dict[str, str]] | N
     """
     run = flatten(config)
     best: tuple[int, Path] | None = None
-    for path in sorted((REPOSITORY / "yamls").glob("*.yaml")):
+    for path in configurations().values():
         content = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
         if not isinstance(content, dict) or "model" not in content or {"task", "tasks"} & content.keys():
             continue  # of finetune.py and glue.py

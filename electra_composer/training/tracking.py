@@ -49,7 +49,7 @@ class RunWandB(WandBLogger):
 class RunNeptune(NeptuneLogger):
     """NeptuneLogger; its run begins when training starts."""
 
-    @functools.wraps(NeptuneLogger.__init__)
+    @functools.wraps(NeptuneLogger.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         require("neptune")
         super().__init__(*args, **kwargs)
@@ -58,7 +58,7 @@ class RunNeptune(NeptuneLogger):
 class RunMLflow(MLFlowLogger):
     """MLFlowLogger that creates its experiment when training starts."""
 
-    @functools.wraps(MLFlowLogger.__init__)
+    @functools.wraps(MLFlowLogger.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         require("mlflow")
         self._start = functools.partial(super().__init__, *args, **kwargs)
@@ -74,7 +74,7 @@ class RunComet(CometMLLogger):
     Comet logs only what this logger gives it, and not again what it finds in other libraries, such as MLflow beside it.
     """
 
-    @functools.wraps(CometMLLogger.__init__)
+    @functools.wraps(CometMLLogger.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         require("comet")
         self._start = functools.partial(super().__init__, *args, **kwargs)
