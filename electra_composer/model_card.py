@@ -41,7 +41,7 @@ errors, gaps and prejudices of that text, and knows no language that is not in i
 you rely on it."""
 PAPER = "[ELECTRA](https://arxiv.org/abs/2003.10555), Clark et al. 2020"
 OBJECTIVES = {
-    "electra": f"""Replaced-token detection ({PAPER}): a generator fills masked positions, and the discriminator predicts
+    "electra": f"""Replaced-token detection ({PAPER}): a generator fills masked positions, the discriminator predicts
 of every token whether it was replaced.""",
     "electra_15": f"""Replaced-token detection at the masked positions only (ELECTRA 15%; {PAPER}, section 3.4).""",
     "mlm": "Masked language modelling ([BERT](https://arxiv.org/abs/1810.04805), Devlin et al. 2018).",
@@ -50,7 +50,7 @@ section 3.4).""",
     "all_tokens_mlm": f"""Prediction of all tokens from a text whose masked positions are filled by a generator, with a
 copy mechanism, which is not exported (All-Tokens MLM; {PAPER}, section 3.4).""",
     "electric": """Noise-contrastive estimation of cloze probabilities
-([Electric](https://arxiv.org/abs/2012.08561), Clark et al. 2020): the discriminator's logit of a token is its energy.""",
+([Electric](https://arxiv.org/abs/2012.08561), Clark et al. 2020): the discriminator gives the energy of each token.""",
 }
 HOW = "Trained with the settings below by electra_composer, on Composer and Streaming."
 
