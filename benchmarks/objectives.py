@@ -225,7 +225,7 @@ def execute(command: list[str], log: Path) -> float:
     """
     with log.open("w", encoding="utf-8") as file:
         status, seconds = run(command, LIMIT, file)
-    if status == -signal.SIGTERM:  # sent to this program, which has passed it on
+    if status in (-signal.SIGTERM, 128 + signal.SIGTERM):  # sent to this program, which has passed it on
         raise SystemExit(128 + signal.SIGTERM)
     if status != 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])

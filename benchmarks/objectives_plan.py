@@ -30,24 +30,28 @@ class Configuration:
     pretrained: bool = True
 
 
+RTD = ("objective.disc_weight=10",)  # as in quickstart.yaml; refused where there is no discriminator
+
 CONFIGURATIONS = {
-    ELECTRA: Configuration(),
+    ELECTRA: Configuration((RTD,)),
     "mlm": Configuration((("objective.kind=mlm",),)),
     "replace_mlm": Configuration((("objective.kind=replace_mlm",),)),
     "all_tokens_mlm": Configuration((("objective.kind=all_tokens_mlm",),)),
-    "electra_15": Configuration((("objective.kind=electra_15",),)),
+    "electra_15": Configuration((("objective.kind=electra_15", *RTD),)),
     "electric": Configuration((("objective.kind=electric",),)),
-    "uniform": Configuration((("objective.generator=uniform",),)),
-    "unigram": Configuration((("objective.generator=unigram",),)),
+    "uniform": Configuration((("objective.generator=uniform", *RTD),)),
+    "unigram": Configuration((("objective.generator=unigram", *RTD),)),
     # Paper, section 3.2: the generator is trained first, and the discriminator starts from its weights.
     "two_stage": Configuration(
         (
             ("objective.kind=mlm", "model.generator_size=1.0"),
-            ("objective.generator=frozen", "model.sharing=untied", "model.generator_size=1.0"),
+            ("objective.generator=frozen", "model.sharing=untied", "model.generator_size=1.0", *RTD),
         )
     ),
-    "untied": Configuration((("model.sharing=untied",),)),
-    "gdes": Configuration((("model.sharing=gdes",),)),
+    "untied": Configuration((("model.sharing=untied", *RTD),)),
+    "gdes": Configuration((("model.sharing=gdes", *RTD),)),
+    # Paper, section 3.2, "tying all weights": what lets the discriminator of a short run learn.
+    "tied_encoder": Configuration((("model.tie_encoder=true", "model.generator_size=1.0", *RTD),)),
     FLOOR: Configuration(pretrained=False),
 }
 """In the order of the table. Extend it by a line with overrides of `pretrain.py`."""
