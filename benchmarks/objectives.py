@@ -2,12 +2,14 @@
 
     python benchmarks/objectives.py --data data/reviews --tasks ../shared/data/glue_data --output runs/objectives
 
-Each configuration of `objectives_plan.py` is pretrained with `objectives.yaml` on the shards of `--data`. A short run
-measures its steps per second, so that the complete schedule of the next takes `--budget` seconds. Each is finetuned
-on the tasks over seeds; `floor` is the same finetuning of random weights. The folder gets `results.jsonl` (a line for
-each configuration and pretraining seed, also printed), `table.md` and `picture.png`, after figure 2 of the ELECTRA
-paper (arXiv 2003.10555). A later start with the same settings measures only what is missing; a configuration that fails
-does not keep the others from running, and its logs are in its folder.
+Each configuration of `objectives_plan.py` is pretrained with `objectives.yaml` on the shards of `--data`. Short runs of
+all of them, one after another, measure their steps per second (`speeds.json`); each is then trained for as many steps
+as take `--budget` seconds at that speed. So only the short runs need an idle machine (`--speeds-only` ends after them),
+and the others may run beside one another. Each is finetuned on the tasks over seeds; `floor` is the same finetuning of
+random weights. The folder gets `results.jsonl` (a line for each configuration and pretraining seed, also printed),
+`table.md` and `picture.png`, after figure 2 of the ELECTRA paper (arXiv 2003.10555). A later start with the same
+settings measures only what is missing; a configuration that fails does not keep the others from running, and its logs
+are in its folder.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
     plan = [(name, seed) for seed in options.pretraining_seeds for name in choose(options.configurations)]
     missing = [key for key in plan if key not in done]
     say(f"{len(plan)} runs, {len(plan) - len(missing)} of them done; results in {record}")
+    measure_speeds([name for name, _ in missing], options)
+    if options.speeds_only:
+        return
     started = time.monotonic()
     failed = []
     for number, (name, seed) in enumerate(missing):
@@ -109,6 +115,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of finetuning (1 2 3)")
     parser.add_argument("--pretraining-seeds", type=int, nargs="+", default=[1], help="(1)")
     parser.add_argument("--examples", type=int, default=4000, help="training examples of a task (%(default)s)")
+    parser.add_argument("--speeds-only", action="store_true", help="end when the speeds are measured")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and times, on the CPU")
     options = parser.parse_args(arguments)
     if options.smoke:
@@ -141,13 +148,13 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     configuration, folder = CONFIGURATIONS[name], options.output / f"{name}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    stages = pretrain(configuration, seed, folder, options) if configuration.pretrained else []
+    stages = pretrain(name, configuration, seed, folder, options) if configuration.pretrained else []
     source = stages[-1]["folder"] if stages else random_weights(configuration, seed, folder, options)
     command = finetune_command(configuration, source, folder / "finetuned", options)
     say(f"finetuning on {' and '.join(options.task_names)}, {len(options.seeds)} seeds")
     seconds = execute(command, folder / "finetuning.log")
     results = json.loads((folder / "finetuned" / "results.json").read_text(encoding="utf-8"))
-    last = stages[-1] if stages else dict.fromkeys(("steps_per_second", "tokens_per_second", "flops_per_step"))
+    last = stages[-1]["speed"] if stages else dict.fromkeys(("steps_per_second", "tokens_per_second", "flops_per_step"))
     return {
         "benchmark": "objectives",
         "configuration": name,
@@ -155,11 +162,14 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         "seed": seed,
         "settings": settings_of(options),
         "budget_seconds": options.budget,
-        "train_seconds": round(sum(stage["train_seconds"] for stage in stages), 2) if stages else None,
+        # At the measured speed; the run itself may have had neighbours.
+        "train_seconds": round(sum(stage["steps"] / stage["speed"]["steps_per_second"] for stage in stages), 2)
+        if stages
+        else None,
+        "wall_seconds": round(sum(stage["wall_seconds"] for stage in stages), 2) if stages else None,
         "steps": sum(stage["steps"] for stage in stages) if stages else None,
-        "flops": sum(stage["steps"] * stage["flops_per_step"] for stage in stages) if stages else None,
+        "flops": sum(stage["steps"] * stage["speed"]["flops_per_step"] for stage in stages) if stages else None,
         **{key: last[key] for key in ("steps_per_second", "tokens_per_second", "flops_per_step")},  # of the last stage
-        "planned_steps_per_second": [stage["planned_steps_per_second"] for stage in stages],
         "eval": [stage["eval"] for stage in stages],
         "tasks": scores_of(results),
         "finetune_seconds": seconds,
@@ -167,41 +177,64 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
+def measure_speeds(names: Sequence[str], options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Measure the speed of every stage of configurations by short runs, unless `speeds.json` has it.
+
+    Returns:
+        `steps_per_second`, `tokens_per_second` and `flops_per_step` of each stage, by configuration.
+    """
+    path = options.output / ("speeds-smoke.json" if options.smoke else "speeds.json")
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    steps = SMOKE_WARM_STEPS if options.smoke else WARM_STEPS
+    for name in dict.fromkeys(names):
+        configuration = CONFIGURATIONS[name]
+        if name in known or not configuration.pretrained:
+            continue
+        try:
+            known[name] = []
+            for number, overrides in enumerate(configuration.stages):
+                folder = options.output / "speeds" / f"{name}-{number}"
+                folder.parent.mkdir(exist_ok=True)
+                if number:
+                    overrides = (*overrides, f"model.init_from={folder.with_name(f'{name}-{number - 1}')}")
+                execute(pretrain_command(overrides, folder, steps, 1, options), folder.with_suffix(".log"))
+                known[name].append(speed_of(read_lines(folder / "metrics.jsonl")))
+            rates = (f"{speed['steps_per_second']:.1f} steps/s" for speed in known[name])
+            say(f"{name}: {', '.join(rates)}")
+        except UserError as error:
+            del known[name]
+            say(f"{name}: its speed could not be measured: {error}")
+        path.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    shutil.rmtree(options.output / "speeds", ignore_errors=True)
+    return known
+
+
 def pretrain(
-    configuration: Configuration, seed: int, folder: Path, options: argparse.Namespace
+    name: str, configuration: Configuration, seed: int, folder: Path, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Run all stages of a configuration, each with a complete schedule within its part of the budget.
 
     Returns:
-        For each stage: its folder, steps, time, speed and evaluation.
+        For each stage: its folder, steps, speed, time and evaluation.
+
+    Raises:
+        UserError: a run failed, or its speed was not measured.
     """
     stages: list[dict[str, Any]] = []
-    budget = options.budget / len(configuration.stages)
-    for number, overrides in enumerate(configuration.stages):
+    speeds = measure_speeds([name], options).get(name)
+    if speeds is None:
+        raise UserError("its speed could not be measured")
+    for number, (overrides, speed) in enumerate(zip(configuration.stages, speeds, strict=True)):
         if stages:
             overrides = (*overrides, f"model.init_from={stages[-1]['folder']}")
-        warm_folder, run_folder = folder / f"warm-{number}", folder / f"pretrained-{number}"
-        warm_steps = SMOKE_WARM_STEPS if options.smoke else WARM_STEPS
-        command = pretrain_command(overrides, warm_folder, warm_steps, seed, options)
-        execute(command, folder / f"warm-{number}.log")
-        planned = speed_of(read_lines(warm_folder / "metrics.jsonl"))["steps_per_second"]
-        steps = max(warm_steps, steps_within(budget, planned))
-        say(f"{planned:.1f} steps/s: {steps:,} steps in about {steps / planned:.0f} s")
-        execute(
-            pretrain_command(overrides, run_folder, steps, seed, options),
-            folder / f"pretrained-{number}.log",
-        )
+        run_folder, rate = folder / f"pretrained-{number}", speed["steps_per_second"]
+        least = SMOKE_WARM_STEPS if options.smoke else WARM_STEPS
+        steps = max(least, steps_within(options.budget / len(configuration.stages), rate))
+        say(f"{rate:.1f} steps/s: {steps:,} steps in about {steps / rate:.0f} s on an idle machine")
+        execute(pretrain_command(overrides, run_folder, steps, seed, options), folder / f"pretrained-{number}.log")
         rows = read_lines(run_folder / "metrics.jsonl")
-        stages.append(
-            {
-                "folder": run_folder,
-                "steps": steps,
-                "planned_steps_per_second": round(planned, 3),
-                "train_seconds": train_seconds_of(rows),
-                "eval": losses_of(rows),
-                **speed_of(rows),
-            }
-        )
+        seconds, found = train_seconds_of(rows), losses_of(rows)
+        stages.append({"folder": run_folder, "steps": steps, "speed": speed, "wall_seconds": seconds, "eval": found})
     return stages
 
 

@@ -129,9 +129,13 @@ def test_a_tiny_run_is_measured_once(
     assert all(len(line["tasks"]["sst2"]["scores"]) == 2 for line in found.values())
     line = found[ELECTRA]
     warm = objectives_plan.SMOKE_WARM_STEPS
-    assert len(line["planned_steps_per_second"]) == len(line["eval"]) == 2
+    speeds = json.loads((tmp_path / "out" / "speeds-smoke.json").read_text(encoding="utf-8"))
+    assert list(speeds) == [ELECTRA]
+    assert len(speeds[ELECTRA]) == len(line["eval"]) == 2
+    assert line["steps_per_second"] == speeds[ELECTRA][-1]["steps_per_second"]
     assert line["steps"] >= 2 * warm
     assert line["train_seconds"] > 0
+    assert line["wall_seconds"] > 0
     # Closed form of two encoders of two layers, 32 and 16 wide; the heads are the smaller part.
     tokens = line["tokens_per_second"] / line["steps_per_second"]
     encoders = [EncoderConfig(99, 32, width, 2, 1, 4 * width, 32, 0.0, 0.0, 0.02, 1e-12) for width in (32, 16)]
