@@ -88,7 +88,12 @@ def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
             prepared.train_data,
             prepared.eval_data,
             duration_of(config),
-            callbacks=[TrainMetrics(config.trainer.log_interval), LearningWatch(prepared.baseline), record, history],
+            callbacks=[
+                TrainMetrics(config.trainer.log_interval, prepared.model.model.stats),
+                LearningWatch(prepared.baseline),
+                record,
+                history,
+            ],
             copy=copy,
         )
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,15 @@ class TrainMetrics(IntervalCallback):
 
     Args:
         log_interval: a Composer time such as `10ba`; the end of training also logs.
+        names: of the sums, in the order of :data:`~electra_composer.model.losses.STATS`; by default those of the first
+            batch.
     """
 
-    def __init__(self, log_interval: str = "10ba") -> None:
+    def __init__(self, log_interval: str = "10ba", names: Sequence[str] = ()) -> None:
         super().__init__(log_interval)
         self.batch_sums: list[torch.Tensor] = []  # one vector per microbatch
         self.batch_places = 0
-        self.names: tuple[str, ...] = ()  # of the sums
+        self.names = tuple(names)
         self.sums: torch.Tensor | None = None
         self.places = 0
 

@@ -19,7 +19,7 @@ from objectives_plan import CONFIGURATIONS, ELECTRA, FLOOR, Configuration
 
 from electra_composer.errors import UserError
 from electra_composer.model.encoder import EncoderConfig
-from electra_composer.model.pretraining import encoder_flops
+from electra_composer.model.flops import encoder_flops
 
 
 def result(name: str, scores: dict[str, list[float]], seed: int = 1, **values: Any) -> dict[str, Any]:
