@@ -279,7 +279,7 @@ def test_exports_and_checkpoints_of_ours_hold_both(
     sizes = tiny_model_config()
     model = make_model(sizes)
     tokenizer = make_tokenizer(WORDS)
-    config = {"model": vars(sizes), "objective": vars(ObjectiveConfig()), "data": {}, "run_name": "x"}
+    config = {"model": vars(sizes), "objective": vars(ObjectiveConfig()), "data": {"max_seq_length": 32}}
     export(Checkpoint("x.pt", model.state_dict(), config, tokenizer), str(tmp_path / "export"))
     for source in (tmp_path / "export", tmp_path / "export" / "discriminator"):
         initial = read_initial(str(source), None)
