@@ -20,7 +20,7 @@ FULL = [
     SafetensorError('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left" })'),
 ]
 
-NETWORKS = {"discriminator": (None, lambda checkpoint: None, lambda state, config: {})}
+NETWORK = export.Exported("discriminator", None, None, {})
 CHECKPOINT = SimpleNamespace(state={}, tokenizer=None)
 
 
@@ -42,14 +42,14 @@ def test_an_export_to_a_full_disk(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(export, "_save", full)
-    monkeypatch.setattr(export, "NETWORKS", NETWORKS)
+    monkeypatch.setattr(export, "networks_of", lambda checkpoint: [NETWORK])
     with pytest.raises(UserError, match=r"cannot write the export to .*(No space left|denied).*; nothing was kept"):
         export.export(CHECKPOINT, str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["before"]
 
 
 def test_a_bug_in_an_export_keeps_its_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "NETWORKS", NETWORKS)
+    monkeypatch.setattr(export, "networks_of", lambda checkpoint: [NETWORK])
     monkeypatch.setattr(export, "_save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export.export(CHECKPOINT, str(tmp_path / "out"))

@@ -6,9 +6,9 @@ others; here the classifier's logit is not free, but that of a token being noise
 
     log(k q(x_t) / (n exp(-E(x)_t))) = E(x)_t + log q(x_t | x without t) + log(k / n),
 
-with k / n = mask_prob / (1 - mask_prob), the share of noise (section 2.2 and algorithm 1; `electric_objective` in
-google-research/electra `run_pretraining.py`). A sample that equals the original is noise all the same. q must give a
-probability to every token from its context alone, hence two towers rather than a masked language model (section 2.3).
+with k / n = mask_prob / (1 - mask_prob), the share of noise (`electric_objective` in google-research/electra
+`run_pretraining.py`). A sample that equals the original is noise all the same. q must give a
+probability to every token from its context alone, hence two towers rather than a masked language model.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ElectricForPretraining(ElectraForPretraining):
     def log_likelihoods(
         self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, sequence_ids: Tensor
     ) -> Tensor:
-        """Estimate log p(x_t | x without t) = -E(x)_t of every token, by one forward (section 2.1).
+        """Estimate log p(x_t | x without t) = -E(x)_t of every token, by one forward.
 
         Args:
             input_ids, token_type_ids, position_ids, sequence_ids: integers `[rows, length]`, unmasked.

@@ -2,7 +2,7 @@
 
 * `trained`, `frozen`: a masked language model (paper, section 2).
 * `uniform`: every token of the vocabulary alike (`uniform_generator` of google-research/electra).
-* `unigram`: by the frequencies of the tokens in the shards.
+* `unigram`: by the frequencies of the tokens in the shards (paper, section 3.2).
 * `two_tower`: a model that reads a token's context from both sides (`two_tower_generator`, two_towers.py).
 """
 

@@ -43,6 +43,13 @@ BY_GENERATOR: dict[str, tuple[str, ...]] = {
 GENERATORS_OF_ELECTRIC = ("two_tower", "uniform", "unigram")
 
 
+def keys_without_meaning(objective: ObjectiveConfig) -> frozenset[str]:
+    """Return the keys that have no meaning for an objective."""
+    given = objective.resolved()
+    of_generator = () if given.kind == "mlm" else BY_GENERATOR[str(given.generator)]
+    return frozenset((*BY_KIND[given.kind], *of_generator))
+
+
 def check_objective(model: ModelConfig, objective: ObjectiveConfig) -> None:
     """Refuse keys that are set and have no meaning for the objective, and generators that do not fit it.
 

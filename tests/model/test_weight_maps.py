@@ -11,6 +11,7 @@ import torch
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_composer.errors import UserError
+from electra_composer.model.sizes import discriminator_config, generator_config
 from electra_composer.model.weight_maps import (
     discriminator_to_transformers,
     encoder_config_of,
@@ -44,6 +45,23 @@ def test_maps_fit_transformers_strictly_and_come_back_as_they_went(
     assert back.keys() == state.keys()
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor), name
+
+
+def test_disentangled_embeddings_are_mapped_as_their_sums(make_model: Make, tiny_model_config: Make) -> None:
+    """There as E_G + E_Δ, without the padding; back as differences, equal up to the rounding of the sums."""
+    config = tiny_model_config(sharing="gdes")
+    state = make_model(config).state_dict()
+    discriminator = discriminator_to_transformers(state, discriminator_config(config, 99))
+    generator = generator_to_transformers(state, generator_config(config, 99))
+    for table, theirs in (("word", "word_embeddings"), ("position", "position_embeddings")):
+        base, found = state[f"generator_embeddings.{table}.weight"], f"electra.embeddings.{theirs}.weight"
+        rows = len(discriminator[found])
+        assert torch.equal(generator[found], base[:rows])
+        assert torch.equal(discriminator[found], (base + state[f"embeddings.{table}_delta"])[:rows])
+    back = pretraining_from_transformers(discriminator, generator, config, 99)
+    assert back.keys() == state.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(back[name], tensor, rtol=0, atol=1e-6 if name.endswith("_delta") else 0, msg=name)
 
 
 def test_maps_copy(make_model: Make) -> None:
