@@ -42,8 +42,8 @@ MUTATIONS = [
         "sign",
         "the RTD loss enters the total with a minus sign",
         "electra_composer/model/pretraining.py",
-        "self.model.objective.gen_weight * mlm + self.model.objective.disc_weight * rtd",
-        "self.model.objective.gen_weight * mlm - self.model.objective.disc_weight * rtd",
+        "[term.weight * losses[term.name] for term in terms]",
+        "[(-term.weight if term.name == 'rtd' else term.weight) * losses[term.name] for term in terms]",
         "tests/model/test_pretraining.py",
     ),
     Mutation(
@@ -58,8 +58,8 @@ MUTATIONS = [
         "tie",
         "the generator gets embeddings of its own",
         "electra_composer/model/networks.py",
-        'None if model.sharing == "tied" else Embeddings(generator)',
-        "Embeddings(generator)",
+        'Embeddings(generator) if has_network and model.sharing != "tied" else None',
+        "Embeddings(generator) if has_network else None",
         "tests/model/test_electra.py",
     ),
     Mutation(
@@ -125,6 +125,67 @@ MUTATIONS = [
         "(corrupted != originals) & (sequence_ids > 0)",
         "(corrupted == originals) & (sequence_ids > 0)",
         "tests/model/test_masking.py",
+    ),
+    *(
+        Mutation(name, fault, f"electra_composer/model/{module}.py", old, new, "tests/model/test_objectives.py")
+        for name, fault, module, old, new in (
+            (
+                "prior",
+                "the share of noise enters Electric's logit with the wrong sign",
+                "electric",
+                "math.log(self.objective.mask_prob / (1.0 - self.objective.mask_prob))",
+                "math.log((1.0 - self.objective.mask_prob) / self.objective.mask_prob)",
+            ),
+            (
+                "noise",
+                "a sample that equals the original is no noise to Electric",
+                "electric",
+                "noise = masked.places()",
+                "noise = masked.places() & (corrupted_ids != inputs.ids)",
+            ),
+            (
+                "q",
+                "Electric's noise probability is that of the original instead of the sample",
+                "generators",
+                "log_q.gather(1, masked.positions) + of_samples - of_originals",
+                "log_q.gather(1, masked.positions)",
+            ),
+            (
+                "cloze",
+                "two towers are trained on the masked positions alone",
+                "generators",
+                "ids, candidates.float(), everywhere",
+                "ids, masked.places().float(), everywhere",
+            ),
+            (
+                "copied",
+                "the copy mechanism copies replaced tokens",
+                "token_prediction",
+                "copied=(corrupted_ids == ids).flatten()",
+                "copied=torch.ones_like(ids, dtype=torch.bool).flatten()",
+            ),
+            (
+                "masked",
+                "electra_15 divides by all tokens",
+                "electra",
+                'over: Over = "masked" if self.objective.kind == "electra_15" else "tokens"',
+                'over: Over = "tokens"',
+            ),
+            (
+                "unigram",
+                "a frequent word is sampled as if its counts were not raised to the power 1 / temperature",
+                "generators",
+                "counts.double() ** (1.0 / self.objective.temperature)",
+                "counts.double()",
+            ),
+            (
+                "frozen",
+                "the loss of a frozen generator enters the total",
+                "generators",
+                '0.0 if objective.generator == "frozen" else objective.gen_weight',
+                "objective.gen_weight",
+            ),
+        )
     ),
 ]
 

@@ -2,8 +2,8 @@
 
     composer -n 2 tests/gradient_of_ranks.py FOLDER
 
-`FOLDER/inputs.pt` has the sizes, the weights, the batch and, for each case, the number of rows of the first rank.
-Gradients are written to `FOLDER/<rows of the first rank>_<rank>.pt`.
+`FOLDER/inputs.pt` has a list of objectives, each with its sizes, weights and batch and, for each case, the number of
+rows of the first rank. Gradients are written to `FOLDER/<objective>_<rows of the first rank>_<rank>.pt`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from composer.utils import dist, get_device
 from torch.nn.parallel import DistributedDataParallel
 
-from electra_composer.config import ObjectiveConfig
-from electra_composer.model.electra import ElectraForPretraining
+from electra_composer.model.objectives import build_pretraining_model
 from electra_composer.model.pretraining import ElectraPretraining
 
 
@@ -29,9 +28,15 @@ def main(folder: str) -> None:
     torch.set_num_threads(1)
     dist.initialize_dist(get_device("cpu"))
     rank = dist.get_global_rank()
-    inputs: dict[str, Any] = torch.load(f"{folder}/inputs.pt", weights_only=False)
-    batch, sizes = inputs["batch"], inputs["sizes"]
-    model = ElectraPretraining(ElectraForPretraining(sizes[0], ObjectiveConfig(), *sizes[1:]))
+    for number, inputs in enumerate(torch.load(f"{folder}/inputs.pt", weights_only=False)):
+        for first_rows, found in gradients_of(inputs, rank).items():
+            torch.save(found, f"{folder}/{number}_{first_rows}_{rank}.pt")
+
+
+def gradients_of(inputs: dict[str, Any], rank: int) -> dict[int, dict[str, torch.Tensor]]:
+    """Return the gradients of each case, by the rows of the first rank."""
+    batch, found = inputs["batch"], {}
+    model = ElectraPretraining(build_pretraining_model(*inputs["arguments"]))
     model.model.load_state_dict(inputs["weights"])
     wrapped = DistributedDataParallel(model)
     for first_rows in inputs["shares"]:
@@ -43,7 +48,8 @@ def main(folder: str) -> None:
             with context:
                 weight = len(half["input_ids"]) / (len(batch["input_ids"]) / 2)  # over the mean of the processes' rows
                 (model.loss(wrapped(half), half)["total"] * weight).backward()
-        torch.save(gradients(model.model), f"{folder}/{first_rows}_{rank}.pt")
+        found[first_rows] = gradients(model.model)
+    return found
 
 
 if __name__ == "__main__":

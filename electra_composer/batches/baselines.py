@@ -58,7 +58,7 @@ def mlm_loss_without_context(entropy: float, objective: ObjectiveConfig) -> floa
     probability 1/2 to the visible word and 1/2 to the frequencies has a loss of ln 2 for a kept token and of
     entropy + ln 2 for a replaced one.
     """
-    if objective.mask_style == "electra":
+    if objective.resolved().mask_style == "electra":
         return 0.85 * entropy
     return 0.8 * entropy + 0.1 * math.log(2) + 0.1 * (entropy + math.log(2))
 

@@ -66,7 +66,7 @@ class ElectraForPretraining(ElectraNetworks):
         self.distribution = None if has_network else FixedDistribution(vocab_size, objective)
         if objective.generator == "frozen":
             for module in self.modules_of_generator:
-                module.requires_grad_(False)
+                module.requires_grad_(False).eval()
 
     @property
     def terms(self) -> tuple[LossTerm, ...]:

@@ -99,7 +99,7 @@ def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: 
         )
     if missing is not None and name == "auto":
         name = "chunked"
-        model.model.objective = replace(config.objective, masked_lm=name)
+        model.model.objective = replace(model.model.objective, masked_lm=name)
         print_once(f"masked_lm: chunked (the machine lacks {missing}; triton is faster)")
     device_type = "cuda" if device == "gpu" else "cpu"
     resolve_implementation(name, device_type, sizes.padded_vocab_size, sizes.embedding_size)

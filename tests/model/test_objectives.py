@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from electra_inputs import gradients
+from launcher import launch
 from objective_cases import CASES, Twin, word_counts
+from tiny import ROOT
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from electra_composer.config import ObjectiveConfig, OptimizerConfig
+from electra_composer.model.masker import SpecialIds
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.training.builders import build_optimizer
 from electra_composer.training.parallelism import use_flat_parameters
@@ -137,6 +141,30 @@ def test_microbatches_give_the_gradient_of_the_batch(make: Make, name: str) -> N
         sums = {key: sums[key] + of_part[key].item() * weight for key in sums}
     assert sums == pytest.approx({key: value.item() for key, value in losses.items()}, rel=1e-5)
     assert_same(gradients(model.model), expected)
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_gradient_of_one(make: Make, tiny_model_config: Make, tmp_path: Path) -> None:
+    """Four rows each, and six against two, under DDP over gloo, each in two microbatches."""
+    shares = (4, 6)  # of the eight rows, how many the first process has
+    names = ("electra", "frozen", "unigram", "mlm", "all_tokens_mlm, towers", "electra_15, repeats", "electric")
+    inputs, expected = [], []
+    for name in names:
+        model, batch = make(name)
+        expected.append(backward(model, batch)[2])
+        config = tiny_model_config(**{"num_layers": 1, **CASES[name][1]})
+        arguments = (config, ObjectiveConfig(**CASES[name][0]), 99, SpecialIds(pad=0, cls=2, sep=3, mask=4), 32)
+        rows = {key: tensor for key, tensor in batch.items() if key != "loss_scale"}
+        weights = model.model.state_dict()
+        inputs.append({"arguments": arguments, "weights": weights, "batch": rows, "shares": shares})
+    torch.save(inputs, tmp_path / "inputs.pt")
+    launch(2, str(ROOT / "tests" / "gradient_of_ranks.py"), str(tmp_path))
+    for number, found in enumerate(expected):
+        trained = {name: gradient for name, gradient in found.items() if gradient.any()}
+        for first_rows in shares:
+            for rank in range(2):
+                of_rank = torch.load(tmp_path / f"{number}_{first_rows}_{rank}.pt")
+                assert_same({name: of_rank[name] for name in trained}, trained)
 
 
 @pytest.mark.parametrize("keys", [{"gen_weight": 0.0}, {"disc_weight": 0.0}])

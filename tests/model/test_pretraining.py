@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +12,11 @@ import torch
 from composer import Trainer
 from composer.core import DataSpec, Evaluator
 from flash_stand_in import flash_forward
-from launcher import launch
-from tiny import ROOT
 from torch.utils.data import DataLoader
 
 from electra_composer.config import ObjectiveConfig
 from electra_composer.model import electra, electric, generators, masker, token_prediction
-from electra_composer.model.electra import ElectraForPretraining, SpecialIds
+from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.encoder import Layer
 from electra_composer.model.kernels import attention
 from electra_composer.model.kernels.attention import ExampleBound
@@ -225,24 +222,6 @@ def test_composers_evaluation_is_repeatable(make_model: Make, make_batch: Make) 
     assert found[0]["rtd_loss"] == pytest.approx(rtd.item(), rel=1e-5)
     # A mean over batches of 50 × rtd + mlm, which the two means over all tokens need not give exactly.
     assert found[0]["total_loss"] == pytest.approx(mlm.item() + 50 * rtd.item(), rel=0.05)
-
-
-@pytest.mark.distributed
-def test_two_processes_give_the_gradient_of_one(
-    make_model: Make, make_batch: Make, tiny_model_config: Make, tmp_path: Path
-) -> None:
-    """Four rows each, and six against two, under DDP over gloo."""
-    model = make_model()
-    batch = noisy(model, make_batch(VERY_UNEVEN))
-    expected, _ = reference(model, batch)
-    sizes = (tiny_model_config(), 99, SpecialIds(pad=0, cls=2, sep=3, mask=4), LENGTH)
-    shares = (4, 6)  # of the eight rows, how many the first process has
-    inputs = {"sizes": sizes, "weights": model.state_dict(), "batch": batch, "shares": shares}
-    torch.save(inputs, tmp_path / "inputs.pt")
-    launch(2, str(ROOT / "tests" / "gradient_of_ranks.py"), str(tmp_path))
-    for first_rows in shares:
-        for rank in range(2):
-            assert_same(torch.load(tmp_path / f"{first_rows}_{rank}.pt"), expected)
 
 
 @pytest.mark.parametrize("cpu_autocast", [False, True])

@@ -88,7 +88,8 @@ def test_a_machine_that_cannot_compile_does_without_triton(
     meta = read_data(config.data)
     model = model_setup.build_model(config, load_tokenizer(meta.tokenizer_folder), False)
     model_setup.choose_kernels(config, model, meta)
-    assert model.model.objective.masked_lm == "chunked"
+    objective = model.model.objective
+    assert (objective.masked_lm, objective.generator, objective.mask_style) == ("chunked", "trained", "electra")
     assert "masked_lm: chunked (the machine lacks a C compiler" in capsys.readouterr().out
     config.objective.masked_lm = "triton"
     with pytest.raises(UserError, match=r"objective\.masked_lm is triton and the machine lacks a C compiler"):
