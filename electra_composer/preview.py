@@ -3,7 +3,8 @@
     python -m electra_composer.preview data/owt
     python -m electra_composer.preview data/owt --rows 5 --checkpoint runs/electra-small
 
-With a checkpoint, its generator fills the masked positions and its discriminator judges every token.
+With a checkpoint, the rows show the tokens that its generator samples and the verdicts of its discriminator: which
+tokens are replaced, or what it predicts in their place, as the objective of the run says.
 """
 
 from __future__ import annotations
@@ -18,25 +19,21 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.arguments import ArgumentParser, number
 from electra_composer.batches.checks import check_shards, check_split
-from electra_composer.batches.collation import COLUMNS, collate_rows
 from electra_composer.batches.row_reader import Rows, reader_of_split
 from electra_composer.batches.shards import read_meta
 from electra_composer.checkpoints.weights import read_checkpoint
-from electra_composer.config import ObjectiveConfig, ShardsConfig
+from electra_composer.config import ShardsConfig
 from electra_composer.corpus.sources import Source
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.model import masking
-from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.ranges import Range
+from electra_composer.reports.tokens import Token, annotate_tokens, legend_of
 from electra_composer.storage.shard_folder import Meta
 from electra_composer.vocabulary import load_tokenizer
 from electra_composer.word_limits import word_limit
@@ -44,39 +41,6 @@ from electra_composer.word_limits import word_limit
 SAMPLE = 20_000  # rows in the statistics, evenly spaced, at most
 MAX_ROWS = 1000  # shown as text; a model takes all of them at once
 BINS, BAR = 12, 40
-
-LEGEND = """  film            original, and judged original
-  [film]          masked; the generator sampled the same word
-  [film→movie]    masked; the generator sampled another word
-  !film           the discriminator says: replaced. Green: correct; red: wrong; yellow without !: replaced, missed"""
-GREEN, RED, YELLOW, DIM, RESET = "\x1b[32m", "\x1b[31m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
-
-
-class Token(NamedTuple):
-    """A token of a row with the models' predictions."""
-
-    text: str
-    segment: int  # 0: A, 1: B
-    example: int  # 1, 2, …
-    masked: bool = False
-    sample: str | None = None  # the generator's sample; the original without a checkpoint
-    replaced: bool = False
-    flagged: bool = False  # judged replaced by the discriminator
-
-    def render(self, color: bool) -> str:
-        """Format the token as described in :data:`LEGEND`."""
-        if self.masked:
-            text = f"[{self.text}→{self.sample}]" if self.replaced else f"[{self.text}]"
-        else:
-            text = self.text
-        text = f"!{text}" if self.flagged else text
-        if not color:
-            return text
-        if self.flagged:
-            return f"{GREEN if self.replaced else RED}{text}{RESET}"
-        if self.replaced:
-            return f"{YELLOW}{text}{RESET}"
-        return f"{DIM}{text}{RESET}" if text in ("[CLS]", "[SEP]") else text
 
 
 def describe_meta(meta: Meta) -> str:
@@ -147,39 +111,6 @@ def describe_vocabulary(ids: NDArray[np.integer], tokenizer: PreTrainedTokenizer
     return f"{line}; {np.count_nonzero(counts):,} of {len(tokenizer):,} entries occur in these rows"
 
 
-def annotate_tokens(
-    rows: Rows, tokenizer: PreTrainedTokenizerFast, meta: Meta, model: ElectraForPretraining | None, seed: int
-) -> list[list[Token]]:
-    """Return the tokens of some rows, masked as in training and, given a model, with its samples and judgements."""
-    packed = torch.from_numpy(collate_rows(rows, meta.max_seq_length, meta.tokenizer.special_ids["pad"]))
-    batch = dict(zip(COLUMNS, packed, strict=True))
-    ids, sequence_ids = batch["input_ids"], batch["sequence_ids"]
-    generator = torch.Generator().manual_seed(seed)
-    if model is None:
-        special = tuple(meta.tokenizer.special_ids[role] for role in ("pad", "cls", "sep"))
-        candidates = masking.maskable(ids, sequence_ids, special)
-        probability = ObjectiveConfig().mask_prob
-        slots = masking.num_slots(probability, meta.max_seq_length)
-        counts = masking.mask_counts(candidates, sequence_ids, probability, slots)
-        noise = torch.rand(ids.shape, generator=generator)
-        positions, weights = masking.choose_positions(candidates, counts, slots, noise)
-        corrupted, flagged = ids, torch.zeros_like(ids, dtype=torch.bool)
-    else:
-        with torch.no_grad():
-            outputs = model(**batch, noise=model.draw_noise(ids, generator))
-        positions, weights = outputs["masked_positions"], outputs["masked_weights"]
-        corrupted, flagged = outputs["corrupted_ids"], outputs["rtd_logits"] > 0
-    masked = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, positions, weights > 0)
-    result = []
-    for row, length in enumerate((sequence_ids > 0).sum(1).tolist()):
-        texts = tokenizer.convert_ids_to_tokens(ids[row, :length].tolist())
-        samples = tokenizer.convert_ids_to_tokens(corrupted[row, :length].tolist())
-        columns = (batch["token_type_ids"], sequence_ids, masked, corrupted != ids, flagged)
-        segments, examples, masks, replaced, flags = (column[row, :length].tolist() for column in columns)
-        result.append(list(map(Token, texts, segments, examples, masks, samples, replaced, flags)))
-    return result
-
-
 def render(tokens: list[Token], color: bool) -> Iterator[str]:
     """Yield a line for each segment of each example."""
     for example in range(1, tokens[-1].example + 1):
@@ -248,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         print(f"\nrow {row:,} of {options.split}: {len(tokens)} tokens")
         print("\n".join(render(tokens, color)))
-    print(f"\n{LEGEND if model is not None else LEGEND.splitlines()[0] + chr(10) + '  [film]          masked'}")
+    print(f"\n{legend_of(model)}")
 
 
 if __name__ == "__main__":

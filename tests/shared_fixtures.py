@@ -22,6 +22,7 @@ from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.corpus.conversion import Conversion, convert
 from electra_composer.corpus.sources import Sources
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
+from electra_composer.model.objectives import build_pretraining_model
 
 VOCAB_SIZE = 99  # not a multiple of 64, so the embedding table has padding rows
 LENGTH = 32
@@ -136,7 +137,7 @@ def make_model(tiny_model_config: Callable[..., ModelConfig]) -> Callable[..., E
         seed: int = 0,
     ) -> ElectraForPretraining:
         torch.manual_seed(seed)
-        built = ElectraForPretraining(
+        built = build_pretraining_model(
             model or tiny_model_config(), objective or ObjectiveConfig(), vocab_size, SPECIAL, max_seq_length
         )
         if perturbed:
@@ -152,7 +153,7 @@ def _perturb(model: ElectraForPretraining) -> None:
             is_norm_weight = parameter.dim() == 1 and "norm" in name and name.endswith("weight")
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if is_norm_weight else 0.0))
         for name, parameter in model.named_parameters():
-            if name.endswith(("word.weight", "word_delta")) or name == "mlm_head.bias":
+            if name.endswith(("word.weight", "word_delta", "lm_head.bias")):
                 parameter[model.vocab_size :] = 0.0
 
 

@@ -1,0 +1,1 @@
+"""Report of pretraining runs: curves, tokens, results and settings as one HTML file and PNGs."""
