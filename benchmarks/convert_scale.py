@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 from machine import print_result
 
-from electra_composer.corpus.sources import find_files
+from electra_composer.corpus.files import find_files
 from electra_composer.errors import report_user_errors
 
 SCRIPT = Path(__file__).parents[1] / "data_prep/convert_owt.py"

@@ -63,6 +63,14 @@ MUTATIONS = [
         "tests/model/test_electra.py",
     ),
     Mutation(
+        "detach",
+        "with sharing gdes, the RTD loss trains the generator's embeddings",
+        "electra_composer/model/encoder.py",
+        "(table.detach() for table in self._base[0].tables())",
+        "self._base[0].tables()",
+        "tests/model/test_sharing.py",
+    ),
+    Mutation(
         "attention",
         "attention crosses the examples of a row",
         "electra_composer/model/kernels/attention.py",

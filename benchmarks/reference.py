@@ -58,7 +58,7 @@ class ReferenceElectra(nn.Module):
         if objective.mask_draw != "exact":
             raise ValueError("the reference has no repeated positions and no other draws; keep the defaults")
         if objective.mlm_label_smoothing or objective.rtd_label_smoothing or model.generator_embeddings is not None:
-            raise ValueError("the reference has tied embeddings and no label smoothing; keep the defaults")
+            raise ValueError("the reference has model.sharing=tied and no label smoothing; keep the defaults")
         self.objective = objective
         self.special_ids = model.special_ids
         sizes = model.encoder_of_generator.config, model.discriminator.config

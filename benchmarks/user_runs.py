@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from machine import print_result
 from sizes import TINY
@@ -230,8 +230,13 @@ def pretrain_arguments(options: argparse.Namespace, batches: int) -> list[str]:
     return arguments + (SMOKE["pretrain"] if options.smoke else []) + options.overrides
 
 
-def run(command: list[str], seconds: float) -> tuple[int, float]:
-    """Run a command in the repository, its output to stderr; end it and its children by SIGTERM after `seconds`.
+def run(command: list[str], seconds: float, output: TextIO | None = None) -> tuple[int, float]:
+    """Run a command in the repository; end it and its children by SIGTERM after `seconds`.
+
+    Args:
+        command: words of the command line.
+        seconds: limit of its time.
+        output: a file for what it prints; None: stderr.
 
     Returns:
         Exit status, negative for the number of a signal, and seconds taken.
@@ -239,7 +244,14 @@ def run(command: list[str], seconds: float) -> tuple[int, float]:
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
     begin = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=output or sys.stderr,
+        stderr=subprocess.STDOUT if output else None,
+        env=environment,
+        start_new_session=True,
+    )
     patience = 10.0  # to write a checkpoint
     try:
         process.wait(seconds)

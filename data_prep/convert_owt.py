@@ -18,27 +18,16 @@ if __name__ == "__main__":
     begin()
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from electra_composer.arguments import ArgumentParser, number_of
-from electra_composer.atomic_files import write_file
-from electra_composer.corpus.conversion import convert
-from electra_composer.corpus.dry_run import DryRun, dry_run
+from electra_composer.arguments import ArgumentParser, number_of, parse_early
 from electra_composer.corpus.options import TRAIN, Conversion
 from electra_composer.corpus.sources import DOCSTRINGS, HUB, USED_BY, Source, Sources, read_mixture
-from electra_composer.corpus.summary import Summary
 from electra_composer.errors import UserError, report_user_errors
-from electra_composer.next_steps import describe_end, pretrain, preview
-from electra_composer.signals import unwind
-from electra_composer.storage.remotes import is_remote
-
-OPENWEBTEXT_DOCUMENTS = 8_013_769  # according to its authors
-MUCH_DROPPED = 0.05  # fraction of tokens above which a warning is printed
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, bool]:
@@ -65,9 +54,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[Conversion, str | None, boo
 
 def _add_source_options(add: Callable[..., object]) -> None:
     text = (
-        "what to read: a .parquet, .jsonl, .json or .txt file (all but .parquet also .gz or .zst), a .tar, .tar.gz or "
-        f".tar.xz of .txt files, a folder or a glob of these; {DOCSTRINGS}: docstrings of the installed Python "
-        f"packages; {HUB}: --dataset (default). May be repeated"
+        "what to read: a .parquet, .arrow, .jsonl, .json, .csv, .tsv or .txt file (all but the first two also .gz or "
+        ".zst), a .tar, .tar.gz or .tar.xz of .txt files, a folder or a glob of these, a data set written by "
+        f"save_to_disk; {DOCSTRINGS}: docstrings of the installed Python packages; "
+        f"{HUB}: --dataset (default). May be repeated"
     )
     add("--source", action="append", metavar="PATH", help=text)
     text = (
@@ -85,10 +75,18 @@ def _add_source_options(add: Callable[..., object]) -> None:
     add("--dataset-config", dest="config", help="configuration of the data set, if it has several")
     text = "branch or commit of the data set; main: its original files (default: %(default)s, converted by the hub)"
     add("--revision", help=text)
-    text = "column of the text in parquet, JSON Lines and data sets of the hub (default: %(default)s)"
+    text = "split of a data set, on the hub or written by save_to_disk (default: %(default)s)"
+    add("--dataset-split", dest="split", help=text)
+    text = (
+        "column of the text in everything but .txt; a.b: the key b of the object a; in csv and tsv without a header a "
+        "number from 0 (default: %(default)s; in csv and tsv also the only column that looks like text)"
+    )
     add("--text-column", help=text)
-    text = "what ends a document in a .txt file: a blank line, or the end of the file (default: %(default)s)"
-    add("--txt-documents", choices=("blank", "file"), help=text)
+    text = (
+        "what ends a document in a .txt file: blank (a blank line), file (the end of the file), or N (every N lines "
+        "that are not blank) (default: %(default)s)"
+    )
+    add("--txt-documents", type=number_of(Source, "txt_documents"), metavar="blank|file|N", help=text)
 
 
 def _add_filter_options(add: Callable[..., object]) -> None:
@@ -160,9 +158,7 @@ def _add_example_options(add: Callable[..., object]) -> None:
 
 
 def _add_execution_options(add: Callable[..., object]) -> None:
-    text = (
-        f"number of processes; the output does not depend on it (default: number of CPUs, at most 16; here {_cpus()})"
-    )
+    text = f"number of processes, which the output does not depend on (default: CPUs, at most 16; here {_cpus()})"
     add("--workers", type=number_of(Conversion, "workers"), metavar="N", help=text)
     text = "local processes or Apache Spark; the output is the same (default: %(default)s)"
     add("--engine", choices=("local", "spark"), help=text)
@@ -183,7 +179,8 @@ def _sources(options: argparse.Namespace) -> list[Source]:
     """
     values = _values(options, Source, "path", "name", "weight")
     given = {name: value for name, value in values.items() if value != getattr(Source(), name)}
-    options_of = {name: "--dataset-config" if name == "config" else f"--{name.replace('_', '-')}" for name in given}
+    other = {"config": "--dataset-config", "split": "--dataset-split"}
+    options_of = {name: other.get(name, f"--{name.replace('_', '-')}") for name in given}
     if options.mixture is not None:
         if options.source or options.weight:
             raise UserError("--mixture cannot be combined with --source and --weight; put the sources into its file")
@@ -208,6 +205,21 @@ def _sources(options: argparse.Namespace) -> list[Source]:
 
 def _cpus() -> int:
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parse_early(parse_arguments)
+
+from electra_composer.corpus.conversion import convert
+from electra_composer.corpus.dry_run import DryRun, dry_run
+from electra_composer.corpus.readers import describe_columns
+from electra_composer.corpus.summary import Summary, check_json_file, write_json
+from electra_composer.next_steps import describe_end, pretrain, preview
+from electra_composer.signals import unwind
+from electra_composer.storage.remotes import is_remote
+
+OPENWEBTEXT_DOCUMENTS = 8_013_769  # according to its authors
+MUCH_DROPPED = 0.05  # fraction of tokens above which a warning is printed
 
 
 def _warn(text: str) -> None:
@@ -258,36 +270,18 @@ def describe_shards(summary: Summary) -> str:
     return describe_end({"shards": out}, commands)
 
 
-def _check_json_file(path: str) -> None:
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise UserError(f"--json {path}: no such folder; create it, or choose another file")
-    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise UserError(f"--json {path}: cannot be written; choose another file")
-
-
-def _write_json(path: str, result: Summary | DryRun) -> None:
-    try:
-        write_file(path, json.dumps(result.to_dict(), indent=2))
-    except OSError as error:
-        written = f"; the shards in {result.out} are complete" if isinstance(result, Summary) else ""
-        raise UserError(f"--json {path}: {error.strerror}{written}") from error
-
-
 @report_user_errors
 def main(argv: list[str] | None = None) -> Summary | DryRun:
-    """Run the command line: convert, print the summary and return it.
-
-    Raises:
-        SystemExit: with code 2 after a one-line message about a user error.
-    """
+    """Run the command line: convert, print the summary and return it."""
     conversion, json_file, only_estimate = parse_arguments(argv)
     if json_file is not None:
-        _check_json_file(json_file)
+        check_json_file(json_file)
     unwind()
+    for line in describe_columns(conversion.sources):
+        print(line)
     result = dry_run(conversion) if only_estimate else convert(conversion)
     if json_file is not None:
-        _write_json(json_file, result)
+        write_json(json_file, result.to_dict(), result.out if isinstance(result, Summary) else None)
     if isinstance(result, Summary):
         report(conversion, result)
         print(describe_shards(result))

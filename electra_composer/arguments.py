@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from electra_composer.errors import UserError
+from electra_composer import signals
+from electra_composer.errors import UserError, report_user_errors
 from electra_composer.ranges import Range, keys
+
+RESULTS_HELP = "results.json of finetuning it (glue.py, finetune.py), for the model card; may be repeated"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -17,14 +21,23 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def number(allowed: Range, kind: type = int) -> Callable[[str], Any]:
+def parse_early(parse: Callable[[list[str]], Any]) -> None:
+    """Parse the command line before imports that take seconds: `--help` and errors end the program here."""
+    report_user_errors(parse)(sys.argv[1:])
+    signals.end_with(None, exits=False)  # the program goes on
+
+
+def number(allowed: Range, kind: type = int, words: tuple[str, ...] = ()) -> Callable[[str], Any]:
     """Return the `type` of an argument that is a number within a range.
 
     Args:
         kind: `int` or `float`.
+        words: allowed in place of a number.
     """
 
     def convert(text: str) -> Any:
+        if text in words:
+            return text
         if allowed.suffixes and allowed.contains(text):
             from streaming.base.util import bytes_to_int  # imported here, because Streaming takes seconds
 
@@ -35,14 +48,16 @@ def number(allowed: Range, kind: type = int) -> Callable[[str], Any]:
             value = None
         if not allowed.contains(value):
             shown = text if len(text) <= 40 else f"{text[:30]}…"
-            raise argparse.ArgumentTypeError(f"is {shown!r}; expected {allowed.describe(kind is int)}")
+            raise argparse.ArgumentTypeError(
+                f"is {shown!r}; expected {', or '.join([allowed.describe(kind is int), *words])}"
+            )
         return value
 
     return convert
 
 
 def number_of(schema: Any, field: str) -> Callable[[str], Any]:
-    """Return the `type` of an argument for a field of a dataclass, with the field's range."""
+    """Return the `type` of an argument for a field of a dataclass, with the field's range and words."""
     key = next(key for key in keys(schema) if key.path == field)
     assert isinstance(key.range, Range)
-    return number(key.range, key.kind)
+    return number(key.range, key.kind, key.words)

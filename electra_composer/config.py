@@ -75,9 +75,9 @@ class ShardsConfig(DataConfig):
     epoch_size: Annotated[int | str, Range(ge=1, le=10**12, suffixes=ROWS, example="10m", null="all")] | None = None
     remote: str | None = None  # URL to download the shards from (s3://…); `path` is then the local cache
     tokenizer: str | None = None  # null: the tokenizer saved with the shards; any other must be the one that made them
-    train_split: str = "train"
-    eval_split: str = "val"
-    shuffle: bool = True
+    train_split: str = "train"  # subfolder to train on
+    eval_split: str = "val"  # subfolder to evaluate on
+    shuffle: bool = True  # read the training rows in a random order, a new one in each epoch
     # Number of parts that the order of rows is divided into, each read by a group of nodes; null: the number of nodes
     # at the run's first start. The order is the same on any number of nodes that divides it or is a multiple of it.
     num_canonical_nodes: Annotated[int, Range(ge=1, le=65536)] | None = None
@@ -92,20 +92,20 @@ class ShardsConfig(DataConfig):
 class ModelConfig:
     """Sizes of the discriminator; the generator's follow from `generator_size` (paper, table 6 of appendix A)."""
 
-    num_layers: Layers = MISSING
-    hidden_size: Width = MISSING
-    num_heads: Annotated[int, Range(ge=1, le=1024)] = MISSING
-    embedding_size: Width = MISSING
+    num_layers: Layers = MISSING  # of the discriminator
+    hidden_size: Width = MISSING  # of the discriminator; a multiple of `num_heads`
+    num_heads: Annotated[int, Range(ge=1, le=1024)] = MISSING  # of attention in the discriminator
+    embedding_size: Width = MISSING  # projected to the widths of both models
     generator_size: Annotated[float, Range(gt=0, le=4)] = MISSING  # width of the generator / the discriminator's
     generator_layers: Layers | None = None  # null: as many as the discriminator
     max_positions: Annotated[int, Range(ge=1, le=65535)] = 512  # at least data.max_seq_length
-    dropout: Dropout = 0.1
-    attention_dropout: Dropout = 0.1
+    dropout: Dropout = 0.1  # after embeddings, attention and feed-forward layers
+    attention_dropout: Dropout = 0.1  # of attention weights
     # initial weights. google: normal, cut at two standard deviations, but for the projection of the embeddings and the
     # output of the RTD head, which are Glorot-uniform; transformers: normal
     init: Literal["google", "transformers"] = "google"
     initializer_range: Annotated[float, Range(ge=1e-20, le=1)] = 0.02  # standard deviation of the initial weights
-    layer_norm_eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-12
+    layer_norm_eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-12  # added to the variance in LayerNorm
     # embeddings of generator and discriminator (docs/recipe.md). tied: one set of tables and one LayerNorm; untied: one
     # set each, the generator's of its own width; gdes: the discriminator's tables are those of the generator, without
     # gradient, plus trained differences (DeBERTaV3)
@@ -141,8 +141,8 @@ class ObjectiveConfig:
     temperature: Annotated[float, Range(ge=0.01, le=1000)] = 1.0  # divides the generator's logits before sampling
     disallow_correct: bool = False  # never sample the original token
     masked_lm: Literal["auto", "chunked", "triton"] = "auto"  # implementation of loss and sample; auto: triton on CUDA
-    mlm_label_smoothing: Smoothing = 0.0
-    rtd_label_smoothing: Smoothing = 0.0
+    mlm_label_smoothing: Smoothing = 0.0  # of the generator's targets, over the vocabulary
+    rtd_label_smoothing: Smoothing = 0.0  # of the discriminator's targets
     # one_sided: the target of an original token is the smoothing, that of a replaced one stays 1 (electra_pytorch);
     # symmetric: smoothing / 2 and 1 - smoothing / 2
     rtd_label_smoothing_style: Literal["one_sided", "symmetric"] = "one_sided"
@@ -159,12 +159,12 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW as ELECTRA uses it."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw"] = "adamw"  # the only one
     lr: LearningRate = MISSING  # peak learning rate
-    betas: Betas = field(default_factory=lambda: [0.9, 0.999])
-    eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-6
+    betas: Betas = field(default_factory=lambda: [0.9, 0.999])  # decay of both moving averages
+    eps: Annotated[float, Range(ge=1e-20, le=1)] = 1e-6  # added to the root of the second moment
     weight_decay: Annotated[float, Range(ge=0, le=10)] = 0.01  # not applied to LayerNorm and biases
-    bias_correction: bool = False
+    bias_correction: bool = False  # of both moments, as in Adam; google-research/electra has none
     layerwise_decay: LayerwiseDecay | None = None  # factor d on lr per layer from the top down (finetuning)
     layerwise_variant: Literal["google", "paper"] = "google"  # last layer at lr × d² (the code) or lr × d (the paper)
 
@@ -192,7 +192,7 @@ class FSDPConfig:
     activation_cpu_offload: bool = False  # keep activations in host memory until the backward pass
     state_dict_type: Literal["full", "sharded"] = "full"  # one checkpoint file, or a folder with one part per rank
     mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"  # Composer's presets
-    verbose: bool = False
+    verbose: bool = False  # print the division into shards
 
 
 @dataclass
@@ -203,11 +203,12 @@ class TrainerConfig:
     max_duration: Annotated[str, DURATION] | None = None
     global_train_batch_size: BatchSize = MISSING  # rows per update over all devices and microbatches
     device_train_microbatch_size: BatchSize | Literal["auto"] | None = None  # null: no split; auto (GPU)
-    device_eval_batch_size: BatchSize = MISSING
+    device_eval_batch_size: BatchSize = MISSING  # rows per device and forward pass in an evaluation
     eval_interval: Interval = "1dur"  # a Composer time
+    # batches per evaluation
     eval_batches: Annotated[int, Range(ge=1, le=10**9, null="the complete validation set")] | None = None
     device: Literal["cpu", "gpu"] | None = None  # null: a GPU if there is one
-    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"  # of matrix products; weights are fp32
     gradient_clip: Annotated[float, Range(gt=0, le=1e6, null="no clipping")] | None = 1.0  # maximum gradient norm
     # on a NaN or infinite loss or gradient: end the run, or skip and count the update (docs/reliability.md)
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -223,7 +224,7 @@ class TrainerConfig:
     # deterministic kernels only: two runs with one seed are equal to the bit on a GPU too, and slower. Off, the start
     # names the operators that are not deterministic. On a CPU: a number of threads that ignores other processes.
     deterministic: bool = False
-    progress_bar: bool = True
+    progress_bar: bool = True  # losses, tokens/s and the learning rate in the terminal
     log_interval: Interval = "10ba"  # interval of training metrics, the console logger and the metrics file
 
 
@@ -246,15 +247,15 @@ class CheckpointConfig:
 class RunConfig:
     """Sections shared by pretraining and finetuning."""
 
-    run_name: str = MISSING
-    seed: Seed = 42
+    run_name: str = MISSING  # name in loggers, and part of the run folder
+    seed: Seed = 42  # of initial weights, order of rows, masks, samples and dropout; finetuning has `seeds`
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     # name: {argument: value}; the names and their classes are listed in training/builders.py
     callbacks: dict[str, Any] = field(default_factory=dict)
-    loggers: dict[str, Any] = field(default_factory=dict)
+    loggers: dict[str, Any] = field(default_factory=dict)  # the same
 
     def resolve(self) -> None:
         """Replace null by the value it stands for, where that depends on other keys."""
@@ -264,6 +265,8 @@ class RunConfig:
 class PretrainConfig(RunConfig):
     """Configuration of `electra_composer/pretrain.py`."""
 
+    # write report.html into the run folder at the end, if there is a metrics file (docs/reports.md)
+    report: bool = True
     data: ShardsConfig = field(default_factory=ShardsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

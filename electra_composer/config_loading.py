@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import sys
@@ -17,14 +16,16 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from electra_composer import signals
 from electra_composer.config import RunConfig
-from electra_composer.errors import UserError, report_user_errors
+from electra_composer.errors import UserError, nearest, report_user_errors
 from electra_composer.former_keys import TIE_EMBEDDINGS, upgrade_model
+from electra_composer.key_reference import help_text
 from electra_composer.ranges import container, expected, faults, is_optional, shown
 from electra_composer.ranks import IS_FIRST
+from electra_composer.shipped import find_configuration
 
 Config = TypeVar("Config", bound=RunConfig)
 
-CHECK = "--check"
+CHECK, HELP = "--check", ("-h", "--help")
 COMMAND_LINE = "the command line"  # origin of a value in error messages
 
 
@@ -161,21 +162,53 @@ def _path_or_streams(config: Any, origin: str) -> None:
 def load_config_from_command_line(
     schema: type[Config], usage: str, derive: Callable[[Any], dict[str, Any]] | None = None
 ) -> tuple[Config, bool]:
-    """Call :func:`load_config` with `sys.argv`: a YAML file, then any number of `key=value`.
+    """Call :func:`load_config` with `sys.argv`: a YAML file or the name of a shipped one, then any number of
+    `key=value`.
+
+    With `--help`, the keys of the schema are printed, or those of the part that follows it, and the program ends.
+
+    Args:
+        usage: the command line, after `usage: `; more than one on lines of their own.
 
     Returns:
         The configuration, and whether `--check` is among the arguments: check everything and end.
     """
     arguments = [argument for argument in sys.argv[1:] if argument != CHECK]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(
-            f"usage: {usage} [{CHECK}]\n\nThe keys are documented in electra_composer/config.py. {CHECK} checks "
-            "everything that a start would refuse, writes nothing and ends."
-        )
+    if not arguments or any(argument.partition("=")[0] in HELP for argument in arguments):
+        report_user_errors(_print_help)(schema, usage, arguments)
         sys.exit(0 if arguments else 2)
-    config = report_user_errors(load_config)(arguments[0], arguments[1:], schema, derive)
+    config = report_user_errors(_load)(arguments[0], arguments[1:], schema, derive)
     signals.end_with(None, exits=False)  # the program goes on
     return config, CHECK in sys.argv
+
+
+def _load(name: str, *rest: Any) -> RunConfig:
+    return load_config(find_configuration(name), *rest)
+
+
+def _print_help(schema: type, usage: str, arguments: list[str]) -> None:
+    """Print the usage, and with `--help` the keys of the schema or of the part that is named after it."""
+    usage = "\n       ".join(f"{line} [{CHECK}]" for line in usage.splitlines())
+    options = (
+        f"{CHECK:14} check everything that a start would refuse, write nothing and end\n"
+        f"{'--help [PART]':14} show the keys, or a part of them: --help optimizer, --help optimizer.lr"
+    )
+    position = next((i for i, argument in enumerate(arguments) if argument.partition("=")[0] in HELP), None)
+    if position is None:
+        print(f"usage: {usage}\n\n{options}")
+        return
+    following = [argument for argument in arguments[position + 1 : position + 2] if not _is_input(argument)]
+    part = arguments[position].partition("=")[2] or (following[0] if following else None)
+    keys = help_text(schema, part)
+    if part is not None:
+        print(keys.lstrip("\n"))
+        return
+    title = "Keys of the YAML file, and of the command line as key=value; with defaults and valid values:"
+    print(f"usage: {usage}\n\n{options}\n\n{title}\n\n{keys}")
+
+
+def _is_input(argument: str) -> bool:
+    return "=" in argument or argument.endswith((".yaml", ".yml")) or os.path.isfile(argument)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -188,15 +221,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     container = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def nearest(name: str, valid: list[str], prefix: str = "") -> str:
-    """Return a clause for an error message: the nearest valid name, or all valid names if none is close.
-
-    `prefix` is put before each name in the clause, and not compared.
-    """
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {prefix}{close[0]}?" if close else f"valid are {', '.join(prefix + v for v in sorted(valid))}"
 
 
 def _check_structure(value: Any, hint: Any, origin: str, root: type, path: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import difflib
 import functools
 import io
 import os
@@ -123,3 +124,12 @@ def die_of_signals() -> None:
 def one_line(message: object, limit: int | None = None) -> str:
     """Join the lines of a message, such as an exception of another library, and cut it to `limit` characters."""
     return " ".join(str(message).split())[:limit]
+
+
+def nearest(name: str, valid: list[str], prefix: str = "") -> str:
+    """Return a clause for an error message: the nearest valid name, or all valid names if none is close.
+
+    `prefix` is put before each name in the clause, and not compared.
+    """
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{close[0]}?" if close else f"valid are {', '.join(prefix + v for v in sorted(valid))}"

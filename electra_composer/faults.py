@@ -29,6 +29,27 @@ LOST_PEER_MESSAGES = (
 )
 
 
+# Package of an experiment tracker → its logger, and how to do without its server.
+TRACKERS = {
+    "comet_ml": (
+        "comet: Comet",
+        "set loggers.comet.exp_kwargs.offline_directory to keep the logs in a folder (upload them later by comet "
+        "upload), or COMET_API_KEY in the environment",
+    ),
+    "mlflow": ("mlflow: MLflow", "set loggers.mlflow.tracking_uri to a server that can be reached, or to a folder"),
+    "neptune": (
+        "neptune: Neptune",
+        "set loggers.neptune.mode=offline to keep the logs in .neptune (upload them later by neptune sync), or "
+        "NEPTUNE_API_TOKEN in the environment",
+    ),
+    "wandb": (
+        "wandb: Weights & Biases",
+        "set WANDB_MODE=offline in the environment to keep the logs in the run's folder (upload them later by wandb "
+        "sync)",
+    ),
+}
+
+
 @contextlib.contextmanager
 def explain_failures() -> Iterator[None]:
     """Raise failures of the environment as a :class:`UserError` with the cause and what to do.
@@ -116,11 +137,10 @@ def explain(error: BaseException) -> str | None:
             "a data loader worker died while transferring a batch. If it was killed, memory may have run out: try a "
             "smaller data.num_workers"
         )
-    if type(error).__module__.startswith("wandb."):
-        return (
-            f"loggers.wandb: Weights & Biases could not be started: {text[:200]}; set WANDB_MODE=offline in the "
-            "environment to keep the logs in the run's folder (upload them later by wandb sync), or remove the logger"
-        )
+    package = type(error).__module__.split(".")[0]
+    if package in TRACKERS:
+        logger, hint = TRACKERS[package]
+        return f"loggers.{logger} could not be started: {text[:200]}; {hint}, or remove the logger"
     if _is_lost_rank(error):
         return error_of_another_rank() or (
             f"rank {dist.get_global_rank()} lost the connection to another rank, whose own error or signal is the "

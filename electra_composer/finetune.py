@@ -15,7 +15,8 @@ from electra_composer.config_loading import load_config_from_command_line
 from electra_composer.finetune_config import FinetuneConfig
 
 if __name__ == "__main__":  # before the imports that take seconds
-    USAGE = "composer electra_composer/finetune.py yamls/classification.yaml [key=value …]"
+    USAGE = "electra finetune classification [key=value …]\n"
+    USAGE += "composer electra_composer/finetune.py yamls/classification.yaml [key=value …]"
     ARGUMENTS = load_config_from_command_line(FinetuneConfig, USAGE)
 
 from electra_composer.errors import report_user_errors

@@ -37,7 +37,7 @@ class TaskDataConfig:
 class TaskConfig:
     """The task: what is predicted. A key that another kind of task has must keep its default."""
 
-    kind: Literal["classification", "regression", "tagging", "qa"] = MISSING
+    kind: Literal["classification", "regression", "tagging", "qa"] = MISSING  # qa: extractive question answering
     metric: str | None = None  # score of a run, by which the best epoch and seed are chosen; null: the kind's first
     # classification: several labels per example; auto: if the label column holds lists, or is several columns
     multi_label: bool | Literal["auto"] = "auto"
@@ -74,7 +74,7 @@ class TaskPredictConfig:
 
     select: str = "best"  # runs to predict with: best on validation, one seed, or ensemble (the mean of their outputs)
     calibrate: bool = False  # classification: divide the logits by a temperature fitted on validation
-    file: str = "${checkpoints.folder}/predictions.jsonl"
+    file: str = "${checkpoints.folder}/predictions.jsonl"  # .jsonl, .csv or .tsv
 
 
 @dataclass
@@ -91,4 +91,4 @@ class FinetuneConfig(RunConfig):
     # a seeded sample of this size
     max_train_examples: Annotated[int, Range(ge=1, le=10**9, null="all")] | None = None
     predict: TaskPredictConfig = field(default_factory=TaskPredictConfig)
-    results: str = "${checkpoints.folder}/results.json"
+    results: str = "${checkpoints.folder}/results.json"  # scores and their statistics; .md, .csv and .png beside it

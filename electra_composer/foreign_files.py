@@ -11,6 +11,7 @@ import zipfile
 from electra_composer.errors import UserError
 
 START_FROM_IT = "model.init_from of pretrain.py (docs/continued_pretraining.md) and model.source of glue.py take it"
+EXPORTED_AS, MASKED_LM = "electra_composer_network", "masked_lm"  # in config.json: a discriminator that predicts tokens
 HF_FOLDER = "a Hugging Face folder (config.json, model.safetensors and a tokenizer)"
 RUN_RESULTS = {"results.json", "runs.jsonl"}
 TENSORFLOW = (".index", ".meta", ".data-00000-of-00001")
@@ -96,7 +97,7 @@ def _describe_folder(path: str) -> str | None:
         kind, architectures = config.get("model_type"), config.get("architectures") or ["?"]
         if kind not in (None, "electra"):
             return f"a model of the kind {kind} ({architectures[0]}), not an ELECTRA discriminator"
-        if architectures == ["ElectraForMaskedLM"]:
+        if architectures == ["ElectraForMaskedLM"] and config.get(EXPORTED_AS) != MASKED_LM:
             return "an ELECTRA generator (ElectraForMaskedLM), not a discriminator"
     return None
 

@@ -15,7 +15,8 @@ from electra_composer.config_loading import load_config_from_command_line
 from electra_composer.glue_config import GlueConfig
 
 if __name__ == "__main__":  # before the imports that take seconds
-    USAGE = "composer electra_composer/glue.py yamls/glue.yaml [key=value …]"
+    USAGE = "electra glue glue [key=value …]\n"
+    USAGE += "composer electra_composer/glue.py yamls/glue.yaml [key=value …]"
     ARGUMENTS = load_config_from_command_line(GlueConfig, USAGE)
 
 from electra_composer.errors import report_user_errors

@@ -27,7 +27,7 @@ class GlueModelConfig:
     source: str = MISSING
     random_init: bool = False  # keep the sizes and tokenizer of `source`, but draw new weights (the baseline)
     dropout: Dropout | None = None  # null: the dropout that `source` was trained with
-    classifier_dropout: Dropout = 0.1
+    classifier_dropout: Dropout = 0.1  # before the head
 
 
 @dataclass
@@ -36,7 +36,7 @@ class TaskSettings:
 
     # takes precedence over trainer.max_duration and the task's own epochs
     epochs: Annotated[int, Range(ge=1, le=10**6)] | None = None
-    lr: LearningRate | None = None
+    lr: LearningRate | None = None  # peak learning rate
     batch_size: BatchSize | None = None  # takes precedence over trainer.global_train_batch_size
     layerwise_decay: LayerwiseDecay | None = None  # 1.0 turns layerwise decay off
     warmup: Phase | None = None  # a Composer time
@@ -48,7 +48,7 @@ class PredictConfig:
 
     enabled: bool = False  # every run also writes its logits on the test sets
     select: str = "best"  # runs to predict with: best on dev, one seed, or ensemble (the mean of all runs' logits)
-    file: str = "${checkpoints.folder}/submission.zip"
+    file: str = "${checkpoints.folder}/submission.zip"  # to write
 
 
 @dataclass
@@ -57,7 +57,7 @@ class GlueConfig(RunConfig):
 
     data: GlueDataConfig = field(default_factory=GlueDataConfig)
     model: GlueModelConfig = field(default_factory=GlueModelConfig)
-    tasks: list[str] = MISSING
+    tasks: list[str] = MISSING  # of cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli and ax
     seeds: Annotated[list[Seed], Length(1)] = MISSING  # one finetuning run per task and seed
     task_settings: dict[str, TaskSettings] = field(default_factory=dict)  # such as {rte: {epochs: 10, lr: 1e-4}}
     # targets of STS-B: its 0…5 scaled to 0…1 (google-research/electra), or as they are (richarddwang/electra_pytorch)
@@ -73,4 +73,4 @@ class GlueConfig(RunConfig):
     # a seeded sample of this size
     max_train_examples: Annotated[int, Range(ge=1, le=10**9, null="all")] | None = None
     predict: PredictConfig = field(default_factory=PredictConfig)
-    results: str = "${checkpoints.folder}/results.json"
+    results: str = "${checkpoints.folder}/results.json"  # scores and their statistics; .md, .csv and .png beside it

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     begin()
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from electra_composer.errors import UserError, report_user_errors
 from electra_composer.finetuning.protocol import OF_SOURCE
 from electra_composer.finetuning.published import PUBLISHED_MODELS
 from electra_composer.finetuning.report import AVERAGED, number, render
+from electra_composer.finetuning.results_file import read_results, tasks_of
 
 BEST = "best"
 STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
@@ -85,11 +85,6 @@ def over_models(models: Mapping[str, Mapping[str, Any]], statistic: str = BEST) 
     }
 
 
-def tasks_of(results: Mapping[str, Any]) -> list[str]:
-    """Return the tasks that are averaged: those of the eight of GLUE that have runs; all tasks of other results."""
-    return results["average"]["tasks"] if "average" in results else list(results["tasks"])
-
-
 def models_report(found: Mapping[str, Any]) -> str:
     """Render the result of :func:`over_models` in Markdown."""
     rows = [["Model", *found["tasks"].values(), "Average"]]
@@ -107,27 +102,6 @@ def models_report(found: Mapping[str, Any]) -> str:
         numbers.append(["ELECTRA-Small, best of 10", *published, str(PUBLISHED_MODELS["models"])])
         return "\n\n".join([*parts, render(numbers), f"- ELECTRA-Small, best of 10: {PUBLISHED_MODELS['source']}."])
     return "\n\n".join([*parts, render(numbers)])
-
-
-def read_results(path: str) -> dict[str, Any]:
-    """Read a results file of `glue.py` or `finetune.py`.
-
-    Raises:
-        UserError: the file does not exist or is not a results file.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            results = json.load(file)
-        ours = {"tasks", "settings", "group"} <= results.keys() and isinstance(tasks_of(results), list)
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; expected a results.json that glue.py or finetune.py wrote"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{path}: not a results file; expected a results.json that glue.py or finetune.py wrote")
-    return results
 
 
 def _refuse_other_protocol(name: str, settings: Mapping[str, Any], first: str, expected: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from electra_composer.shipped import is_installed, shipped
+
 SMALL, GLUE = "yamls/small.yaml", "yamls/glue.yaml"
 SMALL_PATH, SMALL_LENGTH, SMALL_POSITIONS = "data/owt", 128, 512  # in SMALL
 GLUE_SOURCE, GLUE_LENGTH = "runs/electra-small", 128  # in GLUE
@@ -24,8 +25,7 @@ def describe_end(results: Mapping[str, str | None], commands: Mapping[str, Comma
 
     Args:
         results: what it is → its path; None: left out.
-        commands: what it does → the command line; None, or one whose program or YAML is not there (an installation
-            without the repository): left out.
+        commands: what it does → the command line; None, or one whose program or YAML is not there: left out.
     """
     rows = {name: path for name, path in results.items() if path is not None}
     width = max(map(len, rows), default=0)
@@ -42,8 +42,20 @@ def _is_there(command: Command) -> bool:
 
 def in_repository(path: str) -> str:
     """Return the path of a file of this repository: relative to the current folder if it is below it, else absolute."""
-    full, here = REPOSITORY / path, Path.cwd()
+    full, here = shipped(path), Path.cwd()
     return str(full.relative_to(here) if full.is_relative_to(here) else full)
+
+
+def program(name: str, configuration: str | None = None) -> list[str]:
+    """Return the start of a command: a program by its path, or, without the repository, by the command `electra`.
+
+    Args:
+        configuration: path of its YAML file in the repository; such a program is started by Composer's launcher.
+    """
+    if is_installed():
+        return ["electra", name, *([Path(configuration).stem] if configuration else [])]
+    path = in_repository(f"electra_composer/{name}.py")
+    return ["composer", path, in_repository(configuration)] if configuration else ["python", path]
 
 
 def override(key: str, value: object) -> str:
@@ -63,7 +75,7 @@ def preview(folder: str, *arguments: str) -> Command:
 def pretrain(out: str, max_seq_length: int, is_remote: bool) -> Command:
     """Return the command that pretrains ELECTRA-Small on converted text."""
     name = os.path.basename(os.path.normpath(out))
-    command = ["composer", in_repository("electra_composer/pretrain.py"), in_repository(SMALL)]
+    command = program("pretrain", SMALL)
     if is_remote:
         command += [override("data.remote", out), override("data.path", os.path.join("data", name))]
     elif out != SMALL_PATH:
@@ -79,7 +91,7 @@ def pretrain(out: str, max_seq_length: int, is_remote: bool) -> Command:
 
 def finetune(source: str, name: str, max_positions: int) -> Command:
     """Return the command that finetunes `source` on GLUE. `name` becomes part of the folder of the results."""
-    command = ["composer", in_repository("electra_composer/glue.py"), in_repository(GLUE)]
+    command = program("glue", GLUE)
     if source != GLUE_SOURCE:
         command += [override("model.source", source), override("checkpoints.folder", f"runs/glue-{name}")]
     if max_positions < GLUE_LENGTH:
@@ -89,7 +101,7 @@ def finetune(source: str, name: str, max_positions: int) -> Command:
 
 def export(checkpoint: str, name: str) -> Command:
     """Return the command that exports a checkpoint for `transformers`."""
-    return ["python", in_repository("electra_composer/export.py"), checkpoint, os.path.join("exports", name)]
+    return [*program("export"), checkpoint, os.path.join("exports", name)]
 
 
 def score(checkpoint: str) -> Command:
@@ -144,7 +156,7 @@ def describe_task(results: str, record: str, predictions: str | None, model: str
             "predictions": predictions,
         },
         {
-            "predict": model and ["python", in_repository("electra_composer/predict.py"), model, *new],
+            "predict": model and [*program("predict"), model, *new],
             "use it in transformers": (model and kind in PIPELINES and ["python", "-c", code]) or None,
         },
     )

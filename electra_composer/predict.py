@@ -16,23 +16,57 @@ if __name__ == "__main__":
 
 import argparse
 import sys
+
+from electra_composer.arguments import ArgumentParser, number, parse_early
+from electra_composer.errors import UserError, report_user_errors
+from electra_composer.ranges import Range
+from electra_composer.tasks.formats import FORMATS, STDIN, STDOUT, TEXT
+
+
+def column_choice(text: str) -> tuple[str, str]:
+    """Parse `role=column`."""
+    role, equals, column = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"is {text!r}; expected role=column, such as text=review")
+    return role, column
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog="python electra_composer/predict.py", description=__doc__, formatter_class=raw)
+    parser.add_argument("run", help="folder of a run of finetune.py, of a saved model, or of a finetuned ELECTRA")
+    parser.add_argument("--input", default=STDIN, help="file, folder or pattern; - (default): stdin, by line")
+    parser.add_argument("--output", default=STDOUT, help=".jsonl, .csv or .tsv; - (default): JSON lines to stdout")
+    parser.add_argument("--format", default="auto", choices=["auto", TEXT, *FORMATS], help="of the input")
+    parser.add_argument("--no-header", action="store_true", help="the first line of a csv or tsv is an example")
+    parser.add_argument(
+        "--columns", nargs="+", default=[], type=column_choice, metavar="ROLE=COLUMN", help="text=review"
+    )
+    parser.add_argument("--copy", nargs="+", default=[], metavar="COLUMN", help="columns to copy to the output")
+    parser.add_argument("--select", help="best, ensemble or a seed; default: predict.select of the run")
+    parser.add_argument("--batch-size", default=64, type=number(Range(ge=1, le=65536)), help="examples (default: 64)")
+    parser.add_argument("--max-seq-length", type=number(Range(ge=5, le=65535)), help="default: that of the training")
+    parser.add_argument("--device", choices=["cpu", "gpu"], help="default: gpu if there is one")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parse_early(parse)
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from electra_composer.arguments import ArgumentParser, number
-from electra_composer.errors import UserError, report_user_errors
 from electra_composer.finetuning.model_choice import model_folders
 from electra_composer.next_steps import describe_end
-from electra_composer.ranges import Range
 from electra_composer.signals import unwind
 from electra_composer.tasks.base import Split, Task
 from electra_composer.tasks.columns import find_columns
-from electra_composer.tasks.files import FORMATS
 from electra_composer.tasks.inference import check_ensemble, predict
-from electra_composer.tasks.inputs import STDIN, TEXT, blocks, open_input
-from electra_composer.tasks.prediction_files import STDOUT, prediction_file
+from electra_composer.tasks.inputs import blocks, open_input
+from electra_composer.tasks.prediction_files import prediction_file
 from electra_composer.tasks.rows import LeftOut
 from electra_composer.tasks.saved import SavedModel, load_model
 from electra_composer.tasks.tables import Table
@@ -108,33 +142,10 @@ def predict_table(
     return count
 
 
-def column_choice(text: str) -> tuple[str, str]:
-    """Parse `role=column`."""
-    role, equals, column = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"is {text!r}; expected role=column, such as text=review")
-    return role, column
-
-
 @report_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser(prog="python electra_composer/predict.py", description=__doc__, formatter_class=raw)
-    parser.add_argument("run", help="folder of a run of finetune.py, of a saved model, or of a finetuned ELECTRA")
-    parser.add_argument("--input", default=STDIN, help="file, folder or pattern; - (default): stdin, by line")
-    parser.add_argument("--output", default=STDOUT, help=".jsonl, .csv or .tsv; - (default): JSON lines to stdout")
-    parser.add_argument("--format", default="auto", choices=["auto", TEXT, *FORMATS], help="of the input")
-    parser.add_argument("--no-header", action="store_true", help="the first line of a csv or tsv is an example")
-    parser.add_argument(
-        "--columns", nargs="+", default=[], type=column_choice, metavar="ROLE=COLUMN", help="text=review"
-    )
-    parser.add_argument("--copy", nargs="+", default=[], metavar="COLUMN", help="columns to copy to the output")
-    parser.add_argument("--select", help="best, ensemble or a seed; default: predict.select of the run")
-    parser.add_argument("--batch-size", default=64, type=number(Range(ge=1, le=65536)), help="examples (default: 64)")
-    parser.add_argument("--max-seq-length", type=number(Range(ge=5, le=65535)), help="default: that of the training")
-    parser.add_argument("--device", choices=["cpu", "gpu"], help="default: gpu if there is one")
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv)
     models = load_models(arguments.run, arguments.select, arguments.device, arguments.max_seq_length)
     table = open_input(arguments.input, arguments.format, not arguments.no_header)
     columns = columns_of(table, models[0].task, dict(arguments.columns))

@@ -17,21 +17,26 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     def sizes_of_source(config: Any) -> dict[str, Any]:
         """Return the sizes that follow from `model.init_from`, by the paths of their keys."""
+        # Without a generator its size has no meaning, and no file needs to have it.
+        has_no_generator = config.objective.kind == "mlm" or config.objective.generator in ("uniform", "unigram")
+        sizes = {"model.generator_size": 1.0} if has_no_generator else {}
         if config.model.init_from is None and config.model.init_generator_from is None:
-            return {}
+            return sizes
         from electra_composer.training.preparation import initial_sizes
 
-        return initial_sizes(config)
+        return sizes | initial_sizes(config)
 
-    USAGE = "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]"
+    USAGE = "electra pretrain small [key=value …]\n"
+    USAGE += "composer electra_composer/pretrain.py yamls/small.yaml [key=value …]"
     ARGUMENTS = load_config_from_command_line(PretrainConfig, USAGE, sizes_of_source)
 
 from composer import Trainer
+from composer.utils import dist
 
 from electra_composer.checkpoints.remote import remote_copy
 from electra_composer.checkpoints.resuming import exclusive_lock
 from electra_composer.checkpoints.weights import tokenizer_files
-from electra_composer.errors import report_user_errors
+from electra_composer.errors import one_line, report_user_errors
 from electra_composer.faults import explain_failures
 from electra_composer.model.pseudo_likelihood import KINDS as SCORING_KINDS
 from electra_composer.next_steps import describe_end, export, finetune, preview, score
@@ -40,8 +45,10 @@ from electra_composer.training.checkpointing import LATEST_OF_RANK_0
 from electra_composer.training.compilation import explain_compile_errors
 from electra_composer.training.determinism import explain_nondeterministic_operators
 from electra_composer.training.devices import hide_unused_gpus
+from electra_composer.training.history import RunHistory
 from electra_composer.training.learning_watch import LearningWatch
-from electra_composer.training.preparation import CHECKS, Prepared, duration_of, print_once
+from electra_composer.training.model_setup import print_once
+from electra_composer.training.preparation import CHECKS, Prepared, duration_of
 from electra_composer.training.startup import run_checks
 from electra_composer.training.trainer import build_trainer
 
@@ -74,6 +81,7 @@ def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
         explain_nondeterministic_operators(),
     ):
         files = tokenizer_files(prepared.tokenizer)
+        history = RunHistory(config.checkpoints.folder, config.checkpoints.overwrite)
         record = RunRecord(to_dict(config), to_yaml(config), config.checkpoints.folder, files)
         trainer = build_trainer(
             config,
@@ -81,21 +89,35 @@ def main(config: PretrainConfig, check_only: bool = False) -> Trainer | None:
             prepared.train_data,
             prepared.eval_data,
             duration_of(config),
-            callbacks=[TrainMetrics(config.trainer.log_interval), LearningWatch(prepared.baseline), record],
+            callbacks=[TrainMetrics(config.trainer.log_interval), LearningWatch(prepared.baseline), record, history],
             copy=copy,
         )
         try:
             trainer.fit()
         finally:  # also after the SystemExit of a signal, so that loggers finish and close their files
             trainer.close()
+    write_report(config)
     print_once(describe_run(config))
     return trainer
+
+
+def write_report(config: PretrainConfig) -> None:
+    """Write the report of the run into its folder, on rank 0, or say in one line why not."""
+    if not config.report or "metrics_file" not in config.loggers or dist.get_global_rank() != 0:
+        return
+    try:
+        from electra_composer.report import write_report_of_run  # imported here, because Bokeh takes a second
+    except ImportError as error:  # an installation older than the report
+        print(f"no report was written: {one_line(error)}; install the package again", flush=True)
+    else:
+        write_report_of_run(config.checkpoints.folder)
 
 
 def describe_run(config: PretrainConfig) -> str:
     """Describe where the run's results are, and the commands that come next."""
     folder, name, data = config.checkpoints.folder, config.run_name, config.data
-    files = {file: os.path.join(folder, file) for file in (LATEST_OF_RANK_0, "metrics.jsonl", "tensorboard")}
+    names = (LATEST_OF_RANK_0, "metrics.jsonl", "report.html", "tensorboard")
+    files = {file: os.path.join(folder, file) for file in names}
     there = {file: path for file, path in files.items() if os.path.exists(path)}
     newest = there.get(LATEST_OF_RANK_0)
     shown = data.path if newest and data.remote is None and not data.streams else None
@@ -104,6 +126,7 @@ def describe_run(config: PretrainConfig) -> str:
             "run folder": folder,
             "newest checkpoint": newest and os.path.join(folder, os.path.basename(os.path.realpath(newest))),
             "metrics": there.get("metrics.jsonl"),
+            "report": there.get("report.html") if config.report else None,
         },
         {
             "finetune on GLUE": newest and finetune(folder, name, config.model.max_positions),

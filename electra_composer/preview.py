@@ -15,8 +15,41 @@ if __name__ == "__main__":
     begin()
 
 import argparse
-import os
 import sys
+
+from electra_composer.arguments import ArgumentParser, number, parse_early
+from electra_composer.errors import UserError, report_user_errors
+from electra_composer.ranges import Range
+
+MAX_ROWS = 1000  # shown as text; a model takes all of them at once
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="python -m electra_composer.preview",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", help="local folder of shards")
+    parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--rows", type=number(Range(ge=0, le=MAX_ROWS)), default=3, help="number of rows shown as text (%(default)s)"
+    )
+    parser.add_argument("--checkpoint", help="a .pt file or run folder of pretrain.py")
+    parser.add_argument(
+        "--seed",
+        type=number(Range(ge=0, le=2**31 - 1)),
+        default=0,
+        help="seed of rows, masks and samples (%(default)s)",
+    )
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parse_early(_parse)
+
+import os
 from collections.abc import Iterator
 from dataclasses import fields
 
@@ -24,22 +57,18 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from electra_composer.arguments import ArgumentParser, number
 from electra_composer.batches.checks import check_shards, check_split
 from electra_composer.batches.row_reader import Rows, reader_of_split
 from electra_composer.batches.shards import read_meta
 from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.config import ShardsConfig
 from electra_composer.corpus.sources import Source
-from electra_composer.errors import UserError, report_user_errors
-from electra_composer.ranges import Range
 from electra_composer.reports.tokens import Token, annotate_tokens, legend_of
 from electra_composer.storage.shard_folder import Meta
 from electra_composer.vocabulary import load_tokenizer
 from electra_composer.word_limits import word_limit
 
 SAMPLE = 20_000  # rows in the statistics, evenly spaced, at most
-MAX_ROWS = 1000  # shown as text; a model takes all of them at once
 BINS, BAR = 12, 40
 
 
@@ -119,28 +148,6 @@ def render(tokens: list[Token], color: bool) -> Iterator[str]:
             if chosen:
                 text = " ".join(token.render(color) for token in chosen).replace(" ##", "")
                 yield f"  {example if segment == 0 else '':>2} {name}  {text}"
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="python -m electra_composer.preview",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folder", help="local folder of shards")
-    parser.add_argument("--split", default="train")
-    parser.add_argument(
-        "--rows", type=number(Range(ge=0, le=MAX_ROWS)), default=3, help="number of rows shown as text (%(default)s)"
-    )
-    parser.add_argument("--checkpoint", help="a .pt file or run folder of pretrain.py")
-    parser.add_argument(
-        "--seed",
-        type=number(Range(ge=0, le=2**31 - 1)),
-        default=0,
-        help="seed of rows, masks and samples (%(default)s)",
-    )
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
-    return parser.parse_args(arguments)
 
 
 @report_user_errors

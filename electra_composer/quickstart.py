@@ -12,6 +12,22 @@ if __name__ == "__main__":
     begin()
 
 import argparse
+import sys
+
+from electra_composer.arguments import parse_early
+from electra_composer.errors import report_user_errors
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m electra_composer.quickstart", description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="only test every step, in a minute")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parse_early(parse)
+
 import json
 import math
 import os
@@ -19,7 +35,6 @@ import shlex
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -31,21 +46,30 @@ from electra_composer.batches.baselines import loss_without_context
 from electra_composer.batches.shards import read_meta
 from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.config import ObjectiveConfig, ShardsConfig, TrainerConfig
-from electra_composer.errors import report_user_errors
 from electra_composer.model.kernels.attention import pattern_of
-from electra_composer.next_steps import describe_end, preview
+from electra_composer.next_steps import describe_end, in_repository, preview
+from electra_composer.shipped import is_installed
 from electra_composer.signals import STOPPED, Stopped, leave_line_to_child, unwind
 from electra_composer.training.devices import cpu_multiplies_bfloat16, resolve_device
 
 FOLDER = "runs/quickstart"
 SHARDS, GLUE_DATA = f"{FOLDER}/shards", f"{FOLDER}/synthetic_glue"
 PRETRAIN, EXPORT = f"{FOLDER}/pretrain", f"{FOLDER}/export"
+REPORT = f"{PRETRAIN}/report.html"
 STARTS = ("pretrained", "random")
 
-REAL_RUN = """The real run, ELECTRA-Small of the paper on OpenWebText (times and disk: README.md):
-  python data_prep/convert_owt.py
-  composer electra_composer/pretrain.py yamls/small.yaml
-  composer electra_composer/glue.py yamls/glue.yaml"""
+REAL_RUN = "\n  ".join(
+    ["The real run, ELECTRA-Small of the paper on OpenWebText (times and disk: README.md):"]
+    + (
+        ["electra convert", "electra pretrain small", "electra glue glue"]
+        if is_installed()
+        else [
+            "python data_prep/convert_owt.py",
+            "composer electra_composer/pretrain.py yamls/small.yaml",
+            "composer electra_composer/glue.py yamls/glue.yaml",
+        ]
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -71,20 +95,38 @@ def commands(size: Size) -> list[tuple[str, list[str]]]:
     """Return the steps in order: title and command line."""
     pretrain = precision_and_duration()
     python = sys.executable
-    convert = [python, "data_prep/convert_owt.py", "--source", "docstrings", "--tokenizer", "train", "--out", SHARDS]
+    convert = [
+        python,
+        in_repository("data_prep/convert_owt.py"),
+        "--source",
+        "docstrings",
+        "--tokenizer",
+        "train",
+        "--out",
+        SHARDS,
+    ]
     convert += ["--max-seq-length", "32", "--lines", "sentence", *size.convert]
-    train = [python, "electra_composer/pretrain.py", "yamls/quickstart.yaml", *pretrain, *size.pretrain]
+    train = [
+        python,
+        in_repository("electra_composer/pretrain.py"),
+        in_repository("yamls/quickstart.yaml"),
+        *pretrain,
+        *size.pretrain,
+    ]
     synthetic = [python, "-m", "electra_composer.finetuning.synthetic", "--source", "docstrings", "--out", GLUE_DATA]
     synthetic += size.synthetic
-    finetune = [python, "electra_composer/glue.py", "yamls/quickstart_glue.yaml", *size.finetune]
+    glue = [python, in_repository("electra_composer/glue.py"), in_repository("yamls/quickstart_glue.yaml")]
+    finetune = [*glue, *size.finetune]
     baseline = [f"checkpoints.folder={FOLDER}/glue-random", "model.random_init=true"]
+    export = [python, in_repository("electra_composer/export.py"), PRETRAIN, EXPORT]
     return [
         ("docstrings of the installed Python packages → a WordPiece vocabulary and MDS shards", convert),
         ("pretraining of a tiny ELECTRA on them", train),
         ("a synthetic GLUE-style task from the same text: original or corrupted sentence?", synthetic),
         ("finetuning from the pretrained weights", [*finetune, f"checkpoints.folder={FOLDER}/glue-pretrained"]),
         ("the same finetuning from random weights", [*finetune, *baseline]),
-        ("export to folders that transformers loads", [python, "electra_composer/export.py", PRETRAIN, EXPORT]),
+        ("export to folders that transformers loads", export),
+        ("a report of all this", [python, "-m", "electra_composer.report", PRETRAIN]),
     ]
 
 
@@ -188,9 +230,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 @report_user_errors
 def main() -> None:
     """Run the steps and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="only test every step, in a minute")
-    options = parser.parse_args()
+    options = parse(None)
     started = time.monotonic()
     unwind()
     if os.path.isdir(FOLDER):
@@ -211,7 +251,7 @@ def main() -> None:
     print(f"\n━━ export\n  {EXPORT}: {exported}")
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in total\n")
     see = {"see the models' predictions": preview(SHARDS, "--checkpoint", PRETRAIN)}
-    print(f"{describe_end({'all files': FOLDER}, see)}\n\n{REAL_RUN}")
+    print(f"{describe_end({'all files': FOLDER, 'report': REPORT}, see)}\n\n{REAL_RUN}")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,35 @@ if __name__ == "__main__":
     begin()
 
 import argparse
+
+from electra_composer.arguments import ArgumentParser, number, parse_early
+from electra_composer.ranges import Range
+from electra_composer.tasks.formats import STDIN, STDOUT, TEXT
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog="python electra_composer/score.py", description=__doc__, formatter_class=raw)
+    parser.add_argument("checkpoint", help="a .pt file or run folder of pretrain.py")
+    parser.add_argument("file", nargs="?", default=STDIN, help="a text per line, UTF-8; - (default): stdin")
+    parser.add_argument("--output", default=STDOUT, help=".jsonl, .csv or .tsv; - (default): JSON lines to stdout")
+    parser.add_argument("--tokens", action="store_true", help="add each token and its log probability")
+    parser.add_argument("--truncate", action="store_true", help="score the beginning of a line that is too long")
+    parser.add_argument("--batch-size", default=64, type=number(Range(ge=1, le=65536)), help="rows (default: 64)")
+    parser.add_argument("--device", choices=["cpu", "gpu"], help="default: gpu if there is one")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parse_early(parse)
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from electra_composer.arguments import ArgumentParser, number
 from electra_composer.checkpoints.weights import Checkpoint, read_checkpoint
 from electra_composer.config import ObjectiveConfig
 from electra_composer.corpus.tokenizer import without_truncation
@@ -31,10 +53,9 @@ from electra_composer.errors import UserError, report_user_errors
 from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.pseudo_likelihood import KINDS, pseudo_log_likelihoods
 from electra_composer.next_steps import describe_end
-from electra_composer.ranges import Range
 from electra_composer.signals import unwind
-from electra_composer.tasks.inputs import STDIN, TEXT, blocks, open_input
-from electra_composer.tasks.prediction_files import STDOUT, prediction_file
+from electra_composer.tasks.inputs import blocks, open_input
+from electra_composer.tasks.prediction_files import prediction_file
 from electra_composer.tasks.rows import Row
 from electra_composer.training.devices import choose_device
 
@@ -122,16 +143,7 @@ def record_of(text: str, tokens: Sequence[str], scores: Sequence[float], with_to
 @report_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser(prog="python electra_composer/score.py", description=__doc__, formatter_class=raw)
-    parser.add_argument("checkpoint", help="a .pt file or run folder of pretrain.py")
-    parser.add_argument("file", nargs="?", default=STDIN, help="a text per line, UTF-8; - (default): stdin")
-    parser.add_argument("--output", default=STDOUT, help=".jsonl, .csv or .tsv; - (default): JSON lines to stdout")
-    parser.add_argument("--tokens", action="store_true", help="add each token and its log probability")
-    parser.add_argument("--truncate", action="store_true", help="score the beginning of a line that is too long")
-    parser.add_argument("--batch-size", default=64, type=number(Range(ge=1, le=65536)), help="rows (default: 64)")
-    parser.add_argument("--device", choices=["cpu", "gpu"], help="default: gpu if there is one")
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv)
     device = "cuda" if choose_device(arguments.device, "--device") == "gpu" else "cpu"
     scorer = Scorer(read_checkpoint(arguments.checkpoint), device, arguments.batch_size, arguments.truncate)
     lines, count = open_input(arguments.file, TEXT), 0

@@ -54,13 +54,13 @@ def check_versions() -> None:
         except importlib.metadata.PackageNotFoundError as error:
             raise UserError(f"{library.title} ({package}) is not installed; {FIX}") from error
         tested = ", ".join(library.tested)
-        if _release(installed) < _release(library.first):
+        if is_too_old(installed, library):
             reason = f": it lacks {library.lacks}" if library.lacks else ""
             raise UserError(
                 f"{library.title} {installed} is too old{reason}; expected at least {library.first} "
                 f"(tested: {tested}): {FIX}"
             )
-        if _release(installed) not in map(_release, library.tested) and os.environ.get("RANK", "0") == "0":
+        if not is_tested(installed, library) and os.environ.get("RANK", "0") == "0":
             log.warning(
                 "%s %s is untested (tested: %s); if a run misbehaves, install a tested version: %s",
                 library.title,
@@ -68,6 +68,16 @@ def check_versions() -> None:
                 tested,
                 FIX,
             )
+
+
+def is_too_old(installed: str, library: Library) -> bool:
+    """Return whether a version is older than the oldest supported one."""
+    return _release(installed) < _release(library.first)
+
+
+def is_tested(installed: str, library: Library) -> bool:
+    """Return whether the tests pass with a version."""
+    return _release(installed) in map(_release, library.tested)
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ SETTINGS = [
 # Key → overrides, each in a start of its own. A value may need other overrides, after a space.
 FREE = {
     "run_name": ["other"],
+    "report": ["false"],
     "trainer.device_train_microbatch_size": ["4", "8"],
     "trainer.device_eval_batch_size": ["3", "64"],
     "trainer.eval_interval": ["1ba", "1dur"],

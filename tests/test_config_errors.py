@@ -10,8 +10,8 @@ import yaml
 from complete_config import COMPLETE, load
 
 from electra_composer.config import PretrainConfig
-from electra_composer.config_loading import load_config, nearest
-from electra_composer.errors import UserError
+from electra_composer.config_loading import load_config
+from electra_composer.errors import UserError, nearest
 
 
 def message(folder: Path, *overrides: str, text: str = COMPLETE) -> str:

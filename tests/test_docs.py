@@ -20,6 +20,7 @@ from composer.cli.launcher import _get_parser
 from doc_pages import DOCS, PAGES, blocks, functions_of_tests, load_script
 from tiny import ROOT, schema_of
 
+from electra_composer.command import COMMANDS, program_of
 from electra_composer.config_loading import load_config
 
 # Commands (full match) and the test that runs them as they stand, or the same program at a small size.
@@ -28,7 +29,15 @@ RUN_BY = {
     r"python data_prep/convert_owt\.py --source texts/el\.txt --tokenizer .*": "test_commands_that_run_in_seconds",
     r"python -m electra_composer\.preview data/owt": "test_commands_that_run_in_seconds",
     r"python electra_composer/export\.py runs/electra-small exports/small": "test_commands_that_run_in_seconds",
+    r"python -m electra_composer\.report( .*)?": "test_the_report_of_a_trained_run",
     r"python docs/list_workarounds\.py( --check)?": "test_the_list_of_workarounds_is_up_to_date",
+    r"python docs/make_schema\.py( --check)?": "test_what_is_generated_from_the_schema_is_current",
+    r"python electra_composer/pretrain\.py --help": "test_help_of_a_program_with_keys",
+    r"electra --help": "test_help_imports_no_library",
+    r"electra pretrain (small|--help) .*": "test_from_another_folder_by_the_name_of_a_configuration",
+    r"electra init( small > my\.yaml)?": "test_a_copy_loads_and_names_the_schema",
+    r"electra config diff small runs/mine": "test_a_run_folder_and_a_shipped_name",
+    r"electra doctor": "test_the_report_and_its_status",
     r"python docs/make_picture\.py": "test_the_picture_is_drawn_from_a_metrics_file",
     r"python data_prep/convert_owt\.py .* --out data/(both|el|th|docstrings)": "test_the_language_walk_through_runs",
     r"python -m electra_composer\.preview data/el": "test_the_language_walk_through_runs",
@@ -54,6 +63,7 @@ RUN_BY = {
     r"python electra_composer/export\.py runs/my exported": "test_export_from_both_forms",
     r"composer electra_composer/finetune\.py yamls/.*": "test_from_files_to_a_model_of_transformers",
     r"python electra_composer/glue_report\.py .*": "test_the_command_prints_the_statistics",
+    r"python benchmarks/objectives\.py .*": "test_a_tiny_run_is_measured_once",
     r"python benchmarks/finetune\.py .*": "test_one_line_for_each_kind_of_task",
     r"python electra_composer/predict\.py .*": "test_predictions_are_those_of_the_pipeline_in_the_order_of_the_file",
     r"python electra_composer/score\.py runs/electric sentences\.txt .*": "test_output_files",
@@ -74,14 +84,14 @@ NOT_RUN = {
     r"python benchmarks/fingerprint\.py .*": "compares two checkouts",
     r"python benchmarks/mutations\.py": "runs the tests once per mutation",
     r"python -m pytest tests/.*": "runs tests",
-    r"make (PYTHON=\S+ )?(test|test-fast|test-long|test-newest)": "runs tests",
+    r"make (PYTHON=\S+ )?(test|test-fast|test-long|test-newest|test-wheel)( FAST=1)?": "runs tests",
     r"make (lint|format)": "checks the working tree; no test of the code",
     r"pip install .*": "needs a package index",
     r"git (worktree|tag|push) .*": "changes the repository",
     r"source \.venv/bin/activate": "needs the environment of make",
 }
 
-PROGRAMS = r"(?:python|composer|make|pip|git|benchmarks/gpu\.sh)"
+PROGRAMS = r"(?:python|composer|electra|make|pip|git|benchmarks/gpu\.sh)"
 
 
 def commands_of_block(block):
@@ -111,6 +121,8 @@ def test_commands_name_what_is_there(command):
     elif words[0] == "composer":
         launcher = _get_parser().parse_args(words[1:])  # options of the launcher come before the script
         check_script(launcher.training_script, launcher.training_script_args)
+    elif words[0] == "electra":
+        assert words[1] in ("--help", *(name for name, entry in COMMANDS.items() if program_of(entry) is not None))
     elif words[:2] == ["python", "-m"]:
         module = importlib.util.find_spec(words[2])
         assert module is not None
@@ -131,6 +143,8 @@ def check_script(script, arguments):
         # the files that the page asks for are not here
         load_script(script).parse_arguments([w for w in arguments if w != "--mixture" and not w.endswith(".yaml")])
     elif script in ("electra_composer/pretrain.py", "electra_composer/glue.py", "electra_composer/finetune.py"):
+        if arguments[0] == "--help":
+            return
         path, *overrides = arguments
         if path == "my.yaml":  # the reader's own
             path = "yamls/base.yaml"

@@ -70,7 +70,7 @@ def test_other_values_are_refused(tiny_yaml: Path, value: str, message: str) -> 
 def test_an_interrupted_run_of_an_earlier_version_resumes(
     tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its checkpoint and its YAML have the former key, `false`; test_artefacts.py has a run of version 0.1 with `true`."""
+    """Its checkpoint and its YAML have the former key, `false`; test_artefacts.py resumes a run with `true`."""
     today = ["model.sharing=untied", "model.generator_embedding_size=16"]
     common = ["trainer.max_duration=4ba", "checkpoints.interval=2ba"]
     uninterrupted = [*today, *common, f"checkpoints.folder={tmp_path / 'uninterrupted'}"]

@@ -137,9 +137,17 @@ def test_what_the_yaml_says_is_not_repeated(monkeypatch):
     assert pretrain("data/long", 1024, False)[-1] == "model.max_positions=1024"
 
 
-def test_a_command_whose_files_are_not_there_is_left_out(monkeypatch, tmp_path):
-    monkeypatch.setattr("electra_composer.next_steps.REPOSITORY", tmp_path)  # as in an installation
+def test_a_command_whose_files_are_not_there_is_left_out(tmp_path):
     found = describe_end(
-        {"here": "a", "not": None}, {"export": export("a", "b"), "none": None, "preview": preview("x y")}
+        {"here": "a", "not": None},
+        {"gone": ["python", str(tmp_path / "gone.py")], "none": None, "preview": preview("x y")},
     )
     assert found == "here  a\npreview:\n  python -m electra_composer.preview 'x y'"
+
+
+def test_without_the_repository_programs_are_called_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr("electra_composer.shipped.REPOSITORY", tmp_path)  # as in an installed wheel
+    assert shlex.join(pretrain("data/owt", 128, False)) == "electra pretrain small"
+    assert shlex.join(finetune("runs/a", "a", 512)[:4]) == "electra glue glue model.source=runs/a"
+    assert export("a", "b") == ["electra", "export", "a", "exports/b"]
+    assert describe_end({}, {"export": export("a", "b")}) == "export:\n  electra export a exports/b"

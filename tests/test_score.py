@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.model.weight_maps import discriminator_to_transformers, transformers_config
+from electra_composer.pretrain import describe_run
 from electra_composer.pretrain import main as pretrain
 
 LINES = ["ba da fi", "", "ko lu [MASK] ba", "so", "ba da fi", "mi na pe re ti bu gu xx", " \t", "ra"]
@@ -133,6 +135,16 @@ def test_a_long_line_is_refused_or_truncated(runs, call, refused, tmp_path):
     assert whole["tokens"] == cut["tokens"] == len(cut["token_scores"]) == most
     assert cut["score"] == pytest.approx(whole["score"], rel=1e-4)
     assert cut["text"] == " ".join(words)
+
+
+@pytest.mark.parametrize("kind", ["electric", "mlm", "electra"])
+def test_a_run_ends_with_the_command_if_it_can_score(runs, tiny_yaml, kind):
+    config = load_config(str(tiny_yaml), [f"objective.kind={kind}", f"checkpoints.folder={runs[kind]}"], PretrainConfig)
+    commands = [shlex.split(line) for line in describe_run(config).splitlines() if "score.py" in line]
+    assert len(commands) == (kind != "electra")
+    for command in commands:
+        options = score.parse(command[2:])
+        assert (options.checkpoint, options.file, options.output) == (runs[kind], "sentences.txt", "scores.jsonl")
 
 
 def read_tokenizer(run, folder):

@@ -15,6 +15,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"  # real text and GLUE files, if av
 TINY_YAML = """
 run_name: tiny
 seed: 1
+report: false
 data: {path: SHARDS, max_seq_length: 32, num_workers: 0}
 model:
   {num_layers: 1, hidden_size: 32, num_heads: 2, embedding_size: 16, generator_size: 0.5, max_positions: 40,

@@ -19,8 +19,7 @@ from streaming.base.world import World
 
 from electra_composer.batches.streaming_fixes import FolderStream, RemoteStream
 from electra_composer.config import ShardsConfig, StreamConfig
-from electra_composer.config_loading import nearest
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, nearest
 from electra_composer.storage.shard_folder import Meta, SplitCounts
 from electra_composer.word_limits import word_limit
 

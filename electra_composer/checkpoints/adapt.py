@@ -32,10 +32,12 @@ def adapt(network: Network, expected: EncoderConfig, positions: str, tokenizer: 
         if tables is not None:
             tables["word.weight"] = extend_rows(tables["word.weight"][:old], pieces, expected.padded_vocab_size)
             tables["position.weight"] = resize_positions(tables["position.weight"], expected.max_positions, positions)
-    head = network.head
-    if head is not None and "bias" in head:
-        head = {**head, "bias": extend_rows(head["bias"][:old], pieces, expected.padded_vocab_size)}
-    return replace(network, embeddings=embeddings, head=head, delta=delta)
+    heads = []
+    for head in (network.head, network.lm_head):
+        if head is not None and "bias" in head:
+            head = {**head, "bias": extend_rows(head["bias"][:old], pieces, expected.padded_vocab_size)}
+        heads.append(head)
+    return replace(network, embeddings=embeddings, delta=delta, head=heads[0], lm_head=heads[1])
 
 
 def pieces_of_new_tokens(network: Network, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:

@@ -36,6 +36,7 @@ REFUSED: dict[str, str] = {
         ),
         WEIGHTS,
     ),
+    **dict.fromkeys(_keys("objective", "kind generator"), WEIGHTS),
     "seed": ORDER,
     **dict.fromkeys(_keys("data", "max_seq_length batching_method shuffle num_canonical_nodes"), ORDER),
     "trainer.global_train_batch_size": ORDER,
@@ -59,8 +60,13 @@ REPORTED: list[str] = [
 ]
 
 
-# Values of keys in a section that may be null.
-DEFAULTS = {"trainer.fsdp.mixed_precision": FSDPConfig().mixed_precision}
+# Values of keys in a section that may be null, or that a checkpoint may lack.
+DEFAULTS = {
+    "trainer.fsdp.mixed_precision": FSDPConfig().mixed_precision,
+    # Before there were others:
+    "objective.kind": "electra",
+    "objective.generator": "trained",
+}
 
 _ABSENT: Any = object()
 
@@ -152,4 +158,6 @@ def _refusal(changes: list[Change], checkpoint: str, folder: str, own: bool) -> 
         ways = f"set {before}" + (
             ", or checkpoints.load_weights_only=true for its weights alone" if weights_fit else ""
         )
+    if {"objective.kind", "objective.generator"} & {change.key for change in changes}:
+        ways += f", or start with the networks they have in common (model.init_from={checkpoint})"
     return f"{checkpoint} was written with {before}, but this start has {after}: {'; '.join(reasons)}; {ways}"

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from electra_composer.checkpoints.adapt import adapt
+from electra_composer.checkpoints.generator_start import LAYERS, RANDOM, without_source
 from electra_composer.checkpoints.networks import Network, matching_generator, read_discriminator, read_generator
 from electra_composer.config import ModelConfig
 from electra_composer.errors import UserError
@@ -21,8 +22,6 @@ from electra_composer.model.electra import ElectraForPretraining
 from electra_composer.model.encoder import EncoderConfig
 from electra_composer.model.sizes import discriminator_config, generator_config
 from electra_composer.model.weight_maps import State, difference, with_delta
-
-RANDOM, LAYERS = "random", "layers"  # values of `model.init_generator_from` that are no source
 
 # Keys of `model` by the size of an encoder that they set.
 _KEYS = ("num_layers", "hidden_size", "num_heads", "embedding_size", "layer_norm_eps")
@@ -58,6 +57,9 @@ class Initial:
             if sizes["sharing"] == "untied":
                 sizes["generator_embedding_size"] = generator.config.embedding_size
             sizes["tie_encoder"] = sizes["sharing"] == "tied" and _equal(discriminator.encoder, generator.encoder)
+        elif discriminator is not None and discriminator.lm_head is not None:  # it is what a generator begins with
+            width = discriminator.config.embedding_size
+            sizes |= {"generator_size": 1.0, "generator_layers": None, "generator_embedding_size": width}
         return sizes
 
     @staticmethod
@@ -125,18 +127,28 @@ def initialise(
         check_agreement(discriminator, discriminator_config(config, vocab_size), "model.", "discriminator")
         discriminator = adapt(discriminator, model.discriminator.config, config.init_positions, tokenizer)
         parts |= {"embeddings.": discriminator.embeddings, "discriminator.": discriminator.encoder}
-        if discriminator.head is not None:
-            parts["rtd_head."] = discriminator.head
-        taken.append(_said("discriminator", discriminator))
-    if generator is not None:
+        heads = {"rtd_head.": discriminator.head, "lm_head.": discriminator.lm_head}
+        taken_heads = {
+            name: head for name, head in heads.items() if head is not None and f"{name}dense.weight" in state
+        }
+        parts |= taken_heads
+        taken.append(_said("discriminator", discriminator, bool(taken_heads)))
+    if model.mlm_head is None:
+        pass  # the objective has no generator
+    elif generator is not None and generator.is_two_tower == (model.towers is not None):
         check_agreement(generator, generator_config(config, vocab_size), "", "generator")
         generator = adapt(generator, model.encoder_of_generator.config, config.init_positions, tokenizer)
         parts |= _parts_of_generator(generator, discriminator, config)
-        taken.append(_said("generator", generator))
+        taken.append(_said("generator", generator, generator.head is not None))
     elif discriminator is not None:
-        lower, said = _without_source(discriminator, model, initial.rest)
+        lower, said = without_source(discriminator, model, initial.rest)
         parts |= lower
         taken.append(said)
+    if model.objective.generator == "frozen" and not {"generator.", "mlm_head."} <= parts.keys():
+        raise UserError(
+            "objective.generator=frozen needs a complete generator to start from, and model.init_from has none of this "
+            "size; give a run with objective.kind=mlm, and model.generator_size=1.0"
+        )
     if config.sharing == "gdes":
         parts["embeddings."] = _disentangled(parts, discriminator, generator)
     for prefix, part in parts.items():
@@ -175,10 +187,11 @@ def _parts_of_generator(generator: Network, discriminator: Network | None, confi
         UserError: it differs from the discriminator in what they are to share.
     """
     parts: dict[str, State] = {} if generator.head is None else {"mlm_head.": generator.head}
+    encoder = "towers." if generator.is_two_tower else "generator."
     tied_encoder, tied_embeddings = ("model.tie_encoder", "true", "false"), ("model.sharing", "tied", "untied")
     for tied, names, shared, own, ours in (
         (config.sharing == "tied", tied_embeddings, "embeddings.", "generator_embeddings.", generator.embeddings),
-        (config.tie_encoder, tied_encoder, "discriminator.", "generator.", generator.encoder),
+        (config.tie_encoder, tied_encoder, "discriminator.", encoder, generator.encoder),
     ):
         key, value, other = names
         if not tied:
@@ -190,36 +203,6 @@ def _parts_of_generator(generator: Network, discriminator: Network | None, confi
                 f"{key} is {value}, but {generator.source} and {discriminator.source} differ there; set {key}={other}"
             )
     return parts
-
-
-def _without_source(
-    discriminator: Network, model: ElectraForPretraining, rest: str | None
-) -> tuple[dict[str, State], str]:
-    """Return the states of a generator without a source, and what they are.
-
-    Raises:
-        UserError: the lower layers of the discriminator are asked for, and have another width.
-    """
-    parts: dict[str, State] = {}
-    own, embeddings = model.generator_embeddings, "with the embeddings of the discriminator"
-    if own is not None and own.word.embedding_dim == discriminator.config.embedding_size:
-        parts["generator_embeddings."] = discriminator.embeddings
-    elif own is not None:
-        embeddings = "also of its embeddings, whose width is another"
-    if model.generator is None:
-        return parts, "generator: the layers of the discriminator, which it shares; its head random"
-    ours, theirs = model.generator.state_dict(), discriminator.encoder
-    fits = all(name in theirs and theirs[name].shape == tensor.shape for name, tensor in ours.items())
-    if rest == LAYERS and not fits:
-        raise UserError(
-            f"model.init_generator_from is {LAYERS}, but {discriminator.source} has another width or fewer layers than "
-            f"the generator; set model.generator_size=1.0, or model.init_generator_from={RANDOM}"
-        )
-    if rest != RANDOM and fits:
-        parts["generator."] = {name: theirs[name] for name in ours}
-        return parts, f"generator: the lower {len(model.generator.layers)} layers of the discriminator; its head random"
-    why = "" if rest == RANDOM else " (no generator at hand, and the discriminator's layers have another width)"
-    return parts, f"generator: random weights, {embeddings}{why}"
 
 
 def _disentangled(parts: dict[str, State], discriminator: Network | None, generator: Network | None) -> State:
@@ -237,8 +220,8 @@ def _disentangled(parts: dict[str, State], discriminator: Network | None, genera
     return with_delta(embeddings, discriminator.delta or difference(embeddings, base))
 
 
-def _said(name: str, network: Network) -> str:
-    head = "" if network.head else ", its head random"
+def _said(name: str, network: Network, has_head: bool) -> str:
+    head = "" if has_head else ", its head random"
     tokenizer = "" if network.tokenizer else ", which has no vocabulary to compare with the shards'"
     return f"{name} from {network.source}{head}{tokenizer}"
 

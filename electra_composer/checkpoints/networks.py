@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import ElectraForMaskedLM, PreTrainedTokenizerFast
 
 from electra_composer.checkpoints.reference_formats import infer_config, is_reference, read_reference
 from electra_composer.checkpoints.sharded import is_sharded
-from electra_composer.checkpoints.weights import LATEST, load_source, load_transformers, read_checkpoint
+from electra_composer.checkpoints.transformers_folders import load_transformers
+from electra_composer.checkpoints.weights import LATEST, load_source, read_checkpoint
 from electra_composer.errors import UserError
 from electra_composer.model.encoder import EncoderConfig
+from electra_composer.model.sizes import generates
 from electra_composer.model.weight_maps import (
     State,
     encoder_config_of,
@@ -34,6 +36,8 @@ class Network:
         encoder: state of `Encoder`.
         head: state of `ReplacedTokenHead` or `MaskedLMHead`; None if the source has none.
         tokenizer: the one it was trained with; None if the source has none.
+        lm_head: of a discriminator that predicts tokens: state of its `MaskedLMHead`; otherwise None.
+        is_two_tower: whether `encoder` is the state of a `TwoTowers`.
         delta: of a discriminator trained with `model.sharing: gdes`, the differences of its tables from the
             generator's, by their names; otherwise None.
     """
@@ -45,6 +49,8 @@ class Network:
     head: State | None
     tokenizer: PreTrainedTokenizerFast | None
     delta: State | None = None
+    lm_head: State | None = None
+    is_two_tower: bool = False
 
 
 def read_discriminator(source: str) -> Network:
@@ -65,7 +71,8 @@ def read_discriminator(source: str) -> Network:
         )
     found = load_source(source)
     embeddings, encoder = under(found.weights, "embeddings."), under(found.weights, "encoder.")
-    return Network(found.name, found.encoder, embeddings, encoder, found.rtd_head, found.tokenizer, found.delta)
+    network = Network(found.name, found.encoder, embeddings, encoder, found.rtd_head, found.tokenizer, found.delta)
+    return replace(network, lm_head=found.lm_head)
 
 
 def read_generator(source: str) -> Network:
@@ -80,10 +87,19 @@ def read_generator(source: str) -> Network:
     """
     if is_own_checkpoint(source):
         checkpoint = read_checkpoint(source)
-        embeddings = generator_embeddings(checkpoint.state)
-        encoder = under(checkpoint.state, "generator.") or under(checkpoint.state, "discriminator.")
-        own_head = under(checkpoint.state, "mlm_head.")
-        return Network(source, checkpoint.generator, embeddings, encoder, own_head, checkpoint.tokenizer)
+        if not generates(checkpoint.objective):
+            raise UserError(f"{source}: {checkpoint.described}, which has no generator")
+        embeddings, towers = generator_embeddings(checkpoint.state), under(checkpoint.state, "towers.")
+        encoder = towers or under(checkpoint.state, "generator.") or under(checkpoint.state, "discriminator.")
+        network = Network(
+            source,
+            checkpoint.generator,
+            embeddings,
+            encoder,
+            under(checkpoint.state, "mlm_head."),
+            checkpoint.tokenizer,
+        )
+        return replace(network, is_two_tower=bool(towers))
     tokenizer: PreTrainedTokenizerFast | None
     if is_reference(source):
         reference = read_reference(source)
@@ -108,7 +124,9 @@ def matching_generator(source: str) -> str | None:
     """
     if is_reference(source):
         return source if read_reference(source).generator else None
-    if is_own_checkpoint(source) or _is_export(source):
+    if is_own_checkpoint(source):
+        return source if generates(read_checkpoint(source).objective) else None
+    if _is_export(source):
         return source
     folder, name = os.path.split(source.rstrip("/"))
     if "discriminator" not in name:

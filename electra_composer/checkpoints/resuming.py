@@ -89,6 +89,18 @@ def check_unlocked(folder: str) -> None:
                 _lock(file, folder)
 
 
+def is_locked(folder: str) -> bool:
+    """Whether another process trains in a run's folder. Must not be called in that process: it would lose its lock."""
+    try:
+        with open(os.path.join(folder, LOCK), "r+", encoding="utf-8") as file:
+            _lock(file, folder)
+    except UserError:
+        return True
+    except OSError:  # no lock, or no right to write
+        return False
+    return False
+
+
 def repair_latest_link(folder: str, link_name: str, check_only: bool = False) -> str | None:
     """Make the link to a run's newest checkpoint point to a complete one.
 

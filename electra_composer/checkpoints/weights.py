@@ -6,33 +6,26 @@ need more.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import pickle
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import (
-    AutoTokenizer,
-    ElectraForMaskedLM,
-    ElectraForPreTraining,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from electra_composer.checkpoints.file_kinds import EXPECTED, describe_content
 from electra_composer.checkpoints.reference_formats import TOKENIZER, infer_config, is_reference, read_reference
 from electra_composer.checkpoints.safe_loading import read_file
 from electra_composer.checkpoints.sharded import is_sharded, read_sharded
+from electra_composer.checkpoints.transformers_folders import (
+    class_of,
+    describe_difference,
+    load_transformers,
+)
 from electra_composer.config import ModelConfig, ObjectiveConfig
 from electra_composer.errors import UserError, one_line
-from electra_composer.foreign_files import HF_FOLDER, refuse_foreign
+from electra_composer.foreign_files import HF_FOLDER, MASKED_LM, refuse_foreign
 from electra_composer.former_keys import upgrade_model
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import EncoderConfig
@@ -43,17 +36,14 @@ from electra_composer.model.weight_maps import (
     discriminator_embeddings,
     encoder_config_of,
     encoder_from_transformers,
+    mlm_head_from_transformers,
     pop_delta,
     rtd_head_from_transformers,
     under,
 )
 from electra_composer.vocabulary import load_tokenizer
 
-log = logging.getLogger(__name__)
-
 LATEST = "latest-rank0.pt"  # link in a run's folder to its newest checkpoint
-IGNORED = "embeddings.position_ids"  # 0, 1, 2, …; stored by transformers before 4.31, as in google/electra-*
-FINETUNED_HEADS = ("classifier.", "qa_outputs.")  # of ElectraForSequenceClassification and the like
 
 
 @dataclass
@@ -77,11 +67,21 @@ class Checkpoint:
     def generator(self) -> EncoderConfig:
         return generator_config(self.model_config, len(self.tokenizer))
 
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """The objective, with the defaults of its kind where a key is null or newer than the checkpoint."""
+        return ObjectiveConfig(**self.config["objective"]).resolved()
+
+    @property
+    def described(self) -> str:
+        """The kind of run, for messages."""
+        return f"a run with objective.kind={self.objective.kind} objective.generator={self.objective.generator}"
+
     def build_model(self) -> ElectraForPretraining:
         """Build the pretraining model with these weights, in evaluation mode."""
         model = build_pretraining_model(
             self.model_config,
-            ObjectiveConfig(**self.config["objective"]),
+            self.objective,
             len(self.tokenizer),
             special_ids(self.tokenizer),
             self.config["data"]["max_seq_length"],
@@ -100,6 +100,7 @@ class Pretrained:
     weights: State  # `embeddings.…` and `encoder.…` of ElectraForClassification
     tokenizer: PreTrainedTokenizerFast
     rtd_head: State | None = None  # weights of the discriminator's head; None if the source has none
+    lm_head: State | None = None  # weights of its MLM head, where it predicts tokens
     delta: State | None = None  # with `model.sharing: gdes`, what the tables differ in from the generator's
 
 
@@ -162,15 +163,17 @@ def load_source(source: str) -> Pretrained:
     Args:
         source: A checkpoint of pretrain.py (a .pt, the folder of a sharded one, or the run folder of either), a folder
             of `export.py`, a checkpoint of the reference repositories (reference_formats.py), a folder of
-            transformers' `ElectraForPreTraining` or `ElectraModel`, or the name of one on the hub. Weights are
+            transformers' `ElectraForPreTraining` or `ElectraModel`, or the name of one on the hub; of
+            `ElectraForMaskedLM` what `export.py` wrote for a discriminator that predicts tokens. Weights are
             safetensors, or a pickle that `torch.load(weights_only=True)` reads.
 
     Raises:
         UserError: Not found, or not an ELECTRA discriminator: missing or unexpected weights other than the head's.
     """
-    has_config, exported = os.path.isfile(os.path.join(source, "config.json")), os.path.join(source, "discriminator")
-    if not has_config and os.path.isfile(os.path.join(exported, "config.json")):
-        return load_source(exported)
+    has_config = os.path.isfile(os.path.join(source, "config.json"))
+    for exported in (os.path.join(source, "discriminator"), os.path.join(source, MASKED_LM)):
+        if not has_config and os.path.isfile(os.path.join(exported, "config.json")):
+            return load_source(exported)
     if is_reference(source):
         return _load_reference(source)
     is_file = source.endswith(".pt") or os.path.isfile(source)
@@ -178,8 +181,9 @@ def load_source(source: str) -> Pretrained:
         checkpoint = read_checkpoint(source)
         weights = {f"embeddings.{name}": t for name, t in discriminator_embeddings(checkpoint.state).items()}
         weights |= {f"encoder.{name}": t for name, t in under(checkpoint.state, "discriminator.").items()}
-        head, delta = under(checkpoint.state, "rtd_head."), pop_delta(under(checkpoint.state, "embeddings."))
-        return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer, head, delta)
+        rtd_head, lm_head = (under(checkpoint.state, head) or None for head in ("rtd_head.", "lm_head."))
+        delta = pop_delta(under(checkpoint.state, "embeddings."))
+        return Pretrained(source, checkpoint.discriminator, weights, checkpoint.tokenizer, rtd_head, lm_head, delta)
     refuse_foreign(source, f"a checkpoint of pretrain.py, or {HF_FOLDER}")
     if not os.path.exists(source) and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: no such file or folder; expected a checkpoint, a Hugging Face folder or a hub name")
@@ -199,70 +203,21 @@ def _load_reference(source: str) -> Pretrained:
 def _pretrained(
     source: str, config: EncoderConfig, state: State, tokenizer: PreTrainedTokenizerFast, has_head: bool
 ) -> Pretrained:
-    """Convert the state of an `ElectraForPreTraining`."""
+    """Convert the state of an `ElectraForPreTraining`, or of an `ElectraForMaskedLM`."""
     embeddings, encoder = encoder_from_transformers(under(state, "electra."), config)
     weights = {f"embeddings.{name}": tensor for name, tensor in embeddings.items()}
     weights |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
-    return Pretrained(source, config, weights, tokenizer, rtd_head_from_transformers(state) if has_head else None)
-
-
-# Workaround (transformers 4.57): from_pretrained logs a warning about missing and unexpected weights and has no option
-# against it; goes when it has one.
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    pretrained = Pretrained(source, config, weights, tokenizer)
+    if has_head and "generator_lm_head.bias" in state:
+        pretrained.lm_head = mlm_head_from_transformers(state, config)
+    elif has_head:
+        pretrained.rtd_head = rtd_head_from_transformers(state)
+    return pretrained
 
 
 def _load_transformers(source: str) -> Pretrained:
-    config, state, tokenizer, missing = load_transformers(source, ElectraForPreTraining)
+    config, state, tokenizer, missing = load_transformers(source, class_of(source))
     return _pretrained(source, config, state, tokenizer, has_head=not missing)
-
-
-def load_transformers(
-    source: str, model_class: type[PreTrainedModel]
-) -> tuple[EncoderConfig, State, PreTrainedTokenizerFast, list[str]]:
-    """Load a network of transformers from a folder or the hub.
-
-    Returns:
-        Its sizes; its fp32 weights by transformers' names; its tokenizer; the names of the weights that are missing,
-        which can only be those of the head.
-
-    Raises:
-        UserError: not found, or not this network: missing or unexpected weights other than the head's.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        # transformers also loads an `ElectraModel`, the weights of which lack the prefix `electra.`.
-        with _quiet_transformers():  # missing and unexpected weights are checked below
-            model, loading = model_class.from_pretrained(source, output_loading_info=True)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{source}: neither a checkpoint, nor a Hugging Face folder, nor a model on the hub: {one_line(error, 300)}"
-        ) from error
-    unexpected = sorted(name for name in loading["unexpected_keys"] if not name.endswith(IGNORED))
-    if heads := [name for name in unexpected if name.startswith(FINETUNED_HEADS)]:
-        log.warning("%s: a finetuned model; its head (%s) is not used", source, heads[0].partition(".")[0])
-        unexpected = [name for name in unexpected if name not in heads]
-    missing = sorted(name for name in loading["missing_keys"] if name.startswith("electra."))
-    if missing or unexpected:
-        network = "generator" if model_class is ElectraForMaskedLM else "discriminator"
-        raise UserError(
-            f"{source}: not an ELECTRA {network} (weights: {_describe(missing, unexpected)}); expected an "
-            f"{model_class.__name__} or ElectraModel"
-        )
-    config = encoder_config_of(model.config)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{source}: its tokenizer has {len(tokenizer)} tokens, its model embeddings for {config.vocab_size}; "
-            "give a folder with a model and its own tokenizer"
-        )
-    state = {name: tensor.float() for name, tensor in model.state_dict().items()}  # some are stored in fp16
-    return config, state, tokenizer, sorted(loading["missing_keys"])
 
 
 def check_state_fits(state: State, expected: State, origin: str) -> None:
@@ -270,7 +225,7 @@ def check_state_fits(state: State, expected: State, origin: str) -> None:
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
         raise UserError(
-            f"{origin}: weights of another model: {_describe(missing, unexpected)}; "
+            f"{origin}: weights of another model: {describe_difference(missing, unexpected)}; "
             "set the sizes under model: to those of its training"
         )
     for name, tensor in expected.items():
@@ -279,9 +234,3 @@ def check_state_fits(state: State, expected: State, origin: str) -> None:
                 f"{origin}: {name} has shape {list(state[name].shape)}, this model expects {list(tensor.shape)}; "
                 "set the sizes under model: to those of its training"
             )
-
-
-def _describe(missing: list[str], unexpected: list[str]) -> str:
-    """Count missing and unexpected weights and name the first of each."""
-    kinds = {"missing": missing, "unexpected": unexpected}
-    return "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from electra_composer.corpus.docstrings import read_docstrings
-from electra_composer.corpus.readers import UnreadableFile, read_slice
+from electra_composer.corpus.files import UnreadableFile
+from electra_composer.corpus.readers import read_slice
 from electra_composer.corpus.source_parts import Part, Slice
-from electra_composer.corpus.sources import DOCSTRINGS, HUB, Sources, find_files
+from electra_composer.corpus.sources import DOCSTRINGS, HUB, Sources
 from electra_composer.errors import UserError
 
 
@@ -73,7 +74,7 @@ def read_documents(sources: Sources, stats: ReadStats, workers: int = 1) -> Iter
         if source.path == DOCSTRINGS:
             documents = filter_documents(read_docstrings(workers), sources, stats)
         else:
-            slices = (Slice(HUB, 0, 1),) if source.path == HUB else tuple(map(Slice, find_files(source.path)))
+            slices = (Slice(HUB, 0, 1),) if source.path == HUB else tuple(map(Slice, source.files))
             documents = part_documents(Part(number, 0, slices), sources, stats)
         for document in documents:
             if sources.deduplicate:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from electra_composer.corpus.readers import UnreadableFile, read_slice
+from electra_composer.corpus.arrow_files import arrow_rows
+from electra_composer.corpus.files import COLUMNAR, UnreadableFile, format_of, open_lines
+from electra_composer.corpus.readers import read_slice
 from electra_composer.corpus.source_parts import Slice
-from electra_composer.corpus.sources import DOCSTRINGS, HUB, Source, Sources, find_files, format_of, open_lines
+from electra_composer.corpus.sources import DOCSTRINGS, HUB, Source, Sources
 from electra_composer.errors import UserError
 
 READ_FULLY_BELOW = 1 << 20  # bytes; in smaller files, decompression reads ahead by a large fraction of the file
@@ -44,7 +46,7 @@ def estimate_text(sources: Sources, sample_bytes: int) -> TextEstimate | None:
     """
     if any(source.path in (HUB, DOCSTRINGS) for source in sources.sources):
         return None
-    files = [find_files(source.path) for source in sources.sources]
+    files = [source.files for source in sources.sources]
     if any(format_of(path) == ".tar" for found in files for path in found):
         return None
     total = sum(os.path.getsize(path) for found in files for path in found)
@@ -72,9 +74,9 @@ def _sample_file(path: str, source: Source, sources: Sources, limit: int, sample
         Bytes of the file read, documents, bytes of text.
     """
     size, documents, length = os.path.getsize(path), 0, 0
-    parquet = format_of(path) == ".parquet"
+    kind = format_of(path)
     with pa.OSFile(path) as raw:  # its position tells how much of the file was read, compressed or not
-        lines = None if parquet else open_lines(path, raw, _BUFFER)
+        lines = None if kind in COLUMNAR else open_lines(path, raw, _BUFFER)
         try:
             for text, _ in read_slice(Slice(path), source, lines):
                 documents += 1
@@ -82,8 +84,9 @@ def _sample_file(path: str, source: Source, sources: Sources, limit: int, sample
                 if text.strip():
                     sample.append(text)
                 if length >= limit and size >= READ_FULLY_BELOW:
-                    if parquet:
-                        return size * documents / pq.read_metadata(path).num_rows, documents, length
+                    if kind in COLUMNAR:
+                        rows = pq.read_metadata(path).num_rows if kind == ".parquet" else arrow_rows(path)
+                        return size * documents / rows, documents, length
                     return raw.tell(), documents, length
         except UnreadableFile:
             if not sources.skip_unreadable:

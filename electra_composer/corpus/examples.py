@@ -10,14 +10,14 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from random import Random
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from electra_composer.storage.shard_folder import MIN_SEQ_LENGTH
+from electra_composer.corpus.options import Overflow
+from electra_composer.storage.row_lengths import MIN_SEQ_LENGTH
 
-Overflow = Literal["cut", "carry"]
 Ids = NDArray[np.int32]
 
 WINDOW = 8192

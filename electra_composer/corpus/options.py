@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from streaming.base.compression import is_compression
-
-from electra_composer.corpus.examples import Overflow
 from electra_composer.corpus.sources import Sources, check_sources, fingerprint_files
 from electra_composer.errors import UserError
 from electra_composer.ranges import Range, check_ranges
-from electra_composer.storage.shard_folder import MAX_SEQ_LENGTH, MIN_SEQ_LENGTH
+from electra_composer.storage.row_lengths import MAX_SEQ_LENGTH, MIN_SEQ_LENGTH
 
+Overflow = Literal["cut", "carry"]
 TRAIN = "train"  # value of `tokenizer`: train a new vocabulary on the sources
 
 
@@ -60,10 +58,12 @@ def check_options(options: Conversion) -> None:
     """
     check_sources(options.sources)
     check_ranges(options)
-    if options.compression is not None and not is_compression(options.compression):
-        raise UserError(
-            f"--compression {options.compression} is not supported by Streaming; expected zstd, gz, br, bz2 or snappy"
-        )
+    if options.compression is not None:
+        from streaming.base.compression import is_compression  # imported here, because Streaming takes seconds
+
+        if not is_compression(options.compression):
+            expected = "expected zstd, gz, br, bz2 or snappy"
+            raise UserError(f"--compression {options.compression} is not supported by Streaming; {expected}")
     if options.master is not None and options.engine != "spark":
         raise UserError(f"--master {options.master} requires --engine spark")
     if options.tokenizer != TRAIN and options.vocab_size != Conversion.vocab_size:

@@ -1,41 +1,34 @@
-"""Read the texts of a slice of a source: parquet, JSON Lines, plain text, archives, the Hugging Face Hub.
+"""Read the texts of a slice of a source: parquet, Arrow, JSON Lines, CSV, plain text, archives, the Hugging Face Hub.
 
 Every reader yields pairs `(text, invalid)`; `invalid` texts held bytes that are not UTF-8, which are read as U+FFFD.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import lzma
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from electra_composer.corpus.arrow_files import arrow_batches
+from electra_composer.corpus.columns import TEXT, column_of, column_path, nested_value
+from electra_composer.corpus.delimited import chosen_column, read_delimited
+from electra_composer.corpus.files import TABLES, UnreadableFile, format_of, open_lines, reason_of
 from electra_composer.corpus.source_parts import Slice
-from electra_composer.corpus.sources import (
-    HUB,
-    Source,
-    format_of,
-    hub_name,
-    missing_column,
-    open_hub,
-    open_lines,
-    reason_of,
-)
+from electra_composer.corpus.sources import HUB, Source, Sources, hub_name, open_hub
 from electra_composer.errors import UserError
 
 Texts = Iterator[tuple[str, bool]]
 
 _PARQUET_BATCH = 1000  # rows held at a time
 _SKIP_BYTES = 1 << 20
-
-
-class UnreadableFile(UserError):
-    """A file is truncated, corrupt, or not of the format that its name suggests."""
 
 
 def read_slice(piece: Slice, source: Source, lines: Iterable[bytes] | None = None) -> Texts:
@@ -55,17 +48,41 @@ def read_slice(piece: Slice, source: Source, lines: Iterable[bytes] | None = Non
     try:
         if kind == ".parquet":
             yield from _read_parquet(piece, source.text_column)
+        elif kind == ".arrow":
+            batches = itertools.islice(arrow_batches(path), piece.begin, piece.end)
+            yield from _read_batches(batches, path, source.text_column)
         elif kind == ".tar":
             with open(path, "rb") as archive:
                 yield from _read_tar(archive, piece)
         elif kind == ".txt":
             lines = slice_lines(piece, source.txt_documents == "blank") if lines is None else lines
             yield from _read_txt(lines, source.txt_documents)
+        elif kind in TABLES:
+            lines = slice_lines(Slice(path), False) if lines is None else lines
+            every = slice(piece.begin, None, piece.end)
+            texts = read_delimited(path, lines, kind == ".csv", source.text_column, every)
+            yield from map(_decode, texts)
         else:
             lines = slice_lines(piece, False) if lines is None else lines
             yield from _read_json_lines(path, piece.begin, lines, source.text_column)
     except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
         raise UnreadableFile(f"{path}: cannot be read as {kind}: {reason_of(error)}") from error
+
+
+def describe_columns(sources: Sources) -> Iterator[str]:
+    """Yield a line for each source whose first csv or tsv file has its text in a column that the user has not named.
+
+    Raises:
+        UserError: there is no such column, or a source cannot be found.
+    """
+    for source in sources.sources:
+        path = next((path for path in source.files if format_of(path) in TABLES), None) if source.is_path else None
+        if path is None or source.text_column != TEXT:
+            continue
+        with contextlib.suppress(UnreadableFile, OSError):  # reported when it is read
+            name = chosen_column(path, slice_lines(Slice(path), False), format_of(path) == ".csv")
+            if name not in (TEXT, None):
+                yield f"{path}: the text is the column {name!r}; --text-column chooses another"
 
 
 def slice_lines(piece: Slice, by_blank_lines: bool) -> Iterator[bytes]:
@@ -116,14 +133,25 @@ def _decode(data: bytes) -> tuple[str, bool]:
         return data.decode("utf-8", "replace"), True
 
 
-def _read_txt(lines: Iterable[bytes], ends: Literal["blank", "file"]) -> Texts:
+def _read_txt(lines: Iterable[bytes], ends: int | str) -> Texts:
+    """Yield documents that end at blank lines, at the end of the file, or after a number of lines that are not blank.
+
+    The last document of a slice may have fewer lines.
+    """
     document: list[bytes] = []
+    count = 0
     for line in lines:
-        if ends == "blank" and not line.strip():
+        blank = not line.strip()
+        if ends == "blank" and blank:
             yield _decode(b"".join(document))
             document.clear()
         else:
             document.append(line)
+        count += not blank
+        if count == ends:
+            yield _decode(b"".join(document))
+            document.clear()
+            count = 0
     yield _decode(b"".join(document))
 
 
@@ -153,9 +181,7 @@ def _read_json_lines(path: str, begin: int, lines: Iterable[bytes], column: str)
         text, invalid = _decode(line)
         where = f"{path}, line {number}{after}"
         record = parse_object(text, where)
-        if column not in record:
-            raise missing_column(where, column, list(record))
-        value = record[column]
+        value = nested_value(record, column, where)
         if not isinstance(value, str | None):
             raise UserError(f"{where}: {column!r} is a {type(value).__name__}; expected text")
         yield value or "", invalid
@@ -184,12 +210,16 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
 
 def _read_parquet(piece: Slice, column: str) -> Texts:
     with pq.ParquetFile(piece.path) as file:
-        if column not in file.schema_arrow.names:
-            raise missing_column(piece.path, column, file.schema_arrow.names)
+        column_path(file.schema_arrow, column, piece.path)
         groups = range(piece.begin, file.num_row_groups if piece.end is None else piece.end)
         # One thread: the worker processes already use all cores.
-        for batch in file.iter_batches(_PARQUET_BATCH, row_groups=groups, columns=[column], use_threads=False):
-            yield from _column_texts(batch.column(0), piece.path, column)
+        batches = file.iter_batches(_PARQUET_BATCH, row_groups=groups, columns=[column], use_threads=False)
+        yield from _read_batches(batches, piece.path, column)
+
+
+def _read_batches(batches: Iterable[pa.RecordBatch], where: str, column: str) -> Texts:
+    for batch in batches:
+        yield from _column_texts(column_of(batch, column_path(batch.schema, column, where)), where, column)
 
 
 def _column_texts(values: pa.Array, where: str, column: str) -> Texts:

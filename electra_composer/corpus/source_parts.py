@@ -1,7 +1,8 @@
 """Divide the sources into parts, which are converted independently.
 
 A part is a list of slices of files: of text (plain or compressed) a range of bytes, of parquet a range of row groups,
-of an archive or a data set on the hub every n-th member or file. The division depends on the files only, so that the
+of Arrow a range of record batches, of CSV and TSV every n-th record, of an archive or a data set on the hub every n-th
+member or file. The division depends on the files only, so that the
 output does not depend on the number of processes or machines.
 """
 
@@ -14,16 +15,9 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from electra_composer.corpus.sources import (
-    DOCSTRINGS,
-    HUB,
-    Source,
-    Sources,
-    compression_of,
-    find_files,
-    format_of,
-    open_hub,
-)
+from electra_composer.corpus.arrow_files import arrow_sizes
+from electra_composer.corpus.files import TABLES, compression_of, format_of
+from electra_composer.corpus.sources import DOCSTRINGS, HUB, Source, Sources, open_hub
 
 # Each part has its own shards, of about half the size of its text. A killed conversion loses the parts in progress.
 PARTS = 64  # approximate number of parts, if their sizes are within the limits
@@ -36,7 +30,8 @@ class Slice(NamedTuple):
     """A range of one file.
 
     Text: bytes `begin` to `end` of the uncompressed content; :func:`readers.slice_lines` says which slice has a
-    document on a border. Parquet: row groups. Archive, hub: members or files number `begin`, `begin + end`, ….
+    document on a border. Parquet, Arrow: row groups, record batches. CSV, TSV, archive, hub: records, members or files
+    number `begin`, `begin + end`, ….
     """
 
     path: str
@@ -64,7 +59,7 @@ def list_parts(sources: Sources, docstrings: list[str]) -> list[Part]:
     """
     files: list[list[tuple[str, float]]] = []  # by source: path and bytes of text
     for source in sources.sources:
-        paths = docstrings if source.path == DOCSTRINGS else [] if source.path == HUB else find_files(source.path)
+        paths = docstrings if source.path == DOCSTRINGS else [] if source.path == HUB else source.files
         files.append([(path, _text_size(path)) for path in paths])
     total = sum(size for found in files for _, size in found)
     target = min(max(total / PARTS, MIN_PART), MAX_PART)
@@ -132,8 +127,10 @@ def _slices(path: str, size: float, target: float, source: Source) -> list[tuple
     kind = format_of(path)
     count = max(1, round(size / target))
     if kind == ".parquet":
-        return _parquet_slices(path, target, source.text_column)
-    if kind == ".tar":
+        return _group_slices(path, _parquet_sizes(path, source.text_column), target)
+    if kind == ".arrow":
+        return _group_slices(path, arrow_sizes(path, source.text_column), target)
+    if kind == ".tar" or kind in TABLES:
         count = min(count, MAX_SLICES)
         return [(Slice(path, index, count), size / count) for index in range(count)]
     if kind == ".txt" and source.txt_documents == "file":
@@ -146,18 +143,20 @@ def _slices(path: str, size: float, target: float, source: Source) -> list[tuple
     return [(Slice(path, begin or 0, end), size / count) for begin, end in zip(begins, [*ends, None], strict=True)]
 
 
-def _parquet_slices(path: str, target: float, column: str) -> list[tuple[Slice, float]]:
+def _parquet_sizes(path: str, column: str) -> list[int]:
+    """Return the bytes of a column in each row group; nothing if the file cannot be read or has no such column."""
     try:
         metadata = pq.read_metadata(path)
     except (OSError, pa.ArrowException):  # reported when the file is read
-        return [(Slice(path), 0.0)]
+        return []
     names = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
     if column not in names:
-        return [(Slice(path), 0.0)]
+        return []
     index = names.index(column)
-    sizes = [
-        metadata.row_group(group).column(index).total_uncompressed_size for group in range(metadata.num_row_groups)
-    ]
+    return [metadata.row_group(group).column(index).total_uncompressed_size for group in range(metadata.num_row_groups)]
+
+
+def _group_slices(path: str, sizes: list[int], target: float) -> list[tuple[Slice, float]]:
     slices: list[tuple[Slice, float]] = []
     begin, size = 0, 0.0
     for end, length in enumerate(sizes, 1):

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import io
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pyarrow as pa
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from electra_composer.corpus.columns import TEXT, missing_column
+from electra_composer.corpus.files import (
+    COLUMNAR,
+    TABLES,
+    TRAIN_SPLIT,
+    find_files,
+    format_of,
+    has_splits,
+    reason_of,
+)
 from electra_composer.errors import UserError
 from electra_composer.ranges import BYTES, Range, check_ranges, faults
 
+if TYPE_CHECKING:
+    pass
+
 HUB = "hub"
 DOCSTRINGS = "docstrings"
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_FORMATS = (".parquet", ".jsonl", ".json", ".txt")
-_TARS = (".tar", ".tar.xz", ".tar.gz", ".tgz")
-
+SPLITS = "splits"  # kind of a source: a data set saved to disk that has splits
 
 # Keys of a source that only some kinds of it use.
 USED_BY: dict[str, tuple[set[str], str]] = {
-    "text_column": ({HUB, ".parquet", ".jsonl", ".json"}, "parquet, JSON Lines and data sets of the hub"),
+    "text_column": ({HUB, *COLUMNAR, ".jsonl", ".json", *TABLES}, "parquet, Arrow, JSON Lines, csv, tsv and data sets"),
     "txt_documents": ({".txt"}, ".txt files"),
+    "split": ({HUB, SPLITS}, f"the source {HUB} and a DatasetDict written by save_to_disk"),
     "dataset": ({HUB}, f"the source {HUB}"),
     "config": ({HUB}, f"the source {HUB}"),
     "revision": ({HUB}, f"the source {HUB}"),
@@ -47,8 +55,11 @@ class Source:
     name: str | None = None  # in meta.json and messages; null: the path or the name of the data set
     # how often each document is taken: 2 twice, 0.5 half of them (chosen by their text)
     weight: Annotated[float, Range(gt=0, le=100)] = 1.0
-    text_column: str = "text"  # of parquet, JSON Lines and the hub
-    txt_documents: Literal["blank", "file"] = "blank"  # what ends a document in .txt: a blank line, or the file
+    # of parquet, Arrow, JSON, csv, tsv and the hub; a.b: the key b of the object a
+    text_column: str = TEXT
+    # what ends a document in .txt: a blank line, the file, or a number of lines
+    txt_documents: Annotated[int, Range(ge=1, le=10**9)] | Literal["blank", "file"] = "blank"
+    split: str = TRAIN_SPLIT  # of a data set of the hub, or of one that is saved to disk
     dataset: str = "Skylion007/openwebtext"
     config: str | None = None
     revision: str | None = "refs/convert/parquet"
@@ -64,7 +75,23 @@ class Source:
         Raises:
             UserError: see :func:`find_files`.
         """
-        return {self.path} if self.path in (HUB, DOCSTRINGS) else {format_of(path) for path in find_files(self.path)}
+        if not self.is_path:
+            return {self.path}
+        return {*map(format_of, self.files), *({SPLITS} if has_splits(self.path) else ())}
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it is a file, folder or glob."""
+        return self.path not in (HUB, DOCSTRINGS)
+
+    @property
+    def files(self) -> list[str]:
+        """The files of a source that is a path.
+
+        Raises:
+            UserError: see :func:`find_files`.
+        """
+        return find_files(self.path, self.split)
 
 
 @dataclass
@@ -94,8 +121,11 @@ class Sources:
         return ", ".join(source.label for source in self.sources)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for plans and `meta.json`; without cleaning, as they were before it existed."""
+        """Return the fields for plans and `meta.json`; without those that are new and not set, as they were before."""
         values = asdict(self)
+        for source in values["sources"]:
+            if source["split"] == TRAIN_SPLIT:
+                del source["split"]
         if self.clean is None:
             del values["clean"]
         return values
@@ -172,72 +202,16 @@ def unused_keys(source: Source) -> list[str]:
     ]
 
 
-def find_files(source: str) -> list[str]:
-    """Return the files of a path, a folder (all supported ones below it) or a glob, sorted.
-
-    Raises:
-        UserError: no files, or not of a supported format.
-    """
-    source = os.path.expanduser(source)
-    if os.path.isfile(source):
-        if format_of(source) is None:
-            raise UserError(f"{source}: unknown file format; expected {_formats()}")
-        return [source]
-    if os.path.isdir(source):
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
-    else:
-        found = [path for path in glob.glob(source, recursive=True) if os.path.isfile(path)]
-        if not found:
-            raise UserError(f"{source}: no such file or folder, and no file matches it as a glob; check the path")
-    files = sorted(path for path in found if format_of(path))
-    if not files:
-        raise UserError(f"{source}: contains no file of a supported format; expected {_formats()}")
-    return files
-
-
-def _formats() -> str:
-    compressed = " or ".join(COMPRESSIONS)
-    return f"{', '.join(_FORMATS)} (all but .parquet also with {compressed}), or {', '.join(_TARS)} of .txt"
-
-
-def format_of(path: str) -> str | None:
-    """Return `.parquet`, `.jsonl`, `.json`, `.txt` or `.tar` by the name of a file; None if it is not supported."""
-    name = os.path.basename(path).lower()
-    if name.startswith("."):
-        return None
-    if name.endswith(_TARS):
-        return ".tar"
-    stem, suffix = os.path.splitext(name)
-    if suffix in COMPRESSIONS:
-        suffix = os.path.splitext(stem)[1]
-        return suffix if suffix in _FORMATS and suffix != ".parquet" else None
-    return suffix if suffix in _FORMATS else None
-
-
-def compression_of(path: str) -> str | None:
-    return COMPRESSIONS.get(os.path.splitext(path)[1].lower())
-
-
 def fingerprint_files(sources: Sources) -> dict[str, Any]:
     """Return the number of local files, their bytes, and a hash of names and sizes, to detect changed sources."""
     digest, count, size = hashlib.sha256(), 0, 0
     for source in sources.sources:
         if source.path not in (HUB, DOCSTRINGS):
-            for path in find_files(source.path):
+            for path in source.files:
                 length = os.path.getsize(path)
                 digest.update(f"{path}\0{length}\n".encode("utf-8", "surrogateescape"))
                 count, size = count + 1, size + length
     return {"count": count, "bytes": size, "sha256": digest.hexdigest()}
-
-
-def open_lines(path: str, raw: pa.NativeFile | None = None, buffer_size: int = 1 << 20) -> io.BufferedReader:
-    """Open a file, plain or compressed, as a stream of lines; a truncated one raises OSError at its end.
-
-    Args:
-        raw: the file, if it is open already.
-    """
-    raw, codec = pa.OSFile(path) if raw is None else raw, compression_of(path)
-    return io.BufferedReader(raw if codec is None else pa.CompressedInputStream(raw, codec), buffer_size)
 
 
 def hub_name(source: Source) -> str:
@@ -256,7 +230,7 @@ def open_hub(source: Source) -> Any:
     where = hub_name(source)
     try:
         stream = datasets.load_dataset(
-            source.dataset, source.config, revision=source.revision, split="train", streaming=True
+            source.dataset, source.config, revision=source.revision, split=source.split, streaming=True
         )
         columns = stream.column_names or list(next(iter(stream)))
     except Exception as error:  # of many types: offline, unknown name, gated, needs a script, unreadable
@@ -267,14 +241,3 @@ def open_hub(source: Source) -> Any:
     if source.text_column not in columns:
         raise missing_column(where, source.text_column, columns)
     return stream
-
-
-def missing_column(where: str, column: str, columns: list[str]) -> UserError:
-    return UserError(
-        f"{where}: no column {column!r}; found {', '.join(map(repr, columns))}: choose one with --text-column"
-    )
-
-
-def reason_of(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return text.strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -38,7 +38,8 @@ def split_limit(records: Iterable[dict[str, Any]], val_fraction: float) -> float
     if lowest == highest:
         raise UserError(
             "the sources have only one document (or copies of one), which cannot be in both splits: pass "
-            "--val-fraction 0 for no validation split, or divide the text into documents by blank lines"
+            "--val-fraction 0 for no validation split, or divide the text into documents (.txt: by blank lines, or by "
+            "--txt-documents 100 after every 100 lines)"
         )
     return math.nextafter(lowest, 1) if lowest >= val_fraction else highest
 

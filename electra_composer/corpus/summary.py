@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
+from electra_composer.atomic_files import write_file
 from electra_composer.corpus.sources import Sources
+from electra_composer.errors import UserError
 from electra_composer.storage.shard_folder import SourceCounts, SplitCounts
 
 Counts = TypeVar("Counts", SplitCounts, SourceCounts)
@@ -109,3 +113,32 @@ def _sum(kind: type[Counts], parts: Iterable[dict[str, int]]) -> Counts:
         for name, value in part.items():
             total[name] += value
     return kind(**total)
+
+
+def check_json_file(path: str) -> None:
+    """Check that a file for :func:`write_json` can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise UserError(f"--json {path}: no such folder; create it, or choose another file")
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(f"--json {path}: cannot be written; choose another file")
+
+
+def write_json(path: str, content: dict[str, Any], out: str | None) -> None:
+    """Write a summary or an estimate.
+
+    Args:
+        out: folder of the shards, if they are complete.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        write_file(path, json.dumps(content, indent=2))
+    except OSError as error:
+        written = f"; the shards in {out} are complete" if out is not None else ""
+        raise UserError(f"--json {path}: {error.strerror}{written}") from error

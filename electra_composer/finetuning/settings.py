@@ -7,8 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from electra_composer.config_loading import nearest
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, nearest
 from electra_composer.finetune_config import FinetuneConfig
 from electra_composer.finetuning.one_run import config_of_task
 from electra_composer.finetuning.predictions import check_select

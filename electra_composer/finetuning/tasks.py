@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from electra_composer.config_loading import nearest
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ examples of their length squared::
 
     encoder        6 · T · (n · (4h² + 2hf) + eh)  +  12 · n · h · S     (eh: only where e and h differ)
     MLM head       6 · M · (h · e + e · v)                               (h of its network)
-    two towers     two encoders, and 6 · C · (2h · e + e · v)
+    two towers     two encoders with (S + T) / 2 in place of S, and 6 · C · (2h · e + e · v)
     RTD head       6 · T · (h · h + h)
     all tokens     6 · T · (h · e + e · v + h)                           (MLM head and copy probability)
 
@@ -45,9 +45,11 @@ def _generator_flops(model: ElectraForPretraining, counts: Mapping[str, int], sq
     if model.mlm_head is None:
         return 0
     sizes = model.config_of_generator
-    encoder = encoder_flops(sizes, counts["tokens"], squared_lengths)
     if model.towers is not None:
-        return 2 * encoder + head_flops(sizes, model.towers.output_size, counts["candidates"])
+        # Causal: of S pairs of tokens in the examples, (S + T) / 2 in each tower.
+        causal = encoder_flops(sizes, counts["tokens"], (squared_lengths + counts["tokens"]) // 2)
+        return 2 * causal + head_flops(sizes, model.towers.output_size, counts["candidates"])
+    encoder = encoder_flops(sizes, counts["tokens"], squared_lengths)
     total = encoder + head_flops(sizes, sizes.hidden_size, counts["masked"])
     return total // 3 if model.objective.generator == "frozen" else total
 

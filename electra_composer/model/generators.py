@@ -238,7 +238,9 @@ def cloze_samples(
         embeddings, ids, inputs.token_type_ids, inputs.position_ids, inputs.sequence_ids, *attention
     )
     features, weight, bias = networks.mlm_head(hidden), embeddings.word.weight, networks.mlm_head.bias
-    noise = torch.zeros_like(ids, dtype=draw.noise.dtype).scatter(1, masked.positions, draw.noise)
+    # Slots of one position write one number: which of several is kept would not be determined on a GPU.
+    of_slots = draw.noise if masked.first is None else draw.noise.gather(1, masked.first)
+    noise = torch.zeros_like(ids, dtype=of_slots.dtype).scatter(1, masked.positions, of_slots)
     everywhere = Draw(noise, draw.gumbel)
     cloze = predict_tokens(features, weight, bias, ids, candidates.float(), everywhere, networks.vocab_size, objective)
     sampled = fill(masked, cloze.sampled.view_as(ids).gather(1, masked.positions))

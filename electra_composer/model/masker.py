@@ -58,7 +58,7 @@ class Masker:
     """
 
     def __init__(self, objective: ObjectiveConfig, special_ids: SpecialIds, vocab_size: int, max_seq_length: int):
-        self.objective = objective
+        self.objective = objective.resolved()
         self.special_ids = special_ids
         self.vocab_size = vocab_size
         self.slots = masking.num_slots(objective.mask_prob, max_seq_length, objective.mask_draw)
@@ -122,6 +122,6 @@ class Masker:
         else:
             positions, weights = masking.choose_positions(candidates, counts, self.slots, position_noise)
         originals = input_ids.gather(1, positions)
-        style, mask_id = objective.mask_style, self.special_ids.mask
+        style, mask_id = str(objective.mask_style), self.special_ids.mask
         tokens = masking.mask_tokens(originals, weights, style, mask_id, self.vocab_size, replace_noise, random_noise)
         return Masked(input_ids.scatter(1, positions, tokens), positions, weights, originals, first)

@@ -30,7 +30,7 @@ BY_KIND: dict[str, tuple[str, ...]] = {
 
 BY_GENERATOR: dict[str, tuple[str, ...]] = {
     "trained": (),
-    "frozen": ("objective.gen_weight", "objective.mlm_label_smoothing"),
+    "frozen": ("objective.gen_weight",),
     "uniform": (
         *("objective.gen_weight", "objective.sampling", "objective.temperature", "objective.mask_style"),
         *SHARED,
@@ -41,6 +41,13 @@ BY_GENERATOR: dict[str, tuple[str, ...]] = {
 """Keys without a meaning for a generator."""
 
 GENERATORS_OF_ELECTRIC = ("two_tower", "uniform", "unigram")
+
+
+def keys_without_meaning(objective: ObjectiveConfig) -> frozenset[str]:
+    """Return the keys that have no meaning for an objective."""
+    given = objective.resolved()
+    of_generator = () if given.kind == "mlm" else BY_GENERATOR[str(given.generator)]
+    return frozenset((*BY_KIND[given.kind], *of_generator))
 
 
 def check_objective(model: ModelConfig, objective: ObjectiveConfig) -> None:
@@ -66,9 +73,9 @@ def check_objective(model: ModelConfig, objective: ObjectiveConfig) -> None:
     for field in fields(ModelConfig):
         if field.default is not MISSING:
             values[f"model.{field.name}"], expected[f"model.{field.name}"] = getattr(model, field.name), field.default
-    if given.kind == "all_tokens_mlm" and given.generator in ("uniform", "unigram"):
-        expected["objective.mlm_label_smoothing"] = 0.0
-    of_generator = () if given.kind == "mlm" else BY_GENERATOR[str(given.generator)]
+    of_generator: tuple[str, ...] = () if given.kind == "mlm" else BY_GENERATOR[str(given.generator)]
+    if given.kind != "replace_mlm" and given.generator not in ("trained", "two_tower"):
+        of_generator = (*of_generator, "objective.mlm_label_smoothing")  # nothing is trained to predict masked tokens
     for reason, keys in ((kind, BY_KIND[given.kind]), (generator, of_generator)):
         wrong = [key for key in keys if key != "objective.generator" and values[key] != expected[key]]
         if wrong:

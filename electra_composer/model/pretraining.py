@@ -99,8 +99,8 @@ class ElectraPretraining(ComposerModel):
         scale = batch["loss_scale"][0] / batch["input_ids"].shape[0]
         terms = self.model.terms
         losses = {term.name: outputs[f"{term.name}_loss"] * scale[place] for place, term in enumerate(terms)}
-        weighted = [term.weight * losses[term.name] for term in terms if term.weight != 0.0 or len(terms) == 1]
-        total = sum(weighted[1:], weighted[0])
+        # Terms of weight 0 too: DDP waits for a gradient of every trainable parameter.
+        total = torch.stack([term.weight * losses[term.name] for term in terms]).sum()
         if self.gradient_factor != 1.0:
             total = total.detach() + self.gradient_factor * (total - total.detach())  # the same value
         return {"total": total, **losses}
@@ -120,8 +120,11 @@ class ElectraPretraining(ComposerModel):
         metrics: dict[str, Metric] = {name: NamedMean(name) for name in ratios_of(self.model.stats)}
         metrics["total_loss"] = TotalLoss(self.model.terms)
         if self.model.rtd_head is not None:
-            # Fixed thresholds keep memory constant; even steps in logit space resolve the low probabilities of RTD.
-            metrics["rtd_auc"] = RunBinaryAUROC(thresholds=torch.sigmoid(torch.linspace(-12, 12, 961)))
+            # Fixed thresholds keep memory constant; even steps in logit space resolve the low probabilities of RTD. The
+            # logits of Electric contain log q, which reaches down to log(SMALLEST) = -46.
+            lowest = -48 if self.model.objective.kind == "electric" else -12
+            thresholds = torch.sigmoid(torch.linspace(lowest, 12, 40 * (12 - lowest) + 1))
+            metrics["rtd_auc"] = RunBinaryAUROC(thresholds=thresholds)
         return metrics
 
     def update_metric(self, batch: dict[str, Any], outputs: dict[str, Any], metric: Metric) -> None:

@@ -62,27 +62,24 @@ class TwoTowers(nn.Module):
             the first token of an example; the second half is the right tower's at t + 1, zeros for the last token. For
             padding the result has no meaning, but is finite.
         """
-        inputs = (input_ids, token_type_ids, position_ids, sequence_ids)
-        left = _read(self.left, embeddings, *inputs, attention_path, most_examples)
+        tokens = [input_ids, token_type_ids, position_ids, sequence_ids]
+        left = _read(self.left, embeddings, tokens, attention_path, most_examples)
         # Reversed rows make the second tower causal in the same direction, the only one that flash attention has.
-        reverse = [of_tokens.flip(1) for of_tokens in inputs]
-        right = _read(self.right, embeddings, *reverse, attention_path, most_examples).flip(1)
+        reverse = [of_tokens.flip(1) for of_tokens in tokens]
+        right = _read(self.right, embeddings, reverse, attention_path, most_examples).flip(1)
         return torch.cat([left, right], dim=-1)
 
 
 def _read(
-    tower: Encoder,
-    embeddings: Embeddings,
-    input_ids: Tensor,
-    token_type_ids: Tensor,
-    position_ids: Tensor,
-    sequence_ids: Tensor,
-    attention_path: str,
-    most_examples: int | None,
+    tower: Encoder, embeddings: Embeddings, tokens: list[Tensor], attention_path: str, most_examples: int | None
 ) -> Tensor:
-    """Return a tower's states of the tokens before each token, `[rows, length, hidden_size]`."""
+    """Return a tower's states of the tokens before each token, `[rows, length, hidden_size]`.
+
+    `tokens`: ids, token types, positions and examples, in the order in which the tower reads.
+    """
+    *ids, sequence_ids = tokens
     pattern = pattern_of(sequence_ids, attention_path, most_examples, causal=True)
-    return _of_previous(tower(embeddings(input_ids, token_type_ids, position_ids), pattern), sequence_ids)
+    return _of_previous(tower(embeddings(*ids), pattern), sequence_ids)
 
 
 def _of_previous(hidden: Tensor, sequence_ids: Tensor) -> Tensor:

@@ -175,18 +175,30 @@ def difference(embeddings: State, base: State) -> State:
 
 
 def generator_to_transformers(state: State, config: EncoderConfig) -> State:
-    """Convert our pretraining state to that of `ElectraForMaskedLM`; output weights are the token embeddings.
+    """Convert the generator in our pretraining state to the state of `ElectraForMaskedLM`.
 
     Tied embeddings or layers are taken from the discriminator.
     """
     encoder = under(state, "generator.") or under(state, "discriminator.")
-    body = encoder_to_transformers(generator_embeddings(state), encoder, config)
+    return _masked_lm_to_transformers(generator_embeddings(state), encoder, under(state, "mlm_head."), config)
+
+
+def masked_lm_to_transformers(state: State, config: EncoderConfig) -> State:
+    """Convert the discriminator in our pretraining state, of an objective in which it predicts tokens, to the state of
+    `ElectraForMaskedLM`."""
+    encoder, head = under(state, "discriminator."), under(state, "lm_head.")
+    return _masked_lm_to_transformers(discriminator_embeddings(state), encoder, head, config)
+
+
+def _masked_lm_to_transformers(embeddings: State, encoder: State, head: State, config: EncoderConfig) -> State:
+    """The output weights are the token embeddings."""
+    body = encoder_to_transformers(embeddings, encoder, config)
     result = {f"electra.{name}": tensor for name, tensor in body.items()}
     for ours, theirs in _MLM_HEAD:
         for kind in ("weight", "bias"):
-            result[f"{theirs}.{kind}"] = state[f"mlm_head.{ours}.{kind}"].clone()
+            result[f"{theirs}.{kind}"] = head[f"{ours}.{kind}"].clone()
     result["generator_lm_head.weight"] = result["electra.embeddings.word_embeddings.weight"]
-    result["generator_lm_head.bias"] = state["mlm_head.bias"][: config.vocab_size].clone()
+    result["generator_lm_head.bias"] = head["bias"][: config.vocab_size].clone()
     return result
 
 

@@ -78,6 +78,19 @@ class Token(NamedTuple):
             return "right" if self.replaced else "wrong"
         return "missed" if self.replaced else None
 
+    def describe(self) -> str:
+        """Say in words what :meth:`render` says by marks."""
+        parts = []
+        if self.masked:
+            parts.append("masked" if self.sample is None else f"masked, the generator put {self.sample}")
+        if self.prediction is not None:
+            parts.append(f"predicted {self.prediction}")
+        elif self.masked or self.flagged:
+            parts.append(f"judged {'replaced' if self.flagged else 'original'}")
+        if self.energy is not None:
+            parts.append(f"energy {self.energy:.1f}")
+        return f"{self.text}: {'; '.join(parts)}" if parts else self.text
+
     def render(self, color: bool) -> str:
         """Format the token as described in :data:`LEGENDS`."""
         text = self.text

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_composer.errors import UserError
 from electra_composer.ranges import Range
+from electra_composer.storage.row_lengths import MAX_SEQ_LENGTH, MIN_SEQ_LENGTH
 from electra_composer.vocabulary import special_ids, vocabulary_sha256
 
 T = TypeVar("T")
@@ -31,8 +32,6 @@ FORMAT_VERSION = 1
 CONVERTER = "data_prep/convert_owt.py"  # writes such folders
 META = "meta.json"
 TOKENIZER = "tokenizer"
-MIN_SEQ_LENGTH = 5  # the shortest target length of an example that is drawn
-MAX_SEQ_LENGTH = 65535  # `segment_lengths` are 16-bit
 HASH = "xxh64"  # of every shard, stored in the index; Streaming checks it after a download or decompression
 
 Count = Annotated[int, Range(ge=0, le=10**18)]

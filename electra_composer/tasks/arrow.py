@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from electra_composer.corpus.sources import reason_of
+from electra_composer.corpus.files import reason_of
 from electra_composer.errors import UserError
 from electra_composer.tasks.rows import Row
 from electra_composer.tasks.texts import explain_reading

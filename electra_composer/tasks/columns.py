@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from electra_composer.config_loading import nearest
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, nearest
 from electra_composer.tasks.tables import Table
 
 Columns = dict[str, str | list[str] | None]

@@ -9,12 +9,12 @@ import os
 import re
 from typing import Any
 
-from electra_composer.corpus.sources import COMPRESSIONS
+from electra_composer.corpus.files import COMPRESSIONS
 from electra_composer.errors import UserError
 from electra_composer.tasks.conll import looks_like_conll
+from electra_composer.tasks.formats import AUTO, FORMATS
 from electra_composer.tasks.texts import read_pieces
 
-AUTO = "auto"
 # Formats by suffix. Those of `json`, `jsonl`, and of any other suffix, such as `.txt`, depend on the content.
 SUFFIXES = {
     ".csv": "csv",
@@ -26,7 +26,6 @@ SUFFIXES = {
     **dict.fromkeys((".conll", ".conllu", ".conllx", ".conllup", ".conll2003", ".conll03"), "conll"),
     **dict.fromkeys((".iob", ".iob1", ".iob2", ".bio", ".bioes", ".iobes", ".bilou", ".ner"), "conll"),
 }
-FORMATS = ("csv", "tsv", "jsonl", "json", "parquet", "conll", "squad", "mrqa")
 _SUFFIXES_OF = {"squad": ("json",), "mrqa": ("jsonl", "json")}  # formats of :data:`SUFFIXES`; others are their own
 _SPLITS = {"train": "train", "test": "test", **dict.fromkeys(("dev", "val", "valid", "validation"), "validation")}
 _BEGIN = 1 << 20  # bytes of a file that are looked at

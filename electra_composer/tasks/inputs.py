@@ -9,12 +9,10 @@ from collections.abc import Iterable, Iterator
 
 from electra_composer.corpus.readers import parse_object
 from electra_composer.errors import UserError
+from electra_composer.tasks.formats import STDIN, TEXT
 from electra_composer.tasks.rows import Row
 from electra_composer.tasks.tables import Table, open_table
 from electra_composer.tasks.texts import read_lines
-
-STDIN = "-"
-TEXT = "text"  # format: a text per line
 
 
 def open_input(source: str, format: str = "auto", header: bool = True) -> Table:

@@ -13,9 +13,9 @@ from typing import Any, TextIO
 
 from electra_composer.atomic_files import replaced_file
 from electra_composer.errors import UserError
+from electra_composer.tasks.formats import STDOUT
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-STDOUT = "-"
 
 Write = Callable[[Mapping[str, Any]], None]
 

@@ -37,7 +37,8 @@ from transformers import (
 )
 
 from electra_composer.atomic_files import replaced_folder
-from electra_composer.checkpoints.weights import Pretrained, load_transformers
+from electra_composer.checkpoints.transformers_folders import load_transformers
+from electra_composer.checkpoints.weights import Pretrained
 from electra_composer.disk import system_error
 from electra_composer.errors import UserError, one_line
 from electra_composer.finetune_config import TaskConfig, TaskModelConfig

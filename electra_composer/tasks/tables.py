@@ -12,7 +12,8 @@ from electra_composer.errors import UserError
 from electra_composer.tasks.arrow import open_hub, read_hub, read_parquet
 from electra_composer.tasks.conll import read_conll
 from electra_composer.tasks.delimited import read_csv, read_tsv
-from electra_composer.tasks.files import AUTO, find_table_files
+from electra_composer.tasks.files import find_table_files
+from electra_composer.tasks.formats import AUTO
 from electra_composer.tasks.json_rows import read_json, read_jsonl
 from electra_composer.tasks.question_answers import read_mrqa, read_squad
 from electra_composer.tasks.rows import Row

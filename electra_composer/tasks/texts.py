@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from electra_composer.corpus.files import open_lines, reason_of
 from electra_composer.corpus.readers import without_mark
-from electra_composer.corpus.sources import open_lines, reason_of
 from electra_composer.errors import UserError
 
 PIECE = 1 << 18  # bytes

@@ -19,10 +19,9 @@ from composer.loggers import LoggerDestination
 from composer.utils import MissingConditionalImportError
 
 from electra_composer.config import OptimizerConfig, ScheduleConfig
-from electra_composer.config_loading import nearest
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, nearest
 from electra_composer.ranges import Range, TimeRange, check_range, check_ranges
-from electra_composer.training.loggers import MetricsFile, RunConsole, RunWandB
+from electra_composer.training.loggers import MetricsFile, RunConsole
 from electra_composer.training.monitors import (
     DataWait,
     RunMemoryMonitor,
@@ -35,6 +34,7 @@ from electra_composer.training.progress_bar import RunProgressBar
 from electra_composer.training.schedules import Schedule
 from electra_composer.training.stoppers import RunEarlyStopper, RunThresholdStopper
 from electra_composer.training.tensorboard import RunTensorboard
+from electra_composer.training.tracking import PACKAGES, RunComet, RunMLflow, RunNeptune, RunWandB
 
 # None of them waits for the device in every batch (docs/configuration.md says when each does).
 CALLBACKS: dict[str, type[Callback]] = {
@@ -54,8 +54,11 @@ NO_LONGER_OFFERED = {
 }
 
 LOGGERS: dict[str, type[LoggerDestination]] = {
+    "comet": RunComet,
     "console": RunConsole,
     "metrics_file": MetricsFile,
+    "mlflow": RunMLflow,
+    "neptune": RunNeptune,
     "tensorboard": RunTensorboard,
     "wandb": RunWandB,
 }
@@ -193,7 +196,7 @@ def _build(section: str, name: str, table: dict[str, Any], arguments: Any, defau
     try:
         return cls(**arguments)
     except MissingConditionalImportError as error:
-        fix = f"pip install 'electra-composer[{name}]'" if name == "wandb" else f"pip install {error.name or name}"
+        fix = f"pip install 'electra-composer[{name}]'" if name in PACKAGES else f"pip install {error.name or name}"
         raise UserError(f"{key}: a package it needs is not installed; {fix}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{key}: {error}") from error

@@ -1,4 +1,4 @@
-"""Loggers: a metrics file, the console, Weights & Biases. The progress bar is in progress_bar.py."""
+"""Loggers: a metrics file, the console. The progress bar is in progress_bar.py, Weights & Biases … in tracking.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from composer.core import State
-from composer.loggers import ConsoleLogger, Logger, LoggerDestination, WandBLogger
+from composer.loggers import ConsoleLogger, Logger, LoggerDestination
 from composer.utils import dist
 from tqdm import tqdm
 
@@ -206,19 +206,6 @@ class RunConsole(ConsoleLogger):
 
     def _log_hparams_to_console(self) -> None:
         pass
-
-
-class RunWandB(WandBLogger):
-    """WandBLogger that works with versions of wandb without `Run.get_url`."""
-
-    def init(self, state: State, logger: Logger) -> None:
-        import wandb
-
-        # Workaround (composer 0.32): calls `Run.get_url`, which wandb has removed (0.31 lacks it) in favour of the
-        # property `url`; goes when WandBLogger reads `url`.
-        if not hasattr(wandb.Run, "get_url"):
-            wandb.Run.get_url = lambda run: run.url
-        super().init(state, logger)
 
 
 def plain_numbers(metrics: dict[str, Any]) -> dict[str, int | float]:

@@ -67,6 +67,8 @@ class NumericalGuard(Callback):
     at these checks only. Each rank writes its records to `trouble/` in the run's folder, see :func:`write_record`, also
     of the first spikes, whose rows may explain them.
 
+    Logs `gradient/norm`, the global norm before clipping, of the last batch of each check.
+
     Under `amp_fp16` gradients overflow by design and PyTorch's `GradScaler` skips these updates, so only a non-finite
     loss counts.
 
@@ -175,7 +177,9 @@ class NumericalGuard(Callback):
             return
         self._pending = []
         is_fp16 = self._state.precision == Precision.AMP_FP16
-        for batch, loss, norm in zip(batches, *_losses_and_norms(batches), strict=True):
+        losses, norms = _losses_and_norms(batches)
+        self._logger.log_metrics({"gradient/norm": norms[-1]})
+        for batch, loss, norm in zip(batches, losses, norms, strict=True):
             if math.isfinite(loss) and (is_fp16 or math.isfinite(norm)):
                 self._in_a_row = 0
                 self._report_spike(batch, loss, norm)

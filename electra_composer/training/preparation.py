@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from composer.core import DataSpec
@@ -16,39 +16,40 @@ from electra_composer.batches.checks import check_shards, check_split
 from electra_composer.batches.shards import build_data_spec, read_data
 from electra_composer.batches.streams import check_streams, describe_streams
 from electra_composer.checkpoints.changes import check_changes
-from electra_composer.checkpoints.initial import initialise, read_initial
+from electra_composer.checkpoints.initial import read_initial
 from electra_composer.checkpoints.resuming import check_unlocked
 from electra_composer.checkpoints.weights import (
     Checkpoint,
     check_state_fits,
     read_checkpoint,
-    special_ids,
 )
-from electra_composer.compilers import missing_for_triton
-from electra_composer.config import PretrainConfig
+from electra_composer.config import ObjectiveConfig, PretrainConfig
 from electra_composer.config_loading import to_dict
 from electra_composer.errors import UserError
-from electra_composer.model.kernels.attention import ExampleBound
-from electra_composer.model.kernels.fused_layers import resolve_layer_kernels, use_layer_kernels
-from electra_composer.model.kernels.masked_lm import resolve_implementation
-from electra_composer.model.objectives import build_pretraining_model
+from electra_composer.model.losses import LossTerm
+from electra_composer.model.objective_keys import keys_without_meaning
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.model.sizes import check_sizes, count_parameters
 from electra_composer.ranges import check_ranges
 from electra_composer.signals import unwind
-from electra_composer.storage.shard_folder import Meta, SplitCounts
-from electra_composer.training.attention_path import choose_attention
+from electra_composer.storage.shard_folder import Meta
 from electra_composer.training.builders import build_scheduler
 from electra_composer.training.checkpointing import check_run_folder, checkpoint_to_load
-from electra_composer.training.determinism import describe_nondeterminism
-from electra_composer.training.devices import fsdp_gradient_factor, resolve_device
+from electra_composer.training.devices import resolve_device
+from electra_composer.training.model_setup import (
+    build_model,
+    check_kind,
+    choose_kernels,
+    count_words,
+    load_initial_weights,
+    print_once,
+)
 from electra_composer.training.startup import (
     check_memory,
     check_run_settings,
     check_stoppers,
     check_workers,
     device_batch_size,
-    microbatch_size,
     start,
 )
 from electra_composer.versions import check_versions
@@ -124,9 +125,12 @@ def check_model(prepared: Prepared) -> None:
     parameters = count_parameters(config.model, len(prepared.tokenizer), config.objective)
     check_memory(parameters, config.trainer)
     prepared.model = build_model(config, prepared.tokenizer, prepared.cpu_autocast)
+    if prepared.initial is None:
+        count_words(config, prepared.model, prepared.meta)
     check_stoppers(config.callbacks, prepared.model, ["eval"])
     choose_kernels(config, prepared.model, prepared.meta)
     if prepared.initial is not None:
+        check_kind(prepared.initial, config.objective)
         check_state_fits(prepared.initial.state, prepared.model.model.state_dict(), prepared.initial.path)
     else:
         load_initial_weights(config, prepared.model, prepared.tokenizer)
@@ -139,7 +143,7 @@ def open_data(prepared: Prepared) -> None:
     config = prepared.config
     prepared.train_data, prepared.eval_data = build_data(config, prepared.meta, prepared.model)
     build_scheduler(config.schedule, duration_of(config)).check(len(prepared.train_data.dataloader))
-    prepared.baseline = mlm_baseline(config, prepared.meta)
+    prepared.baseline = mlm_baseline(config, prepared.meta, prepared.model.model.terms)
 
 
 CHECKS: tuple[tuple[str, Callable[[Prepared], None]], ...] = (
@@ -154,64 +158,6 @@ CHECKS: tuple[tuple[str, Callable[[Prepared], None]], ...] = (
     ("data loaders", open_data),
 )
 """Checks of a start, cheapest first. Each may use what those before it have read and built."""
-
-
-def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, cpu_autocast: bool) -> ElectraPretraining:
-    """Build generator and discriminator with their losses."""
-    electra = build_pretraining_model(
-        config.model,
-        config.objective,
-        vocab_size=len(tokenizer),
-        special_ids=special_ids(tokenizer),
-        max_seq_length=config.data.max_seq_length,
-    )
-    return ElectraPretraining(electra, cpu_autocast, fsdp_gradient_factor(config.trainer))
-
-
-def choose_kernels(config: PretrainConfig, model: ElectraPretraining, meta: Meta) -> None:
-    """Choose the masked-LM and layer kernels and the attention path.
-
-    Raises:
-        UserError: `objective.masked_lm`, `trainer.layer_kernels` or `trainer.attention` does not run on this machine or
-            with these sizes.
-    """
-    sizes = model.model.discriminator.config
-    device = resolve_device(config.trainer)[0]
-    choose_masked_lm(config, model, device)
-    layer_kernels = resolve_layer_kernels(config.trainer.layer_kernels, "cuda" if device == "gpu" else "cpu")
-    use_layer_kernels(model, layer_kernels)
-    encoders = (model.model.encoder_of_generator.config, sizes)
-    rows, length = microbatch_size(config.trainer), config.data.max_seq_length
-    path, reason = choose_attention(config.trainer, encoders, rows, length)
-    model.model.attention_path = path
-    if path == "varlen":
-        counts = meta.splits.get("train", SplitCounts())
-        model.example_bound = ExampleBound(rows, length, counts.examples / max(1, counts.rows))
-    print_once(f"attention: {path} ({reason})")
-    unsteady = describe_nondeterminism(config.trainer, device, path, layer_kernels)
-    if unsteady is not None:
-        print_once(unsteady)
-
-
-def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: str) -> None:
-    """Check `objective.masked_lm`, and replace `auto` by `chunked` on a GPU machine that cannot run Triton.
-
-    Raises:
-        UserError: it does not run on this machine.
-    """
-    name, sizes = config.objective.masked_lm, model.model.encoder_of_generator.config
-    missing = missing_for_triton() if device == "gpu" else None
-    if missing is not None and name == "triton":
-        raise UserError(
-            f"objective.masked_lm is triton and the machine lacks {missing}; install it or set "
-            "objective.masked_lm=chunked (slower)"
-        )
-    if missing is not None and name == "auto":
-        name = "chunked"
-        model.model.objective = replace(config.objective, masked_lm=name)
-        print_once(f"masked_lm: chunked (the machine lacks {missing}; triton is faster)")
-    device_type = "cuda" if device == "gpu" else "cpu"
-    resolve_implementation(name, device_type, sizes.padded_vocab_size, sizes.embedding_size)
 
 
 def read_initial_checkpoint(config: PretrainConfig, check_only: bool = False) -> Checkpoint | None:
@@ -235,22 +181,13 @@ def read_initial_checkpoint(config: PretrainConfig, check_only: bool = False) ->
     return checkpoint
 
 
-def load_initial_weights(config: PretrainConfig, model: ElectraPretraining, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Load the weights of `model.init_from`, if it is set.
-
-    Raises:
-        UserError: the networks cannot be read, or do not fit the configuration.
-    """
-    initial = read_initial(config.model.init_from, config.model.init_generator_from)
-    if initial is not None:
-        print_once(f"initial weights: {initialise(model.model, config.model, tokenizer, initial)}")
-    read_initial.cache_clear()  # free the networks' memory
-
-
 def initial_sizes(config: Any) -> dict[str, Any]:
     """Return the sizes that follow from `model.init_from`, by the paths of their keys."""
     initial = read_initial(config.model.init_from, config.model.init_generator_from)
-    return {} if initial is None else {f"model.{name}": value for name, value in initial.sizes().items()}
+    sizes = {} if initial is None else {f"model.{name}": value for name, value in initial.sizes().items()}
+    kind, generator = config.objective.kind, config.objective.generator
+    meaningless = keys_without_meaning(ObjectiveConfig(kind=kind, generator=generator))
+    return {key: value for key, value in sizes.items() if key not in meaningless}
 
 
 def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) -> tuple[DataSpec, DataSpec]:
@@ -268,15 +205,14 @@ def build_data(config: PretrainConfig, meta: Meta, model: ElectraPretraining) ->
     return train_data, eval_data
 
 
-def mlm_baseline(config: PretrainConfig, meta: Meta) -> float | None:
-    """Compute the MLM loss of a generator that ignores context; None if the training rows are not on disk yet."""
+def mlm_baseline(config: PretrainConfig, meta: Meta, terms: Sequence[LossTerm]) -> float | None:
+    """Compute the MLM loss of a network that ignores context; None if the training rows are not on disk yet.
+
+    None, too, for an objective without masked language model.
+    """
+    if all(term.name != "mlm" for term in terms):
+        return None
     loss = loss_without_context(config.data, meta, config.objective)
     if loss is not None:
         print_once(f"MLM loss without context: {loss:.2f} (word frequencies, and copying kept tokens)")
     return loss
-
-
-def print_once(text: str) -> None:
-    """Print on rank 0."""
-    if dist.get_global_rank() == 0:
-        print(text, flush=True)

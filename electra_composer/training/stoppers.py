@@ -6,8 +6,7 @@ from composer.callbacks import EarlyStopper, ThresholdStopper
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from electra_composer.config_loading import nearest
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, nearest
 
 
 class EvaluationStopper(Callback):

@@ -15,7 +15,8 @@ from converter import jsonl, tar_of
 
 from electra_composer.corpus.chunks import document_lines
 from electra_composer.corpus.documents import ReadStats, read_documents
-from electra_composer.corpus.sources import Sources, check_sources, find_files
+from electra_composer.corpus.files import find_files
+from electra_composer.corpus.sources import Sources, check_sources
 from electra_composer.errors import UserError
 
 TEXTS = ["First document.\nTwo lines, naïve.", "Second.", "Third, 漢字."]
@@ -103,7 +104,7 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path):
         ("a.parquet", b"", r"a.parquet: cannot be read as .parquet"),
         ("a.jsonl", b"", r"no text in .*a.jsonl; expected at least one document"),
         ("a.txt", b" \n\n\t\n", r"no text in .*a.txt"),
-        ("a.csv", b"text\n", r"a.csv: unknown file format; expected .parquet, .jsonl"),
+        ("a.doc", b"text\n", r"a.doc: unknown file format; expected .parquet, .arrow, .jsonl"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, data, message):

@@ -53,7 +53,7 @@ def options_of(program, monkeypatch_class=pytest.MonkeyPatch):
 
 NUMBERS = {
     "convert": "weight min-characters max-documents max-bytes vocab-size add-vocabulary max-seq-length val-fraction "
-    "seed workers",
+    "seed workers txt-documents",
     "preview": "rows seed",
     "synthetic": "train dev max-documents seed",
 }

@@ -18,7 +18,7 @@ from tiny import ROOT
 from torch.utils.data import DataLoader
 
 from electra_composer.config import ObjectiveConfig
-from electra_composer.model import electra, masker, pretraining
+from electra_composer.model import electra, electric, generators, masker, token_prediction
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
 from electra_composer.model.encoder import Layer
 from electra_composer.model.kernels import attention
@@ -270,6 +270,7 @@ def test_the_only_child_wraps_layers_and_nothing_else(make_model: Make) -> None:
 
 def test_every_field_of_the_objective_is_read(make_model: Make) -> None:
     """No option of the objective is without effect."""
-    source = "".join(inspect.getsource(module) for module in (electra, masker, pretraining))
+    modules = (electra, electric, generators, masker, token_prediction)
+    source = "".join(inspect.getsource(module) for module in modules)
     for field in dataclasses.fields(ObjectiveConfig):
         assert f"objective.{field.name}" in source, field.name

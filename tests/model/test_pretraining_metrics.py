@@ -77,10 +77,9 @@ def test_metrics_of_two_batches_counted_by_hand(make_model: Make) -> None:
         mlm_loss_sum=1.0,
         rtd_loss_sum=6.0,
     )
-    updates = [
-        ({"sequence_ids": torch.tensor([[1, 1, 1, 2], [1, 1, 1, 0]])}, first),
-        ({"sequence_ids": torch.tensor([[1, 1, 1, 0]])}, second),
-    ]
+    first["judged"] = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    second["judged"] = torch.tensor([[1, 1, 1, 0]]).bool()
+    updates: list[tuple[Batch, dict[str, Any]]] = [({}, first), ({}, second)]
     found = computed(ElectraPretraining(make_model()), updates)
     assert found.pop("total_loss") == pytest.approx(11 / 6 + 50 * 9.5 / 10)
     # Positives 3, 1, -1, -2.5 against negatives 2, -2, -3, -4, 5, -0.5: of 24 pairs 5 + 4 + 3 + 2 are in order.
@@ -111,8 +110,7 @@ def test_auc_against_the_rank_statistic(make_model: Make, shift: float) -> None:
         logits = torch.randn(20, 50, generator=generator) + shift + replaced * 1.5
         present = torch.rand(20, 50, generator=generator) < 0.9
         logits[~present] = 30.0  # would spoil the curve if padding were counted
-        outputs = {"rtd_logits": logits, "replaced": replaced & present}
-        model.update_metric({"sequence_ids": present.long()}, outputs, metric)
+        model.update_metric({}, {"rtd_logits": logits, "replaced": replaced & present, "judged": present}, metric)
         positives.append(logits[replaced & present])
         negatives.append(logits[~replaced & present])
     pairs = torch.cat(positives)[:, None] - torch.cat(negatives)[None]

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from electra_composer.corpus.delimited import guess_delimiter
 from electra_composer.errors import UserError
-from electra_composer.tasks.delimited import guess_delimiter, read_csv, read_tsv
+from electra_composer.tasks.delimited import read_csv, read_tsv
 from electra_composer.tasks.rows import Row
 
 common = settings(derandomize=True, database=None, max_examples=100, deadline=None)

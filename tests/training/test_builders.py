@@ -25,6 +25,7 @@ from electra_composer.training.builders import (
 from electra_composer.training.loggers import MetricsFile, RunConsole
 from electra_composer.training.progress_bar import RunProgressBar
 from electra_composer.training.schedules import SCHEDULES
+from electra_composer.training.tracking import PACKAGES
 
 # --- optimizer and schedule
 
@@ -131,9 +132,10 @@ def test_what_is_wrong_with_a_logger_is_named_by_its_key(tmp_path, config, messa
 
 
 def test_a_missing_package_is_named_with_its_install_command(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=re.escape("pip install 'electra-composer[wandb]'")):
-        build_loggers({"wandb": None}, str(tmp_path), "10ba")
+    for name, package in PACKAGES.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UserError, match=re.escape(f"pip install 'electra-composer[{name}]'")):
+            build_loggers({name: None}, str(tmp_path), "10ba")
 
 
 def test_building_loggers_writes_nothing_and_fills_in_the_runs_folder(tmp_path):

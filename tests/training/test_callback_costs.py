@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from electra_composer.training.builders import CALLBACKS, LOGGERS, build_callbacks, build_loggers
+from electra_composer.training.tracking import PACKAGES
 from electra_composer.training.trainer import RunTrainer
 
 INTERVAL, BATCHES = 10, 13
@@ -140,7 +141,7 @@ def documented() -> dict[str, str]:
     return dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", [*CALLBACKS, *(name for name in LOGGERS if name != "wandb")])
+@pytest.mark.parametrize("name", [*CALLBACKS, *(name for name in LOGGERS if name not in PACKAGES)])
 def test_no_batch_waits_but_at_the_interval(count: Callable[..., Counter[int]], tmp_path: Path, name: str) -> None:
     """And those that wait at no batch are the ones of which the documentation says so."""
     arguments = {name: ARGUMENTS.get(name, {})}

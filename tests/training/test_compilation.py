@@ -16,7 +16,7 @@ from electra_composer.batches.shards import read_data
 from electra_composer.config import PretrainConfig, TrainerConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
-from electra_composer.training import preparation
+from electra_composer.training import model_setup
 from electra_composer.training.compilation import CompileReport, check_compile, choose_compile, compile_config
 from electra_composer.training.trainer import RunTrainer
 from electra_composer.vocabulary import load_tokenizer
@@ -86,13 +86,13 @@ def test_a_machine_that_cannot_compile_does_without_triton(
     settings = ["trainer.attention=sdpa", "trainer.precision=amp_bf16"]
     config = load_config(str(tiny_yaml), settings, PretrainConfig)
     meta = read_data(config.data)
-    model = preparation.build_model(config, load_tokenizer(meta.tokenizer_folder), False)
-    preparation.choose_kernels(config, model, meta)
+    model = model_setup.build_model(config, load_tokenizer(meta.tokenizer_folder), False)
+    model_setup.choose_kernels(config, model, meta)
     assert model.model.objective.masked_lm == "chunked"
     assert "masked_lm: chunked (the machine lacks a C compiler" in capsys.readouterr().out
     config.objective.masked_lm = "triton"
     with pytest.raises(UserError, match=r"objective\.masked_lm is triton and the machine lacks a C compiler"):
-        preparation.choose_kernels(config, model, meta)
+        model_setup.choose_kernels(config, model, meta)
 
 
 @pytest.mark.parametrize(

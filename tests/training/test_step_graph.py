@@ -27,16 +27,18 @@ from electra_composer.training.numerical_guard import NumericalGuard
 from electra_composer.training.step_graph import WARM_UP, StaticBatch, signature
 
 
-@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
+@pytest.mark.parametrize(
+    "how", [["objective.mask_draw=exact"], ["objective.mask_draw=bernoulli", "model.sharing=gdes"]]
+)
 def test_recorded_steps_train_as_ordinary_ones(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], draw: str
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: list[str]
 ) -> None:
     """Metrics, weights and optimizer states are bitwise identical, with dropout, two microbatches, an evaluation in
     between, and a learning rate that changes with every batch; also if batches have another number of masked tokens."""
-    ordinary = run("ordinary", "trainer.cuda_graph=false", f"objective.mask_draw={draw}")
+    ordinary = run("ordinary", "trainer.cuda_graph=false", *how)
     assert Tape.runs == Tape.launches == 0
     assert "CUDA graph" not in capsys.readouterr().out
-    recorded = run("recorded", "trainer.cuda_graph=true", f"objective.mask_draw={draw}")
+    recorded = run("recorded", "trainer.cuda_graph=true", *how)
     assert (Tape.runs, Tape.launches) == (WARM_UP, BATCHES - WARM_UP)
     assert "CUDA graph: each training step is one launch, after the first few\n" in capsys.readouterr().out
     assert_equal_weights(ordinary, recorded)
