@@ -48,6 +48,7 @@ COMMANDS = {
     "export": Command("electra_composer.export", "write a pretrained model for transformers"),
     "push": Command("electra_composer.push", "upload a model to the Hugging Face hub"),
     "preview": Command("electra_composer.preview", "show shards, and what a model says of them"),
+    "score": Command("electra_composer.score", "score sentences by their pseudo-log-likelihood"),
     "report": Command("electra_composer.report", "a report of runs"),
     "init": Command("electra_composer.configurations", "print a shipped configuration: electra init small", ("init",)),
     "config": Command("electra_composer.configurations", "compare two configurations: electra config diff A B"),

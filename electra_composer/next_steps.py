@@ -104,6 +104,12 @@ def export(checkpoint: str, name: str) -> Command:
     return [*program("export"), checkpoint, os.path.join("exports", name)]
 
 
+def score(checkpoint: str) -> Command:
+    """Return the command that scores sentences of a file of one's own."""
+    program = in_repository("electra_composer/score.py")
+    return ["python", program, checkpoint, "sentences.txt", "--output", "scores.jsonl"]
+
+
 def describe_scores(results: str, record: str, predictions: str | None, source: str) -> str:
     """Format the end of finetuning.
 

@@ -38,7 +38,8 @@ from electra_composer.checkpoints.resuming import exclusive_lock
 from electra_composer.checkpoints.weights import tokenizer_files
 from electra_composer.errors import one_line, report_user_errors
 from electra_composer.faults import explain_failures
-from electra_composer.next_steps import describe_end, export, finetune, preview
+from electra_composer.model.pseudo_likelihood import KINDS as SCORING_KINDS
+from electra_composer.next_steps import describe_end, export, finetune, preview, score
 from electra_composer.training.callbacks import RunRecord, TrainMetrics
 from electra_composer.training.checkpointing import LATEST_OF_RANK_0
 from electra_composer.training.compilation import explain_compile_errors
@@ -135,6 +136,7 @@ def describe_run(config: PretrainConfig) -> str:
         {
             "finetune on GLUE": newest and finetune(folder, name, config.model.max_positions),
             "export for transformers": newest and export(folder, name),
+            "score sentences": (newest and config.objective.kind in SCORING_KINDS and score(folder)) or None,
             "see the models' predictions": shown and preview(shown, "--checkpoint", folder),
             "see the curves": there.get("tensorboard") and ["tensorboard", "--logdir", there["tensorboard"]],
         },

@@ -3,7 +3,8 @@
     python -m electra_composer.preview data/owt
     python -m electra_composer.preview data/owt --rows 5 --checkpoint runs/electra-small
 
-With a checkpoint, its generator fills the masked positions and its discriminator judges every token.
+With a checkpoint, the rows show the tokens that its generator samples and the verdicts of its discriminator: which
+tokens are replaced, or what it predicts in their place, as the objective of the run says.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ from electra_composer.batches.shards import read_meta
 from electra_composer.checkpoints.weights import read_checkpoint
 from electra_composer.config import ShardsConfig
 from electra_composer.corpus.sources import Source
-from electra_composer.reports.tokens import LEGEND, Token, annotate_tokens
+from electra_composer.reports.tokens import Token, annotate_tokens, legend_of
 from electra_composer.storage.shard_folder import Meta
 from electra_composer.vocabulary import load_tokenizer
 from electra_composer.word_limits import word_limit
@@ -185,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         print(f"\nrow {row:,} of {options.split}: {len(tokens)} tokens")
         print("\n".join(render(tokens, color)))
-    print(f"\n{LEGEND if model is not None else LEGEND.splitlines()[0] + chr(10) + '  [film]          masked'}")
+    print(f"\n{legend_of(model)}")
 
 
 if __name__ == "__main__":

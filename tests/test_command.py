@@ -73,7 +73,19 @@ def test_a_module_that_is_not_there_is_no_command(monkeypatch: pytest.MonkeyPatc
 def test_help_imports_no_library(tmp_path: Path) -> None:
     done = electra("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for name in ("convert", "pretrain", "finetune", "glue", "predict", "export", "preview", "init", "doctor", "config"):
+    for name in (
+        "convert",
+        "pretrain",
+        "finetune",
+        "glue",
+        "predict",
+        "export",
+        "preview",
+        "score",
+        "init",
+        "doctor",
+        "config",
+    ):
         assert f"\n  {name} " in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "composer", "transformers", "numpy"}

@@ -66,6 +66,8 @@ RUN_BY = {
     r"python benchmarks/objectives\.py .*": "test_a_tiny_run_is_measured_once",
     r"python benchmarks/finetune\.py .*": "test_one_line_for_each_kind_of_task",
     r"python electra_composer/predict\.py .*": "test_predictions_are_those_of_the_pipeline_in_the_order_of_the_file",
+    r"python electra_composer/score\.py runs/electric sentences\.txt .*": "test_output_files",
+    r"python -m electra_composer\.preview data/owt --checkpoint .*": "test_with_a_checkpoint",
 }
 # Commands (full match) that no test runs, and why.
 NOT_RUN = {

@@ -10,12 +10,11 @@ import torch
 
 from electra_composer.batches.row_reader import reader_of_split
 from electra_composer.batches.shards import read_meta
-from electra_composer.config import ObjectiveConfig, PretrainConfig
+from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.pretrain import main as pretrain
 from electra_composer.preview import (
     Token,
-    annotate_tokens,
     describe_conversion,
     describe_meta,
     describe_vocabulary,
@@ -24,6 +23,7 @@ from electra_composer.preview import (
     main,
     render,
 )
+from electra_composer.reports.tokens import LEGENDS
 from electra_composer.storage.shard_folder import SourceCounts
 from electra_composer.vocabulary import load_tokenizer
 
@@ -44,36 +44,6 @@ def test_lengths_are_those_of_all_examples(shards, reader):
     assert shares == [20.0, 60.0, *[0.0] * 9, 20.0]
 
 
-def test_rows_as_text_without_a_model(shards, reader):
-    meta = read_meta(str(shards))
-    tokenizer = load_tokenizer(meta.tokenizer_folder)
-    numbers = np.arange(20)
-    rows = reader.read(numbers)
-    shown = annotate_tokens(rows, tokenizer, meta, None, seed=0)
-    ids = np.concatenate([tokenizer.convert_tokens_to_ids([token.text for token in row]) for row in shown])
-    assert ids.tolist() == rows.input_ids.tolist()
-    masked = [token for row in shown for token in row if token.masked]
-    assert 0.1 < len(masked) / len(ids) < 0.2
-    assert not {"[CLS]", "[SEP]"} & {token.text for token in masked}
-    assert [sum(token.example == 1 and token.segment == 0 for token in row) for row in shown] == [
-        int(lengths[0]) for lengths in np.split(rows.segment_lengths, np.cumsum(2 * rows.examples_per_row)[:-1])
-    ]
-
-
-@pytest.mark.parametrize("draw", ["exact", "with_replacement", "bernoulli"])
-def test_rows_as_text_with_a_model(shards, reader, make_model, draw):
-    meta = read_meta(str(shards))
-    tokenizer = load_tokenizer(meta.tokenizer_folder)
-    model = make_model(objective=ObjectiveConfig(mask_draw=draw), vocab_size=len(tokenizer))
-    rows = reader.read(np.arange(20))
-    shown = annotate_tokens(rows, tokenizer, meta, model, seed=0)
-    assert shown == annotate_tokens(rows, tokenizer, meta, model, seed=0)
-    masked = [token for row in shown for token in row if token.masked]
-    assert 0.08 < len(masked) / len(rows.input_ids) < 0.2
-    assert all(token.replaced == (token.sample != token.text) for token in masked)
-    assert not any(token.replaced for row in shown for token in row if not token.masked)
-
-
 def test_how_well_the_vocabulary_fits(shards):
     meta = read_meta(str(shards))
     tokenizer = load_tokenizer(meta.tokenizer_folder)
@@ -86,29 +56,38 @@ def test_how_well_the_vocabulary_fits(shards):
     assert f"5 of {len(entries)} entries occur" in line
 
 
-def test_marks():
-    token = Token("film", 0, 1, masked=True, sample="movie", replaced=True, flagged=True)
-    assert token.render(color=False) == "![film→movie]"
-    assert token.render(color=True).startswith("\x1b[32m")
-    assert token._replace(flagged=False).render(color=True).startswith("\x1b[33m")
-    assert token._replace(replaced=False, sample="film").render(color=True) == "\x1b[31m![film]\x1b[0m"
-    assert token._replace(masked=False, replaced=False, flagged=False).render(color=False) == "film"
-    lines = list(render([Token("un", 0, 1), Token("##do", 0, 1), Token("it", 1, 1), Token("now", 0, 2)], color=False))
-    assert [line.split() for line in lines] == [["1", "A", "undo"], ["B", "it"], ["2", "A", "now"]]
+def test_a_line_for_each_segment_of_each_example():
+    tokens = [Token("un", 0, 1), Token("##do", 0, 1), Token("it", 1, 1), Token("now", 0, 2)]
+    assert [line.split() for line in render(tokens, color=False)] == [
+        ["1", "A", "undo"],
+        ["B", "it"],
+        ["2", "A", "now"],
+    ]
 
 
 @pytest.mark.slow
-def test_with_a_checkpoint(shards, tiny_yaml, tmp_path, capsys):
-    pretrain(load_config(str(tiny_yaml), ["trainer.max_duration=2ba", "schedule.warmup=1ba"], PretrainConfig))
+@pytest.mark.parametrize("kind", ["electra", "all_tokens_mlm"])
+def test_with_a_checkpoint(shards, tiny_yaml, tmp_path, capsys, kind):
+    settings = [
+        f"objective.kind={kind}",
+        "trainer.max_duration=2ba",
+        "schedule.warmup=1ba",
+        "trainer.eval_interval=2ba",
+    ]
+    pretrain(load_config(str(tiny_yaml), settings, PretrainConfig))
     capsys.readouterr()
     arguments = [str(shards), "--rows", "2", "--checkpoint", str(tmp_path / "run"), "--color", "never"]
     main(arguments)
     text = capsys.readouterr().out
-    assert re.search(r"\[\w+→[\w#\[\]]+\]", text)
-    assert "the discriminator says" in text
+    assert re.search(r"\[\w+→[\w#\[\]✓⇒]+\]", text)
+    assert text.endswith(f"\n\n{LEGENDS[kind]}\n")
+    assert "\x1b" not in text
     main(arguments)
     assert capsys.readouterr().out == text  # the same seed gives the same output
     assert torch.is_grad_enabled()
+    main([*arguments[:-1], "always"])
+    colored = capsys.readouterr().out
+    assert re.sub(r"\x1b\[\d+m", "", colored) == text != colored
 
 
 def test_bad_input(shards, tmp_path, capsys):

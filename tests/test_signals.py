@@ -26,6 +26,7 @@ COLD = {
     "convert": ([ROOT / "data_prep/convert_owt.py", "--source", "no"], catches_sigterm, SIGINT, True),
     "export": ([PACKAGE / "export.py", "no", "out"], has_loaded("libtorch_python.so"), SIGTERM, True),
     "preview": (["-m", "electra_composer.preview", "no"], has_loaded("libtorch_cpu.so"), SIGINT, False),
+    "score": ([PACKAGE / "score.py", "no"], has_loaded("libtorch_python.so"), SIGINT, True),
     "quickstart": (["-m", "electra_composer.quickstart"], has_loaded("tokenizers.abi3.so"), SIGTERM, False),
 }
 

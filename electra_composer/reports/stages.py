@@ -26,6 +26,7 @@ class Stage(NamedTuple):
     """Tokens of some rows after a number of batches."""
 
     batch: int
+    kind: str  # of the objective
     rows: list[list[Token]]
 
 
@@ -73,6 +74,7 @@ def stages_of(run: Run) -> list[Stage]:
     for each in saved:
         checkpoint = read_checkpoint(each.path)
         check_shards(meta, checkpoint.tokenizer, meta.max_seq_length)
-        tokens = annotate_tokens(rows, checkpoint.tokenizer, meta, checkpoint.build_model(), SEED)
-        stages.append(Stage(each.batch, [row[:TOKENS] for row in tokens]))
+        model = checkpoint.build_model()
+        tokens = annotate_tokens(rows, checkpoint.tokenizer, meta, model, SEED)
+        stages.append(Stage(each.batch, model.objective.kind, [row[:TOKENS] for row in tokens]))
     return stages

@@ -39,7 +39,8 @@ def _open_stdin(format: str) -> Table:
     lines = _stdin_lines()
     first = next(lines, None)
     if first is None:
-        raise UserError("stdin: no rows; expected one JSON object or one text per line")
+        expected = "one text" if format == TEXT else "one JSON object or one text"
+        raise UserError(f"stdin: no rows; expected {expected} per line")
     rest = itertools.chain([first], lines)
     if format == "auto":
         format = "jsonl" if first.lstrip().startswith("{") else TEXT

@@ -18,6 +18,8 @@ from electra_composer.reports.differences import differences, flatten, nearest_s
 from electra_composer.reports.page import compose, pictures, render
 from electra_composer.reports.panels import choose_panels, lines_of
 from electra_composer.reports.runs import read_run
+from electra_composer.reports.stages import Stage
+from electra_composer.reports.tokens import Token
 
 LOADING = {"src", "href", "data", "poster", "srcset", "action"}
 
@@ -173,3 +175,47 @@ def test_the_nearest_shipped_file_and_the_differences_from_it(tmp_path):
     small = nearest_shipped({**run, "model": {**run["model"], "num_layers": 12, "hidden_size": 256, "num_heads": 4}})
     assert name.endswith(".yaml")
     assert small is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "token", "shown", "title"),
+    [
+        (
+            "electra",
+            Token("film", 0, 1, True, "movie", True, True),
+            'class="masked correct"|<del>film</del>movie',
+            "film: masked, the generator put movie; judged replaced",
+        ),
+        (
+            "electric",
+            Token("film", 0, 1, True, "film", True, False, energy=2.46),
+            'class="masked missed"|film',
+            "film: masked, the generator put film; judged original; energy 2.5",
+        ),
+        (
+            "mlm",
+            Token("film", 0, 1, True, prediction="##s"),
+            'class="masked wrong"|<del>film</del>⇒s',
+            "film: masked; predicted ##s",
+        ),
+        (
+            "replace_mlm",
+            Token("film", 0, 1, True, "movie", True, prediction="film"),
+            'class="masked correct"|<del>film</del>movie',
+            "film: masked, the generator put movie; predicted film",
+        ),
+        (
+            "all_tokens_mlm",
+            Token("film", 0, 1, False, "film", prediction="it"),
+            'class="wrong"|<del>film</del>⇒it',
+            "film: predicted it",
+        ),
+    ],
+)
+def test_tokens_of_every_kind_of_objective(tmp_path, kind, token, shown, title):
+    report = compose([read_run(str(write_run(tmp_path / "run")))])
+    report.tokens = [("run", [Stage(7, kind, [[token]])], None)]
+    (cell,) = re.findall(r'<div class="stage"><div>step 7</div>(.*?)\n', render(report))
+    css, text = shown.split("|")
+    assert f'<span {css} title="{title}">' in cell
+    assert f'">{text}</span>' in cell
