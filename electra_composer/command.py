@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from electra_composer.arguments import ArgumentParser, number
-from electra_composer.completion import complete
 from electra_composer.errors import UserError, nearest, report_user_errors
 from electra_composer.ranges import Range
 from electra_composer.shipped import shipped
@@ -118,7 +117,10 @@ def usage() -> str:
 @report_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    complete(name for name, command in COMMANDS.items() if program_of(command) is not None)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        from electra_composer.completion import complete
+
+        complete(name for name, command in COMMANDS.items() if program_of(command) is not None)
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -7,9 +7,11 @@ eval "$(register-python-argcomplete electra)"
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable
 from typing import Any
+
+import argcomplete
+from argcomplete.completers import FilesCompleter
 
 from electra_composer.config import PretrainConfig
 from electra_composer.finetune_config import FinetuneConfig
@@ -18,22 +20,15 @@ from electra_composer.key_reference import entries
 from electra_composer.ranges import keys
 from electra_composer.shipped import configurations
 
-REQUEST = "_ARGCOMPLETE"
-"""Environment variable that the shell sets when it asks for completions."""
-
 SCHEMAS: dict[str, type] = {"pretrain": PretrainConfig, "glue": GlueConfig, "finetune": FinetuneConfig}
 
 
 def complete(commands: Iterable[str]) -> None:
-    """Answer the shell if it asks for completions, and end the process; return if it does not.
+    """Answer the shell that has started this process for completions, and end the process.
 
     Args:
         commands: names of the commands.
     """
-    if REQUEST not in os.environ:
-        return
-    import argcomplete
-
     parser = argparse.ArgumentParser(prog="electra")
     parser.add_argument("command", choices=list(commands))
     arguments = parser.add_argument("arguments", nargs="*")
@@ -64,6 +59,4 @@ def candidates(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[s
 
 
 def _files(prefix: str) -> list[str]:
-    from argcomplete.completers import FilesCompleter
-
     return list(FilesCompleter()(prefix))
