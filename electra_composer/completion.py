@@ -36,7 +36,7 @@ def complete(commands: Iterable[str]) -> None:
     argcomplete.autocomplete(parser, exclude=["-h", "--help"])
 
 
-def candidates(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+def candidates(prefix: str, parsed_args: argparse.Namespace, **others: Any) -> list[str]:
     """Return what may follow: names of configurations and files, then keys with `=`, and their words after it."""
     command, before = parsed_args.command, parsed_args.arguments or []
     names = [*configurations(), *_files(prefix)]
