@@ -118,6 +118,10 @@ def usage() -> str:
 @report_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        from electra_composer.completion import complete
+
+        complete(name for name, command in COMMANDS.items() if program_of(command) is not None)
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -105,7 +105,8 @@ def _read_pieces(path: str, overrides: list[str]) -> list[tuple[str, str, Any]]:
     pieces = [(path, str(key), OmegaConf.create({key: value})) for key, value in content.items()]
     for override in overrides:
         if "=" not in override or override.startswith("-"):
-            raise UserError(f"{override!r} is not an override; expected key=value, such as optimizer.lr=1e-3")
+            option = f"; {nearest(override, [CHECK, *HELP])}" if override.startswith("--") else ""
+            raise UserError(f"{override!r} is not an override; expected key=value, such as optimizer.lr=1e-3{option}")
         try:
             piece = OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:  # ValueError: integers of 5000 digits

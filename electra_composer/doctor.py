@@ -79,10 +79,10 @@ def check_gpus() -> Iterator[Finding]:
     """Multiply two matrices on each GPU; without one, look for its driver, and at the CPU's bfloat16."""
     import torch
 
-    from electra_composer.training.devices import cpu_multiplies_bfloat16
+    from electra_composer.training.devices import choose_device, cpu_multiplies_bfloat16
 
     driver = driver_version()
-    if not torch.cuda.is_available():
+    if choose_device(None, "trainer.device") == "cpu":
         if driver is not None:
             built = f"torch {torch.__version__} sees no GPU, although the driver {driver} is there"
             yield Finding("GPU", WRONG, built, "install a torch built for CUDA, and a driver that is new enough for it")
@@ -120,12 +120,12 @@ def driver_version() -> str | None:
 
 def check_compilers() -> Iterator[Finding]:
     """Look for what Triton and `torch.compile` need."""
-    import torch
-
     from electra_composer.compilers import missing_for_cpp, missing_for_triton
+    from electra_composer.training.devices import choose_device
 
+    on_gpu = choose_device(None, "trainer.device") == "gpu"
     for subject, missing, is_used in (
-        ("Triton", missing_for_triton(), torch.cuda.is_available()),
+        ("Triton", missing_for_triton(), on_gpu),
         ("torch.compile", missing_for_cpp(), False),
     ):
         if missing is None:

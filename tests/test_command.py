@@ -104,6 +104,34 @@ def test_from_another_folder_by_the_name_of_a_configuration(tmp_path: Path) -> N
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, error)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("electra pre", {"pretrain", "preview", "predict"}),
+        ("electra pretrain sma", {"small", "small_google", "small_seed"}),
+        ("electra init glu", {"glue"}),
+        ("electra config di", {"diff"}),
+        ("electra config diff qu", {"quickstart", "quickstart_glue"}),
+        ("electra pretrain small optimizer.b", {"optimizer.betas=", "optimizer.bias_correction="}),
+        ("electra pretrain small seed=1 trainer.prec", {"trainer.precision="}),
+        ("electra glue glue wnli=c", {"classification", "coreference"}),
+        ("electra finetune qa task.multi_label=", {"auto", "true", "false"}),
+        ("electra export my", {"my.txt"}),
+    ],
+)
+def test_completion_in_a_shell(line: str, expected: set[str], tmp_path: Path) -> None:
+    """What argcomplete answers the shell; after `=`, which divides words in bash, the value alone."""
+    (tmp_path / "my.txt").touch()
+    answer = tmp_path / "answer"
+    request = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    environment = {**request, "_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_COMP_WORDBREAKS": "=:"}
+    script = f"import os; os.environ.update({environment}); from electra_composer.command import main; main()"
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
+    )
+    assert set(answer.read_text().split()) == expected
+
+
 def test_configurations_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_configuration("small") == find_configuration("small.yaml") == str(ROOT / "yamls/small.yaml")
