@@ -34,6 +34,7 @@ def test_smoke(tmp_path):
         "gain from pretraining",
         "logits of both models within",
         "RTD AUC",
+        "report     runs/quickstart/pretrain/report.html",
     ):
         assert said in done.stdout, said
     assert "synthetic" in done.stdout

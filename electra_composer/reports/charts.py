@@ -73,10 +73,9 @@ def draw_panel(panel: Panel, lines: list[Line], runs: list[Run], x_range: Range1
     chart = _figure(panel.title, x_range=x_range)
     chart.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")
     items: dict[str, list[Any]] = {}
-    hovered = []
     for line in lines:
         color, dash = color_of(line, several), DASHES[line.curve % len(DASHES)] if several else "solid"
-        raw = ColumnDataSource({**line.raw, "of": [runs[line.run].name] * len(line.raw["y"])})
+        raw = ColumnDataSource(line.raw)
         faint = line.smooth is not None
         found = [
             chart.line(
@@ -93,9 +92,9 @@ def draw_panel(panel: Panel, lines: list[Line], runs: list[Run], x_range: Range1
         if line.is_evaluation or len(line.raw["y"]) == 1:
             found.append(chart.scatter("step", "y", source=raw, color=color, size=5, name="line"))
         if line.smooth is not None:
-            smooth = ColumnDataSource({**line.smooth, "of": [runs[line.run].name] * len(line.smooth["y"])})
+            smooth = ColumnDataSource(line.smooth)
             found.append(chart.line("step", "y", source=smooth, color=color, line_width=2, line_dash=dash, name="line"))
-        hovered.append(found[-1])
+        chart.add_tools(_hover(found[-1], runs[line.run].name if several else "", line))
         items.setdefault(line.label, []).extend(found)
     _restarts(chart, runs, several)
     if len(items) > 1:
@@ -112,10 +111,15 @@ def draw_panel(panel: Panel, lines: list[Line], runs: list[Run], x_range: Range1
             label_text_font_size="12px",
         )
         chart.add_layout(legend, "above")
-    rows = [("run", "@of")] * several + [("value", "@y{0.[0000]}"), ("step", "@step{0,0}")]
-    rows += [(title, f"@{axis}{{0.[00]a}}") for axis, title in AXES.items() if axis != "step" and axis in lines[0].raw]
-    chart.add_tools(HoverTool(renderers=hovered, tooltips=rows, line_policy="nearest"))
     return chart
+
+
+def _hover(renderer: Any, run: str, line: Line) -> HoverTool:
+    """Create the tooltip of a line. `@` and `$` in a name would refer to columns."""
+    curve = ", ".join(each for each in (run, line.label) if each).replace("@", "＠").replace("$", "＄")
+    rows = [("curve", curve), ("value", "@y{0.[0000]}"), ("step", "@step{0,0}")]
+    rows += [(title, f"@{axis}{{0.[00]a}}") for axis, title in AXES.items() if axis != "step" and axis in line.raw]
+    return HoverTool(renderers=[renderer], tooltips=rows, line_policy="nearest", visible=False)
 
 
 def _figure(title: str, **options: Any) -> Any:
@@ -172,9 +176,9 @@ def draw_results(titles: list[str], points: list[tuple[str, list[tuple[str, floa
             count = sum(other == title for other, _, _ in runs)
             xs.append((title, shift + 0.12 * ((before + 0.5) / count - 0.5)))
         data = {"x": xs, "y": [score for _, score, _ in runs], "seed": [seed for _, _, seed in runs]}
-        source = ColumnDataSource({**data, "of": [label] * len(runs)})
+        source = ColumnDataSource(data)
         dots = chart.scatter("x", "y", source=source, size=9, fill_color=color, line_color=None, alpha=0.75)
-        chart.add_tools(HoverTool(renderers=[dots], tooltips=[("", "@of"), ("score", "@y{0.00}"), ("seed", "@seed")]))
+        chart.add_tools(HoverTool(renderers=[dots], tooltips=[("score", "@y{0.00}"), ("seed", "@seed")]))
         known = [title for title in titles if any(other == title for other, _, _ in runs)]
         means = [float(np.mean([score for other, score, _ in runs if other == title])) for title in known]
         dashes = chart.scatter(

@@ -11,7 +11,7 @@ from bokeh.models import Range1d
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from electra_composer.errors import UserError
+from electra_composer.errors import UserError, one_line
 from electra_composer.reports.charts import PALETTE, draw_panel, draw_results, embed, ends_of_axes, script_of_library
 from electra_composer.reports.differences import differences, nearest_shipped
 from electra_composer.reports.metrics import AXES
@@ -52,10 +52,14 @@ def compose(runs: list[Run], with_tokens: bool = True) -> Report:
 
 
 def _tokens(run: Run, wanted: bool) -> tuple[str, list[Stage], str | None]:
+    if not wanted:
+        return run.name, [], "left out (--no-tokens)"
     try:
-        return (run.name, stages_of(run), None) if wanted else (run.name, [], "left out by --no-tokens or --watch")
+        return run.name, stages_of(run), None
     except UserError as error:
         return run.name, [], str(error)
+    except (OSError, KeyError, TypeError, RuntimeError) as error:  # of another version, or of another objective
+        return run.name, [], f"its models cannot be shown: {type(error).__name__}: {one_line(error, 200)}"
 
 
 def render(report: Report, refresh: int | None = None) -> str:

@@ -68,7 +68,7 @@ def state(run: Run) -> str:
         return "finished"
     if not run.metrics.axes:
         return "no metrics"
-    part = f" at {fraction:.0%}" if fraction is not None else ""
+    part = f" at {int(1000 * fraction) / 10:g}%" if fraction is not None else ""
     killed = run.sessions and run.sessions[-1].end is None
     return f"{'killed' if killed else 'stopped'}{part}"
 

@@ -45,7 +45,7 @@ def test_a_run_whose_disks_are_lost_is_the_run_that_never_was(s3, tiny_yaml, tmp
     assert [saved.batch for saved in checkpoints_in(str(tmp_path / "lost" / "run"))] == [24]
     kept = contents(s3)
     assert [stored.name for stored in kept.checkpoints] == ["batch-24-rank0.pt", "milestone-ba12-rank0.pt"]
-    assert set(kept.files) == {"config.yaml", "metrics.jsonl", "tokenizer/tokenizer.json"} | {
+    assert set(kept.files) == {"config.yaml", "history.jsonl", "metrics.jsonl", "tokenizer/tokenizer.json"} | {
         f"tokenizer/{path.name}" for path in (tmp_path / "lost/run/tokenizer").iterdir()
     }
     found = objects(s3)
