@@ -28,6 +28,7 @@ RUN_BY = {
     r"python data_prep/convert_owt\.py --source texts/el\.txt --tokenizer .*": "test_commands_that_run_in_seconds",
     r"python -m electra_composer\.preview data/owt": "test_commands_that_run_in_seconds",
     r"python electra_composer/export\.py runs/electra-small exports/small": "test_commands_that_run_in_seconds",
+    r"python -m electra_composer\.push runs/electra-small .*": "test_a_push_is_read_back_by_from_pretrained",
     r"python docs/list_workarounds\.py( --check)?": "test_the_list_of_workarounds_is_up_to_date",
     r"python docs/make_picture\.py": "test_the_picture_is_drawn_from_a_metrics_file",
     r"python data_prep/convert_owt\.py .* --out data/(both|el|th|docstrings)": "test_the_language_walk_through_runs",

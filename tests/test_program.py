@@ -56,7 +56,7 @@ def optional_imports() -> set[str]:
 def test_the_names_are_found():
     assert {"kernels", "flash_attn", "accelerate", "peft", "sklearn"} <= optional_imports()
     assert {"model", "config", "storage", "pretrain"} <= names_beside(ROOT / "electra_composer/pretrain.py")
-    assert len(PROGRAMS) == 10
+    assert len(PROGRAMS) == 11
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)

@@ -15,6 +15,8 @@ from composer.core import State
 from composer.loggers import CometMLLogger, Logger, MLFlowLogger, NeptuneLogger, WandBLogger
 from composer.utils import MissingConditionalImportError
 
+from electra_composer.errors import UserError, one_line
+
 # Name of a logger whose package is an extra of the same name → that package.
 PACKAGES = {"comet": "comet_ml", "mlflow": "mlflow", "neptune": "neptune", "wandb": "wandb"}
 
@@ -49,8 +51,8 @@ class RunWandB(WandBLogger):
 class RunNeptune(NeptuneLogger):
     """NeptuneLogger; its run begins when training starts."""
 
-    @functools.wraps(NeptuneLogger.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(NeptuneLogger.__init__)  # its arguments are checked by signature and annotations
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
         require("neptune")
         super().__init__(*args, **kwargs)
 
@@ -58,8 +60,8 @@ class RunNeptune(NeptuneLogger):
 class RunMLflow(MLFlowLogger):
     """MLFlowLogger that creates its experiment when training starts."""
 
-    @functools.wraps(MLFlowLogger.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(MLFlowLogger.__init__)  # its arguments are checked by signature and annotations
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
         require("mlflow")
         self._start = functools.partial(super().__init__, *args, **kwargs)
 
@@ -74,8 +76,8 @@ class RunComet(CometMLLogger):
     Comet logs only what this logger gives it, and not again what it finds in other libraries, such as MLflow beside it.
     """
 
-    @functools.wraps(CometMLLogger.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(CometMLLogger.__init__)  # its arguments are checked by signature and annotations
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
         require("comet")
         self._start = functools.partial(super().__init__, *args, **kwargs)
         self._offline = "offline_directory" in (kwargs.get("exp_kwargs") or {})
@@ -91,6 +93,9 @@ class RunComet(CometMLLogger):
             if self._offline:
                 comet_ml.Experiment = comet_ml.OfflineExperiment
             self._start()
+        except ValueError as error:  # of Comet: no key, or an argument that it does not have
+            hint = "set COMET_API_KEY, or loggers.comet.exp_kwargs.offline_directory to keep the logs in a folder"
+            raise UserError(f"loggers.comet: {one_line(error, 200)}; {hint}") from error
         finally:
             comet_ml.Experiment = online
         super().init(state, logger)
