@@ -51,8 +51,8 @@ class RunWandB(WandBLogger):
 class RunNeptune(NeptuneLogger):
     """NeptuneLogger; its run begins when training starts."""
 
-    @functools.wraps(NeptuneLogger.__init__)  # its arguments are checked by signature and annotations
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
+    @functools.wraps(NeptuneLogger.__init__)  # type: ignore[misc]  # the YAML is checked against its signature
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         require("neptune")
         super().__init__(*args, **kwargs)
 
@@ -60,8 +60,8 @@ class RunNeptune(NeptuneLogger):
 class RunMLflow(MLFlowLogger):
     """MLFlowLogger that creates its experiment when training starts."""
 
-    @functools.wraps(MLFlowLogger.__init__)  # its arguments are checked by signature and annotations
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
+    @functools.wraps(MLFlowLogger.__init__)  # type: ignore[misc]  # the YAML is checked against its signature
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         require("mlflow")
         self._start = functools.partial(super().__init__, *args, **kwargs)
 
@@ -76,8 +76,8 @@ class RunComet(CometMLLogger):
     Comet logs only what this logger gives it, and not again what it finds in other libraries, such as MLflow beside it.
     """
 
-    @functools.wraps(CometMLLogger.__init__)  # its arguments are checked by signature and annotations
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
+    @functools.wraps(CometMLLogger.__init__)  # type: ignore[misc]  # the YAML is checked against its signature
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         require("comet")
         self._start = functools.partial(super().__init__, *args, **kwargs)
         self._offline = "offline_directory" in (kwargs.get("exp_kwargs") or {})
