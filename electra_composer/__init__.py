@@ -1,0 +1,3 @@
+"""Pretrain ELECTRA text encoders, and finetune them, on Composer and Streaming."""
+
+__version__ = "0.1.0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -140,6 +141,7 @@ def explain(error: BaseException) -> str | None:
     package = type(error).__module__.split(".")[0]
     if package in TRACKERS:
         logger, hint = TRACKERS[package]
+        text = one_line(re.sub(r"\x1b\[\d*m|-{3,}", " ", str(error)))  # colours and rules of Neptune's messages
         return f"loggers.{logger} could not be started: {text[:200]}; {hint}, or remove the logger"
     if _is_lost_rank(error):
         return error_of_another_rank() or (

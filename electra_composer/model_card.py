@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from electra_composer import __version__
 from electra_composer.checkpoints.saving import checkpoint_batch
 from electra_composer.checkpoints.weights import Checkpoint, load_source
 from electra_composer.errors import UserError
@@ -28,7 +29,7 @@ from electra_composer.storage.shard_folder import META, Meta
 
 README = "README.md"
 TAG = "electra_composer"  # by which a repository of ours is recognized
-LIBRARIES = ("electra-composer", "mosaicml", "torch", "transformers", "tokenizers")
+LIBRARIES = ("mosaicml", "torch", "transformers", "tokenizers")
 TRAINER_KEYS = ("max_duration", "global_train_batch_size", "precision", "gradient_clip")
 MAIN = ("discriminator", MASKED_LM)  # the network to finetune, if there are several
 ABOUT = {
@@ -127,7 +128,9 @@ def build_card(
         "Data": _data(config["data"], metas),
         **({"Results": "\n\n".join(map(_results, results))} if results else {}),
         "Settings": f"```yaml\n{yaml.safe_dump(_settings(config), sort_keys=False)}```",
-        "Versions": "Exported with " + ", ".join(f"{library} {_version(library)}" for library in LIBRARIES) + ".",
+        "Versions": f"Exported with electra_composer {__version__}, "
+        + ", ".join(f"{library} {importlib.metadata.version(library)}" for library in LIBRARIES)
+        + ".",
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{body}\n"
@@ -241,10 +244,3 @@ def _public_name(path: str) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
-
-
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "(from its sources)"

@@ -30,6 +30,7 @@ RUN_BY = {
     r"python -m electra_composer\.preview data/owt": "test_commands_that_run_in_seconds",
     r"python electra_composer/export\.py runs/electra-small exports/small": "test_commands_that_run_in_seconds",
     r"python -m electra_composer\.report( .*)?": "test_the_report_of_a_trained_run",
+    r"python -m electra_composer\.push runs/electra-small .*": "test_a_push_is_read_back_by_from_pretrained",
     r"python docs/list_workarounds\.py( --check)?": "test_the_list_of_workarounds_is_up_to_date",
     r"python docs/make_schema\.py( --check)?": "test_what_is_generated_from_the_schema_is_current",
     r"python electra_composer/pretrain\.py --help": "test_help_of_a_program_with_keys",

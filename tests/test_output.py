@@ -10,7 +10,7 @@ import pytest
 from converter import load_main
 from tiny import ROOT
 
-from electra_composer import export, finetune, glue, glue_report, predict, pretrain, preview, quickstart, score
+from electra_composer import export, finetune, glue, glue_report, predict, pretrain, preview, push, quickstart, score
 
 PRINT = """
 import sys
@@ -69,7 +69,7 @@ def test_another_broken_pipe_is_a_bug():
 
 
 def test_every_program_has_this_guard():
-    for main in (export.main, preview.main, predict.main, glue_report.main, score.main, load_main()):
+    for main in (export.main, push.main, preview.main, predict.main, glue_report.main, score.main, load_main()):
         assert hasattr(main, "__wrapped__")
     for module in (pretrain, glue, finetune, quickstart):
         with open(module.__file__, encoding="utf-8") as file:

@@ -56,7 +56,9 @@ def optional_imports() -> set[str]:
 def test_the_names_are_found():
     assert {"kernels", "flash_attn", "accelerate", "peft", "sklearn"} <= optional_imports()
     assert {"model", "config", "storage", "pretrain"} <= names_beside(ROOT / "electra_composer/pretrain.py")
-    assert {"command", "doctor", "pretrain", "score", "convert_owt", "synthetic"} <= {path.stem for path in PROGRAMS}
+    assert {"command", "doctor", "pretrain", "push", "score", "convert_owt", "synthetic"} <= {
+        path.stem for path in PROGRAMS
+    }
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)

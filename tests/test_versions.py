@@ -7,9 +7,12 @@ import logging
 import re
 
 import pytest
+import yaml
 from tiny import ROOT
 
+import electra_composer
 from electra_composer.errors import UserError
+from electra_composer.training.tracking import PACKAGES
 from electra_composer.versions import FIX, LIBRARIES, check_versions
 
 TESTED = {"mosaicml": "0.32.1", "mosaicml-streaming": "0.13.0", "torch": "2.7.0", "transformers": "4.57.6"}
@@ -107,3 +110,27 @@ def test_tested_is_what_the_constraints_pin():
         pins = re.findall(rf"^{package}==(\S+)$", constraints, re.MULTILINE)
         assert len(pins) == 1
         assert pins[0] in library.tested
+
+
+def pyproject():
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_version_is_the_same_everywhere():
+    """It is set in the package; pyproject.toml takes it from there, and CITATION.cff repeats it."""
+    project = pyproject()
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "electra_composer.__version__"}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == electra_composer.__version__
+    assert citation["license"] == "Apache-2.0"
+    assert [author["name"] for author in citation["authors"]] == [
+        author["name"] for author in project["project"]["authors"]
+    ]
+
+
+def test_each_tracker_has_an_extra():
+    extras = pyproject()["project"]["optional-dependencies"]
+    for name, package in PACKAGES.items():
+        assert extras[name][0].startswith(package)

@@ -15,6 +15,8 @@ from composer.core import State
 from composer.loggers import CometMLLogger, Logger, MLFlowLogger, NeptuneLogger, WandBLogger
 from composer.utils import MissingConditionalImportError
 
+from electra_composer.errors import UserError, one_line
+
 # Name of a logger whose package is an extra of the same name → that package.
 PACKAGES = {"comet": "comet_ml", "mlflow": "mlflow", "neptune": "neptune", "wandb": "wandb"}
 
@@ -49,7 +51,7 @@ class RunWandB(WandBLogger):
 class RunNeptune(NeptuneLogger):
     """NeptuneLogger; its run begins when training starts."""
 
-    @functools.wraps(NeptuneLogger.__init__)  # type: ignore[misc]
+    @functools.wraps(NeptuneLogger.__init__)  # type: ignore[misc]  # the YAML is checked against its signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         require("neptune")
         super().__init__(*args, **kwargs)
@@ -58,7 +60,7 @@ class RunNeptune(NeptuneLogger):
 class RunMLflow(MLFlowLogger):
     """MLFlowLogger that creates its experiment when training starts."""
 
-    @functools.wraps(MLFlowLogger.__init__)  # type: ignore[misc]
+    @functools.wraps(MLFlowLogger.__init__)  # type: ignore[misc]  # the YAML is checked against its signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         require("mlflow")
         self._start = functools.partial(super().__init__, *args, **kwargs)
@@ -74,7 +76,7 @@ class RunComet(CometMLLogger):
     Comet logs only what this logger gives it, and not again what it finds in other libraries, such as MLflow beside it.
     """
 
-    @functools.wraps(CometMLLogger.__init__)  # type: ignore[misc]
+    @functools.wraps(CometMLLogger.__init__)  # type: ignore[misc]  # the YAML is checked against its signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         require("comet")
         self._start = functools.partial(super().__init__, *args, **kwargs)
@@ -91,6 +93,9 @@ class RunComet(CometMLLogger):
             if self._offline:
                 comet_ml.Experiment = comet_ml.OfflineExperiment
             self._start()
+        except ValueError as error:  # of Comet: no key, or an argument that it does not have
+            hint = "set COMET_API_KEY, or loggers.comet.exp_kwargs.offline_directory to keep the logs in a folder"
+            raise UserError(f"loggers.comet: {one_line(error, 200)}; {hint}") from error
         finally:
             comet_ml.Experiment = online
         super().init(state, logger)

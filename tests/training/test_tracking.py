@@ -9,6 +9,7 @@ import zipfile
 import pytest
 from tiny_trainer import make_trainer
 
+from electra_composer.errors import UserError
 from electra_composer.faults import explain
 from electra_composer.training.builders import build_loggers
 from electra_composer.training.tracking import PACKAGES
@@ -92,7 +93,15 @@ def test_several_at_once(tmp_path):
         assert read(tmp_path) == list(range(BATCHES))
 
 
+def test_comet_without_a_key(tmp_path):
+    skip_without("comet")
+    with pytest.raises(UserError, match=r"loggers.comet: .*API key.*; set COMET_API_KEY"):
+        make_trainer("1ba", loggers=build_loggers({"comet": None}, str(tmp_path), "1ba", False))
+
+
 def test_a_tracker_that_cannot_start_is_one_line():
     for package, name in (("neptune", "neptune: Neptune"), ("comet_ml", "comet: Comet"), ("mlflow", "mlflow: MLflow")):
-        error = type("Failure", (Exception,), {"__module__": f"{package}.exceptions"})("no key\nat all")
-        assert explain(error).startswith(f"loggers.{name} could not be started: no key at all; set ")
+        error = type("Failure", (Exception,), {"__module__": f"{package}.exceptions"})(
+            "\x1b[95m\n----No\x1b[0m key\nat all"
+        )
+        assert explain(error).startswith(f"loggers.{name} could not be started: No key at all; set ")
