@@ -10,5 +10,5 @@ BESIDE = {"electra_composer.yamls": "yamls", "electra_composer.data_prep": "data
 setup(
     packages=[*find_packages(include=["electra_composer", "electra_composer.*"]), *BESIDE],
     package_dir=BESIDE,
-    package_data={"electra_composer.yamls": ["*.yaml", "schema.json"]},
+    package_data={"electra_composer.yamls": ["*.yaml", "schema.json"], "electra_composer.reports": ["page.*"]},
 )
