@@ -3,7 +3,7 @@
 SGD without clipping shows a wrong factor of the gradient, which Adam hides. Every row has its own noise, so that masks
 and samples are the same however the batch is split.
 
-    composer -n 2 tests/distributed_step.py OUT ddp:MICROBATCH fsdp:MICROBATCH …
+    composer -n 2 tests/distributed_step.py OUT ddp:MICROBATCH fsdp:MICROBATCH fsdp:MICROBATCH:OBJECTIVE …
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from electra_composer.config import FSDPConfig, ModelConfig, ObjectiveConfig, TrainerConfig
 from electra_composer.model.electra import ElectraForPretraining, SpecialIds
+from electra_composer.model.objectives import build_pretraining_model
 from electra_composer.model.pretraining import ElectraPretraining
 from electra_composer.training.devices import fsdp_gradient_factor
 
@@ -54,7 +55,7 @@ def evaluate(electra: ElectraForPretraining, rows: Rows) -> dict[str, torch.Tens
         return electra(**{name: value[None] for name, value in rows[0].items()})
 
 
-def main(out: str, kind: str, microbatch: int) -> None:
+def main(out: str, kind: str, microbatch: int, objective: str) -> None:
     torch.set_num_threads(1)
     dist.initialize_dist(get_device("cpu"))
     torch.manual_seed(0)
@@ -68,7 +69,8 @@ def main(out: str, kind: str, microbatch: int) -> None:
         dropout=0.0,
         attention_dropout=0.0,
     )
-    electra = ElectraForPretraining(sizes, ObjectiveConfig(), VOCAB, SpecialIds(0, 1, 2, 3), LENGTH)
+    objective_config = ObjectiveConfig(kind=objective)  # type: ignore[arg-type]
+    electra = build_pretraining_model(sizes, objective_config, VOCAB, SpecialIds(0, 1, 2, 3), LENGTH)
     fsdp = kind == "fsdp"
     factor = fsdp_gradient_factor(TrainerConfig(fsdp=FSDPConfig() if fsdp else None))
     model = ElectraPretraining(electra, gradient_factor=factor)
@@ -95,7 +97,9 @@ def main(out: str, kind: str, microbatch: int) -> None:
     with torch.no_grad():
         electra.embeddings.word.weight.mul_(1.5)
     after = evaluate(electra, rows)
-    for side in ("mlm_features", "rtd_logits"):
+    sides = [name for name in ("mlm_features", "cloze_loss", "rtd_logits", "lm_features") if name in before]
+    assert len(sides) == 2
+    for side in sides:
         assert not torch.allclose(before[side], after[side]), side
     if dist.get_global_rank() == 0:
         torch.save(loss, f"{out}/loss.pt")
@@ -103,7 +107,7 @@ def main(out: str, kind: str, microbatch: int) -> None:
 
 if __name__ == "__main__":
     for arrangement in sys.argv[2:]:
-        kind, microbatch = arrangement.split(":")
-        folder = os.path.join(sys.argv[1], f"{kind}-{microbatch}")
+        kind, microbatch, *objective = arrangement.split(":")
+        folder = os.path.join(sys.argv[1], arrangement.replace(":", "-"))
         os.makedirs(folder, exist_ok=True)
-        main(folder, kind, int(microbatch))
+        main(folder, kind, int(microbatch), *(objective or ["electra"]))

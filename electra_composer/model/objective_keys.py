@@ -46,8 +46,16 @@ GENERATORS_OF_ELECTRIC = ("two_tower", "uniform", "unigram")
 def keys_without_meaning(objective: ObjectiveConfig) -> frozenset[str]:
     """Return the keys that have no meaning for an objective."""
     given = objective.resolved()
-    of_generator = () if given.kind == "mlm" else BY_GENERATOR[str(given.generator)]
-    return frozenset((*BY_KIND[given.kind], *of_generator))
+    return frozenset((*BY_KIND[given.kind], *_without_meaning_for_generator(given)))
+
+
+def _without_meaning_for_generator(given: ObjectiveConfig) -> tuple[str, ...]:
+    if given.kind == "mlm":
+        return ()
+    keys = BY_GENERATOR[str(given.generator)]
+    if given.kind != "replace_mlm" and given.generator not in ("trained", "two_tower"):
+        return (*keys, "objective.mlm_label_smoothing")  # nothing is trained to predict masked tokens
+    return keys
 
 
 def check_objective(model: ModelConfig, objective: ObjectiveConfig) -> None:
@@ -73,10 +81,7 @@ def check_objective(model: ModelConfig, objective: ObjectiveConfig) -> None:
     for field in fields(ModelConfig):
         if field.default is not MISSING:
             values[f"model.{field.name}"], expected[f"model.{field.name}"] = getattr(model, field.name), field.default
-    of_generator: tuple[str, ...] = () if given.kind == "mlm" else BY_GENERATOR[str(given.generator)]
-    if given.kind != "replace_mlm" and given.generator not in ("trained", "two_tower"):
-        of_generator = (*of_generator, "objective.mlm_label_smoothing")  # nothing is trained to predict masked tokens
-    for reason, keys in ((kind, BY_KIND[given.kind]), (generator, of_generator)):
+    for reason, keys in ((kind, BY_KIND[given.kind]), (generator, _without_meaning_for_generator(given))):
         wrong = [key for key in keys if key != "objective.generator" and values[key] != expected[key]]
         if wrong:
             found = ", ".join(f"{key}={values[key]}" for key in wrong)

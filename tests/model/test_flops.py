@@ -19,6 +19,8 @@ ROWS = [[(5, 7), (8, 0)], [(6, 0)]]
 # Two layers of 32 (generator: 16), feed-forward 128 (64), embeddings of 16, vocabulary of 99.
 DISCRIMINATOR = 6 * 26 * (2 * (4 * 1_024 + 2 * 4_096) + 512) + 12 * 2 * 32 * 244
 GENERATOR = 6 * 26 * (2 * (4 * 256 + 2 * 1_024)) + 12 * 2 * 16 * 244
+# Causal attention: a token reads itself and those before it, (244 + 26) / 2 = 135 pairs.
+TOWERS = 2 * (6 * 26 * (2 * (4 * 256 + 2 * 1_024)) + 12 * 2 * 16 * 135)
 RTD_HEAD = 6 * 26 * (32 * 32 + 32)
 MLM_HEAD = 6 * 4 * (16 * 16 + 16 * 99)
 CLOZE_HEAD = 6 * 19 * (32 * 16 + 16 * 99)
@@ -33,8 +35,8 @@ LM_HEAD = 32 * 16 + 16 * 99  # weights
         ({"kind": "mlm"}, {}, DISCRIMINATOR + 6 * 4 * LM_HEAD),
         ({"kind": "replace_mlm"}, {}, DISCRIMINATOR + 6 * 4 * LM_HEAD + GENERATOR + MLM_HEAD),
         ({"kind": "all_tokens_mlm"}, {}, DISCRIMINATOR + 6 * 26 * (LM_HEAD + 32) + GENERATOR + MLM_HEAD),
-        ({"kind": "electric"}, {}, DISCRIMINATOR + RTD_HEAD + 2 * GENERATOR + CLOZE_HEAD),
-        ({"generator": "two_tower"}, {}, DISCRIMINATOR + RTD_HEAD + 2 * GENERATOR + CLOZE_HEAD),
+        ({"kind": "electric"}, {}, DISCRIMINATOR + RTD_HEAD + TOWERS + CLOZE_HEAD),
+        ({"generator": "two_tower"}, {}, DISCRIMINATOR + RTD_HEAD + TOWERS + CLOZE_HEAD),
         ({"generator": "uniform"}, {}, DISCRIMINATOR + RTD_HEAD),
         ({"kind": "electric", "generator": "unigram"}, {}, DISCRIMINATOR + RTD_HEAD),
         (

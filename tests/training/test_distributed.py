@@ -11,6 +11,8 @@ import torch
 from launcher import COMPOSER, launch
 from tiny import ROOT
 
+OTHERS = ("all_tokens_mlm", "electric")  # objectives with other networks and losses
+
 
 def steps(folder: Path, processes: int, *arrangements: str) -> Path:
     """Run three steps in each arrangement, in `folder/<kind>-<microbatch>`."""
@@ -18,30 +20,35 @@ def steps(folder: Path, processes: int, *arrangements: str) -> Path:
     return folder
 
 
-def result(folder: Path, kind: str, microbatch: int) -> tuple[dict, dict]:
+def result(folder: Path, arrangement: str) -> tuple[dict, dict]:
     """Return the last losses and the weights."""
-    folder = folder / f"{kind}-{microbatch}"
+    folder = folder / arrangement.replace(":", "-")
     content = torch.load(folder / "checkpoint" / "latest-rank0.pt", weights_only=False)
     return torch.load(folder / "loss.pt"), content["state"]["model"]
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    return steps(tmp_path_factory.mktemp("one"), 1, "ddp:8", "ddp:2")
+    return steps(tmp_path_factory.mktemp("one"), 1, "ddp:8", "ddp:2", *(f"ddp:8:{name}" for name in OTHERS))
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    return steps(tmp_path_factory.mktemp("two"), 2, "ddp:4", "ddp:2", "fsdp:4", "fsdp:2")
+    others = [f"fsdp:2:{name}" for name in OTHERS]
+    return steps(tmp_path_factory.mktemp("two"), 2, "ddp:4", "ddp:2", "fsdp:4", "fsdp:2", *others)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("processes", "kind", "microbatch"), [(1, "ddp", 2), (2, "ddp", 4), (2, "ddp", 2), (2, "fsdp", 4), (2, "fsdp", 2)]
+    ("processes", "arrangement", "objective"),
+    [
+        *((1, "ddp:2", ""), (2, "ddp:4", ""), (2, "ddp:2", ""), (2, "fsdp:4", ""), (2, "fsdp:2", "")),
+        *((2, "fsdp:2", f":{name}") for name in OTHERS),
+    ],
 )
-def test_same_gradient(one_process, two_processes, processes, kind, microbatch):
-    loss, weights = result(one_process if processes == 1 else two_processes, kind, microbatch)
-    expected_loss, expected = result(one_process, "ddp", 8)
+def test_same_gradient(one_process, two_processes, processes, arrangement, objective):
+    loss, weights = result(one_process if processes == 1 else two_processes, arrangement + objective)
+    expected_loss, expected = result(one_process, "ddp:8" + objective)
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         # Three steps with lr 0.02: a gradient error of 1e-5 moves a weight by 6e-7.
