@@ -132,6 +132,8 @@ REFUSED = {
     "model.init": ["transformers"],
     "model.initializer_range": ["0.1"],
     "model.layer_norm_eps": ["1.0e-3"],
+    "objective.kind": ["mlm", "electra_15"],
+    "objective.generator": ["uniform"],
     "model.sharing": ["untied", "gdes"],
     "model.generator_embedding_size": ["16"],
     "model.tie_encoder": ["true"],
