@@ -90,7 +90,7 @@ def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: 
     Raises:
         UserError: it does not run on this machine.
     """
-    name, sizes = config.objective.masked_lm, model.model.encoder_of_generator.config
+    name, networks = config.objective.masked_lm, model.model
     missing = missing_for_triton() if device == "gpu" else None
     if missing is not None and name == "triton":
         raise UserError(
@@ -99,10 +99,12 @@ def choose_masked_lm(config: PretrainConfig, model: ElectraPretraining, device: 
         )
     if missing is not None and name == "auto":
         name = "chunked"
-        model.model.objective = replace(model.model.objective, masked_lm=name)
+        networks.objective = replace(networks.objective, masked_lm=name)
         print_once(f"masked_lm: chunked (the machine lacks {missing}; triton is faster)")
     device_type = "cuda" if device == "gpu" else "cpu"
-    resolve_implementation(name, device_type, sizes.padded_vocab_size, sizes.embedding_size)
+    heads = {networks.mlm_head: networks.config_of_generator, networks.lm_head: networks.discriminator.config}
+    for sizes in (sizes for head, sizes in heads.items() if head is not None):
+        resolve_implementation(name, device_type, sizes.padded_vocab_size, sizes.embedding_size)
 
 
 def check_kind(initial: Checkpoint, objective: ObjectiveConfig) -> None:
