@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
+from typing import TYPE_CHECKING, Any
 
 from electra_composer.errors import UserError
+
+if TYPE_CHECKING:  # where it is used, it is imported there: a command line that is wrong needs no files
+    import pyarrow as pa
 
 TEXT = "text"  # the column unless another is chosen
 _SHOWN = 20  # names in a message
@@ -57,6 +57,8 @@ def column_path(schema: pa.Schema, column: str, where: str) -> list[str]:
     Raises:
         UserError: there is no such column.
     """
+    import pyarrow as pa
+
     if column in schema.names:
         return [column]
     path, fields = column.split("."), {field.name: field.type for field in schema}
@@ -70,6 +72,8 @@ def column_path(schema: pa.Schema, column: str, where: str) -> list[str]:
 
 
 def _field_names(field: pa.Field, prefix: str = "") -> Iterator[str]:
+    import pyarrow as pa
+
     if pa.types.is_struct(field.type) and field.type.num_fields:
         for inner in field.type:
             yield from _field_names(inner, f"{prefix}{field.name}.")
@@ -79,6 +83,8 @@ def _field_names(field: pa.Field, prefix: str = "") -> Iterator[str]:
 
 def column_of(batch: pa.RecordBatch, path: list[str]) -> pa.Array:
     """Return the values of a column by its :func:`column_path`."""
+    import pyarrow.compute as pc
+
     values = batch.column(path[0])
     return pc.struct_field(values, path[1:]) if path[1:] else values
 

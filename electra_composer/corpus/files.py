@@ -6,11 +6,12 @@ import glob
 import io
 import json
 import os
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from electra_composer.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TABLES = (".csv", ".tsv")
@@ -132,6 +133,8 @@ def open_lines(path: str, raw: pa.NativeFile | None = None, buffer_size: int = 1
     Args:
         raw: the file, if it is open already.
     """
+    import pyarrow as pa  # imported here, because a command line that is wrong needs no files
+
     raw, codec = pa.OSFile(path) if raw is None else raw, compression_of(path)
     return io.BufferedReader(raw if codec is None else pa.CompressedInputStream(raw, codec), buffer_size)
 
