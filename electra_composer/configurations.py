@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from electra_composer.arguments import ArgumentParser
-from electra_composer.config import PretrainConfig
+from electra_composer.config import ObjectiveConfig, PretrainConfig
 from electra_composer.errors import UserError, nearest, report_user_errors
 from electra_composer.finetune_config import FinetuneConfig
 from electra_composer.glue_config import GlueConfig
@@ -78,6 +78,8 @@ def effective(path: str) -> dict[str, Any]:
             if value is not NO_VALUE and "<name>" not in key and not _within_null(key, defaults):
                 OmegaConf.update(values, key, value)
         merged = OmegaConf.to_container(OmegaConf.merge(values, content), resolve=True)
+        if schema is PretrainConfig:
+            merged["objective"] = vars(ObjectiveConfig(**merged["objective"]).resolved())
     except OSError as error:
         expected = "expected a YAML file, a run folder, or the name of a shipped configuration"
         raise UserError(f"{file}: {error.strerror}; {expected}") from error

@@ -76,6 +76,7 @@ def test_a_pretraining_run_resumes_and_exports() -> None:
     assert losses == pytest.approx(expected_losses, rel=0.05)
     export.main(["run", "exported"])
     files, expected_files = files_in("exported"), files_in("export")
+    del files["README.md"]  # the model card is newer
     assert files.keys() == expected_files.keys()
     for network in ("discriminator", "generator"):  # since then, the tokenizer has the model's length
         name = f"{network}/tokenizer_config.json"

@@ -62,4 +62,7 @@ def test_data_settings_and_versions(tmp_path):
 def test_a_run_with_one_network():
     card = build_card({"model": "ElectraForMaskedLM"}, checkpoint_of(), repository="me/mlm")
     assert 'model = ElectraForMaskedLM.from_pretrained("me/mlm")' in card
-    assert "Replaced-token" not in card
+    assert "Replaced-token" in card  # of what its objective is, not of how many networks there are
+    checkpoint = checkpoint_of()
+    checkpoint.config["objective"] = {"kind": "mlm"}
+    assert "Replaced-token" not in build_card({"masked_lm": "ElectraForMaskedLM"}, checkpoint)

@@ -37,7 +37,7 @@ OWN = (
     r"(reading text for the vocabulary|converting): .*B/s\]",
     r" *\d+\.\d% \d+/\d+(ba|ep)?.*",
     r"step \d+: .*",
-    r"the (generator|discriminator)'s .*",
+    r"the (MLM loss on held-out text is|discriminator's) .*",
     r"warning: \d+% of the tokens were dropped.*",
 )
 

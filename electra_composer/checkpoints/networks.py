@@ -125,7 +125,8 @@ def matching_generator(source: str) -> str | None:
     if is_reference(source):
         return source if read_reference(source).generator else None
     if is_own_checkpoint(source):
-        return source if generates(read_checkpoint(source).objective) else None
+        is_there = os.path.exists(source)  # otherwise said where it is read
+        return None if is_there and not generates(read_checkpoint(source).objective) else source
     if _is_export(source):
         return source
     folder, name = os.path.split(source.rstrip("/"))

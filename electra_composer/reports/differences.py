@@ -45,7 +45,7 @@ def nearest_shipped(config: Mapping[str, Any]) -> tuple[str, dict[str, str]] | N
     run = flatten(config)
     best: tuple[int, Path] | None = None
     for path in configurations().values():
-        content = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "model" not in content or {"task", "tasks"} & content.keys():
             continue  # of finetune.py and glue.py
         distance = sum(run.get(key) != value for key, value in flatten(content).items() if key not in LOCAL)

@@ -57,7 +57,8 @@ class Counting(ComposerModel):
     def forward(self, batch):
         lengths = (batch["input_ids"] > 0).sum().float()
         stats = {name: torch.zeros(()) for name in STATS}
-        stats |= {"tokens": lengths, "rtd_loss_sum": 2 * lengths, "masked": lengths / 2, "mlm_correct": lengths / 8}
+        stats |= {"tokens": lengths, "true_negative": lengths, "rtd_loss_sum": 2 * lengths}
+        stats |= {"masked": lengths / 2, "mlm_correct": lengths / 8}
         return {"out": self.layer(batch["input_ids"].float()), "stats": stats}
 
     def loss(self, outputs, batch):
