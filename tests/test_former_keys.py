@@ -111,7 +111,10 @@ def test_a_checkpoint_of_an_earlier_version_is_read(
     sizes = tiny_model_config(generator_size=0.75, **sharing)
     model = make_model(sizes)
     former = {key: value for key, value in vars(sizes).items() if key not in ("sharing", "generator_embedding_size")}
-    record = {"config": {"model": {**former, "tie_embeddings": tied}, "objective": {}}, "tokenizer_files": files}
+    record = {
+        "config": {"model": {**former, "tie_embeddings": tied}, "objective": {}, "data": {"max_seq_length": 32}},
+        "tokenizer_files": files,
+    }
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state": {"model": state, "callbacks": {"RunRecord": record}}}, tmp_path / "x.pt")
     checkpoint = read_checkpoint(str(tmp_path / "x.pt"))

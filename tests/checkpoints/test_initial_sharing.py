@@ -42,7 +42,10 @@ def run(make_model: Make, tiny_model_config: Make, tokenizer: BertTokenizerFast,
     def write(**sizes: Any) -> tuple[str, ElectraForPretraining]:
         config = tiny_model_config(**sizes)
         model = make_model(config)
-        record = {"config": {"model": vars(config), "objective": {}}, "tokenizer_files": tokenizer_files(tokenizer)}
+        record = {
+            "config": {"model": vars(config), "objective": {}, "data": {"max_seq_length": 32}},
+            "tokenizer_files": tokenizer_files(tokenizer),
+        }
         state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         torch.save({"state": {"model": state, "callbacks": {"RunRecord": record}}}, tmp_path / "latest-rank0.pt")
         return str(tmp_path / "latest-rank0.pt"), model
