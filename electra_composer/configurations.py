@@ -77,7 +77,7 @@ def effective(path: str) -> dict[str, Any]:
         for key, value in defaults.items():
             if value is not NO_VALUE and "<name>" not in key and not _within_null(key, defaults):
                 OmegaConf.update(values, key, value)
-        merged = OmegaConf.to_container(OmegaConf.merge(values, content), resolve=True)
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(values, content), resolve=True)
         if schema is PretrainConfig:
             merged["objective"] = vars(ObjectiveConfig(**merged["objective"]).resolved())
     except OSError as error:
