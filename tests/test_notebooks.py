@@ -53,6 +53,38 @@ def test_what_is_stored(path):
     assert list(script.problems(path)) == []
 
 
+def test_what_must_not_be_stored_is_found(tmp_path):
+    stream, error = nbformat.v4.new_output("stream"), nbformat.v4.new_output("error", ename="KeyError")
+    stream["text"] = "written to /home/me/a.png\nfrom https://example.org/simple\n"
+    notebook = nbformat.v4.new_notebook(metadata={"title": "mine"})
+    notebook["cells"] = [nbformat.v4.new_code_cell("1", execution_count=2, outputs=[stream, error])]
+    path = tmp_path / "bad.ipynb"
+    nbformat.write(notebook, path)
+    found = list(script.problems(path))
+    for said in (
+        "metadata",
+        "not executed in order",
+        "no picture",
+        "a cell failed: KeyError",
+        "a path of a machine: /home/me/a.png",
+        "an address: https://example.org/simple",
+    ):
+        assert any(said in problem for problem in found), said
+    assert len(found) == 6
+
+
+def test_outputs_are_normalised(tmp_path):
+    """Paths are replaced, the longest first; the advice of libraries is dropped, what a shell cell says is kept."""
+    said = nbformat.v4.new_output("stream", name="stderr", text=f"{tmp_path}/runs {tmp_path.parent}/yamls")
+    cells = [nbformat.v4.new_code_cell(source, outputs=[dict(said)]) for source in ("%%bash\nls", "import torch")]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"title": "mine"})
+    cells[0]["metadata"]["execution"] = {"iopub.execute_input": "2026-01-01"}
+    script.normalise(notebook, {str(tmp_path.parent): "..", str(tmp_path): "."})
+    assert [[output["text"] for output in cell["outputs"]] for cell in notebook["cells"]] == [["./runs ../yamls"], []]
+    assert notebook["metadata"] == script.METADATA
+    assert [(cell["id"], cell["metadata"]) for cell in notebook["cells"]] == [("cell-01", {}), ("cell-02", {})]
+
+
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
     """Tiny sizes; kernels and the programs that they start are forked from the server of programs.py."""
