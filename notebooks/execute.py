@@ -1,7 +1,7 @@
 """Execute the notebooks in order and store their outputs, so that they can be read without running them.
 
     make notebooks
-    STEPS=1500 SOURCE=runs/first/export/discriminator python notebooks/execute.py
+    STEPS=1500 make notebooks  # shorter
 
 Each is run in the same empty folder, since the second and third use the model of the first. What the outputs say of the
 machine is removed: paths, times of execution, versions of Python in the metadata.
@@ -129,8 +129,6 @@ def main() -> None:
             for problem in problems(path):
                 print(f"  {problem}", flush=True)
     finally:
-        if "KEEP" in os.environ:
-            shutil.copytree(folder, os.environ["KEEP"], dirs_exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 
