@@ -53,13 +53,14 @@ def execute(path: Path, folder: Path) -> Any:
     return client.execute()
 
 
-def normalise(notebook: Any, places: Mapping[str, str]) -> None:
+def normalise(notebook: Any, folder: Path) -> None:
     """Remove from a notebook what differs between machines and executions.
 
     Args:
         notebook: changed in place.
-        places: absolute path → what stands for it in the outputs.
+        folder: where it was executed; paths in its outputs become relative to it, as if it were `notebooks/`.
     """
+    places = {str(folder): ".", str(FOLDER.parent): "..", sys.prefix: "environment", str(Path.home()): "~"}
     notebook["metadata"] = nbformat.from_dict(METADATA)
     for number, cell in enumerate(notebook["cells"], 1):
         cell["id"] = f"cell-{number:02}"
@@ -79,7 +80,8 @@ def normalise(notebook: Any, places: Mapping[str, str]) -> None:
 
 def _replace(text: str, places: Mapping[str, str]) -> str:
     for place in sorted(places, key=len, reverse=True):
-        text = text.replace(place, places[place])
+        if place != "/":  # the home of some accounts
+            text = text.replace(place, places[place])
     return text
 
 
@@ -118,13 +120,11 @@ def main() -> None:
     """Execute all notebooks in a temporary folder and store them."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # electra, python
     folder = Path(tempfile.mkdtemp(prefix="notebooks-"))
-    # The commands that programs print begin with the repository's path, as seen from this folder.
-    places = {str(folder): ".", str(FOLDER.parent): "..", sys.prefix: "environment", str(Path.home()): "~"}
     try:
         for path in NOTEBOOKS:
             print(path.name, flush=True)
             notebook = execute(path, folder)
-            normalise(notebook, places)
+            normalise(notebook, folder)
             nbformat.write(notebook, path)
             for problem in problems(path):
                 print(f"  {problem}", flush=True)
