@@ -12,7 +12,7 @@ WHEEL  := .venv-wheel
 WORKERS ?= 3
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 8
 
-.PHONY: quickstart test test-fast test-long test-newest test-wheel lint format clean
+.PHONY: quickstart test test-fast test-long test-newest test-wheel notebooks lint format clean
 
 quickstart: $(STAMP)
 	$(BIN)/python -m electra_composer.quickstart
@@ -46,6 +46,10 @@ test-wheel: $(STAMP)
 	$(if $(FAST),$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > $$($(WHEEL)/environment/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth)
 	tests/wheel.sh $(WHEEL)/environment/bin
+
+# Executes the notebooks, in twenty minutes, and stores their outputs. SOURCE is the model that the third one starts from.
+notebooks: $(STAMP)
+	SOURCE=$${SOURCE:-runs/first/export/discriminator} $(BIN)/python notebooks/execute.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

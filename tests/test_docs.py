@@ -26,6 +26,7 @@ from electra_composer.config_loading import load_config
 # Commands (full match) and the test that runs them as they stand, or the same program at a small size.
 RUN_BY = {
     r"make quickstart": "test_smoke",
+    r"make notebooks": "test_all_cells_run_one_notebook_after_another",
     r"python data_prep/convert_owt\.py --source texts/el\.txt --tokenizer .*": "test_commands_that_run_in_seconds",
     r"python -m electra_composer\.preview data/owt": "test_commands_that_run_in_seconds",
     r"python electra_composer/export\.py runs/electra-small exports/small": "test_commands_that_run_in_seconds",
