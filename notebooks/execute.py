@@ -34,6 +34,7 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 ABSOLUTE = re.compile(r"(?<![\w.:])/(?:home|root|tmp|work|usr|opt|var|mnt|srv|etc|private|Users|builds)\b[^\s'\"]*")
+PROGRESS = re.compile(r"^(?!100\.0%)\d+\.\d% \d+/\d+ba .*\n", re.M)  # lines of progress bars, but the last
 
 
 def execute(path: Path, folder: Path) -> Any:
@@ -71,7 +72,7 @@ def normalise(notebook: Any, folder: Path) -> None:
         for output in cell.get("outputs", ()):
             output.pop("transient", None)
             if output["output_type"] == "stream":
-                output["text"] = _replace(output["text"], places)
+                output["text"] = PROGRESS.sub("", _replace(output["text"], places))
                 continue
             output["metadata"] = nbformat.from_dict({})
             for kind, content in output.get("data", {}).items():

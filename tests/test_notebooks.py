@@ -75,12 +75,14 @@ def test_what_must_not_be_stored_is_found(tmp_path):
 
 def test_outputs_are_normalised():
     """Paths are replaced, the longest first; the advice of libraries is dropped, what a shell cell says is kept."""
-    said = nbformat.v4.new_output("stream", name="stderr", text=f"{ROOT}/work/runs {ROOT}/yamls")
+    text = f"{ROOT}/work/runs {ROOT}/yamls\n50.0% 1/2ba [00:10<00:10], loss 1\n100.0% 2/2ba [00:20<00:00], loss 1\n"
+    said = nbformat.v4.new_output("stream", name="stderr", text=text)
     cells = [nbformat.v4.new_code_cell(source, outputs=[dict(said)]) for source in ("%%bash\nls", "import torch")]
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"title": "mine"})
     cells[0]["metadata"]["execution"] = {"iopub.execute_input": "2026-01-01"}
     script.normalise(notebook, ROOT / "work")
-    assert [[output["text"] for output in cell["outputs"]] for cell in notebook["cells"]] == [["./runs ../yamls"], []]
+    kept = "./runs ../yamls\n100.0% 2/2ba [00:20<00:00], loss 1\n"
+    assert [[output["text"] for output in cell["outputs"]] for cell in notebook["cells"]] == [[kept], []]
     assert notebook["metadata"] == script.METADATA
     assert [(cell["id"], cell["metadata"]) for cell in notebook["cells"]] == [("cell-01", {}), ("cell-02", {})]
 
