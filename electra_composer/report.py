@@ -16,15 +16,44 @@ if __name__ == "__main__":
     begin()
 
 import argparse
+from collections.abc import Sequence
+
+from electra_composer.arguments import ArgumentParser, number, parse_early
+from electra_composer.errors import UserError, one_line, report_user_errors
+from electra_composer.ranges import Range
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="python -m electra_composer.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of pretrain.py (checkpoints.folder)")
+    parser.add_argument("--output", metavar="FILE.html", help="(report.html in the run's folder; of several, here)")
+    parser.add_argument(
+        "--results", nargs="+", default=[], metavar="FILE", help="results.json of glue.py or finetune.py to add"
+    )
+    parser.add_argument("--no-tokens", action="store_true", help="read no checkpoints")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        const=30,
+        type=number(Range(ge=1, le=86400)),
+        metavar="SECONDS",
+        help="write it again every %(const)s seconds while a run is running, and print its progress",
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parse_early(_parse)
+
 import logging
 import os
 import time
-from collections.abc import Sequence
 
-from electra_composer.arguments import ArgumentParser, number
 from electra_composer.atomic_files import write_file
-from electra_composer.errors import UserError, one_line, report_user_errors
-from electra_composer.ranges import Range
 from electra_composer.reports.page import Report, compose, pictures, render
 from electra_composer.reports.runs import read_run, read_runs
 from electra_composer.reports.summary import status_line
@@ -97,29 +126,6 @@ def watch(folders: Sequence[str], results: Sequence[str], output: str, seconds: 
         if not is_running:
             return
         time.sleep(seconds)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="python -m electra_composer.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of pretrain.py (checkpoints.folder)")
-    parser.add_argument("--output", metavar="FILE.html", help="(report.html in the run's folder; of several, here)")
-    parser.add_argument(
-        "--results", nargs="+", default=[], metavar="FILE", help="results.json of glue.py or finetune.py to add"
-    )
-    parser.add_argument("--no-tokens", action="store_true", help="read no checkpoints")
-    parser.add_argument(
-        "--watch",
-        nargs="?",
-        const=30,
-        type=number(Range(ge=1, le=86400)),
-        metavar="SECONDS",
-        help="write it again every %(const)s seconds while a run is running, and print its progress",
-    )
-    return parser.parse_args(arguments)
 
 
 @report_user_errors

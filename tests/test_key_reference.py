@@ -16,7 +16,7 @@ from electra_composer.key_reference import NO_VALUE, Entry, comments, entries, h
 from electra_composer.ranges import keys
 
 HEAVY = {"torch", "composer", "transformers", "streaming", "datasets", "numpy", "pandas", "pyarrow"}
-OF_FILES = ["predict", "glue_report", "export", "preview", "score", "quickstart"]
+OF_FILES = ["predict", "glue_report", "export", "preview", "score", "quickstart", "report", "push"]
 
 
 @dataclass
