@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 from made_runs import write_run
@@ -47,7 +48,7 @@ def test_watching_ends_with_the_run(tmp_path, capsys, monkeypatch):
         waited.append(seconds)
         pages.append((folder / "report.html").read_text())
 
-    monkeypatch.setattr(report.time, "sleep", sleep)
+    monkeypatch.setattr(report, "time", SimpleNamespace(sleep=sleep))  # not that of threads of other tests
     report.main([str(folder), "--watch", "5"])
     assert waited == [5, 5]
     assert all('http-equiv="refresh" content="5"' in page for page in pages)
