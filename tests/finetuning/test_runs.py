@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,7 +121,7 @@ def test_a_claimed_run_is_left_to_whoever_has_it(
         done.append(run.name)
         store.add(record(run))
 
-    monkeypatch.setattr(glue_runs.time, "sleep", sleep)
+    monkeypatch.setattr(glue_runs, "time", SimpleNamespace(sleep=sleep))  # not that of other threads
     run_all([first, second], store, "g", str(tmp_path), do, now(), said.append)
     assert done == ["rte-seed2", "rte-seed1"]
     assert said == ["waiting for 1 runs of other processes"]
