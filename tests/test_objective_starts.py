@@ -14,7 +14,7 @@ from electra_composer.config import PretrainConfig
 from electra_composer.config_loading import load_config
 from electra_composer.errors import UserError
 from electra_composer.export import export
-from electra_composer.model.weight_maps import under
+from electra_composer.model.weight_maps import discriminator_embeddings, under
 from electra_composer.training.preparation import initial_sizes
 
 SHORT = ("trainer.max_duration=2ba", "trainer.eval_interval=2ba", "report=false")
@@ -43,9 +43,9 @@ def runs(write_tiny_yaml: Callable[[Path], Path], tmp_path_factory: pytest.TempP
 def start(tiny_yaml: Path, tmp_path: Path) -> Start:
     """Return `start("key=value", …)`, which trains and returns the state of the newest checkpoint."""
 
-    def run(*overrides: str) -> State:
+    def run(*overrides: str, folder: str = "run") -> State:
         pretrain.main(load_config(str(tiny_yaml), [*SHORT, *overrides], PretrainConfig, initial_sizes))
-        return read_checkpoint(str(tmp_path / "run")).state
+        return read_checkpoint(str(tmp_path / folder)).state
 
     return run
 
@@ -113,6 +113,14 @@ def test_what_kinds_have_in_common(
     state, expected = start(f"model.init_from={runs[kind]}", *overrides, *STILL), read_checkpoint(str(runs[kind])).state
     for part in same:
         assert_close(under(state, part), under(expected, part))
+
+
+def test_differences_of_embeddings_fit_a_generator_of_another_kind(start: Start, tmp_path: Path) -> None:
+    """The towers begin with the discriminator's tables, of which the differences of the former run say nothing."""
+    gdes = "model.sharing=gdes"
+    expected = discriminator_embeddings(start(gdes, f"checkpoints.folder={tmp_path / 'gdes'}", folder="gdes"))
+    state = start(gdes, "objective.kind=electric", f"model.init_from={tmp_path / 'gdes'}", *STILL)
+    assert_close(discriminator_embeddings(state), expected)
 
 
 @pytest.mark.parametrize(

@@ -133,14 +133,14 @@ def initialise(
         }
         parts |= taken_heads
         taken.append(_said("discriminator", discriminator, bool(taken_heads)))
-    if model.mlm_head is None:
-        pass  # the objective has no generator
-    elif generator is not None and generator.is_two_tower == (model.towers is not None):
+    if generator is not None and (model.mlm_head is None or generator.is_two_tower != (model.towers is not None)):
+        generator = None  # the objective has none, or one of another kind
+    if generator is not None:
         check_agreement(generator, generator_config(config, vocab_size), "", "generator")
         generator = adapt(generator, model.encoder_of_generator.config, config.init_positions, tokenizer)
         parts |= _parts_of_generator(generator, discriminator, config)
         taken.append(_said("generator", generator, generator.head is not None))
-    elif discriminator is not None:
+    elif discriminator is not None and model.mlm_head is not None:
         lower, said = without_source(discriminator, model, initial.rest)
         parts |= lower
         taken.append(said)

@@ -256,13 +256,8 @@ class TestKernel:
 
 def tiny_model(p: float, embedding_size: int, name: str, sharing: str = "tied") -> ElectraForPretraining:
     torch.manual_seed(0)
-    sizes = ModelConfig(
-        *(1, 32, 2, embedding_size, 0.5),
-        max_positions=20,
-        dropout=p,
-        attention_dropout=0.0,
-        sharing=sharing,  # type: ignore[arg-type]
-    )
+    sizes = ModelConfig(1, 32, 2, embedding_size, 0.5, max_positions=20, dropout=p, attention_dropout=0.0)
+    sizes.sharing = sharing  # type: ignore[assignment]
     model = ElectraForPretraining(sizes, ObjectiveConfig(masked_lm="chunked"), 99, SpecialIds(0, 1, 2, 3), 16)
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=0.05, std=0.2)
