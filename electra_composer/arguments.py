@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -11,11 +12,22 @@ from electra_composer import signals
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.ranges import Range, keys
 
+NAME = "ELECTRA_COMMAND"
+"""Environment variable in which the command `electra` gives a program its name, such as `electra export`."""
+
 RESULTS_HELP = "results.json of finetuning it (glue.py, finetune.py), for the model card; may be repeated"
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` that reports errors as a :class:`UserError` instead of printing its usage."""
+    """`argparse.ArgumentParser` that reports errors as a :class:`UserError` instead of printing its usage.
+
+    The usage names the program as it was called: by its path, or as `electra export`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if not self.prog.startswith("electra"):
+            self.prog = os.environ.pop(NAME, self.prog)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from electra_composer.arguments import ArgumentParser, number
+from electra_composer.arguments import NAME, ArgumentParser, number
 from electra_composer.errors import UserError, nearest, report_user_errors
 from electra_composer.ranges import Range
 from electra_composer.shipped import shipped
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     command = command_line(arguments)
     sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execve(command[0], command, {**os.environ, NAME: f"electra {arguments[0]}"})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from electra_composer.arguments import ArgumentParser
 from electra_composer.errors import one_line, report_user_errors
-from electra_composer.versions import FIX, LIBRARIES, is_tested, is_too_old
+from electra_composer.versions import LIBRARIES, fix, is_tested, is_too_old
 
 OK, WARNING, WRONG = "ok", "warning", "WRONG"
 GB = 2**30
@@ -64,15 +64,16 @@ def check_versions() -> Iterator[Finding]:
         try:
             installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(library.title, WRONG, "not installed", FIX)
+            yield Finding(library.title, WRONG, "not installed", fix(package))
             continue
         if is_too_old(installed, library):
-            yield Finding(library.title, WRONG, f"{installed} is too old", f"expected at least {library.first}: {FIX}")
+            advice = f"expected at least {library.first}: {fix(package)}"
+            yield Finding(library.title, WRONG, f"{installed} is too old", advice)
         elif is_tested(installed, library):
             yield Finding(library.title, OK, installed)
         else:
             tested = ", ".join(library.tested)
-            yield Finding(library.title, WARNING, f"{installed} is untested", f"tested: {tested}; {FIX}")
+            yield Finding(library.title, WARNING, f"{installed} is untested", f"tested: {tested}; {fix(package)}")
 
 
 def check_gpus() -> Iterator[Finding]:
@@ -202,7 +203,12 @@ def findings() -> Iterator[Finding]:
             yield from check()
         except Exception as error:  # a broken library may raise anything
             subject = check.__name__.removeprefix("check_")
-            yield Finding(subject, WRONG, f"{type(error).__name__}: {one_line(error, 200)}", f"reinstall: {FIX}")
+            yield Finding(
+                subject,
+                WRONG,
+                f"{type(error).__name__}: {one_line(error, 200)}",
+                "reinstall electra_composer and its dependencies",
+            )
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

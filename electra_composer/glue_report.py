@@ -11,11 +11,11 @@ if __name__ == "__main__":
 
     begin()
 
-import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from electra_composer.arguments import ArgumentParser
 from electra_composer.errors import UserError, report_user_errors
 from electra_composer.finetuning.protocol import OF_SOURCE
 from electra_composer.finetuning.published import PUBLISHED_MODELS
@@ -124,7 +124,7 @@ def _score_of(row: Mapping[str, Any], count: int, statistic: str, name: str) -> 
 @report_user_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the statistics over the models of several results files."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python electra_composer/glue_report.py",
         description="Statistics over models pretrained with different seeds: a score per task, averaged over tasks.",
     )

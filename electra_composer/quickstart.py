@@ -14,13 +14,13 @@ if __name__ == "__main__":
 import argparse
 import sys
 
-from electra_composer.arguments import parse_early
+from electra_composer.arguments import ArgumentParser, parse_early
 from electra_composer.errors import report_user_errors
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m electra_composer.quickstart", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m electra_composer.quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="only test every step, in a minute")
     return parser.parse_args(arguments)
 

@@ -12,8 +12,6 @@ from electra_composer.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FIX = "pip install -c constraints.txt -e ."
-
 
 class Library(NamedTuple):
     """Supported versions of a library."""
@@ -22,6 +20,11 @@ class Library(NamedTuple):
     tested: tuple[str, ...]  # versions that the tests pass with, the one in constraints.txt included
     first: str  # oldest supported version
     lacks: str | None = None  # API that older versions lack
+
+
+def fix(package: str) -> str:
+    """Return the command that installs the version of a package that is tested most."""
+    return f"pip install '{package}=={LIBRARIES[package].tested[0]}'"
 
 
 # `lacks` was found by unpacking the published wheels and searching for the names.
@@ -52,13 +55,13 @@ def check_versions() -> None:
         try:
             installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError as error:
-            raise UserError(f"{library.title} ({package}) is not installed; {FIX}") from error
+            raise UserError(f"{library.title} ({package}) is not installed; {fix(package)}") from error
         tested = ", ".join(library.tested)
         if is_too_old(installed, library):
             reason = f": it lacks {library.lacks}" if library.lacks else ""
             raise UserError(
                 f"{library.title} {installed} is too old{reason}; expected at least {library.first} "
-                f"(tested: {tested}): {FIX}"
+                f"(tested: {tested}): {fix(package)}"
             )
         if not is_tested(installed, library) and os.environ.get("RANK", "0") == "0":
             log.warning(
@@ -66,7 +69,7 @@ def check_versions() -> None:
                 library.title,
                 installed,
                 tested,
-                FIX,
+                fix(package),
             )
 
 

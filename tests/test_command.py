@@ -104,6 +104,13 @@ def test_from_another_folder_by_the_name_of_a_configuration(tmp_path: Path) -> N
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, error)
 
 
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"pretrain", "finetune", "glue", "init", "config"}))
+def test_usage_names_the_command(name: str, tmp_path: Path) -> None:
+    """The others have usages of both forms, or are parts of one program."""
+    done = electra(name, "--help", cwd=tmp_path)
+    assert (done.returncode, done.stdout.split(" [")[0]) == (0, f"usage: electra {name}")
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from electra_composer import compilers, doctor
-from electra_composer.doctor import FIX, OK, WARNING, WRONG, Finding
+from electra_composer.doctor import OK, WARNING, WRONG, Finding
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -134,4 +134,4 @@ def test_the_report_and_its_status(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["ok       one            fine", "warning  two            odd; look"]
     assert (lines[3], lines[-1]) == ("0 wrong, 1 to know of", "1 wrong, 1 to know of")
-    assert lines[6] == f"WRONG    two            {cause}; reinstall: {FIX}"
+    assert lines[6] == f"WRONG    two            {cause}; reinstall electra_composer and its dependencies"
