@@ -41,7 +41,7 @@ class Line:
     """A curve of one run, reduced to what is drawn. `raw` and `smooth` map `y` and axes to equally long columns."""
 
     run: int
-    curve: int  # number in its panel
+    curve: int  # decides its style: the number in its panel, of validation at least 1
     label: str
     is_evaluation: bool
     raw: dict[str, NDArray[np.generic]]
@@ -139,7 +139,8 @@ def lines_of(panel: Panel, runs: list[Run]) -> list[Line]:
                 width = 2 * max(2, round(len(values) * SMOOTHED / 2)) + 1
                 average = moving_average(values * curve.scale, width)
                 smooth = _columns(run.metrics, rows, average, extremes(average, buckets))
-            lines.append(Line(number, place, curve.label, is_evaluation, raw, smooth))
+            style = max(place, int(is_evaluation))  # validation looks the same where there is no other curve
+            lines.append(Line(number, style, curve.label, is_evaluation, raw, smooth))
     return lines
 
 

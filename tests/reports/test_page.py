@@ -132,6 +132,8 @@ def test_panels_are_of_the_metrics_that_there_are(tmp_path):
     (line,) = lines_of(panels[0], [run])
     np.testing.assert_allclose(line.raw["y"], [1.0 / (step + 1) for step in range(5)])
     assert set(line.raw) == {"step", "y"}  # neither tokens nor time were logged
+    (validation,) = lines_of(panels[2], [run])
+    assert (line.curve, validation.curve) == (0, 1)  # as where both are in one panel
     assert len(render(compose([run]))) > 1_000_000
 
 
