@@ -156,10 +156,9 @@ def _training(checkpoint: Checkpoint) -> str:
     rows, length = config.get("trainer", {}).get("global_train_batch_size"), config["data"]["max_seq_length"]
     parts = []
     if step is not None and rows is not None:
-        tokens = step * rows * length
+        seen = "" if checkpoint.tokens is None else f": {checkpoint.tokens:,} tokens, without padding"
         parts.append(
-            f"This checkpoint is that of step {step:,}, after {step * rows:,} rows of {length} tokens: at most "
-            f"{tokens:,} tokens, padding included."
+            f"This checkpoint is that of step {step:,}, after {step * rows:,} rows of at most {length} tokens{seen}."
         )
     start = config["model"].get("init_from")
     if start is not None:

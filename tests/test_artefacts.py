@@ -133,11 +133,14 @@ def test_a_sharded_checkpoint_loads() -> None:
     assert is_sharded("sharded/batch-4")
     dcp_to_torch_save("sharded/batch-4", "converted.pt")
     expected = torch.load("converted.pt", weights_only=False)["state"]["model"]
-    found, record = read_sharded("sharded/batch-4")
+    saved = read_sharded("sharded/batch-4")
+    found, record = saved["model"], saved["callbacks"]["RunRecord"]
+    assert "optimizers" not in saved
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert record["config"]["trainer"]["fsdp"]["state_dict_type"] == "sharded"
     checkpoint, single_file = read_checkpoint("sharded"), read_checkpoint("run")
     checkpoint.build_model()
+    assert checkpoint.tokens == single_file.tokens > 0
     assert checkpoint.state.keys() == single_file.state.keys()
     assert checkpoint.tokenizer.get_vocab() == single_file.tokenizer.get_vocab()

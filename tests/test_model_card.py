@@ -50,7 +50,7 @@ def test_data_settings_and_versions(tmp_path):
     lines = [" ".join(line.split()) for line in card.text.splitlines()]
     for row in ("a | books | 7 | 1,234", "a | Skylion007/openwebtext | 7 | 1,234", "b | (not known here) | |"):
         assert f"| {row} |" in lines
-    assert "step 4, after 32 rows of 32 tokens: at most 1,024 tokens" in card.text
+    assert "step 4, after 32 rows of at most 32 tokens: 822 tokens, without padding" in card.text
     assert "started from the weights of google/electra-small-discriminator" in card.text
     settings = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     assert settings["optimizer"] == checkpoint.config["optimizer"]

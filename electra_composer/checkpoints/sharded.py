@@ -31,14 +31,20 @@ def is_sharded(path: str) -> bool:
     return os.path.isfile(os.path.join(path, METADATA))
 
 
-def read_sharded(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read the model's weights and the state of the callback `RunRecord`, but not the optimizer's state.
+PARTS = (("model",), ("timestamp",), ("callbacks", "RunRecord"))
+
+
+def read_sharded(folder: str) -> dict[str, Any]:
+    """Read the state of a sharded checkpoint as far as exports need it, in Composer's layout.
+
+    Returns:
+        `model`, `timestamp`, and of `callbacks` only `RunRecord`; nothing of the optimizer.
 
     Raises:
         UserError: Not a checkpoint of pretrain.py, incomplete, or readable by unsafe loading only.
     """
-    content = _read(folder, [("state", "model"), ("state", "callbacks", "RunRecord")])["state"]
-    return content.get("model", {}), content.get("callbacks", {}).get("RunRecord", {})
+    state: dict[str, Any] = _read(folder, [("state", *path) for path in PARTS])["state"]
+    return state
 
 
 def read_all(folder: str) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Checkpoint:
     state: State  # of ElectraForPretraining
     config: dict[str, Any]  # resolved configuration of the run, in the keys of today
     tokenizer: PreTrainedTokenizerFast
+    tokens: int | None = None  # read by the run until then, without padding
 
     @property
     def model_config(self) -> ModelConfig:
@@ -120,11 +121,12 @@ def read_checkpoint(path: str) -> Checkpoint:
     content: Any = None
     try:
         if is_sharded(path):
-            model_state, record = read_sharded(path)
+            saved = read_sharded(path)
         else:
             content = read_file(path)
             saved = content["state"]
-            model_state, record = saved["model"], saved["callbacks"]["RunRecord"]
+        model_state, record = saved["model"], saved["callbacks"]["RunRecord"]
+        tokens = saved["timestamp"]["Timestamp"]["token"]
         config, tokenizer_files = record["config"], record["tokenizer_files"]
         config = {**config, "model": upgrade_model(config["model"], config["model"].get("embedding_size"))}
         # Workaround (torch 2.7): torch.compile puts `_orig_mod.` before parameter names; goes when state_dict omits it.
@@ -140,7 +142,7 @@ def read_checkpoint(path: str) -> Checkpoint:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: the tokenizer in it cannot be read: {one_line(error, 300)}") from error
-    return Checkpoint(path, state, config, tokenizer)
+    return Checkpoint(path, state, config, tokenizer, tokens)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> SpecialIds:
