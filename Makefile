@@ -47,7 +47,7 @@ test-wheel: $(STAMP)
 	    > $$($(WHEEL)/environment/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth)
 	tests/wheel.sh $(WHEEL)/environment/bin
 
-# Executes the notebooks, in twenty minutes, and stores their outputs. SOURCE is the model that the third one starts from.
+# Executes the notebooks, in a quarter of an hour, and stores their outputs. SOURCE is the model that the third one starts from.
 notebooks: $(STAMP)
 	SOURCE=$${SOURCE:-runs/first/export/discriminator} $(BIN)/python notebooks/execute.py
 
