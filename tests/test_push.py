@@ -153,7 +153,7 @@ def test_the_card_has_results(hub, api, run):
     assert [each.metric_value for each in card.data.eval_results] == [round(row["mean"], 2)]
     assert f"{row['runs'][0]['seed']}: {row['runs'][0]['score']:.1f}" in card.text
     assert f'from_pretrained("{NAME}", subfolder="generator")' in card.text
-    assert "step 4, after 32 rows of 32 tokens: at most 1,024 tokens" in card.text
+    assert "step 4, after 32 rows of at most 32 tokens: 822 tokens, without padding" in card.text
     assert str(run) not in card.content
     assert str(ROOT) not in card.content
     with pytest.raises(UserError, match=r"results of other weights than .*; expected those of finetuning this"):

@@ -126,7 +126,7 @@ def read_checkpoint(path: str) -> Checkpoint:
             content = read_file(path)
             saved = content["state"]
         model_state, record = saved["model"], saved["callbacks"]["RunRecord"]
-        tokens = saved["timestamp"]["Timestamp"]["token"]
+        tokens = saved.get("timestamp", {}).get("Timestamp", {}).get("token")
         config, tokenizer_files = record["config"], record["tokenizer_files"]
         config = {**config, "model": upgrade_model(config["model"], config["model"].get("embedding_size"))}
         # Workaround (torch 2.7): torch.compile puts `_orig_mod.` before parameter names; goes when state_dict omits it.
