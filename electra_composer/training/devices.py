@@ -90,6 +90,7 @@ def hide_unused_gpus(entry_point: Callable[..., Result]) -> Callable[..., Result
             return entry_point(config, *arguments, **options)
         with (
             mock.patch.object(torch.cuda, "is_available", return_value=False),
+            mock.patch.object(torch.accelerator, "is_available", return_value=False),  # torch 2.15's optimizers
             mock.patch.object(collect_env, "cuda_available", return_value=False),  # the same, imported by name
         ):
             return entry_point(config, *arguments, **options)
